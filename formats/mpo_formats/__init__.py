@@ -1,0 +1,47 @@
+"""The `.mpo` format: its specification as dataclasses, a strict reader, a crash-safe writer. Needs numpy only."""
+
+from __future__ import annotations
+
+from mpo_formats.architecture import Architecture, ModelSpec, Rope
+from mpo_formats.errors import CheckpointError, ConfigError, FormatError, MpoError, OutputError, PlanError
+from mpo_formats.reader import VERSION, MpoFile
+from mpo_formats.spec import (
+    Certificate,
+    Certificates,
+    Dense,
+    FileSpec,
+    LinearSpec,
+    Mpo,
+    Provenance,
+    Quality,
+    Quantized,
+    Term,
+    VectorSpec,
+)
+from mpo_formats.writer import MpoWriter
+
+__all__ = [
+    "VERSION",
+    "Architecture",
+    "Certificate",
+    "Certificates",
+    "CheckpointError",
+    "ConfigError",
+    "Dense",
+    "FileSpec",
+    "FormatError",
+    "LinearSpec",
+    "ModelSpec",
+    "Mpo",
+    "MpoError",
+    "MpoFile",
+    "MpoWriter",
+    "OutputError",
+    "PlanError",
+    "Provenance",
+    "Quality",
+    "Quantized",
+    "Rope",
+    "Term",
+    "VectorSpec",
+]

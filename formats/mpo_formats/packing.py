@@ -1,0 +1,76 @@
+"""Integer layouts, in numpy: the reference that every kernel is tested against (SPEC.md, section 5).
+
+A matrix [rows, columns] is cut into groups along its columns. Its codes q are unsigned integers of `bits` bits, stored
+as one or two bit planes, low bits first: 8, 4 and 2 bits as they are, 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1. In a plane of
+p bits, element j of a group lies in byte ⌊j·p/8⌋ from bit (j·p) mod 8 upwards.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_formats.layout import PLANES
+
+Codes = NDArray[np.uint8]
+
+
+def pack(codes: Codes, bits: int, group: int) -> list[Codes]:
+    """Packs codes [rows, columns] into planes [rows, columns/group, group·p/8], low plane first.
+
+    Raises:
+        ValueError: when a code does not fit into `bits` bits or the group does not divide the columns.
+    """
+    rows, columns = codes.shape
+    if columns % group:
+        raise ValueError(f"group {group} does not divide {columns} columns")
+    if codes.size and int(codes.max()) >> bits:
+        raise ValueError(f"code {int(codes.max())} does not fit into {bits} bits")
+    planes, shift = [], 0
+    for plane in PLANES[bits]:
+        part = (codes >> shift) & np.uint8((1 << plane) - 1)
+        shift += plane
+        lanes = part.reshape(rows, columns // group, group * plane // 8, 8 // plane)
+        packed = np.zeros(lanes.shape[:-1], np.uint8)
+        for lane in range(8 // plane):
+            packed |= lanes[..., lane] << np.uint8(lane * plane)
+        planes.append(packed)
+    return planes
+
+
+def unpack(planes: list[Codes], bits: int) -> Codes:
+    """Unpacks planes [rows, groups, bytes] into codes [rows, groups·group]; the inverse of `pack`."""
+    codes: Codes | None = None
+    shift = 0
+    for plane, packed in zip(PLANES[bits], planes, strict=True):
+        shifts = np.arange(0, 8, plane, dtype=np.uint8)
+        lanes = (packed[..., None] >> shifts) & np.uint8((1 << plane) - 1)  # [rows, groups, bytes, 8/p]
+        part = lanes.reshape(packed.shape[0], -1) << np.uint8(shift)
+        codes = part if codes is None else codes | part
+        shift += plane
+    if codes is None:
+        raise ValueError("no planes given")
+    return codes
+
+
+def dequantize(
+    planes: list[Codes], bits: int, scale: NDArray[np.float16], zero: NDArray[np.float16] | None
+) -> NDArray[np.float64]:
+    """Computes w = scale · (q − zero) [rows, columns] in float64; zero is 2^(bits−1) where it is None."""
+    codes = unpack(planes, bits).astype(np.float64)
+    rows, groups = scale.shape
+    grouped = codes.reshape(rows, groups, -1)
+    offset = float(1 << (bits - 1)) if zero is None else zero.astype(np.float64)[..., None]
+    return (scale.astype(np.float64)[..., None] * (grouped - offset)).reshape(rows, -1)
+
+
+def bf16_to_f32(raw: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Widens bf16 bit patterns to float32, exactly."""
+    return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def f32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounds float32 to bf16 bit patterns, to nearest even; NaN stays NaN."""
+    raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
