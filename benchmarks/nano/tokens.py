@@ -1,6 +1,6 @@
 """Trains the tokenizer on the train splits and writes each split of each domain as one uint16 token file.
 
-    python benchmarks/nano/tokens.py --corpus ../shared/corpus --out work/nano
+python benchmarks/nano/tokens.py --corpus ../shared/corpus --out work/nano
 """
 
 from __future__ import annotations

@@ -53,7 +53,13 @@ PRESETS = {
     "nano": (NanoConfig(), Recipe()),
     # Ships until granite-nano is trained on a machine with bf16 units: a quarter of the size, under an hour on any CPU.
     "stand-in": (
-        NanoConfig(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512),
+        NanoConfig(
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+        ),
         Recipe(steps=1500, decay_steps=600, warmup_steps=60, batch=8, window=512, learning_rate=4e-3),
     ),
 }
@@ -73,7 +79,9 @@ class Windows:
         recipe = self.recipe
         decaying = step >= recipe.steps - recipe.decay_steps
         rows = []
-        for domain in self.random.choice(len(DOMAINS), recipe.batch, p=recipe.decay_shares if decaying else recipe.shares):
+        for domain in self.random.choice(
+            len(DOMAINS), recipe.batch, p=recipe.decay_shares if decaying else recipe.shares
+        ):
             rows.append(self.window(int(domain)))
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mpo_formats.codec import describe
 from mpo_formats.errors import FormatError
-from mpo_formats.spec import FileSpec, LinearSpec, Provenance, VectorSpec, require, require_sizes
+from mpo_formats.provenance import Provenance
+from mpo_formats.spec import FileSpec, LinearSpec, VectorSpec, require, require_choice, require_sizes
+from mpo_formats.spec import full_rank as full_rank
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 FINAL_NORM = "model.norm"
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MOST_BLOCKS = 4096
+MOST_HEADS = 65536
+MOST_END_TOKENS = 256
 BLOCK_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+Scaling = Literal["default", "linear", "llama3"]
+ModelType = Literal["granite", "llama"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +33,32 @@ class Rope:
     """Rotary position embedding: base theta, and the frequency scaling of Llama 3.1 or a linear one."""
 
     theta: float
-    scaling: Literal["default", "linear", "llama3"]
+    scaling: Scaling
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        require(self.theta > 0, f"rope.theta: expected more than 0, found {self.theta}")
-        require(self.factor >= 1, f"rope.factor: expected at least 1, found {self.factor}")
+        require_choice("scaling", self.scaling, get_args(Scaling))
+        require(0 < self.theta < math.inf, f"theta: expected more than 0, found {describe(self.theta)}")
+        require(1 <= self.factor < math.inf, f"factor: expected at least 1, found {describe(self.factor)}")
+        low, high, length = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
         if self.scaling == "llama3":
-            ordered = 0 < self.low_freq_factor < self.high_freq_factor
-            require(ordered, "rope: expected 0 < low_freq_factor < high_freq_factor")
-            require_sizes("rope.original_max_position_embeddings", (self.original_max_position_embeddings,))
+            require(0 < low < high < math.inf, "low_freq_factor: expected 0 < low_freq_factor < high_freq_factor")
+            require_sizes("original_max_position_embeddings", (length,))
+        else:
+            unused = (low, high, length) == (0, 0, 0)
+            require(unused, f"low_freq_factor, high_freq_factor, original_max_position_embeddings: "
+                            f"expected 0 for {self.scaling} scaling")  # fmt: skip
+            require(self.scaling == "linear" or self.factor == 1, "factor: expected 1 for default scaling")
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """A decoder of the Granite family; a Llama is one whose multipliers are 1 and whose attention is 1/√head_dim."""
 
-    model_type: Literal["granite"]
+    model_type: ModelType
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -66,20 +81,33 @@ class Architecture:
     pad_token_id: int | None
 
     def __post_init__(self) -> None:
-        widths = (self.vocab_size, self.hidden_size, self.intermediate_size, self.max_position_embeddings)
-        require_sizes("model", widths)
-        require_sizes("model.num_hidden_layers", (self.num_hidden_layers,), most=4096)
-        heads = (self.num_attention_heads, self.num_key_value_heads, self.head_dim)
-        require_sizes("model.num_attention_heads, num_key_value_heads, head_dim", heads, most=65536)
-        divides = self.num_attention_heads % self.num_key_value_heads == 0
-        require(divides, "model.num_key_value_heads: does not divide num_attention_heads")
-        require(self.head_dim % 2 == 0, f"model.head_dim: expected an even size for RoPE, found {self.head_dim}")
-        require(0 < self.rms_norm_eps < 1, f"model.rms_norm_eps: expected 0 to 1, found {self.rms_norm_eps}")
-        require(self.logits_scaling != 0, "model.logits_scaling: must not be 0")
-        tokens = (self.bos_token_id, self.pad_token_id, *self.eos_token_ids)
-        for token in tokens:
-            known = token is None or 0 <= token < self.vocab_size
-            require(known, f"model: token id {describe(token)} lies outside the vocabulary of {self.vocab_size}")
+        require_choice("model_type", self.model_type, get_args(ModelType))
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
+            require_sizes(name, (getattr(self, name),))
+        require_sizes("num_hidden_layers", (self.num_hidden_layers,), most=MOST_BLOCKS)
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            require_sizes(name, (getattr(self, name),), most=MOST_HEADS)
+        heads, keys = self.num_attention_heads, self.num_key_value_heads
+        require(heads % keys == 0, f"num_key_value_heads: {keys} does not divide the {heads} attention heads")
+        require(self.head_dim % 2 == 0, f"head_dim: expected an even size for RoPE, found {self.head_dim}")
+        epsilon = self.rms_norm_eps
+        require(0 < epsilon < 1, f"rms_norm_eps: expected more than 0 and less than 1, found {describe(epsilon)}")
+        for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"{name}: expected a finite number, found {describe(value)}")
+        require(self.logits_scaling != 0, "logits_scaling: expected another number than 0")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        count = len(self.eos_token_ids)
+        require(count <= MOST_END_TOKENS, f"eos_token_ids: expected at most {MOST_END_TOKENS}, found {count}")
+        for name, token in (
+            ("bos_token_id", self.bos_token_id),
+            ("pad_token_id", self.pad_token_id),
+            *(("eos_token_ids", token) for token in self.eos_token_ids),
+        ):
+            if token is not None:
+                require_sizes(name, (token,), least=0, most=self.vocab_size - 1)
 
     def linear_sizes(self) -> Iterator[tuple[str, int, int, bool]]:
         """Yields (name, out, in, has bias) of every linear in file order; the embedding is the first of them."""
@@ -119,23 +147,21 @@ class ModelSpec:
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        expected = list(self.architecture.linear_sizes())
-        if len(self.linears) != len(expected):
-            raise FormatError(f"layers: expected {len(expected)} for this architecture, found {len(self.linears)}")
-        for linear, (name, rows, columns, bias) in zip(self.linears, expected, strict=True):
+        linears, vectors = list(self.architecture.linear_sizes()), list(self.architecture.vector_sizes())
+        if len(self.linears) != len(linears):
+            raise FormatError(f"layers: this architecture has {len(linears)}, found {len(self.linears)}")
+        for linear, wanted in zip(self.linears, linears, strict=True):
             found = (linear.name, linear.out_features, linear.in_features, linear.bias is not None)
-            same = found == (name, rows, columns, bias)
-            require(
-                same,
-                f"layers: expected {name} [{rows}, {columns}] bias {bias}, found {describe(list(found))} {linear.name}",
-            )
-        sizes = list(self.architecture.vector_sizes())
-        require(len(self.vectors) == len(sizes), f"vectors: expected {len(sizes)}, found {len(self.vectors)}")
-        for vector, (name, size) in zip(self.vectors, sizes, strict=True):
-            same = (vector.name, vector.size) == (name, size)
-            require(same, f"vectors: expected {name} [{size}], found {vector.name} [{vector.size}]")
+            if found != wanted:
+                raise FormatError(f"layers: expected {_layer_text(*wanted)}, found {_layer_text(*found)}")
+        if len(self.vectors) != len(vectors):
+            raise FormatError(f"vectors: this architecture has {len(vectors)}, found {len(self.vectors)}")
+        for vector, (name, size) in zip(self.vectors, vectors, strict=True):
+            if (vector.name, vector.size) != (name, size):
+                raise FormatError(f"vectors: expected {name} [{size}], found {vector.name} [{vector.size}]")
         names = [file.name for file in self.files]
-        require(len(set(names)) == len(names), "files: the same file is listed twice")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        require(not repeated, f"files: {', '.join(repeated)} listed twice")
 
     def linear(self, name: str) -> LinearSpec:
         """The layer of that name; raises KeyError when there is none."""
@@ -150,7 +176,5 @@ class ModelSpec:
         return max((max(term.bonds) for term in terms if term.kind == "mpo"), default=0)
 
 
-def full_rank(out_dims: tuple[int, ...], in_dims: tuple[int, ...]) -> tuple[int, ...]:
-    """The largest useful bond at each cut of an MPO: the smaller side of the matrix unfolded there."""
-    sizes = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
-    return tuple(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in range(1, len(sizes)))
+def _layer_text(name: str, rows: int, columns: int, bias: bool) -> str:
+    return f"{name} [{rows}, {columns}] {'with' if bias else 'without'} bias"

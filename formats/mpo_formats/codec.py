@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
+import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mpo_formats.errors import FormatError
 
 Record = TypeVar("Record")
+Converter = Callable[[Any], Any]
+
+# Limits of a JSON text (SPEC.md, section 2). They bound memory and time before the parser runs.
+DEEPEST_NESTING = 8
+MOST_BRACKETS = 1 << 18
+MOST_ITEMS = 1 << 15
+
+JSON_NAMES: dict[type, str] = {int: "an integer", bool: "true or false", str: "a string"}
+_STRING = re.compile(rb'(?s)"[^"\\]*+(?:\\.[^"\\]*+)*+"?')
+_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+
+
+class _Fault(Exception):
+    """A wrong value; the path to it is gathered on the way up, so that valid input never pays for it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.path = ""
+
+    def under(self, step: str) -> _Fault:
+        self.path = step + self.path
+        return self
 
 
 def parse_json(text: bytes | str, where: str) -> Any:
-    """Parses JSON and refuses what stock parsers let through: duplicate keys, NaN, broken UTF-8, deep nesting.
+    """Parses JSON and refuses what stock parsers let through: duplicate keys, NaN, deep nesting, millions of lists.
 
     Raises:
         FormatError: naming `where` and what is wrong.
@@ -34,15 +56,26 @@ def parse_json(text: bytes | str, where: str) -> Any:
     def refuse_constant(name: str) -> Any:
         raise FormatError(f"{where}: {name} is not a JSON number; the file is damaged, export it again")
 
+    raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
     try:
-        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        decoded = raw.decode("utf-8")
+        _check_brackets(raw, where)
         return json.loads(decoded, object_pairs_hook=unique, parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: not UTF-8 at byte {error.start}; the file is damaged, export it again") from None
-    except RecursionError:
-        raise FormatError(f"{where}: nested too deeply; the file is damaged, export it again") from None
     except ValueError as error:
         raise FormatError(f"{where}: not valid JSON ({shorten(str(error))}); the file is damaged") from None
+
+
+def _check_brackets(text: bytes, where: str) -> None:
+    brackets = _STRING.sub(b"", text).translate(None, delete=_NOT_BRACKETS)
+    if len(brackets) > MOST_BRACKETS:
+        raise FormatError(f"{where}: {len(brackets)} brackets exceed the limit of {MOST_BRACKETS}; not a .mpo file")
+    for _ in range(DEEPEST_NESTING):
+        # One level of nesting goes in each round, the innermost first.
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    if brackets:
+        raise FormatError(f"{where}: brackets do not match or nest deeper than {DEEPEST_NESTING}; the file is damaged")
 
 
 def to_json(record: Any) -> str:
@@ -53,87 +86,160 @@ def to_json(record: Any) -> str:
 
 def from_json(kind: type[Record], text: bytes | str, where: str) -> Record:
     """Parses JSON text into a dataclass of type `kind`; raises FormatError naming the key that is wrong."""
-    return from_plain(kind, parse_json(text, where), where)
+    value = parse_json(text, where)
+    try:
+        return typing.cast(Record, _record_converter(kind)(value))
+    except _Fault as fault:
+        raise FormatError(f"{where}{fault.path}: {fault}") from None
 
 
-def from_plain(kind: type[Record], value: Any, where: str) -> Record:
-    """Builds a dataclass from a parsed JSON object; raises FormatError naming the key that is wrong."""
-    if not isinstance(value, Mapping):
-        raise FormatError(f"{where}: expected an object, found {describe(value)}")
-    fields, hints = _fields(kind)
-    for key in value:
-        if key not in fields:
-            raise FormatError(f"{where}: unknown key {shorten(str(key))}; written by a newer version, or damaged")
-    for key in fields:
-        if key not in value:
-            raise FormatError(f"{where}: missing key {key!r}; the file is damaged, export it again")
-    return kind(**{key: _convert(hints[key], value[key], f"{where}.{key}") for key in fields})
-
-
-def records_from_json(kind: type[Record], text: str, where: str) -> tuple[Record, ...]:
+def records_from_json(kind: type[Record], text: bytes | str, where: str) -> tuple[Record, ...]:
     """Parses a JSON list of records; raises FormatError naming the index and key."""
     rows = parse_json(text, where)
-    if not isinstance(rows, list):
-        raise FormatError(f"{where}: expected a list, found {describe(rows)}")
-    return tuple(from_plain(kind, row, f"{where}[{index}]") for index, row in enumerate(rows))
+    try:
+        return tuple(_list_converter(_record_converter(kind))(rows))
+    except _Fault as fault:
+        raise FormatError(f"{where}{fault.path}: {fault}") from None
 
 
-@functools.cache
-def _fields(kind: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    names = tuple(field.name for field in dataclasses.fields(kind))
-    return names, typing.get_type_hints(kind)
+_CONVERTERS: dict[Any, Converter] = {}
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(_choose(arguments, value, where), value, where)
-    if origin is tuple:
+def _record_converter(kind: Any) -> Converter:
+    """How to build a dataclass of type `kind` from a parsed JSON object; made once per type."""
+    if kind not in _CONVERTERS:
+        _CONVERTERS[kind] = _make_record_converter(kind)
+    return _CONVERTERS[kind]
+
+
+def _make_record_converter(kind: Any) -> Converter:
+    hints = typing.get_type_hints(kind)
+    converters = {field.name: _converter(hints[field.name]) for field in dataclasses.fields(kind)}
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _Fault(f"expected an object, found {describe(value)}")
+        if value.keys() != converters.keys():
+            _refuse_keys(value, converters)
+        arguments = {}
+        for name, converter in converters.items():
+            try:
+                arguments[name] = converter(value[name])
+            except _Fault as fault:
+                raise fault.under(f".{name}") from None
+        try:
+            return kind(**arguments)
+        except FormatError as error:
+            raise _Fault(str(error)) from None
+
+    return convert
+
+
+def _refuse_keys(value: dict[str, Any], converters: dict[str, Converter]) -> None:
+    for key in value:
+        if key not in converters:
+            raise _Fault(f"unknown key {shorten(key)}; written by a newer version, or damaged")
+    for key in converters:
+        if key not in value:
+            raise _Fault(f"missing key {key!r}; the file is damaged, export it again")
+
+
+def _list_converter(item: Converter) -> Converter:
+    def convert(value: Any) -> Any:
         if not isinstance(value, list):
-            raise FormatError(f"{where}: expected a list, found {describe(value)}")
-        return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is typing.Literal:
-        if not isinstance(value, str) or value not in arguments:
-            raise FormatError(f"{where}: expected one of {', '.join(arguments)}, found {describe(value)}")
+            raise _Fault(f"expected a list, found {describe(value)}")
+        if len(value) > MOST_ITEMS:
+            raise _Fault(f"expected at most {MOST_ITEMS} items, found {len(value)}")
+        result = []
+        try:
+            for entry in value:
+                result.append(item(entry))
+        except _Fault as fault:
+            raise fault.under(f"[{len(result)}]") from None
+        return tuple(result)
+
+    return convert
+
+
+def _literal_converter(choices: tuple[Any, ...]) -> Converter:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, str) or value not in choices:
+            raise _Fault(f"expected one of {', '.join(choices)}, found {describe(value)}")
         return value
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-            raise FormatError(f"{where}: expected an object of strings, found {describe(value)}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        return from_plain(typing.cast("type[Any]", hint), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+
+    return convert
+
+
+def _union_converter(arguments: tuple[Any, ...]) -> Converter:
+    """The only alternative to null, or the dataclass that the object's `kind` names."""
+    choices = [argument for argument in arguments if argument is not type(None)]
+    if len(choices) == 1:
+        single = _converter(choices[0])
+        return lambda value: None if value is None else single(value)
+    kinds = {choice.kind_name(): _record_converter(choice) for choice in choices}
+
+    def convert(value: Any) -> Any:
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if not isinstance(kind, str) or kind not in kinds:
+            raise _Fault(f"expected a term of kind {', '.join(kinds)}, found {describe(kind)}")
+        return kinds[kind](value)
+
+    return convert
+
+
+def _convert_float(value: Any) -> Any:
+    if type(value) is int and abs(value) < 2**53:
         return float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise FormatError(f"{where}: expected {hint.__name__}, found {describe(value)}")
+    if type(value) is not float or not math.isfinite(value):
+        raise _Fault(f"expected a finite number, found {describe(value)}")
     return value
 
 
-def _choose(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Picks the dataclass of a union by the object's `kind`, or the only alternative to None."""
-    choices = [argument for argument in arguments if argument is not type(None)]
-    if len(choices) == 1:
-        return choices[0]
-    kind = value.get("kind") if isinstance(value, dict) else None
-    for choice in choices:
-        if kind == choice.kind_name():
-            return choice
-    names = ", ".join(choice.kind_name() for choice in choices)
-    raise FormatError(f"{where}: expected a term of kind {names}, found {describe(kind)}")
+def _convert_strings(value: Any) -> Any:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise _Fault(f"expected an object of strings, found {describe(value)}")
+    return value
+
+
+def _exact_converter(kind: type) -> Converter:
+    def convert(value: Any) -> Any:
+        if type(value) is not kind:
+            raise _Fault(f"expected {JSON_NAMES[kind]}, found {describe(value)}")
+        return value
+
+    return convert
+
+
+def _converter(hint: Any) -> Converter:
+    """How to convert a parsed JSON value to a field of type `hint`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _union_converter(arguments)
+    if origin is tuple:
+        return _list_converter(_converter(arguments[0]))
+    if origin is typing.Literal:
+        return _literal_converter(arguments)
+    if origin is dict:
+        return _convert_strings
+    if dataclasses.is_dataclass(hint):
+        return _record_converter(hint)
+    return _convert_float if hint is float else _exact_converter(hint)
 
 
 def describe(value: Any) -> str:
     """A short, safe description of a value from a file, for error messages."""
+    if isinstance(value, str):
+        return shorten(value)
+    if isinstance(value, list) and len(value) <= 4 and not any(isinstance(item, list | dict) for item in value):
+        return f"[{', '.join(describe(item) for item in value)}]"
     if isinstance(value, dict | list):
-        return f"a {type(value).__name__} of {len(value)}"
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and abs(value) >= 2**64:
         return "an integer beyond 64 bits"
-    return shorten(json.dumps(value))
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def shorten(text: str, limit: int = 80) -> str:
     """Makes text from a file safe to print: one line, printable ASCII, bounded length."""
-    safe = ascii(text)
-    return safe if len(safe) <= limit else safe[: limit - 4] + "...'"
+    safe = ascii(text[:limit])
+    return safe if len(safe) <= limit and len(text) <= limit else safe[: limit - 4] + "...'"

@@ -30,6 +30,9 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{ascii(self.name)[1:-1]} {self.dtype} {list(self.shape)}"
+
     @property
     def size(self) -> int:
         """Bytes."""
@@ -100,8 +103,8 @@ def file_tensors(model: ModelSpec) -> tuple[TensorSpec, ...]:
     tensors: list[TensorSpec] = []
     for tensor in content_tensors(model):
         tensors.append(tensor)
-        if tensor.padding:
-            tensors.append(TensorSpec(f"{PADDING}{len(tensors)}", "u8", (tensor.padding,)))
+        if padding := tensor.padding:
+            tensors.append(TensorSpec(f"{PADDING}{len(tensors)}", "u8", (padding,)))
     tensors.append(TensorSpec(CERTIFICATE, "u8", (CERTIFICATE_SIZE,)))
     # One digest for the header and one for every tensor before this one.
     tensors.append(TensorSpec(CHECKSUMS, "u8", (len(tensors) + 1, DIGEST_SIZE)))

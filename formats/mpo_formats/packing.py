@@ -7,12 +7,16 @@ p bits, element j of a group lies in byte ⌊j·p/8⌋ from bit (j·p) mod 8 upw
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats.layout import PLANES
 
 Codes = NDArray[np.uint8]
+# Values looked at in one go, so that a check of a large tensor needs little memory.
+FINITE_CHUNK = 1 << 20
 
 
 def pack(codes: Codes, bits: int, group: int) -> list[Codes]:
@@ -74,3 +78,17 @@ def f32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def first_not_finite(values: NDArray[Any], dtype: str) -> int | None:
+    """The flat index of the first NaN or infinity of a tensor of type `dtype`, None where all values are finite."""
+    if dtype == "u8":
+        return None
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, FINITE_CHUNK):
+        part = flat[start : start + FINITE_CHUNK]
+        # A bf16 is not finite where all eight exponent bits are set.
+        finite = (part & np.uint16(0x7F80)) != 0x7F80 if dtype == "bf16" else np.isfinite(part)
+        if not finite.all():
+            return start + int(np.argmin(finite))
+    return None

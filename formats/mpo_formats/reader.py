@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import os
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,22 +19,29 @@ from mpo_formats.architecture import Architecture, ModelSpec
 from mpo_formats.codec import from_json, records_from_json, shorten
 from mpo_formats.container import Entry
 from mpo_formats.errors import FormatError
-from mpo_formats.layout import ALIGNMENT, CERTIFICATE, CHECKSUMS, DIGEST_SIZE, FILE, PADDING, file_tensors
-from mpo_formats.spec import Certificates, FileSpec, LinearSpec, Provenance, VectorSpec
+from mpo_formats.layout import CERTIFICATE, CHECKSUMS, FILE, PADDING, TensorSpec, file_tensors
+from mpo_formats.packing import first_not_finite
+from mpo_formats.provenance import Certificates, Provenance
+from mpo_formats.spec import FileSpec, Layouts, LinearSpec, VectorSpec
 
 FORMAT = "mpo"
 VERSION = "0.1"
-METADATA_KEYS = ("format", "version", "architecture", "layers", "vectors", "files", "provenance")
-# How numpy holds each element type; bf16 as its raw bits.
-NUMPY: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "u8": np.uint8}
+METADATA_KEYS = ("format", "version", "layouts", "architecture", "layers", "vectors", "files", "provenance")
+# How numpy holds each element type, little-endian; bf16 as its raw bits.
+NUMPY: dict[str, Any] = {
+    "f32": np.dtype("<f4"),
+    "f16": np.dtype("<f2"),
+    "bf16": np.dtype("<u2"),
+    "u8": np.dtype("u1"),
+}
 CHUNK = 1 << 24
 
 
 class MpoFile:
     """An open `.mpo` file.
 
-    Arrays are read-only views of the mapped file and must not outlive it. Usable as a context manager, and from several
-    threads at once.
+    Arrays are read-only views of the mapped file and keep it mapped. Usable as a context manager, and from several
+    threads at once. The file must not be changed in place while it is open; MpoWriter never does so.
 
     Raises:
         FormatError: when any rule of SPEC.md is broken, naming the tensor or key.
@@ -44,32 +53,38 @@ class MpoFile:
         self.name = self.path.name
         with self.path.open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
-            length = container.header_length(file.read(container.MAGIC_SIZE), self.size, self.name)
-            text = file.read(length)
-            header = container.parse_header(text, self.size, self.name)
-            self.spec = read_spec(header.metadata, self.name)
-            self._check_tensors(header.entries)
-            self._entries = {entry.tensor.name: entry for entry in header.entries}
-            self._header_size = header.size
+            length = container.header_length(file.read(container.LENGTH_SIZE), self.size, self.name)
+            metadata, rows = container.parse_header(file.read(length), self.name)
+            self._header_size = container.LENGTH_SIZE + length
+            self.spec = read_spec(metadata, self.name)
+            entries = container.place_tensors(rows, self._header_size, self.size, self.name)
+            self._check_tensors(entries)
+            self._entries = {entry.tensor.name: entry for entry in entries}
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if verify:
-            self.verify()
+            try:
+                self.verify()
+            except BaseException:
+                self.close()
+                raise
 
     def _check_tensors(self, entries: tuple[Entry, ...]) -> None:
+        """Compares the container's tensors with those that the layer table demands."""
         expected = file_tensors(self.spec)
-        for entry, tensor in zip(entries, expected, strict=False):
-            if entry.tensor != tensor:
-                found, wanted = entry.tensor, f"{tensor.name} {tensor.dtype} {list(tensor.shape)}"
-                raise FormatError(f"{self.name}: tensor {shorten(found.name)} {found.dtype} {list(found.shape)}: expected "
-                                  f"{wanted} in this place; the file is damaged, export it again")  # fmt: skip
-            if (entry.begin % ALIGNMENT) and not tensor.name.startswith(PADDING):
-                raise FormatError(
-                    f"{self.name}: tensor {tensor.name} starts at byte {entry.begin}, not at a multiple of 64"
-                )
-        if len(entries) != len(expected):
-            odd = expected[len(entries)] if len(entries) < len(expected) else entries[len(expected)].tensor
-            what = "is missing" if len(entries) < len(expected) else "is not in the layer table"
-            raise FormatError(f"{self.name}: tensor {shorten(odd.name)} {what}; the file is damaged, export it again")
+        if tuple(entry.tensor for entry in entries) != expected:
+            difference = self._difference(entries, expected)
+            raise FormatError(f"{self.name}: {difference}; the file is damaged, export it again")
+
+    @staticmethod
+    def _difference(entries: tuple[Entry, ...], expected: tuple[TensorSpec, ...]) -> str:
+        """Names the first tensor that is missing, surplus, or not what the layer table demands in its place."""
+        pairs = zip_longest((entry.tensor for entry in entries), expected)
+        found, wanted = next((found, wanted) for found, wanted in pairs if found != wanted)
+        if wanted and wanted.name not in {entry.tensor.name for entry in entries}:
+            return f"tensor {wanted.name} is missing"
+        if found and found.name not in {tensor.name for tensor in expected}:
+            return f"tensor {shorten(found.name)} is not in the layer table"
+        return f"expected tensor {wanted} in this place, found {found}"
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as a read-only view of the mapped file; bf16 comes as uint16 bit patterns.
@@ -78,7 +93,8 @@ class MpoFile:
             KeyError: when there is no such tensor.
         """
         entry = self._entries[name]
-        flat = np.frombuffer(self._map, NUMPY[entry.tensor.dtype], offset=entry.begin, count=_count(entry))
+        count = math.prod(entry.tensor.shape)
+        flat = np.frombuffer(self._map, NUMPY[entry.tensor.dtype], offset=entry.begin, count=count)
         return flat.reshape(entry.tensor.shape)
 
     def dtype(self, name: str) -> str:
@@ -126,16 +142,9 @@ class MpoFile:
         name, dtype = entry.tensor.name, entry.tensor.dtype
         if name.startswith(PADDING) and self.array(name).any():
             raise FormatError(f"{self.name}: {name}: padding is not zero; the file is damaged")
-        if dtype == "u8":
-            return
-        flat = self.array(name).reshape(-1)
-        for start in range(0, flat.size, CHUNK):
-            part = flat[start : start + CHUNK]
-            # bf16 is not finite where all eight exponent bits are set.
-            finite = (part & 0x7F80) != 0x7F80 if dtype == "bf16" else np.isfinite(part)
-            if not finite.all():
-                index = start + int(np.argmin(finite))
-                raise FormatError(f"{self.name}: {name}: element {index} is not finite; export the file again")
+        index = first_not_finite(self.array(name), dtype)
+        if index is not None:
+            raise FormatError(f"{self.name}: {name}: element {index} is not finite; export the file again")
 
     def close(self) -> None:
         """Unmaps the file, as soon as no array views it any more."""
@@ -151,13 +160,6 @@ class MpoFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _count(entry: Entry) -> int:
-    count = 1
-    for size in entry.tensor.shape:
-        count *= size
-    return count
 
 
 def read_spec(metadata: Any, where: str) -> ModelSpec:
@@ -179,6 +181,7 @@ def read_spec(metadata: Any, where: str) -> ModelSpec:
         if key not in metadata:
             raise FormatError(f"{where}: metadata key {key!r} is missing; the file is damaged, export it again")
     try:
+        from_json(Layouts, metadata["layouts"], "layouts")
         return ModelSpec(
             architecture=from_json(Architecture, metadata["architecture"], "architecture"),
             linears=records_from_json(LinearSpec, metadata["layers"], "layers"),

@@ -1,4 +1,4 @@
-"""Rebuilds matrices from a `.mpo` file in float64: slow, short, and the truth that every fast path is tested against."""
+"""Rebuilds matrices from a `.mpo` file in float64: slow, short, and what every fast path is tested against."""
 
 from __future__ import annotations
 

@@ -6,17 +6,21 @@ A linear layer is a sum of terms: y = Σ_t term_t(x) (+ bias), term ∈ {Dense, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
 
 from mpo_formats.codec import describe
 from mpo_formats.errors import FormatError
 
 FloatType = Literal["f32", "f16", "bf16"]
 CoreType = Literal["f32", "f16", "bf16", "int8", "int4"]
+FLOATS: tuple[str, ...] = get_args(FloatType)
+CORE_BITS = {"int8": 8, "int4": 4}
 BITS = (8, 6, 5, 4, 3, 2)
 GROUPS = (16, 32, 64, 128, 256)
 LARGEST_SIZE = 2**31 - 1
+MOST_CORES = 16
+MOST_TERMS = 8
 
 
 def require(condition: bool, message: str) -> None:
@@ -25,10 +29,23 @@ def require(condition: bool, message: str) -> None:
         raise FormatError(message)
 
 
-def require_sizes(name: str, sizes: tuple[int, ...], most: int = LARGEST_SIZE) -> None:
-    """Raises FormatError unless every size is in 1 … most."""
+def require_sizes(name: str, sizes: tuple[int, ...], most: int = LARGEST_SIZE, least: int = 1) -> None:
+    """Raises FormatError unless every size is an integer in least … most."""
     for size in sizes:
-        require(1 <= size <= most, f"{name}: expected a size from 1 to {most}, found {describe(size)}")
+        if type(size) is not int or not least <= size <= most:
+            raise FormatError(f"{name}: expected an integer from {least} to {most}, found {describe(size)}")
+
+
+def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raises FormatError unless the value is one of the choices, and of its type: 4.0 is not 4, 1 is not True."""
+    if value not in choices or type(value) is not type(choices[choices.index(value)]):
+        raise FormatError(f"{name}: expected one of {', '.join(map(str, choices))}, found {describe(value)}")
+
+
+def require_name(what: str, name: str) -> None:
+    """Raises FormatError unless the name of a layer or vector is 1 to 200 printable ASCII characters."""
+    if not 0 < len(name) <= 200 or not name.isascii() or not name.isprintable():
+        raise FormatError(f"{what}: expected 1 to 200 printable ASCII characters, found {describe(name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +55,13 @@ class Dense:
     kind: Literal["dense"]
     dtype: FloatType
 
+    def __post_init__(self) -> None:
+        require_choice("kind", self.kind, ("dense",))
+        require_choice("dtype", self.dtype, FLOATS)
+
     @staticmethod
     def kind_name() -> str:
+        """The `kind` that marks this term in the layer table."""
         return "dense"
 
 
@@ -53,11 +75,14 @@ class Quantized:
     zeros: bool
 
     def __post_init__(self) -> None:
-        require(self.bits in BITS, f"bits: expected one of {BITS}, found {describe(self.bits)}")
-        require(self.group in GROUPS, f"group: expected one of {GROUPS}, found {describe(self.group)}")
+        require_choice("kind", self.kind, ("quantized",))
+        require_choice("bits", self.bits, BITS)
+        require_choice("group", self.group, GROUPS)
+        require_choice("zeros", self.zeros, (False, True))
 
     @staticmethod
     def kind_name() -> str:
+        """The `kind` that marks this term in the layer table."""
         return "quantized"
 
 
@@ -76,35 +101,42 @@ class Mpo:
     group: int
 
     def __post_init__(self) -> None:
+        require_choice("kind", self.kind, ("mpo",))
+        require_choice("dtype", self.dtype, get_args(CoreType))
         count = len(self.out_dims)
-        require(2 <= count <= 16, f"out_dims: expected 2 to 16 cores, found {count}")
-        require(
-            len(self.in_dims) == count, f"in_dims: expected {count} factors as in out_dims, found {len(self.in_dims)}"
-        )
-        require(len(self.bonds) == count - 1, f"bonds: expected {count - 1} for {count} cores, found {len(self.bonds)}")
+        if not 2 <= count <= MOST_CORES:
+            raise FormatError(f"out_dims: expected 2 to {MOST_CORES} cores, found {count}")
+        if len(self.in_dims) != count:
+            raise FormatError(f"in_dims: expected {count} factors as in out_dims, found {len(self.in_dims)}")
+        if len(self.bonds) != count - 1:
+            raise FormatError(f"bonds: expected {count - 1} for {count} cores, found {len(self.bonds)}")
         require_sizes("out_dims", self.out_dims)
         require_sizes("in_dims", self.in_dims)
         require_sizes("bonds", self.bonds)
-        if self.dtype in ("int8", "int4"):
-            require(self.group in GROUPS, f"group: expected one of {GROUPS}, found {describe(self.group)}")
-            for index, size in enumerate(self.core_sizes()):
-                require(size % self.group == 0, f"core {index}: group {self.group} does not divide o·i = {size}")
-        else:
-            require(self.group == 0, f"group: expected 0 for {self.dtype} cores, found {describe(self.group)}")
-        for index, bond in enumerate(self.bonds):
-            left = math.prod(o * i for o, i in zip(self.out_dims[: index + 1], self.in_dims[: index + 1], strict=True))
-            right = math.prod(o * i for o, i in zip(self.out_dims[index + 1 :], self.in_dims[index + 1 :], strict=True))
-            most = min(left, right)
-            require(bond <= most, f"bonds[{index}]: expected at most the full rank {most}, found {bond}")
+        self._check_group()
+        for index, (bond, most) in enumerate(zip(self.bonds, full_rank(self.out_dims, self.in_dims), strict=True)):
+            if bond > most:
+                raise FormatError(f"bonds[{index}]: expected at most the full rank {describe(most)}, found {bond}")
+
+    def _check_group(self) -> None:
+        if not self.core_bits:
+            if type(self.group) is not int or self.group != 0:
+                raise FormatError(f"group: expected 0 for {self.dtype} cores, found {describe(self.group)}")
+            return
+        require_choice("group", self.group, GROUPS)
+        for index, size in enumerate(self.core_sizes()):
+            if size % self.group:
+                raise FormatError(f"group: {self.group} does not divide core {index}'s o·i = {describe(size)}")
 
     @staticmethod
     def kind_name() -> str:
+        """The `kind` that marks this term in the layer table."""
         return "mpo"
 
     @property
     def core_bits(self) -> int:
         """Bits of an integer core's elements, 0 for float cores."""
-        return {"int8": 8, "int4": 4}.get(self.dtype, 0)
+        return CORE_BITS.get(self.dtype, 0)
 
     def core_sizes(self) -> tuple[int, ...]:
         """o_k · i_k of each core."""
@@ -121,6 +153,12 @@ class Mpo:
         return replace(self, bonds=tuple(min(bond, chi) for bond in self.bonds))
 
 
+def full_rank(out_dims: tuple[int, ...], in_dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The largest useful bond at each cut of an MPO: the smaller side of the matrix unfolded there."""
+    sizes = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
+    return tuple(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in range(1, len(sizes)))
+
+
 Term = Dense | Quantized | Mpo
 
 
@@ -135,21 +173,25 @@ class LinearSpec:
     terms: tuple[Term, ...]
 
     def __post_init__(self) -> None:
-        require(0 < len(self.name) <= 200 and self.name.isascii() and self.name.isprintable(), "layer name: bad text")
+        require_name("layer name", self.name)
         require_sizes(f"{self.name}: features", (self.out_features, self.in_features))
-        require(1 <= len(self.terms) <= 8, f"{self.name}: expected 1 to 8 terms, found {len(self.terms)}")
+        require_choice(f"{self.name}: bias", self.bias, (*FLOATS, None))
+        if not 1 <= len(self.terms) <= MOST_TERMS:
+            raise FormatError(f"{self.name}: expected 1 to {MOST_TERMS} terms, found {len(self.terms)}")
         for term in self.terms:
             if isinstance(term, Quantized):
-                divides = self.in_features % term.group == 0
-                require(divides, f"{self.name}: group {term.group} does not divide the {self.in_features} inputs")
+                if self.in_features % term.group:
+                    found = f"group {term.group} does not divide the {self.in_features} inputs"
+                    raise FormatError(f"{self.name}: {found}")
             elif isinstance(term, Mpo):
-                for what, dims, size in (
-                    ("out_dims", term.out_dims, self.out_features),
-                    ("in_dims", term.in_dims, self.in_features),
-                ):
-                    product = math.prod(dims)
-                    found = describe(product)
-                    require(product == size, f"{self.name}: {what} {list(dims)} multiply to {found}, expected {size}")
+                self._check_factors("out_dims", term.out_dims, self.out_features)
+                self._check_factors("in_dims", term.in_dims, self.in_features)
+
+    def _check_factors(self, what: str, dims: tuple[int, ...], size: int) -> None:
+        product = math.prod(dims)
+        if product != size:
+            found = f"{what} {list(dims)} multiply to {describe(product)}"
+            raise FormatError(f"{self.name}: {found}, expected {size}")
 
     def truncated(self, chi: int) -> LinearSpec:
         """The same layer with every MPO bond cut to its first `chi` values."""
@@ -166,8 +208,9 @@ class VectorSpec:
     dtype: FloatType
 
     def __post_init__(self) -> None:
-        require(0 < len(self.name) <= 200 and self.name.isascii() and self.name.isprintable(), "vector name: bad text")
+        require_name("vector name", self.name)
         require_sizes(self.name, (self.size,))
+        require_choice(f"{self.name}: dtype", self.dtype, FLOATS)
 
 
 FileName = Literal[
@@ -183,47 +226,18 @@ class FileSpec:
     size: int
 
     def __post_init__(self) -> None:
+        require_choice("file name", self.name, get_args(FileName))
         require_sizes(f"file {self.name}", (self.size,))
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where the weights came from and what was done to them."""
+class Layouts:
+    """How the bytes of integers and cores are laid out (SPEC.md, sections 5 and 6); version 0.1 knows one way."""
 
-    source: str
-    revision: str | None
-    source_sha256: str
-    exporter: str
-    options: dict[str, str]
-    calibration_sha256: str | None
+    integers: Literal["blocks-low-plane-first"] = "blocks-low-plane-first"
+    cores: Literal["right-left-out-in"] = "right-left-out-in"
+    bond_order: Literal["descending-importance"] = "descending-importance"
 
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """The compressed model against the dense one, in nats, on one text."""
-
-    text: str
-    text_sha256: str
-    tokens: int
-    window: int
-    perplexity: float
-    perplexity_error: float
-    dense_perplexity: float
-    kl_mean: float
-    kl_999: float
-    same_top1: float
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """The measured quality of a file, for the whole bonds (chi null) and for prefixes of them."""
-
-    chi: int | None
-    quality: Quality
-
-
-@dataclass(frozen=True, slots=True)
-class Certificates:
-    """All measured certificates of a file; empty where nothing was measured."""
-
-    entries: tuple[Certificate, ...]
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            require_choice(field.name, getattr(self, field.name), (field.default,))

@@ -26,8 +26,10 @@ from mpo_formats.architecture import ModelSpec
 from mpo_formats.codec import to_json
 from mpo_formats.errors import FormatError, OutputError
 from mpo_formats.layout import CERTIFICATE, CERTIFICATE_SIZE, PADDING, TensorSpec, file_tensors
+from mpo_formats.packing import first_not_finite
+from mpo_formats.provenance import Certificates
 from mpo_formats.reader import FORMAT, NUMPY, VERSION
-from mpo_formats.spec import Certificates
+from mpo_formats.spec import Layouts
 
 TEMPORARY = ".partial"
 
@@ -48,8 +50,8 @@ class MpoWriter:
         self.path = Path(path)
         if self.path.is_dir():
             raise OutputError(f"{self.path}: is a folder; give the name of a file with --out")
-        if not force and self.path.exists():
-            raise OutputError(f"{self.path}: exists already; give another name with --out or overwrite it with --force")
+        self._force = force
+        self._refuse_existing()
         self.spec = spec
         self._tensors = file_tensors(spec)
         self._next = 0
@@ -67,6 +69,10 @@ class MpoWriter:
             self._discard()
             raise
 
+    def _refuse_existing(self) -> None:
+        if not self._force and os.path.lexists(self.path):
+            raise OutputError(f"{self.path}: exists already; give another name with --out or overwrite it with --force")
+
     def _reserve(self, header_size: int) -> None:
         """Claims the file's whole size, so that a full disk is known before the work and not after it."""
         size = header_size + sum(tensor.size for tensor in self._tensors)
@@ -83,7 +89,7 @@ class MpoWriter:
             yield
         except OSError as error:
             size = sum(tensor.size for tensor in self._tensors)
-            raise OutputError(f"{self.path}: cannot write {size / 1e6:.1f} MB ({error.strerror}); "
+            raise OutputError(f"{self.path}: cannot write {size / 1e6:.1f} MB ({error.strerror or error}); "
                               "free some space or give another folder with --out") from error  # fmt: skip
 
     def pending(self) -> Iterator[TensorSpec]:
@@ -95,12 +101,16 @@ class MpoWriter:
         """Appends one tensor, which must be the next pending one; bf16 is given as uint16 bit patterns.
 
         Raises:
-            FormatError: when name, element type or shape is not the expected one.
+            FormatError: when name, element type or shape is not the expected one, or a value is not finite.
+            OutputError: when the disk refuses the bytes.
         """
         tensor = self._tensors[self._next]
         if name != tensor.name or array.shape != tensor.shape or array.dtype != NUMPY[tensor.dtype]:
-            raise FormatError(f"{self.path.name}: expected tensor {tensor.name} {tensor.dtype} {list(tensor.shape)}, "
-                              f"found {name} {array.dtype} {list(array.shape)}")  # fmt: skip
+            raise FormatError(f"{self.path.name}: expected tensor {tensor}, found {name} {array.dtype} "
+                              f"{list(array.shape)}")  # fmt: skip
+        index = first_not_finite(array, tensor.dtype)
+        if index is not None:
+            raise FormatError(f"{self.path.name}: {name}: element {index} is not finite")
         with self._disk_errors():
             self._append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             self._next += 1
@@ -120,6 +130,7 @@ class MpoWriter:
 
         Raises:
             FormatError: when tensors are missing.
+            OutputError: when the disk refuses the bytes, or the target has appeared meanwhile.
         """
         if self._tensors[self._next].name != CERTIFICATE:
             raise FormatError(f"{self.path.name}: tensor {self._tensors[self._next].name} was never written")
@@ -132,6 +143,7 @@ class MpoWriter:
         with self._disk_errors():
             os.fsync(self._file.fileno())
             self._file.close()
+            self._refuse_existing()  # it may have appeared while the tensors were computed
             os.replace(self.temporary, self.path)
             self._committed = True
             sync_folder(self.path.parent)
@@ -147,7 +159,9 @@ class MpoWriter:
             self._file.flush()
 
     def _discard(self) -> None:
-        self._file.close()
+        # Closing writes what is buffered, and fails again where the disk is full.
+        with contextlib.suppress(OSError):
+            self._file.close()
         with contextlib.suppress(FileNotFoundError):
             self.temporary.unlink()
 
@@ -166,6 +180,7 @@ def spec_metadata(spec: ModelSpec) -> dict[str, str]:
     return {
         "format": FORMAT,
         "version": VERSION,
+        "layouts": to_json(Layouts()),
         "architecture": to_json(spec.architecture),
         "layers": to_json(spec_rows(spec.linears)),
         "vectors": to_json(spec_rows(spec.vectors)),
@@ -184,5 +199,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems order renames by themselves and know no such call.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(descriptor)

@@ -1,0 +1,82 @@
+# One virtual environment, .venv, for everything. Stamp files in it keep installs from being repeated.
+#   make demo PYTHON=python3.12        another interpreter
+#   make test PYTEST_ARGS="-k kernels" some of the tests
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_runtime/csrc/*)
+
+.PHONY: help demo test test-long check format bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       install, export the embedded model, answer one prompt"
+	@echo "make test       install the tools, run the tests and the quality gates"
+	@echo "make test-long  the suites that take minutes"
+	@echo "make check      ruff (lint and format) and mypy alone"
+	@echo "make format     let ruff mend what it can"
+	@echo "make bench      run the benchmarks"
+	@echo "make clean      remove .venv, builds, caches and demo.mpo"
+
+demo: $(VENV)/.installed-export
+	$(BIN)/mpo-export demo --chi 32 --force --out demo.mpo
+	$(BIN)/mpo-run chat demo.mpo --prompt "What is a habitat?"
+
+# The quality gates (make check) are tests too: tests/test_contracts.py.
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long -o timeout=3600 $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+# Every benchmarks/bench_*.py is a script that runs without arguments and prints what it measured.
+bench: $(VENV)/.installed-export
+	@set -e; found=0; \
+	for script in benchmarks/bench_*.py; do \
+	  [ -e "$$script" ] || continue; \
+	  found=1; echo "== $$script"; $(BIN)/python "$$script"; \
+	done; \
+	[ $$found = 1 ] || { echo "make bench: there is no benchmarks/bench_*.py" >&2; exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist demo.mpo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find mpo_runtime formats exporter benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The constraints always go with an install: without them pip may fetch another torch, gigabytes of it.
+$(VENV)/.installed-export: $(VENV)/.created $(BUILD_INPUTS)
+	$(PIP) install -c constraints.txt -e '.[export]'
+	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created $(BUILD_INPUTS)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
+	@touch $@ $(VENV)/.installed-export
+
+$(VENV)/.created:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "Missing: $(PYTHON) was not found. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Missing: Python 3.11 or newer; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Name another: make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "Missing: $(PYTHON) has no venv module. On Debian and Ubuntu: apt-get install python3-venv" >&2; \
+	  exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  echo "Notice: no C++ compiler was found; the install goes on without native kernels (slower)." >&2
+	@"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  echo "Notice: Python.h was not found (python3-dev); the install goes on without native kernels (slower)." >&2
+	"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@

@@ -1,0 +1,1 @@
+"""Compresses decoder models into `.mpo` files."""

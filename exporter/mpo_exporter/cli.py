@@ -1,0 +1,81 @@
+"""mpo-export: a dense model in, a compressed `.mpo` file out."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpo_runtime.cli import console
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=True)
+
+
+class Plan(StrEnum):
+    """The named plans."""
+
+    AUTO = "auto"
+    PAPER = "paper"
+    INT4 = "int4"
+    DENSE = "dense"
+
+
+def show_version(wanted: bool) -> None:
+    """Prints the version and ends the program."""
+    if wanted:
+        from mpo_runtime import __version__
+
+        typer.echo(f"mpo-runtime {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Add --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.",
+)
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="demo (embedded), granite, granite-2b, a Hugging Face folder, or a hub id owner/name.",
+            show_default=False,
+        ),
+    ],
+    chi: Annotated[int, typer.Option(help="The largest bond dimension of the cores.")] = 32,
+    cores: Annotated[int, typer.Option(help="Cores of each operator.")] = 2,
+    plan: Annotated[
+        Plan,
+        typer.Option(
+            help="auto: int4 corrected by int8 cores; paper: fp16 cores replace most matrices, int4 the rest; "
+            "int4: no cores; dense: bf16 as it is."
+        ),
+    ] = Plan.AUTO,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.mpo")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite an existing file.")] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option("--eval-text", help="Held-out text to measure on.", show_default="the embedded test texts"),
+    ] = None,
+    measure_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens to measure on; 0 measures nothing.", show_default="as many as take about a minute"),
+    ] = None,
+    device: Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compress a decoder model into one .mpo file and report what that cost."""
+    from mpo_exporter.command import run_export
+
+    run_export(model, plan.value, chi, cores, out, force, text, measure_tokens, device, threads)
+
+
+def main() -> None:
+    """The entry point of mpo-export."""
+    console.run(app, "mpo-export")

@@ -1,0 +1,79 @@
+"""What mpo-export does: find the source, export, report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from mpo_exporter.export import Result, export
+from mpo_exporter.plan import Options
+from mpo_exporter.report import print_report
+from mpo_exporter.sources import data_folder, find_source
+from mpo_formats import ConfigError
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.cli import console
+from mpo_runtime.model import read_text_files
+from mpo_runtime.texts import TokenText, read_tokens
+
+# Multiply-adds and tokens that measuring may take if the user says nothing: at most a minute on two slow cores.
+MEASURE_BUDGET = 2e11
+MOST_TOKENS = 20_000
+LEAST_TOKENS = 512
+
+
+def run_export(
+    model: str,
+    plan: str,
+    chi: int,
+    cores: int,
+    out: Path | None,
+    force: bool,
+    text: Path | None,
+    measure_tokens: int | None,
+    device: str,
+    threads: int | None,
+) -> Result:
+    """Exports a model and prints the report."""
+    options = Options(plan, chi, cores)
+    if threads is not None:
+        import torch
+
+        if threads < 1:
+            raise ConfigError(f"--threads {threads}: expected at least 1")
+        torch.set_num_threads(threads)
+    source = find_source(model)
+    target = out or Path(f"{source.name}.mpo")
+    held_out, reason = held_out_text(source.folder, text, measure_tokens)
+    print(f"exporting {source.name} to {target} (plan {plan}, χ ≤ {chi})", flush=True)
+    with console.progress("export") as update:
+        result = export(
+            source.folder,
+            target,
+            options,
+            force=force,
+            revision=source.revision,
+            text=held_out,
+            device=device,
+            progress=update,
+        )
+    print_report(result, held_out, reason)
+    return result
+
+
+def held_out_text(folder: Path, text: Path | None, tokens: int | None) -> tuple[TokenText | None, str]:
+    """The tokens to measure on, or None and the reason why nothing is measured."""
+    if tokens == 0:
+        return None, "--measure-tokens 0"
+    source = Checkpoint(folder)
+    tokenizer, template = read_text_files(source)
+    parameters = source.architecture.parameters()
+    source.close()
+    if tokenizer is None:
+        return None, "the model has no tokenizer.json"
+    whole = read_tokens(text or data_folder() / "evaluation.jsonl", tokenizer, template)
+    budget = min(int(MEASURE_BUDGET / parameters), MOST_TOKENS) if tokens is None else tokens
+    if tokens is None and budget < LEAST_TOKENS:
+        return None, "the model is large for this machine; give --measure-tokens N to measure all the same"
+    if budget >= whole.ids.size:
+        return whole, ""
+    return replace(whole, name=f"{whole.name} (first {budget} tokens)", ids=whole.ids[:budget]), ""

@@ -1,0 +1,1 @@
+"""Fitting cores to a matrix, one method a file."""

@@ -1,0 +1,62 @@
+"""How a matrix [O, I] is reshaped for n cores: O = o_1 ⋯ o_n and I = i_1 ⋯ i_n."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from mpo_formats import PlanError
+
+
+def balanced_dims(size: int, count: int) -> tuple[int, ...]:
+    """Splits `size` into `count` factors that multiply to it exactly and are as equal as its primes allow.
+
+    Every size has such a split: one that does not factor evenly gets unequal factors, a prime p becomes (p, 1, …). Primes
+    are dealt from the largest to the factor that is smallest so far; factors come in descending order.
+
+    Raises:
+        PlanError: for fewer than two factors or a size below one.
+    """
+    if count < 2 or size < 1:
+        raise PlanError(f"cores: expected a size of at least 1 and at least 2 cores, found {size} and {count}")
+    factors = [1] * count
+    for prime in reversed(prime_factors(size)):
+        factors[factors.index(min(factors))] *= prime
+    return tuple(sorted(factors, reverse=True))
+
+
+def prime_factors(size: int) -> list[int]:
+    """The prime factors of `size` in ascending order, with multiplicity."""
+    primes, divisor = [], 2
+    while divisor * divisor <= size:
+        while size % divisor == 0:
+            primes.append(divisor)
+            size //= divisor
+        divisor += 1
+    return primes + ([size] if size > 1 else [])
+
+
+def balanced_shape(rows: int, columns: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Balanced out_dims and in_dims whose cores o_k · i_k are as equal as possible.
+
+    Of all orders of the input factors, the one with the smallest Σ o_k · i_k, which is the number of parameters per bond
+    of a two-core operator.
+    """
+    out_dims, in_dims = balanced_dims(rows, count), balanced_dims(columns, count)
+    best = min(
+        itertools.permutations(in_dims) if count <= 6 else [in_dims[::-1]],
+        key=lambda dims: sum(o * i for o, i in zip(out_dims, dims, strict=True)),
+    )
+    return out_dims, tuple(best)
+
+
+def low_rank_shape(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shape (O, 1) × (1, I): truncated SVD as a member of the MPO family."""
+    return (rows, 1), (1, columns)
+
+
+def parameters(out_dims: tuple[int, ...], in_dims: tuple[int, ...], bonds: tuple[int, ...]) -> int:
+    """The number of weights in the cores."""
+    ends = (1, *bonds, 1)
+    sizes = zip(ends, out_dims, in_dims, ends[1:], strict=False)
+    return sum(math.prod(core) for core in sizes)

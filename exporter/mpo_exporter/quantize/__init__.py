@@ -1,0 +1,1 @@
+"""Quantising a matrix, one method a file."""

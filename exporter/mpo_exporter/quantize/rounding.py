@@ -1,0 +1,93 @@
+"""Round-to-nearest integers with a searched scale, group by group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_formats import ConfigError
+from mpo_formats.packing import pack
+from mpo_formats.spec import GROUPS
+
+Matrix = NDArray[np.float64]
+# The extreme value of a group may be clipped by up to a quarter where that lowers the squared error.
+SHRINK = np.linspace(0.75, 1.05, 13)
+# Values rounded at a time, which bounds the memory that the search takes.
+BLOCK = 1 << 21
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """A quantised matrix: codes [rows, columns], scales [rows, groups] and zeros, or None for 2^(bits−1)."""
+
+    codes: NDArray[np.uint8]
+    scale: NDArray[np.float16]
+    zero: NDArray[np.float16] | None
+    bits: int
+    group: int
+
+    def matrix(self) -> Matrix:
+        """scale · (q − zero) in float64."""
+        rows, groups = self.scale.shape
+        grouped = self.codes.reshape(rows, groups, -1).astype(np.float64)
+        zero = float(1 << (self.bits - 1)) if self.zero is None else self.zero.astype(np.float64)[..., None]
+        return (self.scale.astype(np.float64)[..., None] * (grouped - zero)).reshape(rows, -1)
+
+    def planes(self) -> list[NDArray[np.uint8]]:
+        """The packed planes, low bits first."""
+        return pack(self.codes, self.bits, self.group)
+
+
+def fitting_group(columns: int, wanted: int) -> int | None:
+    """The largest allowed group of at most `wanted` that divides a row, or None: such a row stays in bf16.
+
+    This is the rule for rows that the group does not divide: 172 = 4 · 43 is divided by no group, so its matrix is stored
+    dense.
+    """
+    return max((group for group in GROUPS if group <= wanted and columns % group == 0), default=None)
+
+
+def round_to_nearest(matrix: Matrix, bits: int, group: int) -> Integers:
+    """Quantises [rows, columns] symmetrically: w ≈ scale · (q − 2^(bits−1)).
+
+    Each group's scale puts its value of largest magnitude at the end of the code range, −2^(bits−1), times the shrink
+    factor that leaves the smallest squared error.
+
+    Raises:
+        ConfigError: when the matrix has values that are not finite, or too large for half-precision scales.
+    """
+    if not np.isfinite(matrix).all():
+        raise ConfigError("matrix: has values that are not finite; check the source model")
+    step = max(1, BLOCK // matrix.shape[1])
+    parts = [_round_rows(matrix[start : start + step], bits, group) for start in range(0, matrix.shape[0], step)]
+    codes, scale = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Integers(codes, scale, None, bits, group)
+
+
+def _round_rows(matrix: Matrix, bits: int, group: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    rows, columns = matrix.shape
+    half = 1 << (bits - 1)
+    grouped = matrix.reshape(rows, columns // group, group)
+    index = np.abs(grouped).argmax(-1)[..., None]
+    extreme = np.take_along_axis(grouped, index, -1)  # [rows, groups, 1]
+    if float(np.abs(extreme).max(initial=0.0)) / half > float(np.finfo(np.float16).max):
+        raise ConfigError("matrix: values exceed the range of half-precision scales; store this layer dense")
+    best = np.full(extreme.shape, np.inf)
+    scale = np.zeros(extreme.shape, np.float16)
+    for shrink in SHRINK:
+        candidate = (-extreme / half * shrink).astype(np.float16)
+        error = np.square(_codes(grouped, candidate, half) * candidate.astype(np.float64) - grouped).sum(
+            -1, keepdims=True
+        )
+        better = error < best
+        scale, best = np.where(better, candidate, scale), np.where(better, error, best)
+    codes = (_codes(grouped, scale, half) + half).astype(np.uint8).reshape(rows, columns)
+    return codes, scale[..., 0]
+
+
+def _codes(grouped: Matrix, scale: NDArray[np.float16], half: int) -> Matrix:
+    wide = scale.astype(np.float64)
+    quotient = np.divide(grouped, wide, out=np.zeros_like(grouped), where=wide != 0)
+    return np.clip(np.rint(quotient), -half, half - 1)

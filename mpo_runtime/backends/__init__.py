@@ -1,0 +1,1 @@
+"""Backends: complete implementations of the op set."""

@@ -1,0 +1,92 @@
+"""The op set: what a model needs and a backend provides. A model is written once; a backend is a complete set of ops.
+
+Arrays are opaque to the models: torch tensors or numpy arrays, whatever the backend takes. Shapes: B rows, S new tokens,
+H query heads, K key-value heads, D head size, E hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_formats import Architecture
+
+Array = Any
+
+
+class Cache(Protocol):
+    """A preallocated KV cache; every row has its own length."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into a row."""
+        ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each row."""
+        ...
+
+    def advance(self, counts: list[int]) -> None:
+        """Counts the new tokens of each row as held; what was appended beyond them will be overwritten."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forgets all tokens from position `length` on, in every row."""
+        ...
+
+
+class Ops(Protocol):
+    """A complete backend."""
+
+    name: str
+
+    def weights(self, layer: str) -> Array:
+        """The loaded layer or vector of that name."""
+        ...
+
+    def ids(self, rows: list[list[int]]) -> Array:
+        """Token ids [B, S] as the backend's integers."""
+        ...
+
+    def to_numpy(self, array: Array) -> NDArray[np.float32]:
+        """A float array of the backend as numpy float32."""
+        ...
+
+    def new_cache(self, architecture: Architecture, rows: int, capacity: int) -> Cache:
+        """Allocates an empty KV cache."""
+        ...
+
+    def embed(self, table: Array, ids: Array, multiplier: float) -> Array:
+        """Token ids [B, S] to multiplier · rows [B, S, E]."""
+        ...
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / √(mean x² + eps) · weight (Zhang & Sennrich 2019)."""
+        ...
+
+    def linear(self, layer: Array, x: Array) -> Array:
+        """Σ_t term_t(x) + bias."""
+        ...
+
+    def rope_and_append(self, q: Array, k: Array, v: Array, cache: Any, block: int) -> Array:
+        """Rotates q [B, S, H·D] and k [B, S, K·D] by position, appends k and v to the cache; returns q [B, H, S, D]."""
+        ...
+
+    def attention(self, q: Array, cache: Any, block: int, scale: float) -> Array:
+        """Causal grouped-query attention of q [B, H, S, D] over the cache, as [B, S, H·D]."""
+        ...
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        """silu(gate) · up (Shazeer 2020)."""
+        ...
+
+    def add_scaled(self, x: Array, y: Array, scale: float) -> Array:
+        """x + scale · y."""
+        ...
+
+    def logits(self, head: Array, x: Array, scaling: float) -> Array:
+        """head(x) / scaling [..., vocabulary]."""
+        ...

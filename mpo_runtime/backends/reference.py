@@ -1,0 +1,168 @@
+"""The reference backend: plain torch in float32, the numerical truth; differentiable, so healing uses it too."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpo_formats import Architecture, ConfigError, Rope
+from mpo_runtime.layers.linear import Linear, float_tensor, load_linear
+from mpo_runtime.memory import available_memory
+from mpo_runtime.weights import Weights
+
+# Float matrices are held when they take at most this share of the memory that is free.
+HELD_SHARE = 0.6
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """The rotation per position of each pair [D/2]: θ^(−2j/D) (Su et al. 2021), scaled linearly or as Llama 3.1 does.
+
+    Llama 3.1: wavelengths below original/high_freq_factor stay, those above original/low_freq_factor are stretched by
+    `factor`, those between are blended.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = rope.theta**-exponents
+    if rope.scaling == "linear":
+        return frequencies / rope.factor
+    if rope.scaling == "llama3":
+        turns = rope.original_max_position_embeddings * frequencies / (2 * torch.pi)
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = blend.clamp(0, 1)
+        return frequencies * (blend + (1 - blend) / rope.factor)
+    return frequencies
+
+
+class TorchCache:
+    """Keys and values [2, B, K, capacity, D] of each block, in float32; apart, so that gradients flow through."""
+
+    def __init__(self, architecture: Architecture, rows: int, capacity: int, device: torch.device) -> None:
+        heads, size = architecture.num_key_value_heads, architecture.head_dim
+        self.capacity = capacity
+        self.lengths = [0] * rows
+        shape = (2, rows, heads, capacity, size)
+        self.device = device
+        self.held = [torch.zeros(shape, device=device) for _ in range(architecture.num_hidden_layers)]
+
+    def positions(self, count: int) -> Tensor:
+        """The positions [B, S] of `count` new tokens in each row."""
+        starts = torch.tensor(self.lengths, device=self.device)
+        return starts[:, None] + torch.arange(count, device=self.device)
+
+    def advance(self, counts: list[int]) -> None:
+        """Counts the new tokens of each row as held."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def rewind(self, length: int) -> None:
+        """Forgets all tokens from position `length` on."""
+        self.lengths = [min(length, held) for held in self.lengths]
+
+
+class ReferenceOps:
+    """The op set in plain torch.
+
+    Args:
+        weights: an open file or folder.
+        chi: cuts every MPO bond to its first `chi` values.
+        device: a torch device name.
+        held: keeps all matrices in float32; None decides by the memory that is free, and rebuilds integer and bf16
+            matrices at every use where it would not suffice.
+    """
+
+    name = "reference"
+
+    def __init__(
+        self, weights: Weights, *, chi: int | None = None, device: str = "cpu", held: bool | None = None
+    ) -> None:
+        spec = weights.spec
+        self.device = torch.device(device)
+        if held is None:
+            held = spec.architecture.parameters() * 4 <= HELD_SHARE * available_memory()
+        self.held = held
+        self.linears: dict[str, Linear] = {
+            linear.name: load_linear(weights, linear, chi=chi, held=held, device=self.device) for linear in spec.linears
+        }
+        self.vectors: dict[str, Tensor] = {
+            vector.name: float_tensor(weights, f"{vector.name}.weight").to(self.device) for vector in spec.vectors
+        }
+        self.frequencies = inverse_frequencies(spec.architecture.rope, spec.architecture.head_dim).to(self.device)
+
+    def weights(self, layer: str) -> Linear | Tensor:
+        """The loaded layer or vector of that name."""
+        return self.linears[layer] if layer in self.linears else self.vectors[layer]
+
+    def ids(self, rows: list[list[int]]) -> Tensor:
+        """Token ids [B, S]."""
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def to_numpy(self, array: Tensor) -> NDArray[np.float32]:
+        """A tensor as numpy float32."""
+        return array.detach().float().cpu().numpy()
+
+    def new_cache(self, architecture: Architecture, rows: int, capacity: int) -> TorchCache:
+        """Allocates an empty KV cache."""
+        if capacity > architecture.max_position_embeddings:
+            limit = architecture.max_position_embeddings
+            raise ConfigError(f"context of {capacity} tokens: the model was made for {limit}; lower --ctx-size")
+        return TorchCache(architecture, rows, capacity, self.device)
+
+    def embed(self, table: Linear, ids: Tensor, multiplier: float) -> Tensor:
+        """Token ids [B, S] to multiplier · rows [B, S, E]."""
+        return table.rows(ids) * multiplier
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / √(mean x² + eps) · weight (Zhang & Sennrich 2019)."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        """Σ_t term_t(x) + bias."""
+        return layer.apply(x)
+
+    def rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache, block: int) -> Tensor:
+        """Rotates q [B, S, H·D] and k [B, S, K·D] by position, appends k and v to the cache; returns q [B, H, S, D]."""
+        rows, count, _ = q.shape
+        held = cache.held[block]
+        _, _, heads, _, size = held.shape
+        positions = cache.positions(count)
+        angles = positions[:, None, :, None].float() * self.frequencies  # [B, 1, S, D/2]
+        cosine, sine = angles.cos(), angles.sin()
+        k = rotate(k.view(rows, count, heads, size).transpose(1, 2), cosine, sine)
+        v = v.view(rows, count, heads, size).transpose(1, 2)
+        for row, start in enumerate(cache.lengths):
+            kept = min(count, cache.capacity - start)  # the padding of a short row may reach past the end
+            held[0, row, :, start : start + kept] = k[row, :, :kept]
+            held[1, row, :, start : start + kept] = v[row, :, :kept]
+        return rotate(q.view(rows, count, -1, size).transpose(1, 2), cosine, sine)
+
+    def attention(self, q: Tensor, cache: TorchCache, block: int, scale: float) -> Tensor:
+        """Causal grouped-query attention of q [B, H, S, D] over the cache, as [B, S, H·D]."""
+        rows, heads, count, size = q.shape
+        end = min(max(cache.lengths) + count, cache.capacity)
+        k, v = cache.held[block][:, :, :, :end]  # [B, K, end, D] each
+        group = heads // k.shape[1]
+        q = q.reshape(rows, k.shape[1], group, count, size)
+        scores = torch.einsum("bkgsd,bktd->bkgst", q, k) * scale
+        visible = torch.arange(end, device=q.device) <= cache.positions(count)[:, :, None]  # [B, S, end]
+        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+        mixed = torch.einsum("bkgst,bktd->bskgd", scores.softmax(-1), v)
+        return mixed.reshape(rows, count, heads * size)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) · up (Shazeer 2020)."""
+        return F.silu(gate) * up
+
+    def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
+        """x + scale · y."""
+        return x + scale * y
+
+    def logits(self, head: Linear, x: Tensor, scaling: float) -> Tensor:
+        """head(x) / scaling [..., vocabulary]."""
+        return head.apply(x) / scaling
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotates the halves of x [..., D] against each other by the angles [..., D/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

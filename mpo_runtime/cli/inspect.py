@@ -1,0 +1,120 @@
+"""info and verify: what a file holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpo_formats import Dense, LinearSpec, ModelSpec, MpoFile, Quantized, Term
+from mpo_formats.errors import ConfigError
+from mpo_formats.layout import content_tensors, linear_bytes
+from mpo_runtime import kernels
+from mpo_runtime.cli.console import size_text
+from mpo_runtime.weights import open_weights
+
+
+def term_text(term: Term) -> str:
+    """A term in a few words, such as `int4/32` or `mpo χ=32 (64×64)·(64×64) f16`."""
+    if isinstance(term, Dense):
+        return term.dtype
+    if isinstance(term, Quantized):
+        return f"int{term.bits}/{term.group}"
+    factors = "·".join(f"({o}×{i})" for o, i in zip(term.out_dims, term.in_dims, strict=True))
+    return f"mpo χ={','.join(map(str, term.bonds))} {factors} {term.dtype}"
+
+
+def layer_text(linear: LinearSpec) -> str:
+    """A layer's terms, summed."""
+    return " + ".join(map(term_text, linear.terms))
+
+
+def stored_parameters(spec: ModelSpec) -> int:
+    """Numbers that the file stores: matrix entries, core entries, biases and norms."""
+    total = sum(vector.size for vector in spec.vectors)
+    for linear in spec.linears:
+        total += linear.out_features if linear.bias else 0
+        for term in linear.terms:
+            if isinstance(term, Dense | Quantized):
+                total += linear.out_features * linear.in_features
+            else:
+                total += sum(a * b * c * d for a, b, c, d in term.core_shapes())
+    return total
+
+
+def prefixes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """Useful values of --chi: powers of two up to the largest bond, with the bytes that are then read."""
+    largest = spec.largest_bond()
+    values = sorted(
+        {*(1 << k for k in range(largest.bit_length()) if 1 << k < largest), *([largest] if largest else [])}
+    )
+    fixed = sum(tensor.size for tensor in content_tensors(spec)) - sum(map(linear_bytes, spec.linears))
+    return [(chi, fixed + sum(linear_bytes(linear.truncated(chi)) for linear in spec.linears)) for chi in values]
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """All that info prints, as plain data."""
+    weights = open_weights(file)
+    spec = weights.spec
+    parameters = spec.architecture.parameters()
+    size = weights.size if isinstance(weights, MpoFile) else sum(tensor.size for tensor in content_tensors(spec))
+    measured = weights.certificates().entries if isinstance(weights, MpoFile) else ()
+    return {
+        "file": str(file),
+        "bytes": size,
+        "bits_per_weight": size * 8 / parameters,
+        "parameters": parameters,
+        "stored_parameters": stored_parameters(spec),
+        "architecture": asdict(spec.architecture),
+        "layers": {linear.name: layer_text(linear) for linear in spec.linears},
+        "prefixes": [{"chi": chi, "bytes": count} for chi, count in prefixes(spec)],
+        "files": [embedded.name for embedded in spec.files],
+        "provenance": asdict(spec.provenance),
+        "quality": [asdict(entry) for entry in measured],
+        "backend": {"name": "reference", **kernels.active()},
+    }
+
+
+def show_info(file: Path, layers: bool, as_json: bool) -> None:
+    """Prints what a file holds."""
+    facts = describe(file)
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    model, origin = facts["architecture"], facts["provenance"]
+    print(f"{facts['file']}: {model['model_type']}, {facts['parameters']:,} parameters of the dense model, "
+          f"{facts['stored_parameters']:,} numbers stored")  # fmt: skip
+    print(f"size          {size_text(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits per weight")
+    print(f"architecture  {model['num_hidden_layers']} blocks, hidden {model['hidden_size']}, MLP {model['intermediate_size']}, "
+          f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} key-value heads, "
+          f"vocabulary {model['vocab_size']}, context {model['max_position_embeddings']}")  # fmt: skip
+    for terms, count in Counter(facts["layers"].values()).most_common():
+        print(f"layers        {count} × {terms}")
+    if layers:
+        for name, terms in facts["layers"].items():
+            print(f"  {name}: {terms}")
+    if facts["prefixes"]:
+        row = ", ".join(f"{item['chi']} ({size_text(item['bytes'])})" for item in facts["prefixes"])
+        print(f"--chi         {row} read")
+    print(f"files         {', '.join(facts['files']) or 'none'}")
+    options = " ".join(f"{key}={value}" for key, value in origin["options"].items())
+    if origin["exporter"]:
+        print(f"made from     {origin['source']} by {origin['exporter']} {options}")
+    for entry in facts["quality"]:
+        quality = entry["quality"]
+        which = "whole file" if entry["chi"] is None else f"--chi {entry['chi']}"
+        print(f"quality       {which}: perplexity {quality['perplexity']:.3f} ± {quality['perplexity_error']:.3f} "
+              f"(dense {quality['dense_perplexity']:.3f}), KL {quality['kl_mean']:.5f}, "
+              f"same top token {100 * quality['same_top1']:.1f} %, {quality['tokens']} tokens of {quality['text']}")  # fmt: skip
+    print("runs on       " + ", ".join(f"{key} {value}" for key, value in facts["backend"].items()))
+
+
+def verify_file(file: Path) -> None:
+    """Checks structure, checksums and values of a `.mpo` file, and says how much was checked."""
+    if file.is_dir():
+        raise ConfigError(f"{file}: is a folder; verify takes a .mpo file")
+    with MpoFile(file) as opened:
+        count = opened.verify()
+        print(f"{file}: whole ({count} tensors, {size_text(opened.size)}: structure, checksums and values are right)")

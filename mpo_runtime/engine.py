@@ -1,0 +1,134 @@
+"""Generation over token ids: prefill in chunks, then one token a step. The engine knows ids only, no text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_formats import Architecture, ConfigError
+from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.sampler import Sampler, SamplingOptions
+
+Finish = Literal["stop", "length"]
+PREFILL_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One generated token; `finish` is set on the last one."""
+
+    token: int
+    logprob: float
+    logits: NDArray[np.float32]
+    finish: Finish | None
+
+
+class Engine:
+    """One conversation's state: a model and a KV cache of one row.
+
+    A prompt that starts with the tokens already in the cache reuses them. One generation runs at a time; a second
+    thread waits.
+    """
+
+    def __init__(self, model: GraniteModel, *, context: int | None = None, chunk: int = PREFILL_CHUNK) -> None:
+        self.model = model
+        self.context = default_context(model.architecture, context)
+        if self.context < 2:
+            raise ConfigError(f"context: expected at least 2 tokens, found {self.context}; raise --ctx-size")
+        self.chunk = chunk
+        self.cache = model.ops.new_cache(self.architecture, 1, self.context)
+        self.held: list[int] = []
+        self.lock = threading.Lock()
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's architecture."""
+        return self.model.architecture
+
+    def prefill(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Runs the prompt through the model, except what the cache already holds.
+
+        Returns:
+            The logits [vocabulary] after the last id.
+
+        Raises:
+            ConfigError: when the prompt is empty, longer than the context, or has an id outside the vocabulary.
+        """
+        check_prompt(ids, self.context, self.architecture.vocab_size)
+        shared = shared_prefix(self.held, ids[:-1])
+        self.cache.rewind(shared)
+        self.held = list(ids[:shared])
+        hidden: Any = None
+        for start in range(shared, len(ids), self.chunk):
+            part = list(ids[start : start + self.chunk])
+            hidden = self.model.hidden(self.model.ops.ids([part]), self.cache, [len(part)])
+            self.held += part
+        logits: NDArray[np.float32] = self.model.ops.to_numpy(self.model.logits(hidden[:, -1:]))[0, 0]
+        return logits
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        options: SamplingOptions,
+        *,
+        max_tokens: int | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Iterator[Step]:
+        """Yields tokens after the prompt `ids` until an end token, `max_tokens` or the end of the context.
+
+        Args:
+            options: how tokens are drawn; with a seed the result is reproducible.
+            max_tokens: None for as many as the context holds.
+            stop_ids: token ids that end the text; the model's end-of-text ids where None.
+        """
+        ends = self.architecture.eos_token_ids if stop_ids is None else stop_ids
+        room = self.context - len(ids)
+        limit = room if max_tokens is None else min(max_tokens, room)
+        sampler = Sampler(options)
+        with self.lock:
+            logits = self.prefill(ids)
+            history = list(ids)
+            for index in range(limit):
+                choice = sampler.sample(logits, history, prompt_length=len(ids))
+                history.append(choice.token)
+                finish: Finish | None = "stop" if choice.token in ends else None
+                if finish is None and index + 1 == limit:
+                    finish = "length"
+                yield Step(choice.token, choice.logprob, logits, finish)
+                if finish:
+                    return
+                logits = self.prefill(history)
+
+
+def default_context(architecture: Architecture, context: int | None) -> int:
+    """The context to allocate: as asked, at most what the model was made for; 4,096 tokens if nothing is said."""
+    longest = architecture.max_position_embeddings
+    if context is not None and context > longest:
+        raise ConfigError(f"context of {context} tokens: the model was made for {longest}; lower --ctx-size")
+    return context if context is not None else min(longest, 4096)
+
+
+def check_prompt(ids: Sequence[int], context: int, vocabulary: int) -> None:
+    """Raises ConfigError for a prompt that cannot be run."""
+    if not ids:
+        raise ConfigError("prompt: is empty; give at least one token of text")
+    if len(ids) >= context:
+        raise ConfigError(
+            f"prompt: {len(ids)} tokens do not fit into a context of {context}; shorten it or raise --ctx-size"
+        )
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocabulary:
+            raise ConfigError(f"prompt: token id {token} lies outside the vocabulary of {vocabulary}")
+
+
+def shared_prefix(held: Sequence[int], ids: Sequence[int]) -> int:
+    """How many leading ids both sequences share."""
+    for index, (left, right) in enumerate(zip(held, ids, strict=False)):
+        if left != right:
+            return index
+    return min(len(held), len(ids))

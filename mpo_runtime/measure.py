@@ -1,0 +1,164 @@
+"""Perplexity, Kullback-Leibler divergence and agreement of the most likely token, on documented windows of a text.
+
+A text of N tokens is cut into consecutive windows of W tokens, the last one shorter. Each window is run on its own, with
+the model's begin-of-text token in front where it has one, so that every token of the text is predicted once; without
+such a token the first of each window is not. Means are over predicted tokens. The standard error is that of the mean
+over windows, which are taken as independent: tokens of one window are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_formats import ConfigError
+from mpo_runtime.models.granite import GraniteModel
+
+Logits = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+DEFAULT_WINDOW = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood in nats, with its standard error, over `tokens` predictions."""
+
+    perplexity: float
+    error: float
+    nats: float
+    tokens: int
+    windows: int
+    window: int
+
+    def bits_per_byte(self, content_bytes: int) -> float:
+        """Total bits over the UTF-8 bytes of the text."""
+        return self.nats * self.tokens / math.log(2) / content_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A model against a reference on the same tokens: KL(reference ‖ model) in nats, and agreement of the top token."""
+
+    model: Perplexity
+    reference: Perplexity
+    kl_mean: float
+    kl_999: float
+    same_top1: float
+    cosine: float
+    mse: float
+
+
+def cut_windows(ids: NDArray[np.int64], model: GraniteModel, window: int | None) -> list[NDArray[np.int64]]:
+    """Cuts a text into windows, each led by the begin-of-text token where the model has one.
+
+    Raises:
+        ConfigError: for a window that does not fit into the model's context, or an id outside its vocabulary.
+    """
+    architecture = model.architecture
+    longest = architecture.max_position_embeddings
+    size = min(DEFAULT_WINDOW, longest) if window is None else window
+    if not 2 <= size <= longest:
+        raise ConfigError(f"window: expected 2 to {longest} tokens, found {size}")
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < architecture.vocab_size:
+        raise ConfigError(f"text: token id {int(ids.max())} lies outside the vocabulary of {architecture.vocab_size}; "
+                          "tokenise it with this model's tokenizer")  # fmt: skip
+    lead = [] if architecture.bos_token_id is None else [architecture.bos_token_id]
+    step = size - len(lead)
+    windows = [
+        np.concatenate((np.array(lead, np.int64), ids[start : start + step])) for start in range(0, ids.size, step)
+    ]
+    windows = [part for part in windows if part.size >= 2]
+    if not windows:
+        raise ConfigError("text: too short, expected at least 2 tokens")
+    return windows
+
+
+def window_logits(model: GraniteModel, window: NDArray[np.int64]) -> Logits:
+    """The logits [S − 1, vocabulary] that predict tokens 1 … S − 1 of a window."""
+    inputs = window[:-1].tolist()
+    cache = model.ops.new_cache(model.architecture, 1, len(inputs))
+    hidden = model.hidden(model.ops.ids([inputs]), cache, [len(inputs)])
+    logits: Logits = model.ops.to_numpy(model.logits(hidden))[0]
+    return logits
+
+
+def log_softmax(logits: Logits) -> Logits:
+    """Log-probabilities along the last axis."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: Logits = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def summarise(losses: list[NDArray[np.float64]], window: int) -> Perplexity:
+    """Perplexity and its standard error from the losses in nats of each window's tokens."""
+    tokens = sum(part.size for part in losses)
+    nats = float(sum(part.sum() for part in losses)) / tokens
+    if not math.isfinite(nats):
+        raise ConfigError("perplexity: the model's output is not finite; run mpo-run verify on the file")
+    # The ratio estimator's standard error over windows of unequal length.
+    deviations = np.array([part.sum() - nats * part.size for part in losses])
+    count = len(losses)
+    spread = math.sqrt(float((deviations**2).sum()) * count / max(count - 1, 1)) / tokens if count > 1 else math.nan
+    value = math.exp(min(nats, 700.0))
+    return Perplexity(value, value * spread, nats, tokens, count, window)
+
+
+def perplexity(
+    model: GraniteModel, ids: NDArray[np.int64], window: int | None = None, progress: Progress | None = None
+) -> Perplexity:
+    """Measures the perplexity of a text given as token ids [N]; `window` in tokens."""
+    windows = cut_windows(ids, model, window)
+    losses = []
+    for index, part in enumerate(windows):
+        scores = log_softmax(window_logits(model, part))
+        losses.append(-np.take_along_axis(scores, part[1:, None], -1)[:, 0].astype(np.float64))
+        if progress:
+            progress(index + 1, len(windows))
+    return summarise(losses, int(windows[0].size))
+
+
+def compare(
+    model: GraniteModel,
+    reference: GraniteModel | Callable[[NDArray[np.int64]], Logits],
+    ids: NDArray[np.int64],
+    window: int | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measures a model against a reference on the text `ids` [N]; `reference` is a model or gives a window's logits.
+
+    Raises:
+        ConfigError: when the two have different vocabularies.
+    """
+    windows = cut_windows(ids, model, window)
+    losses: tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]] = ([], [])
+    divergences, same, cosines, squares = [], 0, [], 0.0
+    for index, part in enumerate(windows):
+        ours = window_logits(model, part)
+        theirs = window_logits(reference, part) if isinstance(reference, GraniteModel) else reference(part)
+        if ours.shape != theirs.shape:
+            raise ConfigError(f"compare: vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens differ; "
+                              "give the model that the file was made from")  # fmt: skip
+        p, q = log_softmax(theirs), log_softmax(ours)
+        divergences.append((np.exp(p) * (p - q)).sum(-1, dtype=np.float64))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
+        cosines.append((ours * theirs).sum(-1) / np.maximum(norms, 1e-30))
+        squares += float(np.square(ours - theirs, dtype=np.float64).mean(-1).sum())
+        for scores, kept in zip((q, p), losses, strict=True):
+            kept.append(-np.take_along_axis(scores, part[1:, None], -1)[:, 0].astype(np.float64))
+        if progress:
+            progress(index + 1, len(windows))
+    divergence = np.concatenate(divergences)
+    return Comparison(
+        model=summarise(losses[0], int(windows[0].size)),
+        reference=summarise(losses[1], int(windows[0].size)),
+        kl_mean=float(divergence.mean()),
+        kl_999=float(np.quantile(divergence, 0.999)),
+        same_top1=same / divergence.size,
+        cosine=float(np.concatenate(cosines).mean()),
+        mse=squares / divergence.size,
+    )

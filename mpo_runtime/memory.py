@@ -1,0 +1,32 @@
+"""How much memory this process may take, and how much it has taken."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping, within the limits of a control group; 4 GiB where it is not told."""
+    available = 4 << 30
+    table = Path("/proc/meminfo")
+    if table.exists():
+        rows = dict(line.split(":", 1) for line in table.read_text().splitlines() if ":" in line)
+        available = int(rows["MemAvailable"].split()[0]) * 1024
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, max(0, int(text) - int(used.read_text())))
+    return available
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

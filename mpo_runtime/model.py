@@ -1,0 +1,238 @@
+"""The Python API: load a model, generate, chat, score."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from mpo_formats import ConfigError
+from mpo_runtime.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.sampler import SamplingOptions
+from mpo_runtime.stopping import StopMatcher
+from mpo_runtime.tokenizer import StreamDecoder, Tokenizer
+from mpo_runtime.weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from mpo_runtime.engine import Engine
+    from mpo_runtime.models.granite import GraniteModel
+
+Message = Mapping[str, Any]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of generated text.
+
+    `text` may be empty while a character or a possible stop string is incomplete. `finish` is set on the last piece:
+    `stop` at an end token or stop string, `length` when the limit or the context is reached.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The log-probability in nats of each token of a text after the first, and of their sum."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+    @property
+    def total(self) -> float:
+        """The sum of the log-probabilities."""
+        return sum(self.logprobs)
+
+
+class Model:
+    """A loaded model; a context manager.
+
+    Safe to use from several threads: one generation runs at a time, a second one waits for it. A generation that is not
+    read to its end must be closed (`iterator.close()`), or it keeps the others waiting.
+    """
+
+    def __init__(self, weights: Weights, network: GraniteModel, *, context: int | None = None) -> None:
+        from mpo_runtime.engine import Engine
+
+        self.weights = weights
+        self.network = network
+        self.engine: Engine = Engine(network, context=context)
+        self.tokenizer, self.template = read_text_files(weights)
+        self.lock = threading.RLock()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        sampling: SamplingOptions | None = None,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """Continues a text, or token ids.
+
+        Args:
+            prompt: text, which is tokenised with the begin-of-text token that the tokenizer asks for, or ids.
+            max_tokens: at most so many new tokens; None for as many as the context holds.
+            sampling: all sampling options at once.
+            stop: texts at which generation ends; they are not part of the result.
+            options: single sampling options by name (temperature=0.7, top_p=0.9, seed=1, …).
+
+        Raises:
+            ConfigError: for an empty or too long prompt, or an option that is unknown or out of range.
+        """
+        ids = self.text_tokenizer().encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        return self._pieces(ids, sampling_options(sampling, options), max_tokens, stop)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        sampling: SamplingOptions | None = None,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """Answers a conversation (`[{"role": "user", "content": "…"}]`) through the model's chat template.
+
+        Raises:
+            ConfigError: when the model has no chat template, or as `generate` does.
+        """
+        ids = self.encode_chat(messages)
+        return self._pieces(ids, sampling_options(sampling, options), max_tokens, stop)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins."""
+        if self.template is None:
+            raise ConfigError("chat: the model has no chat template; use generate with a plain prompt")
+        return encode_chat(self.template, self.text_tokenizer(), list(messages), add_generation_prompt=True)
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """The log-probability of each token of a text after its first, in one pass without generating."""
+        import numpy as np
+
+        from mpo_runtime.measure import log_softmax, window_logits
+
+        ids = self.text_tokenizer().encode(text, add_special_tokens=True) if isinstance(text, str) else list(text)
+        if len(ids) < 2:
+            raise ConfigError("score: expected at least 2 tokens")
+        scores = log_softmax(window_logits(self.network, np.array(ids)))
+        return Score(ids[1:], [float(row[token]) for row, token in zip(scores, ids[1:], strict=True)])
+
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises ConfigError where the model has none."""
+        if self.tokenizer is None:
+            raise ConfigError("the model has no tokenizer.json; give token ids instead of text")
+        return self.tokenizer
+
+    def _pieces(
+        self, ids: list[int], sampling: SamplingOptions, max_tokens: int | None, stop: Sequence[str]
+    ) -> Iterator[Piece]:
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens: expected at least 1, found {max_tokens}")
+        from mpo_runtime.engine import check_prompt
+
+        check_prompt(ids, self.engine.context, self.network.architecture.vocab_size)
+        return self._run(ids, sampling, max_tokens, stop)
+
+    def _run(
+        self, ids: list[int], sampling: SamplingOptions, max_tokens: int | None, stop: Sequence[str]
+    ) -> Iterator[Piece]:
+        decoder = StreamDecoder(self.tokenizer, context=ids) if self.tokenizer else None
+        matcher = StopMatcher(stop)
+        for step in self.engine.generate(ids, sampling, max_tokens=max_tokens):
+            text = decoder.push(step.token) if decoder and step.finish != "stop" else ""
+            if step.finish and decoder:
+                text += decoder.finish()
+            text, stopped = matcher.push(text)
+            if step.finish and not stopped:
+                text += matcher.flush()
+            yield Piece(text, step.token, step.logprob, "stop" if stopped else step.finish)
+            if stopped:
+                return
+
+    def close(self) -> None:
+        """Gives the mapped file back."""
+        self.weights.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(
+    path: str | Path,
+    *,
+    chi: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    context: int | None = None,
+    verify: bool = False,
+) -> Model:
+    """Loads a `.mpo` file or a Hugging Face folder.
+
+    Args:
+        chi: uses only the first `chi` values of every bond: a smaller, faster, rougher model from the same file.
+        device: `cpu`, or a torch device such as `cuda`.
+        threads: CPU threads; all cores where None.
+        context: tokens of the KV cache; what the model was made for, at most 4,096, where None.
+        verify: checks the file's checksums first.
+
+    Raises:
+        MpoError: for a missing, damaged or unsupported file, or an option out of range.
+    """
+    if chi is not None and chi < 1:
+        raise ConfigError(f"chi: expected at least 1, found {chi}")
+    weights = open_weights(path, verify=verify)
+    network = load_network(weights, chi=chi, device=device, threads=threads)
+    return Model(weights, network, context=context)
+
+
+def load_network(
+    weights: Weights, *, chi: int | None = None, device: str = "cpu", threads: int | None = None
+) -> GraniteModel:
+    """Loads the weights into a backend and returns the model over it; raises ConfigError for a device that is absent."""
+    import torch
+
+    from mpo_runtime.backends.reference import ReferenceOps
+    from mpo_runtime.models.granite import GraniteModel
+
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads: expected at least 1, found {threads}")
+        torch.set_num_threads(threads)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {device}: torch finds no CUDA device; use --device cpu")
+    return GraniteModel(weights.spec.architecture, ReferenceOps(weights, chi=chi, device=device))
+
+
+def read_text_files(weights: Weights) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer and chat template of a model, None for what it lacks."""
+    content = weights.file("tokenizer.json")
+    if content is None:
+        return None, None
+    settings = weights.file("tokenizer_config.json")
+    tokenizer = Tokenizer.from_bytes(content, json.loads(settings) if settings else None)
+    template = weights.file("chat_template.jinja")
+    return tokenizer, ChatTemplate(template.decode()) if template else None
+
+
+def sampling_options(sampling: SamplingOptions | None, options: Mapping[str, Any]) -> SamplingOptions:
+    """Sampling options with single ones replaced by name; raises ConfigError for an unknown name."""
+    try:
+        return replace(sampling or SamplingOptions(), **options)
+    except TypeError:
+        known = ", ".join(SamplingOptions.__dataclass_fields__)
+        raise ConfigError(f"options {', '.join(options)}: expected some of {known}") from None

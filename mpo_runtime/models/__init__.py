@@ -1,0 +1,1 @@
+"""Model families: each architecture is written once, against the op set."""

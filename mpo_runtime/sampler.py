@@ -1,0 +1,251 @@
+"""Drawing the next token from one row of logits, in numpy alone.
+
+The order is fixed: repetition penalty, frequency and presence penalties, logit bias, temperature, top-k, top-p, min-p,
+draw. Each filter sees the distribution that the one before it left, renormalised. Temperature 0 takes the largest
+logit after penalties and bias (the lowest token id where several are equal) and looks at no filter.
+
+All of it is computed in float64 from float32 logits; a seed therefore gives the same tokens on every machine whose
+logits are the same.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from mpo_formats.errors import ConfigError, MpoError
+
+_Floats = npt.NDArray[np.float64]
+_Ids = npt.NDArray[np.int64]
+_FIRST_NUCLEUS = 256  # how many of the most probable tokens top-p sorts before it looks at more
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How the next token is drawn; the defaults sample at temperature 0.7 from the whole distribution.
+
+    temperature ≥ 0 (0 is greedy); top_k ≥ 0 (0 is off); 0 < top_p ≤ 1 (1 is off); 0 ≤ min_p ≤ 1 (0 is off);
+    repetition_penalty in 0.01 … 100 (1 is off); frequency_penalty and presence_penalty in -2 … 2 (0 is off);
+    logit_bias maps token ids to numbers in -100 … 100 that are added to their logits; seed in 0 … 2^64 - 1, or None
+    to draw one from the system.
+    Raises ConfigError naming the option that cannot be honoured.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _check(_is_integer(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "a whole number, 0 for no limit")
+        _check(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        penalty = self.repetition_penalty
+        good = _is_number(penalty) and 0.01 <= penalty <= 100
+        _check(good, "repetition_penalty", penalty, "between 0.01 and 100 (1 is off)")
+        for name in ("frequency_penalty", "presence_penalty"):
+            penalty = getattr(self, name)
+            _check(_is_number(penalty) and -2 <= penalty <= 2, name, penalty, "between -2 and 2")
+        _check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "a mapping of token id to number")
+        for token, bias in self.logit_bias.items():
+            _check(_is_integer(token) and token >= 0, "logit_bias", token, "token ids of 0 or more as keys")
+            good = _is_number(bias) and -100 <= bias <= 100
+            _check(good, f"logit_bias[{token}]", bias, "between -100 (never) and 100 (always)")
+        seed_is_good = self.seed is None or (_is_integer(self.seed) and 0 <= self.seed < 2**64)
+        _check(seed_is_good, "seed", self.seed, "a whole number between 0 and 2^64 - 1")
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token and the natural logarithm of its probability under the model's own distribution.
+
+    That is the log-softmax of the raw logits, before penalties, bias, temperature and filters, as OpenAI's `logprobs`.
+    """
+
+    token: int
+    logprob: float
+
+
+class Sampler:
+    """Draws tokens by one set of options from a random stream of its own; not to be shared between threads.
+
+    `seed` is the seed in use: the one of the options, or the one that was drawn from the system where that is None.
+    """
+
+    def __init__(self, options: SamplingOptions | None = None) -> None:
+        self.options = options if options is not None else SamplingOptions()
+        self.seed = self.options.seed if self.options.seed is not None else secrets.randbits(64)
+        self._generator = np.random.Generator(np.random.PCG64(self.seed))
+
+    def sample(self, logits: npt.ArrayLike, history: Sequence[int] = (), *, prompt_length: int = 0) -> Choice:
+        """Draws the next token from logits [vocab], given the token ids so far.
+
+        The repetition penalty looks at the whole history; the frequency and presence penalties at what follows its
+        first `prompt_length` entries (pass the prompt's length to have only generated tokens counted, as OpenAI's
+        definition has it). Raises MpoError where the logits hold NaN or infinity or allow no token, ConfigError where
+        the history or the bias names a token outside the vocabulary.
+        """
+        raw = _checked(logits)
+        scores = raw.copy()
+        _penalise(scores, history, prompt_length, self.options)
+        _add_bias(scores, self.options.logit_bias)
+        token = int(scores.argmax()) if self.options.temperature == 0 else self._draw(scores)
+        return Choice(token, float(raw[token] - _log_sum_exp(raw)))
+
+    def top_logprobs(self, logits: npt.ArrayLike, count: int) -> list[Choice]:
+        """The same as the function `top_logprobs` of this module."""
+        return top_logprobs(logits, count)
+
+    def _draw(self, scores: _Floats) -> int:
+        """Applies temperature and filters and draws by inverting the cumulative distribution, in order of token id."""
+        tokens, probabilities = filtered_distribution(scores, self.options)
+        cumulative = np.cumsum(probabilities)
+        index = int(np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right"))
+        # A product that rounds up to the total would point past the last token that has any probability.
+        return int(tokens[min(index, int(np.flatnonzero(probabilities)[-1]))])
+
+
+def top_logprobs(logits: npt.ArrayLike, count: int) -> list[Choice]:
+    """The `count` most probable tokens of logits [vocab], most probable first, ties by the lower token id.
+
+    The log probabilities are those of the raw logits, as in `Choice`. Raises ConfigError where count is negative or
+    larger than the vocabulary, MpoError where the logits hold NaN or infinity.
+    """
+    raw = _checked(logits)
+    if not _is_integer(count) or not 0 <= count <= raw.size:
+        raise ConfigError(f"top_logprobs is {count!r}, expected 0 to {raw.size}, the size of the vocabulary")
+    if count == 0:
+        return []
+    tokens = _top_k(raw, count)
+    tokens = tokens[np.argsort(-raw[tokens], kind="stable")]
+    normaliser = _log_sum_exp(raw)
+    return [Choice(int(token), float(raw[token] - normaliser)) for token in tokens]
+
+
+def filtered_distribution(scores: _Floats, options: SamplingOptions) -> tuple[_Ids, _Floats]:
+    """The distribution that is drawn from, once penalties and bias are in scores [vocab].
+
+    Returns token ids in ascending order and their probabilities, which sum to 1; temperature must not be 0.
+
+    - temperature T: softmax(scores / T) (Ackley, Hinton, Sejnowski 1985).
+    - top-k: the k largest scores, ties by the lower token id (Fan, Lewis, Dauphin 2018, arXiv:1805.04833).
+    - top-p: the smallest set of most probable tokens whose probabilities sum to p or more, ties by the lower token id
+      (nucleus sampling: Holtzman et al. 2019, arXiv:1904.09751).
+    - min-p: the tokens whose probability is at least min_p times the largest one (Nguyen et al. 2024,
+      arXiv:2407.01082).
+    """
+    tokens = _top_k(scores, options.top_k) if 0 < options.top_k < scores.size else np.arange(scores.size)
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to -inf, which is what it means
+        probabilities = np.exp((scores[tokens] - scores.max()) / options.temperature)
+    probabilities /= probabilities.sum()
+    if options.top_p < 1:
+        kept = _nucleus(probabilities, options.top_p)
+        tokens, probabilities = tokens[kept], probabilities[kept]
+    if options.min_p > 0:
+        likely = probabilities >= options.min_p * probabilities.max()
+        tokens, probabilities = tokens[likely], probabilities[likely]
+    return tokens, probabilities / probabilities.sum()
+
+
+def _top_k(scores: _Floats, count: int) -> _Ids:
+    """The ids of the `count` largest scores, ascending; of equal scores at the edge the lower ids. O(vocab)."""
+    edge = np.partition(scores, scores.size - count)[scores.size - count]
+    above = np.flatnonzero(scores > edge)
+    equal = np.flatnonzero(scores == edge)[: count - above.size]
+    return np.sort(np.concatenate([above, equal]))
+
+
+def _nucleus(probabilities: _Floats, mass: float) -> _Ids:
+    """The indices, ascending, of the smallest most probable set with at least this mass; sorts only what it needs."""
+    size = _FIRST_NUCLEUS
+    while True:
+        if size < probabilities.size:
+            edge = np.partition(probabilities, probabilities.size - size)[probabilities.size - size]
+            candidates = np.flatnonzero(probabilities >= edge)  # every tie at the edge, so that the order is defined
+        else:
+            candidates = np.arange(probabilities.size)
+        candidates = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+        cumulative = np.cumsum(probabilities[candidates])
+        if cumulative[-1] >= mass or candidates.size == probabilities.size:
+            count = int(np.searchsorted(cumulative, mass, side="left")) + 1
+            return np.sort(candidates[:count])
+        size *= 8
+
+
+def _penalise(scores: _Floats, history: Sequence[int], prompt_length: int, options: SamplingOptions) -> None:
+    """Applies the penalties on repetition to scores [vocab] in place.
+
+    - repetition_penalty θ, on every token of the history once: s/θ where s > 0, s·θ elsewhere (Keskar et al. 2019,
+      arXiv:1909.05858, in the form for logits of both signs that transformers uses).
+    - frequency_penalty α, presence_penalty β, with c the count of the token after the prompt: s - α·c - β·[c > 0]
+      (OpenAI API reference, "Frequency and presence penalties").
+    """
+    counted = bool(options.frequency_penalty or options.presence_penalty)
+    if not len(history) or not (counted or options.repetition_penalty != 1):
+        return
+    if not 0 <= prompt_length <= len(history):
+        raise ConfigError(f"prompt_length is {prompt_length}, expected 0 to {len(history)}, the length of the history")
+    tokens = np.asarray(history, dtype=np.int64)
+    if tokens.min() < 0 or tokens.max() >= scores.size:
+        outside = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
+        raise ConfigError(f"history holds token {outside}, expected ids from 0 to {scores.size - 1}")
+    if options.repetition_penalty != 1:
+        seen = np.unique(tokens)
+        penalty = options.repetition_penalty
+        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
+    if counted:
+        counts = np.bincount(tokens[prompt_length:], minlength=scores.size)
+        scores -= options.frequency_penalty * counts + options.presence_penalty * (counts > 0)
+
+
+def _add_bias(scores: _Floats, bias: Mapping[int, float]) -> None:
+    """Adds logit_bias to scores [vocab] in place (OpenAI API reference, `logit_bias`)."""
+    for token, value in bias.items():
+        if token >= scores.size:
+            raise ConfigError(f"logit_bias names token {token}, expected ids from 0 to {scores.size - 1}; remove it")
+        scores[token] += value
+
+
+def _checked(logits: npt.ArrayLike) -> _Floats:
+    """The logits as float64 [vocab]; raises MpoError unless they are one row with a finite maximum and no NaN."""
+    row = np.asarray(logits, dtype=np.float64)
+    if row.ndim != 1 or row.size == 0:
+        raise MpoError(f"logits have shape {row.shape}, expected one row [vocab]")
+    if not math.isfinite(row.max()):  # the maximum of a row with NaN is NaN
+        if np.isnan(row).any():
+            token = int(np.flatnonzero(np.isnan(row))[0])
+            raise MpoError(f"logits hold NaN (first at token {token}), expected numbers; the model file is damaged")
+        found = "infinity" if row.max() > 0 else "-infinity for every token"
+        raise MpoError(f"logits hold {found}, expected numbers; the model file is damaged")
+    return row
+
+
+def _log_sum_exp(row: _Floats) -> float:
+    peak = float(row.max())
+    return peak + math.log(float(np.exp(row - peak).sum()))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.floating) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check(good: bool, name: str, value: object, expected: str) -> None:
+    if not good:
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")

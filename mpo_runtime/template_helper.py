@@ -1,0 +1,123 @@
+"""Runs a chat template with minijinja, and is the helper process in which `ChatTemplate` has that done.
+
+The helper starts with every program that chats, so this module imports nothing of the project, nor numpy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import IO, Any
+
+FUEL = 10_000_000  # minijinja instructions; a conversation of 10,000 messages takes about a tenth
+MEMORY = 512 << 20  # bytes of address space
+LONGEST_TEXT = 64 << 20  # bytes of rendered text
+# transformers' own tag, which marks what to train on; it renders what it encloses.
+_GENERATION = re.compile(r"(\{%[-+]?)\s*(end)?generation\s*([-+]?%\})")
+
+
+class TemplateFailure(Exception):
+    """A template that is wrong, refuses the conversation or runs out of its limits; one line."""
+
+
+def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
+    """A function that renders a template from its variables, set up as transformers sets up jinja2, with limited steps.
+
+    Raises:
+        TemplateFailure: where the template is not valid; so does the function where it fails.
+    """
+    import minijinja
+
+    def guarded(action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except MemoryError:
+            raise
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            found = error.message if isinstance(error, minijinja.TemplateError) else str(error) or type(error).__name__
+            raise TemplateFailure(" ".join(str(found).split())[:500]) from None
+
+    # jinja2 reads every line break of a template as \n.
+    text = _GENERATION.sub(lambda tag: f"{tag[1]} {tag[2] or ''}with {tag[3]}", re.sub(r"\r\n?", "\n", source))
+    environment = minijinja.Environment(
+        fuel=FUEL,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        filters={"tojson": _to_json},
+        globals={"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)},
+    )
+    environment.remove_global("debug")
+    guarded(lambda: environment.add_template("chat", text))
+    return lambda variables: str(guarded(lambda: environment.render_template("chat", **variables)))
+
+
+def serve() -> None:
+    """The helper process: reads the template, then one set of variables at a time, and answers each on stdout.
+
+    A frame is its length in 4 bytes, big-endian, and that many bytes; an answer starts with + (text) or - (error).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that the helper belongs to
+    _limit_memory()
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    write_frame(answers, b"+")
+    render: Callable[[dict[str, Any]], str] | None = None
+    while (request := read_frame(requests)) is not None:
+        text = ""
+        try:
+            if render is None:
+                render = compile_template(request.decode())
+            else:
+                text = render(json.loads(request))
+            answer = b"+" + text.encode()
+            if len(answer) > LONGEST_TEXT:
+                answer = f"-writes more than {LONGEST_TEXT >> 20} MiB of text".encode()
+        except TemplateFailure as error:
+            answer = b"-" + str(error).encode()
+        except MemoryError:
+            answer = f"-needs more than {MEMORY >> 20} MiB of memory".encode()
+        write_frame(answers, answer)
+
+
+def write_frame(stream: IO[bytes], data: bytes) -> None:
+    """Writes one frame; raises OSError where the other end is gone."""
+    stream.write(len(data).to_bytes(4, "big") + data)
+    stream.flush()
+
+
+def read_frame(stream: IO[bytes]) -> bytes | None:
+    """Reads one frame, or returns None where the stream ends."""
+    head = stream.read(4)
+    size = int.from_bytes(head, "big")
+    data = stream.read(size) if len(head) == 4 else b""
+    return data if len(head) == 4 and len(data) == size else None
+
+
+def _limit_memory() -> None:
+    """Limits this process's address space and keeps it from writing core files, where the system can."""
+    try:
+        import resource
+    except ImportError:  # Windows; time is still limited
+        return
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(kind, (limit, limit))
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """The filter `tojson` as transformers defines it: no HTML escapes, characters as they are."""
+    pair = tuple(separators) if separators is not None else None
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    """The function `raise_exception`, by which a template refuses a conversation."""
+    raise TemplateFailure(message)

@@ -1,0 +1,89 @@
+"""Reads evaluation and calibration text: plain text, JSONL with `text` or `messages`, or a file of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_formats import ConfigError
+from mpo_runtime.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.tokenizer import Tokenizer
+
+END_OF_TEXT = "<|end_of_text|>"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A tokenised text: its ids, the UTF-8 bytes of its content, a name and a digest of the source."""
+
+    name: str
+    ids: NDArray[np.int64]
+    content_bytes: int
+    sha256: str
+
+
+def read_tokens(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> TokenText:
+    """Tokenises a text file as a whole.
+
+    `.txt` and others are plain UTF-8, with documents separated by a line `<|end_of_text|>` where there is one; each
+    document ends with the model's end-of-text token. `.jsonl` rows hold `text`, or `messages` that the model's chat
+    template renders; without a template their contents are joined as lines of plain text. `.u16` and `.npy` are token ids.
+
+    Raises:
+        ConfigError: naming the file and line that cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give a text, .jsonl, .u16 or .npy file"
+        ) from None
+    digest = hashlib.sha256(raw).hexdigest()
+    if path.suffix == ".u16":
+        return TokenText(path.name, np.frombuffer(raw, "<u2").astype(np.int64), 0, digest)
+    if path.suffix == ".npy":
+        return TokenText(path.name, np.load(path, allow_pickle=False).astype(np.int64).reshape(-1), 0, digest)
+    if tokenizer is None:
+        raise ConfigError(f"{path}: the model has no tokenizer; give token ids as .u16 or .npy")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
+    if path.suffix == ".jsonl":
+        documents = [
+            _row_tokens(line, number, path, tokenizer, template) for number, line in enumerate(text.splitlines(), 1)
+        ]
+    else:
+        documents = [_text_tokens(part, tokenizer) for part in text.split(f"\n{END_OF_TEXT}\n") if part.strip()]
+    ids = [token for tokens, _ in documents for token in tokens]
+    if not ids:
+        raise ConfigError(f"{path}: holds no text")
+    return TokenText(path.name, np.array(ids, np.int64), sum(size for _, size in documents), digest)
+
+
+def _text_tokens(text: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    text = text.removesuffix(f"\n{END_OF_TEXT}")
+    ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return [*tokenizer.encode(text), *ends], len(text.encode())
+
+
+def _row_tokens(
+    line: str, number: int, path: Path, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[list[int], int]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise ConfigError(f"{path}: line {number} is not JSON; expected one object a line") from None
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return _text_tokens(row["text"], tokenizer)
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise ConfigError(f"{path}: line {number}: expected a key `text` or `messages`")
+    if template is None:
+        return _text_tokens("\n".join(str(message.get("content", "")) for message in row["messages"]), tokenizer)
+    size = sum(len(str(message.get("content", "")).encode()) for message in row["messages"])
+    return encode_chat(template, tokenizer, row["messages"], add_generation_prompt=False), size

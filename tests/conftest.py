@@ -1,0 +1,43 @@
+"""What all tests share: the folder of shared inputs, deterministic hypothesis, and a bound on torch's threads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Read when the libraries are imported: no test reaches the network, and tokenizers do not warn after a fork.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The same examples on every run; slow machines are no reason to fail.
+settings.register_profile(
+    "tests",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of shared models and texts: MPO_SHARED, or `shared` beside the repository; skip without it."""
+    folder = Path(os.environ.get("MPO_SHARED") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"the shared folder {folder} is absent; set MPO_SHARED to one")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_torch_threads() -> None:
+    """Keep torch from taking every core, where a collected test module has imported it."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(min(2, torch.get_num_threads()))
