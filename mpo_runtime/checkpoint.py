@@ -97,22 +97,11 @@ class Checkpoint:
             except ValueError:
                 raise CheckpointError(f"{damaged}: its header is not JSON; download it again") from None
             self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not isinstance(table, dict):
+            raise CheckpointError(f"{damaged}: its header is not a JSON object; download it again")
         table.pop("__metadata__", None)
-        stored = {}
-        for name, row in table.items():
-            dtype, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
-            if 8 + length + end > size:
-                need = 8 + length + end
-                raise CheckpointError(f"{damaged}: {name} ends at byte {need}, the file at {size}; download it again")
-            if dtype not in ELEMENTS:
-                if name.endswith(IGNORED):
-                    continue
-                raise CheckpointError(f"{shard}: {name} has type {dtype}, expected one of {', '.join(ELEMENTS)}; "
-                                      "give the unquantised model")  # fmt: skip
-            if end - begin != math.prod(shape) * np.dtype(ELEMENTS[dtype][1]).itemsize:
-                raise CheckpointError(f"{damaged}: {name} has {end - begin} bytes for shape {list(shape)}")
-            stored[name] = Stored(shard, dtype, shape, 8 + length + begin)
-        return stored
+        wanted = {name: row for name, row in table.items() if not name.endswith(IGNORED)}
+        return {name: place_tensor(shard, name, row, 8 + length, size) for name, row in wanted.items()}
 
     def _find(self, name: str, shape: tuple[int, ...]) -> Stored:
         stored = self._stored.get(name)
@@ -139,7 +128,7 @@ class Checkpoint:
             known.add(f"{HEAD}.weight")  # a copy that some exporters write; checked to be one
             self._check_tied_head()
         for name in self._stored:
-            if name not in known and not name.endswith(IGNORED):
+            if name not in known:
                 raise CheckpointError(f"{self.folder}: tensor {name} has no place in this architecture; "
                                       "config.json and weights are not of one model")  # fmt: skip
 
@@ -151,8 +140,8 @@ class Checkpoint:
 
     def _view(self, stored: Stored) -> NDArray[Any]:
         count = math.prod(stored.shape)
-        raw = np.frombuffer(self._maps[stored.shard], np.uint8, offset=stored.begin,
-                            count=count * np.dtype(ELEMENTS[stored.dtype][1]).itemsize)  # fmt: skip
+        place = self._maps[stored.shard]
+        raw = np.frombuffer(place, np.uint8, offset=stored.begin, count=count * width(stored.dtype))
         shaped: NDArray[Any] = raw.view(ELEMENTS[stored.dtype][1]).reshape(stored.shape)
         return shaped
 
@@ -190,6 +179,33 @@ class Checkpoint:
                 mapped.close()
             except BufferError:
                 continue
+
+
+def place_tensor(shard: Path, name: str, row: Any, data: int, size: int) -> Stored:
+    """Where a tensor lies, from its row in the header of a shard of `size` bytes whose data begin at byte `data`.
+
+    Raises:
+        CheckpointError: for a row that is not understood, an unknown element type, or bytes past the end of the shard.
+    """
+    damaged = f"{shard}: truncated or damaged shard"
+    try:
+        dtype, shape = str(row["dtype"]), tuple(int(length) for length in row["shape"])
+        begin, end = (int(offset) for offset in row["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{damaged}: its header does not say where {name} lies; download it again") from None
+    if dtype not in ELEMENTS:
+        raise CheckpointError(f"{shard}: {name} has type {dtype}, expected one of {', '.join(ELEMENTS)}; "
+                              "give the unquantised model")  # fmt: skip
+    if data + end > size:
+        raise CheckpointError(f"{damaged}: {name} ends at byte {data + end}, the file at {size}; download it again")
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != math.prod(shape) * width(dtype):
+        raise CheckpointError(f"{damaged}: {name} has {end - begin} bytes for shape {list(shape)}; download it again")
+    return Stored(shard, dtype, shape, data + begin)
+
+
+def width(dtype: str) -> int:
+    """Bytes of an element of a safetensors type."""
+    return int(np.dtype(ELEMENTS[dtype][1]).itemsize)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -35,11 +35,11 @@ def architecture_from_config(config: Mapping[str, Any], generation: Mapping[str,
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise CheckpointError(f"{where}: hidden_act {activation!r} is not supported; expected 'silu'")
-    heads = integer(config, "num_attention_heads", where)
-    hidden = integer(config, "hidden_size", where)
-    head_dim = config.get("head_dim") or hidden // heads
     granite = kind == "granite"
     try:
+        heads = integer(config, "num_attention_heads", where)
+        hidden = integer(config, "hidden_size", where)
+        head_dim = config.get("head_dim") or hidden // max(heads, 1)
         return Architecture(
             model_type=kind,
             vocab_size=integer(config, "vocab_size", where),
@@ -49,13 +49,13 @@ def architecture_from_config(config: Mapping[str, Any], generation: Mapping[str,
             num_attention_heads=heads,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(head_dim),
-            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=int(number(config, "max_position_embeddings", 2048, where)),
+            rms_norm_eps=number(config, "rms_norm_eps", 1e-6, where),
             rope=rope_from_config(config, where),
-            embedding_multiplier=float(config.get("embedding_multiplier", 1.0)) if granite else 1.0,
-            residual_multiplier=float(config.get("residual_multiplier", 1.0)) if granite else 1.0,
-            attention_multiplier=float(config.get("attention_multiplier", 1.0)) if granite else head_dim**-0.5,
-            logits_scaling=float(config.get("logits_scaling", 1.0)) if granite else 1.0,
+            embedding_multiplier=number(config, "embedding_multiplier", 1.0, where) if granite else 1.0,
+            residual_multiplier=number(config, "residual_multiplier", 1.0, where) if granite else 1.0,
+            attention_multiplier=number(config, "attention_multiplier", 1.0, where) if granite else head_dim**-0.5,
+            logits_scaling=number(config, "logits_scaling", 1.0, where) if granite else 1.0,
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
             # transformers' defaults, for configs that leave it out
@@ -64,7 +64,7 @@ def architecture_from_config(config: Mapping[str, Any], generation: Mapping[str,
             eos_token_ids=end_tokens(config.get("eos_token_id"), generation.get("eos_token_id")),
             pad_token_id=config.get("pad_token_id"),
         )
-    except FormatError as error:
+    except (FormatError, TypeError, ValueError) as error:  # the last two: text or null where a number belongs
         raise CheckpointError(f"{where}: config.json: {error}") from None
 
 
@@ -74,6 +74,14 @@ def integer(config: Mapping[str, Any], key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise CheckpointError(f"{where}: config.json: {key}: expected an integer, found {value!r}")
     return value
+
+
+def number(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    """A number of the config, or its default; raises CheckpointError naming the key."""
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"{where}: config.json: {key}: expected a number, found {value!r}")
+    return float(value)
 
 
 def end_tokens(*values: Any) -> tuple[int, ...]:
@@ -92,8 +100,12 @@ def rope_from_config(config: Mapping[str, Any], where: str) -> Rope:
     Raises:
         CheckpointError: for a scaling that is not `default`, `linear` or `llama3`.
     """
-    settings: dict[str, Any] = dict(config.get("rope_scaling") or {})
-    settings.update(config.get("rope_parameters") or {})
+    settings: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = config.get(key) or {}
+        if not isinstance(given, Mapping):
+            raise CheckpointError(f"{where}: config.json: {key}: expected an object, found {given!r}")
+        settings.update(given)
     kind: Any = settings.get("rope_type") or settings.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(f"{where}: RoPE scaling {kind!r} is not supported; expected default, linear or llama3")

@@ -61,8 +61,9 @@ class Engine:
         """
         check_prompt(ids, self.context, self.architecture.vocab_size)
         shared = shared_prefix(self.held, ids[:-1])
-        self.cache.rewind(shared)
+        # In this order: a Ctrl-C between the two leaves a list that is shorter than the cache, never a longer one.
         self.held = list(ids[:shared])
+        self.cache.rewind(shared)
         hidden: Any = None
         for start in range(shared, len(ids), self.chunk):
             part = list(ids[start : start + self.chunk])

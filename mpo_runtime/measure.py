@@ -3,7 +3,7 @@
 A text of N tokens is cut into consecutive windows of W tokens, the last one shorter. Each window is run on its own, with
 the model's begin-of-text token in front where it has one, so that every token of the text is predicted once; without
 such a token the first of each window is not. Means are over predicted tokens. The standard error is that of the mean
-over windows, which are taken as independent: tokens of one window are not.
+over windows, which are taken as independent (tokens of one window are not); of a single window, over its tokens.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def cut_windows(ids: NDArray[np.int64], model: GraniteModel, window: int | None)
     size = min(DEFAULT_WINDOW, longest) if window is None else window
     if not 2 <= size <= longest:
         raise ConfigError(f"window: expected 2 to {longest} tokens, found {size}")
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < architecture.vocab_size:
-        raise ConfigError(f"text: token id {int(ids.max())} lies outside the vocabulary of {architecture.vocab_size}; "
-                          "tokenise it with this model's tokenizer")  # fmt: skip
+    check_ids(ids, model)
     lead = [] if architecture.bos_token_id is None else [architecture.bos_token_id]
     step = size - len(lead)
     windows = [
@@ -75,6 +73,15 @@ def cut_windows(ids: NDArray[np.int64], model: GraniteModel, window: int | None)
     if not windows:
         raise ConfigError("text: too short, expected at least 2 tokens")
     return windows
+
+
+def check_ids(ids: NDArray[np.int64], model: GraniteModel) -> None:
+    """Raises ConfigError for a token id outside the model's vocabulary."""
+    size = model.architecture.vocab_size
+    outside = ids[(ids < 0) | (ids >= size)]
+    if outside.size:
+        raise ConfigError(f"text: token id {outside[0]} lies outside the vocabulary of {size}; "
+                          "tokenise it with this model's tokenizer")  # fmt: skip
 
 
 def window_logits(model: GraniteModel, window: NDArray[np.int64]) -> Logits:
@@ -99,12 +106,13 @@ def summarise(losses: list[NDArray[np.float64]], window: int) -> Perplexity:
     nats = float(sum(part.sum() for part in losses)) / tokens
     if not math.isfinite(nats):
         raise ConfigError("perplexity: the model's output is not finite; run mpo-run verify on the file")
-    # The ratio estimator's standard error over windows of unequal length.
-    deviations = np.array([part.sum() - nats * part.size for part in losses])
-    count = len(losses)
-    spread = math.sqrt(float((deviations**2).sum()) * count / max(count - 1, 1)) / tokens if count > 1 else math.nan
+    # The ratio estimator's standard error over windows of unequal length; of one window, over its tokens.
+    parts = losses if len(losses) > 1 else list(losses[0][:, None])
+    deviations = np.array([part.sum() - nats * part.size for part in parts])
+    count = len(parts)
+    spread = math.sqrt(float((deviations**2).sum()) * count / max(count - 1, 1)) / tokens
     value = math.exp(min(nats, 700.0))
-    return Perplexity(value, value * spread, nats, tokens, count, window)
+    return Perplexity(value, value * spread, nats, tokens, len(losses), window)
 
 
 def perplexity(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mpo_formats import ConfigError
 from mpo_runtime.chat_template import ChatTemplate, encode_chat
-from mpo_runtime.sampler import SamplingOptions
+from mpo_runtime.sampler import Choice, SamplingOptions, top_logprobs
 from mpo_runtime.stopping import StopMatcher
 from mpo_runtime.tokenizer import StreamDecoder, Tokenizer
 from mpo_runtime.weights import Weights, open_weights
@@ -30,13 +31,16 @@ class Piece:
     """A piece of generated text.
 
     `text` may be empty while a character or a possible stop string is incomplete. `finish` is set on the last piece:
-    `stop` at an end token or stop string, `length` when the limit or the context is reached.
+    `stop` at an end token or stop string, `length` when the limit or the context is reached. `logprob` is the token's
+    log-probability in nats under the model's own distribution, before penalties, temperature and filters; `top` holds
+    the most likely tokens with theirs, as many as were asked for.
     """
 
     text: str
     token: int
     logprob: float
     finish: FinishReason | None
+    top: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,11 @@ class Score:
 class Model:
     """A loaded model; a context manager.
 
-    Safe to use from several threads: one generation runs at a time, a second one waits for it. A generation that is not
-    read to its end must be closed (`iterator.close()`), or it keeps the others waiting.
+    Safe to use from several threads. Generations take turns, because they share one KV cache: one that starts while
+    another runs waits for its end. A generation ends when its iterator is read to the end, closed (`iterator.close()`)
+    or dropped; one that is kept half read keeps other threads waiting, and a second one in the same thread, which would
+    wait for itself, raises ConfigError. `score`, `encode_chat` and the tokenizer wait for nobody. Only `close` must not
+    be called while another thread generates.
     """
 
     def __init__(self, weights: Weights, network: GraniteModel, *, context: int | None = None) -> None:
@@ -66,7 +73,9 @@ class Model:
         self.network = network
         self.engine: Engine = Engine(network, context=context)
         self.tokenizer, self.template = read_text_files(weights)
-        self.lock = threading.RLock()
+        self._turn = threading.Lock()
+        self._generating: int | None = None
+        self._closed = False
 
     def generate(
         self,
@@ -75,8 +84,9 @@ class Model:
         max_tokens: int | None = None,
         sampling: SamplingOptions | None = None,
         stop: Sequence[str] = (),
+        top_logprobs: int = 0,
         **options: Any,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Continues a text, or token ids.
 
         Args:
@@ -84,13 +94,14 @@ class Model:
             max_tokens: at most so many new tokens; None for as many as the context holds.
             sampling: all sampling options at once.
             stop: texts at which generation ends; they are not part of the result.
+            top_logprobs: how many of the most likely tokens each piece names.
             options: single sampling options by name (temperature=0.7, top_p=0.9, seed=1, …).
 
         Raises:
             ConfigError: for an empty or too long prompt, or an option that is unknown or out of range.
         """
         ids = self.text_tokenizer().encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
-        return self._pieces(ids, sampling_options(sampling, options), max_tokens, stop)
+        return self._pieces(ids, sampling_options(sampling, options), max_tokens, stop, top_logprobs)
 
     def chat(
         self,
@@ -99,15 +110,16 @@ class Model:
         max_tokens: int | None = None,
         sampling: SamplingOptions | None = None,
         stop: Sequence[str] = (),
+        top_logprobs: int = 0,
         **options: Any,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Answers a conversation (`[{"role": "user", "content": "…"}]`) through the model's chat template.
 
         Raises:
             ConfigError: when the model has no chat template, or as `generate` does.
         """
         ids = self.encode_chat(messages)
-        return self._pieces(ids, sampling_options(sampling, options), max_tokens, stop)
+        return self._pieces(ids, sampling_options(sampling, options), max_tokens, stop, top_logprobs)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, up to where the answer begins."""
@@ -116,14 +128,23 @@ class Model:
         return encode_chat(self.template, self.text_tokenizer(), list(messages), add_generation_prompt=True)
 
     def score(self, text: str | Sequence[int]) -> Score:
-        """The log-probability of each token of a text after its first, in one pass without generating."""
+        """The log-probability of each token of a text after its first, in one pass without generating.
+
+        Raises:
+            ConfigError: for fewer than two tokens, more than the model was made for, or an id outside its vocabulary.
+        """
         import numpy as np
 
-        from mpo_runtime.measure import log_softmax, window_logits
+        self._check_open()
+        from mpo_runtime.measure import check_ids, log_softmax, window_logits
 
         ids = self.text_tokenizer().encode(text, add_special_tokens=True) if isinstance(text, str) else list(text)
         if len(ids) < 2:
             raise ConfigError("score: expected at least 2 tokens")
+        longest = self.network.architecture.max_position_embeddings + 1  # the last token is not run
+        if len(ids) > longest:
+            raise ConfigError(f"score: {len(ids)} tokens, the model was made for {longest}; score it in parts")
+        check_ids(np.array(ids), self.network)
         scores = log_softmax(window_logits(self.network, np.array(ids)))
         return Score(ids[1:], [float(row[token]) for row, token in zip(scores, ids[1:], strict=True)])
 
@@ -134,33 +155,61 @@ class Model:
         return self.tokenizer
 
     def _pieces(
-        self, ids: list[int], sampling: SamplingOptions, max_tokens: int | None, stop: Sequence[str]
-    ) -> Iterator[Piece]:
-        if max_tokens is not None and max_tokens < 1:
-            raise ConfigError(f"max_tokens: expected at least 1, found {max_tokens}")
+        self, ids: list[int], sampling: SamplingOptions, max_tokens: int | None, stop: Sequence[str], top: int
+    ) -> Generator[Piece, None, None]:
+        """Checks everything before the first step, and returns the pieces."""
         from mpo_runtime.engine import check_prompt
 
-        check_prompt(ids, self.engine.context, self.network.architecture.vocab_size)
-        return self._run(ids, sampling, max_tokens, stop)
+        self._check_open()
+        vocabulary = self.network.architecture.vocab_size
+        if max_tokens is not None and max_tokens < 1:
+            raise ConfigError(f"max_tokens: expected at least 1, found {max_tokens}")
+        if not 0 <= top <= vocabulary:
+            raise ConfigError(f"top_logprobs: expected 0 to {vocabulary}, found {top}")
+        for token in sampling.logit_bias:
+            if token >= vocabulary:
+                raise ConfigError(f"logit_bias: token id {token} lies outside the vocabulary of {vocabulary}")
+        check_prompt(ids, self.engine.context, vocabulary)
+        return self._run(ids, sampling, max_tokens, StopMatcher(stop), top)
 
     def _run(
-        self, ids: list[int], sampling: SamplingOptions, max_tokens: int | None, stop: Sequence[str]
-    ) -> Iterator[Piece]:
+        self, ids: list[int], sampling: SamplingOptions, max_tokens: int | None, matcher: StopMatcher, top: int
+    ) -> Generator[Piece, None, None]:
         decoder = StreamDecoder(self.tokenizer, context=ids) if self.tokenizer else None
-        matcher = StopMatcher(stop)
-        for step in self.engine.generate(ids, sampling, max_tokens=max_tokens):
-            text = decoder.push(step.token) if decoder and step.finish != "stop" else ""
-            if step.finish and decoder:
-                text += decoder.finish()
-            text, stopped = matcher.push(text)
-            if step.finish and not stopped:
-                text += matcher.flush()
-            yield Piece(text, step.token, step.logprob, "stop" if stopped else step.finish)
-            if stopped:
-                return
+        with self._one_at_a_time():
+            for step in self.engine.generate(ids, sampling, max_tokens=max_tokens):
+                text = decoder.push(step.token) if decoder and step.finish != "stop" else ""
+                if step.finish and decoder:
+                    text += decoder.finish()
+                text, stopped = matcher.push(text)
+                if step.finish and not stopped:
+                    text += matcher.flush()
+                finish = "stop" if stopped else step.finish
+                yield Piece(text, step.token, step.logprob, finish, tuple(top_logprobs(step.logits, top)))
+                if stopped:
+                    return
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Waits until no other thread generates; raises ConfigError where this thread would wait for itself."""
+        if self._generating == threading.get_ident():
+            raise ConfigError("generate: this thread has a generation that is not read to its end; close() it first")
+        with self._turn:
+            self._generating = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._generating = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("the model is closed; load it again")
 
     def close(self) -> None:
-        """Gives the mapped file back."""
+        """Gives the mapped file back and ends the chat template's helper process; the model is of no use after it."""
+        self._closed = True
+        if self.template:
+            self.template.close()
         self.weights.close()
 
     def __enter__(self) -> Model:
@@ -179,43 +228,70 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     context: int | None = None,
+    kv_type: str = "f32",
     verify: bool = False,
 ) -> Model:
-    """Loads a `.mpo` file or a Hugging Face folder.
+    """Loads a `.mpo` file, a Hugging Face folder or a model of the local store.
 
     Args:
+        path: a file, a folder, or a name that `mpo-run list` shows.
         chi: uses only the first `chi` values of every bond: a smaller, faster, rougher model from the same file.
         device: `cpu`, or a torch device such as `cuda`.
         threads: CPU threads; all cores where None.
         context: tokens of the KV cache; what the model was made for, at most 4,096, where None.
+        kv_type: what the KV cache is stored in: f32, f16 or bf16.
         verify: checks the file's checksums first.
 
     Raises:
         MpoError: for a missing, damaged or unsupported file, or an option out of range.
     """
-    if chi is not None and chi < 1:
-        raise ConfigError(f"chi: expected at least 1, found {chi}")
     weights = open_weights(path, verify=verify)
-    network = load_network(weights, chi=chi, device=device, threads=threads)
-    return Model(weights, network, context=context)
+    try:
+        network = load_network(weights, chi=chi, device=device, threads=threads, kv_type=kv_type)
+        return Model(weights, network, context=context)
+    except BaseException:
+        weights.close()
+        raise
 
 
 def load_network(
-    weights: Weights, *, chi: int | None = None, device: str = "cpu", threads: int | None = None
+    weights: Weights,
+    *,
+    chi: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    kv_type: str = "f32",
 ) -> GraniteModel:
-    """Loads the weights into a backend and returns the model over it; raises ConfigError for a device that is absent."""
+    """Loads the weights into a backend and returns the model over it.
+
+    Raises:
+        ConfigError: for a χ or a number of threads below one, or a device that is absent.
+    """
     import torch
 
     from mpo_runtime.backends.reference import ReferenceOps
     from mpo_runtime.models.granite import GraniteModel
 
+    if chi is not None and chi < 1:
+        raise ConfigError(f"chi: expected at least 1, found {chi}")
     if threads is not None:
         if threads < 1:
             raise ConfigError(f"threads: expected at least 1, found {threads}")
         torch.set_num_threads(threads)
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    check_device(device)
+    return GraniteModel(weights.spec.architecture, ReferenceOps(weights, chi=chi, device=device, kv_type=kv_type))
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for a device that torch does not know or that this machine does not have."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(f"device {device}: expected cpu, cuda or another device of torch; use --device cpu") from None
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device}: torch finds no CUDA device; use --device cpu")
-    return GraniteModel(weights.spec.architecture, ReferenceOps(weights, chi=chi, device=device))
 
 
 def read_text_files(weights: Weights) -> tuple[Tokenizer | None, ChatTemplate | None]:

@@ -4,8 +4,7 @@ The order is fixed: repetition penalty, frequency and presence penalties, logit 
 draw. Each filter sees the distribution that the one before it left, renormalised. Temperature 0 takes the largest
 logit after penalties and bias (the lowest token id where several are equal) and looks at no filter.
 
-All of it is computed in float64 from float32 logits; a seed therefore gives the same tokens on every machine whose
-logits are the same.
+The draw is computed in float64 from float32 logits, so a seed gives the same tokens wherever the logits are the same.
 """
 
 from __future__ import annotations
@@ -147,9 +146,13 @@ def filtered_distribution(scores: _Floats, options: SamplingOptions) -> tuple[_I
     - min-p: the tokens whose probability is at least min_p times the largest one (Nguyen et al. 2024,
       arXiv:2407.01082).
     """
-    tokens = _top_k(scores, options.top_k) if 0 < options.top_k < scores.size else np.arange(scores.size)
+    peak = scores.max()
+    tokens = np.arange(scores.size)
+    if 0 < options.top_k < scores.size:
+        tokens = _top_k(scores, options.top_k)
+        scores = scores[tokens]
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to -inf, which is what it means
-        probabilities = np.exp((scores[tokens] - scores.max()) / options.temperature)
+        probabilities = np.exp((scores - peak) / options.temperature)
     probabilities /= probabilities.sum()
     if options.top_p < 1:
         kept = _nucleus(probabilities, options.top_p)
@@ -234,8 +237,10 @@ def _checked(logits: npt.ArrayLike) -> _Floats:
 
 
 def _log_sum_exp(row: _Floats) -> float:
+    """log Σ exp(row), to about 1e-7: exp in float32, which is several times as fast, and the sum in float64."""
     peak = float(row.max())
-    return peak + math.log(float(np.exp(row - peak).sum()))
+    differences = np.maximum(row - peak, -200.0).astype(np.float32)  # exp(-200) is 0 there; more would overflow
+    return peak + math.log(float(np.exp(differences).sum(dtype=np.float64)))
 
 
 def _is_number(value: object) -> bool:

@@ -15,6 +15,8 @@ from mpo_runtime.chat_template import ChatTemplate, encode_chat
 from mpo_runtime.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|end_of_text|>"
+# Held-out text of three domains, what certificates are measured on if the user says nothing.
+BUILT_IN_TEXT = Path(__file__).parent / "data" / "evaluation.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,11 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate 
         ) from None
     digest = hashlib.sha256(raw).hexdigest()
     if path.suffix == ".u16":
+        if len(raw) % 2:
+            raise ConfigError(f"{path}: {len(raw)} bytes, expected two for each token id; write it again")
         return TokenText(path.name, np.frombuffer(raw, "<u2").astype(np.int64), 0, digest)
     if path.suffix == ".npy":
-        return TokenText(path.name, np.load(path, allow_pickle=False).astype(np.int64).reshape(-1), 0, digest)
+        return TokenText(path.name, _array_tokens(path), 0, digest)
     if tokenizer is None:
         raise ConfigError(f"{path}: the model has no tokenizer; give token ids as .u16 or .npy")
     try:
@@ -56,7 +60,10 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate 
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
     if path.suffix == ".jsonl":
         documents = [
-            _row_tokens(line, number, path, tokenizer, template) for number, line in enumerate(text.splitlines(), 1)
+            # str.splitlines would also cut at U+2028 and the like, which JSON allows inside a string
+            _row_tokens(line, number, path, tokenizer, template)
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
         ]
     else:
         documents = [_text_tokens(part, tokenizer) for part in text.split(f"\n{END_OF_TEXT}\n") if part.strip()]
@@ -64,6 +71,16 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate 
     if not ids:
         raise ConfigError(f"{path}: holds no text")
     return TokenText(path.name, np.array(ids, np.int64), sum(size for _, size in documents), digest)
+
+
+def _array_tokens(path: Path) -> NDArray[np.int64]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise ConfigError(f"{path}: not a .npy file of numbers; write it with numpy.save") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        raise ConfigError(f"{path}: expected an array of integer token ids; write it with numpy.save")
+    return array.astype(np.int64).reshape(-1)
 
 
 def _text_tokens(text: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
@@ -81,9 +98,10 @@ def _row_tokens(
         raise ConfigError(f"{path}: line {number} is not JSON; expected one object a line") from None
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return _text_tokens(row["text"], tokenizer)
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise ConfigError(f"{path}: line {number}: expected a key `text` or `messages`")
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ConfigError(f"{path}: line {number}: expected a text under `text`, or a list of objects under `messages`")
     if template is None:
-        return _text_tokens("\n".join(str(message.get("content", "")) for message in row["messages"]), tokenizer)
-    size = sum(len(str(message.get("content", "")).encode()) for message in row["messages"])
-    return encode_chat(template, tokenizer, row["messages"], add_generation_prompt=False), size
+        return _text_tokens("\n".join(str(message.get("content", "")) for message in messages), tokenizer)
+    size = sum(len(str(message.get("content", "")).encode()) for message in messages)
+    return encode_chat(template, tokenizer, messages, add_generation_prompt=False), size

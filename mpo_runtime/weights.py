@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from mpo_formats import CheckpointError, ModelSpec, MpoFile
+from mpo_formats import ModelSpec, MpoFile
+from mpo_runtime.store import resolve
 
 
 class Weights(Protocol):
@@ -36,17 +37,15 @@ class Weights(Protocol):
 
 
 def open_weights(path: str | Path, *, verify: bool = False) -> Weights:
-    """Opens a `.mpo` file or a Hugging Face folder.
+    """Opens a `.mpo` file or a Hugging Face folder, given by its path or by its name in the local store.
 
     Raises:
-        CheckpointError: when there is nothing at `path`.
+        CheckpointError: when there is nothing at `path` and no such name in the store.
         FormatError: when a `.mpo` file breaks a rule.
     """
-    place = Path(path)
+    place = resolve(path)
     if place.is_dir():
         from mpo_runtime.checkpoint import Checkpoint
 
         return Checkpoint(place)
-    if not place.exists():
-        raise CheckpointError(f"{place}: no such file or folder; give a .mpo file or a Hugging Face folder")
     return MpoFile(place, verify=verify)

@@ -58,11 +58,15 @@ def export(
     force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite an existing file.")] = False,
     text: Annotated[
         Path | None,
-        typer.Option("--eval-text", help="Held-out text to measure on.", show_default="the embedded test texts"),
+        typer.Option("--eval-text", help="Held-out text to measure on.", show_default="a small built-in one"),
     ] = None,
     measure_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens to measure on; 0 measures nothing.", show_default="as many as take about a minute"),
+    ] = None,
+    certify_chi: Annotated[
+        list[int] | None,
+        typer.Option(help="Measure the file's prefix at this χ too; may be repeated.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")] = None,
@@ -73,7 +77,9 @@ def export(
     """Compress a decoder model into one .mpo file and report what that cost."""
     from mpo_exporter.command import run_export
 
-    run_export(model, plan.value, chi, cores, out, force, text, measure_tokens, device, threads)
+    run_export(
+        model, plan.value, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads
+    )
 
 
 def main() -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from mpo_exporter.export import Result, export
 from mpo_exporter.plan import Options
 from mpo_exporter.report import print_report
-from mpo_exporter.sources import data_folder, find_source
-from mpo_formats import ConfigError
+from mpo_exporter.sources import find_source
+from mpo_formats import ConfigError, OutputError
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.cli import console
-from mpo_runtime.model import read_text_files
-from mpo_runtime.texts import TokenText, read_tokens
+from mpo_runtime.model import check_device, read_text_files
+from mpo_runtime.texts import BUILT_IN_TEXT, TokenText, read_tokens
 
 # Multiply-adds and tokens that measuring may take if the user says nothing: at most a minute on two slow cores.
 MEASURE_BUDGET = 2e11
@@ -30,19 +31,28 @@ def run_export(
     force: bool,
     text: Path | None,
     measure_tokens: int | None,
+    prefixes: tuple[int, ...],
     device: str,
     threads: int | None,
 ) -> Result:
     """Exports a model and prints the report."""
     options = Options(plan, chi, cores)
+    check_device(device)
+    if measure_tokens is not None and measure_tokens < 0:
+        raise ConfigError(f"--measure-tokens {measure_tokens}: expected 0 or more")
     if threads is not None:
         import torch
 
         if threads < 1:
             raise ConfigError(f"--threads {threads}: expected at least 1")
         torch.set_num_threads(threads)
+    for prefix in prefixes:
+        if not 1 <= prefix < chi:
+            raise ConfigError(f"--certify-chi {prefix}: expected 1 to {chi - 1}, below --chi")
     source = find_source(model)
     target = out or Path(f"{source.name}.mpo")
+    if not force and os.path.lexists(target):  # the writer asks too, but only after the source was read
+        raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
     print(f"exporting {source.name} to {target} (plan {plan}, χ ≤ {chi})", flush=True)
     with console.progress("export") as update:
@@ -53,6 +63,7 @@ def run_export(
             force=force,
             revision=source.revision,
             text=held_out,
+            prefixes=prefixes,
             device=device,
             progress=update,
         )
@@ -70,10 +81,10 @@ def held_out_text(folder: Path, text: Path | None, tokens: int | None) -> tuple[
     source.close()
     if tokenizer is None:
         return None, "the model has no tokenizer.json"
-    whole = read_tokens(text or data_folder() / "evaluation.jsonl", tokenizer, template)
+    whole = read_tokens(text or BUILT_IN_TEXT, tokenizer, template)
     budget = min(int(MEASURE_BUDGET / parameters), MOST_TOKENS) if tokens is None else tokens
     if tokens is None and budget < LEAST_TOKENS:
         return None, "the model is large for this machine; give --measure-tokens N to measure all the same"
     if budget >= whole.ids.size:
         return whole, ""
-    return replace(whole, name=f"{whole.name} (first {budget} tokens)", ids=whole.ids[:budget]), ""
+    return replace(whole, ids=whole.ids[:budget]), ""

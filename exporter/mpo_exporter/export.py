@@ -60,6 +60,7 @@ def export(
     force: bool = False,
     revision: str | None = None,
     text: TokenText | None = None,
+    prefixes: tuple[int, ...] = (),
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Result:
@@ -68,6 +69,7 @@ def export(
     Args:
         force: overwrites an existing target, once the new file is complete.
         text: held-out text on which the result is compared with the dense model; None measures nothing.
+        prefixes: values of χ at which the file's prefixes are measured too.
         progress: called with a stage, the steps done and the steps in all.
 
     Raises:
@@ -81,8 +83,10 @@ def export(
         def measure(path: Path) -> Certificates:
             if text is None:
                 return Certificates(())
-            comparison.append(measure_file(path, source, text, device, progress))
-            return Certificates((Certificate(None, quality(comparison[0], text)),))
+            bonds = (None, *prefixes)
+            comparison.extend(measure_file(path, chi, source, text, device, progress) for chi in bonds)
+            measured = zip(bonds, comparison, strict=True)
+            return Certificates(tuple(Certificate(chi, quality(result, text)) for chi, result in measured))
 
         with MpoWriter(target, spec, force=force) as writer:
             write_tensors(writer, source, spec, progress)
@@ -138,12 +142,15 @@ def write_tensors(writer: MpoWriter, source: Checkpoint, spec: ModelSpec, progre
             writer.write(name, built[name])
 
 
-def measure_file(path: Path, source: Checkpoint, text: TokenText, device: str, progress: Progress) -> Comparison:
-    """Compares a written file with its dense source on held-out text."""
+def measure_file(
+    path: Path, chi: int | None, source: Checkpoint, text: TokenText, device: str, progress: Progress
+) -> Comparison:
+    """Compares a written file, or its prefix at χ = `chi`, with its dense source on held-out text."""
     with MpoFile(path) as file:
-        ours = GraniteModel(file.spec.architecture, ReferenceOps(file, device=device))
+        ours = GraniteModel(file.spec.architecture, ReferenceOps(file, chi=chi, device=device))
+        stage = "measuring" if chi is None else f"measuring χ={chi}"
         dense = GraniteModel(source.spec.architecture, ReferenceOps(source, device=device))
-        return compare(ours, dense, text.ids, progress=lambda done, total: progress("measuring", done, total))
+        return compare(ours, dense, text.ids, progress=lambda done, total: progress(stage, done, total))
 
 
 def quality(comparison: Comparison, text: TokenText) -> Quality:
@@ -151,7 +158,7 @@ def quality(comparison: Comparison, text: TokenText) -> Quality:
     return Quality(
         text=text.name,
         text_sha256=text.sha256,
-        tokens=comparison.model.tokens,
+        tokens=int(text.ids.size),
         window=comparison.model.window,
         perplexity=comparison.model.perplexity,
         perplexity_error=comparison.model.error,

@@ -62,7 +62,9 @@ def plan_layer(linear: LinearSpec, architecture: Architecture, options: Options)
     elif table:
         terms = (integers(columns, EMBEDDING_BITS),)
     else:
-        terms = (integers(columns, 4), *correction(rows, columns, options))
+        base = integers(columns, 4)
+        # A dense base has no rounding that is worth correcting.
+        terms = (base, *correction(rows, columns, options)) if base.kind == "quantized" else (base,)
     return LinearSpec(name, rows, columns, linear.bias, terms)
 
 

@@ -46,7 +46,7 @@ def print_report(result: Result, text: TokenText | None, reason: str) -> None:
     console = Console()
     console.print(table)
     if text and result.comparison:
-        console.print(f"measured on {result.comparison.model.tokens:,} tokens of held-out text ({text.name}); "
+        console.print(f"measured on the first {text.ids.size:,} tokens of {text.name}, held-out text; "
                       "nothing was trained or calibrated on it", highlight=False)  # fmt: skip
     else:
         console.print(f"quality was not measured: {reason}", highlight=False)

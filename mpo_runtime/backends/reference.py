@@ -15,6 +15,8 @@ from mpo_runtime.weights import Weights
 
 # Float matrices are held when they take at most this share of the memory that is free.
 HELD_SHARE = 0.6
+# Types that the KV cache may be stored in, by the names of --kv-type.
+KV_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
@@ -36,15 +38,22 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 class TorchCache:
-    """Keys and values [2, B, K, capacity, D] of each block, in float32; apart, so that gradients flow through."""
+    """Keys and values [2, B, K, capacity, D] of each block, stored in `dtype`; apart, so that gradients flow through."""
 
-    def __init__(self, architecture: Architecture, rows: int, capacity: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         heads, size = architecture.num_key_value_heads, architecture.head_dim
         self.capacity = capacity
         self.lengths = [0] * rows
         shape = (2, rows, heads, capacity, size)
         self.device = device
-        self.held = [torch.zeros(shape, device=device) for _ in range(architecture.num_hidden_layers)]
+        self.held = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(architecture.num_hidden_layers)]
 
     def positions(self, count: int) -> Tensor:
         """The positions [B, S] of `count` new tokens in each row."""
@@ -69,13 +78,26 @@ class ReferenceOps:
         device: a torch device name.
         held: keeps all matrices in float32; None decides by the memory that is free, and rebuilds integer and bf16
             matrices at every use where it would not suffice.
+        kv_type: what the KV cache is stored in: f32, f16 or bf16; attention computes in float32 in any case.
+
+    Raises:
+        ConfigError: for another `kv_type`.
     """
 
     name = "reference"
 
     def __init__(
-        self, weights: Weights, *, chi: int | None = None, device: str = "cpu", held: bool | None = None
+        self,
+        weights: Weights,
+        *,
+        chi: int | None = None,
+        device: str = "cpu",
+        held: bool | None = None,
+        kv_type: str = "f32",
     ) -> None:
+        if kv_type not in KV_TYPES:
+            raise ConfigError(f"kv-type {kv_type}: expected one of {', '.join(KV_TYPES)}")
+        self.kv_type = KV_TYPES[kv_type]
         spec = weights.spec
         self.device = torch.device(device)
         if held is None:
@@ -106,7 +128,7 @@ class ReferenceOps:
         if capacity > architecture.max_position_embeddings:
             limit = architecture.max_position_embeddings
             raise ConfigError(f"context of {capacity} tokens: the model was made for {limit}; lower --ctx-size")
-        return TorchCache(architecture, rows, capacity, self.device)
+        return TorchCache(architecture, rows, capacity, self.device, self.kv_type)
 
     def embed(self, table: Linear, ids: Tensor, multiplier: float) -> Tensor:
         """Token ids [B, S] to multiplier · rows [B, S, E]."""
@@ -140,7 +162,7 @@ class ReferenceOps:
         """Causal grouped-query attention of q [B, H, S, D] over the cache, as [B, S, H·D]."""
         rows, heads, count, size = q.shape
         end = min(max(cache.lengths) + count, cache.capacity)
-        k, v = cache.held[block][:, :, :, :end]  # [B, K, end, D] each
+        k, v = cache.held[block][:, :, :, :end].float()  # [B, K, end, D] each
         group = heads // k.shape[1]
         q = q.reshape(rows, k.shape[1], group, count, size)
         scores = torch.einsum("bkgsd,bktd->bkgst", q, k) * scale

@@ -2,45 +2,172 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mpo_runtime.cli.commands import open_model, print_speed, stream
-from mpo_runtime.model import Model
-from mpo_runtime.sampler import SamplingOptions
+from mpo_formats.errors import ConfigError, MpoError
+from mpo_runtime.cli.chat_commands import ALIASES, COMMANDS, Leave, run_command
+from mpo_runtime.cli.console import one_line
+from mpo_runtime.cli.conversation import Conversation, Settings
+from mpo_runtime.cli.generate import open_model, print_text, read_stdin, tolerate_output
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
+
+FENCE = '"""'
+PROMPT, CONTINUED = ">>> ", "... "
 
 
 def run_chat(
-    file: Path,
-    prompt: str | None,
-    system: str | None,
-    load_options: dict[str, Any],
-    options: SamplingOptions,
-    max_tokens: int | None,
-    stop: list[str],
-    verbose: bool,
+    file: Path, load_options: dict[str, Any], prompt: str | None, system: str | None, settings: Settings
 ) -> None:
-    """Answers one message, or talks until the input ends."""
+    """Answers one message, or talks until the user leaves."""
+    tolerate_output()
+    text = prompt if prompt is not None or sys.stdin.isatty() else read_stdin().strip()
     with open_model(file, load_options) as model:
-        messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-        if prompt is not None or not sys.stdin.isatty():
-            text = prompt if prompt is not None else sys.stdin.read().strip()
-            answer(model, [*messages, {"role": "user", "content": text}], options, max_tokens, stop, verbose)
+        if model.template is None:
+            raise ConfigError(f"{file}: has no chat template; continue a plain text instead: mpo-run generate {file}")
+        conversation = Conversation(model, settings, system)
+        if text is not None:
+            conversation.add(text)
+            answer(conversation)
+            return
+        print(f"{file.name}: {model.network.architecture.parameters():,} parameters, context of "
+              f"{model.engine.context} tokens. /help shows the commands, Ctrl-D leaves.")  # fmt: skip
+        talk(conversation, make_session())
 
 
-def answer(
-    model: Model,
-    messages: list[dict[str, str]],
-    options: SamplingOptions,
-    max_tokens: int | None,
-    stop: list[str],
-    verbose: bool,
-) -> None:
-    """Streams one answer."""
-    start = time.monotonic()
-    count = stream(model.chat(messages, max_tokens=max_tokens, sampling=options, stop=stop))
-    print()
-    if verbose:
-        print_speed(count, time.monotonic() - start)
+def talk(conversation: Conversation, session: PromptSession[str]) -> None:
+    """Reads messages and commands until the user leaves; errors of the input are shown and forgotten."""
+    while True:
+        try:
+            text = session.prompt(PROMPT, prompt_continuation=CONTINUED)
+        except KeyboardInterrupt:
+            if not session.default_buffer.text:
+                print("(Ctrl-D or /bye leaves)")
+            continue
+        except EOFError:
+            return
+        try:
+            respond(conversation, text)
+        except Leave:
+            return
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+        except (MpoError, OSError, MemoryError) as error:
+            print(f"error: {one_line(error)}", flush=True)
+
+
+def respond(conversation: Conversation, text: str) -> None:
+    """Runs a command or answers a message; raises Leave for /bye."""
+    message = unfenced(text)
+    if message.startswith("/") and not text.startswith((" ", FENCE)):
+        message_again = run_command(conversation, message)
+        if message_again is None:
+            return
+        message = message_again
+    if not message.strip():
+        return
+    forgotten = conversation.add(message.strip())
+    if forgotten:
+        exchanges = "the oldest exchange" if forgotten == 1 else f"the {forgotten} oldest exchanges"
+        print(f"(the conversation no longer fits the context of {conversation.model.engine.context} tokens: the model "
+              f"no longer sees {exchanges})")  # fmt: skip
+    answer(conversation)
+
+
+def answer(conversation: Conversation) -> None:
+    """Streams one answer; Ctrl-C stops it, and what came so far stays part of the conversation."""
+    pieces = conversation.answer()
+    newline = True
+    try:
+        for piece in pieces:
+            print_text(piece.text)
+            newline = piece.text.endswith("\n") if piece.text else newline
+    finally:
+        pieces.close()
+        if not newline or sys.exc_info()[0] is None:
+            print(flush=True)
+    if conversation.finish == "length" and conversation.settings.max_tokens is None:
+        print("(the context is full: the answer is cut)", file=sys.stderr)
+    if conversation.settings.verbose:
+        print(f"[{conversation.totals.speed()}]", file=sys.stderr, flush=True)
+
+
+def unfenced(text: str) -> str:
+    """The text without the fences around it, or around what follows a command."""
+    before, fence, rest = text.partition(FENCE)
+    if not fence or (before.strip() and not before.startswith("/")):
+        return text
+    inner, _, after = rest.partition(FENCE)
+    return before + inner.strip("\n") + after
+
+
+def make_session() -> PromptSession[str]:
+    """The line editor: history in a file, Alt-Enter for a new line, Tab completes commands."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.output import create_output
+
+    return PromptSession(
+        history=open_history(),
+        key_bindings=key_bindings(),
+        completer=WordCompleter([f"/{name}" for name in (*COMMANDS, *ALIASES)], sentence=True),
+        complete_while_typing=False,
+        multiline=True,
+        output=create_output(always_prefer_tty=True),  # `mpo-run chat FILE > answers` still shows the prompt
+    )
+
+
+def key_bindings() -> KeyBindings:
+    """Enter sends, except inside an open fence; Alt-Enter (or Esc, Enter) is a new line."""
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if fence_is_open(buffer.text):
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return bindings
+
+
+def fence_is_open(text: str) -> bool:
+    """Whether a message, or what follows a command, opens a fence and does not close it."""
+    before, fence, rest = text.partition(FENCE)
+    return bool(fence) and (not before.strip() or before.startswith("/")) and FENCE not in rest
+
+
+def history_file() -> Path:
+    """Where messages are remembered: under MPO_HOME, or in the user's state folder (XDG_STATE_HOME, ~/.local/state)."""
+    if chosen := os.environ.get("MPO_HOME"):
+        return Path(chosen).expanduser() / "chat_history"
+    state = os.environ.get("XDG_STATE_HOME", "")
+    folder = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
+    return folder / "mpo-runtime" / "chat_history"
+
+
+def open_history() -> History:
+    """The history in its file, which only the user may read; in memory where it cannot be written."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = history_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
+    except OSError as error:
+        print(f"note: {path} cannot be written ({error.strerror}); messages are not remembered", file=sys.stderr)
+        return InMemoryHistory()
+    return FileHistory(str(path))

@@ -1,115 +1,16 @@
-"""generate, ppl and compare."""
+"""ppl and compare."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo_formats.errors import ConfigError
 from mpo_runtime.cli import console
-from mpo_runtime.model import Model, load, load_network, read_text_files
-from mpo_runtime.sampler import SamplingOptions
-from mpo_runtime.texts import TokenText, read_tokens
+from mpo_runtime.model import load_network, read_text_files
+from mpo_runtime.texts import BUILT_IN_TEXT, TokenText, read_tokens
 from mpo_runtime.weights import Weights, open_weights
-
-BUILT_IN_TEXT = Path(__file__).parent.parent / "data" / "evaluation.jsonl"
-
-
-def sampling(
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    frequency_penalty: float,
-    presence_penalty: float,
-    logit_bias: Sequence[str] | None,
-    seed: int | None,
-) -> SamplingOptions:
-    """Sampling options from command-line values; raises ConfigError naming the one that is out of range."""
-    biases = {}
-    for item in logit_bias or []:
-        token, _, bias = item.partition("=")
-        try:
-            biases[int(token)] = float(bias)
-        except ValueError:
-            raise ConfigError(f"--logit-bias {item}: expected ID=BIAS, such as 42=-5") from None
-    return SamplingOptions(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        logit_bias=biases,
-        seed=seed,
-    )
-
-
-def open_model(file: Path, load_options: dict[str, Any]) -> Model:
-    """Loads a model, with a note on standard error where it has to run slowly."""
-    model = load(file, **load_options)
-    note_kernels(model)
-    return model
-
-
-def note_kernels(model: Model) -> None:
-    """Says once, clearly, when a faster path is missing."""
-    from mpo_runtime import kernels
-
-    if not kernels.native_available():
-        print("note: running without native kernels (no C++ compiler was found at install); reinstall with one for speed",
-              file=sys.stderr)  # fmt: skip
-    if not getattr(model.network.ops, "held", True):
-        print(
-            "note: too little memory for float32 weights; they are rebuilt for every token, which is slow",
-            file=sys.stderr,
-        )
-
-
-def generate_text(
-    file: Path,
-    prompt: str | None,
-    load_options: dict[str, Any],
-    options: SamplingOptions,
-    max_tokens: int | None,
-    stop: list[str],
-    verbose: bool,
-) -> None:
-    """Continues a prompt on standard output."""
-    text = prompt if prompt is not None else sys.stdin.read().rstrip("\n")
-    with open_model(file, load_options) as model:
-        start = time.monotonic()
-        pieces = model.generate(text, max_tokens=max_tokens, sampling=options, stop=stop)
-        print(text, end="", flush=True)
-        count = stream(pieces)
-        print()
-        if verbose:
-            print_speed(count, time.monotonic() - start)
-
-
-def stream(pieces: Any) -> int:
-    """Prints pieces as they come and returns their number; Ctrl-C ends the text, not the program."""
-    count = 0
-    try:
-        for piece in pieces:
-            count += 1
-            if piece.text:
-                print(piece.text, end="", flush=True)
-    except KeyboardInterrupt:
-        pieces.close()
-    return count
-
-
-def print_speed(tokens: int, seconds: float) -> None:
-    """Tokens per second on standard error, the prompt's time included."""
-    print(f"[{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s]", file=sys.stderr)
 
 
 def read_text(weights: Weights, path: Path) -> TokenText:

@@ -10,21 +10,16 @@ import typer
 from mpo_runtime.cli import console
 from mpo_runtime.cli.options import (
     Chi,
-    Context,
     Device,
-    FrequencyPenalty,
-    LogitBias,
+    File,
+    Json,
+    Loading,
     MaxTokens,
-    MinP,
-    PresencePenalty,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
+    Sampling,
     Threads,
-    TopK,
-    TopP,
+    Verbose,
     Window,
+    grouped,
 )
 
 app = typer.Typer(
@@ -35,7 +30,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Add --debug to any command for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.",
 )
-File = Annotated[Path, typer.Argument(help="A .mpo file, or a Hugging Face folder.", show_default=False)]
 
 
 def show_version(wanted: bool) -> None:
@@ -57,87 +51,101 @@ def main_options(
 
 
 @app.command()
+@grouped
 def generate(
     file: File,
+    *,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The text to continue; standard input if left out.")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file of prompts: one a line, or .jsonl rows with a key `prompt`.", show_default=False),
+    ] = None,
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.7,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    presence_penalty: PresencePenalty = 0.0,
-    logit_bias: LogitBias = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    chi: Chi = None,
-    context: Context = None,
-    threads: Threads = None,
-    device: Device = "cpu",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print tokens/s to standard error.")] = False,
+    sampling: Sampling,
+    loading: Loading,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a prompt: text, tokens, logprobs, finish, timings.")
+    ] = False,
+    logprobs: Annotated[int, typer.Option(help="With --json, also the N most likely tokens at each step.")] = 0,
+    verbose: Verbose = False,
 ) -> None:
-    """Continue a text, streaming it to standard output."""
-    from mpo_runtime.cli.commands import generate_text, sampling
+    """Continue a text.
 
-    options = sampling(temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty,
-                       logit_bias, seed)  # fmt: skip
-    load = {"chi": chi, "context": context, "threads": threads, "device": device}
-    generate_text(file, prompt, load, options, max_tokens, stop or [], verbose)
+    Prompt and continuation go to standard output as they come; with --json one object a prompt when it is complete.
+    """
+    from mpo_runtime.cli.generate import Request, run_generate
+
+    request = Request(sampling.options(), max_tokens, tuple(sampling.stop or ()), logprobs, as_json, verbose)
+    run_generate(file, loading.arguments(), prompt, prompts, request)
 
 
 @app.command()
+@grouped
 def chat(
     file: File,
+    *,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this one message and exit.")] = None,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system: Annotated[str | None, typer.Option(envvar="MPO_SYSTEM", help="The system message.")] = None,
     max_tokens: MaxTokens = None,
-    temperature: Temperature = 0.7,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    presence_penalty: PresencePenalty = 0.0,
-    logit_bias: LogitBias = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    chi: Chi = None,
-    context: Context = None,
-    threads: Threads = None,
-    device: Device = "cpu",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print tokens/s after each answer.")] = False,
+    sampling: Sampling,
+    loading: Loading,
+    verbose: Verbose = False,
 ) -> None:
-    """Talk to a model: interactive, or one answer with --prompt or piped input."""
-    from mpo_runtime.cli.chat import run_chat
-    from mpo_runtime.cli.commands import sampling
+    """Talk to a model.
 
-    options = sampling(temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty,
-                       logit_bias, seed)  # fmt: skip
-    load = {"chi": chi, "context": context, "threads": threads, "device": device}
-    run_chat(file, prompt, system, load, options, max_tokens, stop or [], verbose)
+    In a terminal a conversation with history and commands (/help); with --prompt or piped input one answer.
+    """
+    from mpo_runtime.cli.chat import run_chat
+    from mpo_runtime.cli.conversation import Settings
+
+    settings = Settings(sampling.options(), max_tokens, tuple(sampling.stop or ()), verbose)
+    run_chat(file, loading.arguments(), prompt, system, settings)
 
 
 @app.command()
 def info(
     file: File,
     layers: Annotated[bool, typer.Option("--layers", help="List every layer with its terms.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Show what a file holds: architecture, sizes, layers, prefixes, provenance, measured quality, active kernels."""
+    """Show what a file holds.
+
+    Architecture, sizes, layers, prefixes, provenance, measured quality, active kernels.
+    """
     from mpo_runtime.cli.inspect import show_info
 
     show_info(file, layers, as_json)
 
 
 @app.command()
-def verify(file: File) -> None:
-    """Check a .mpo file's structure, checksums and values."""
-    from mpo_runtime.cli.inspect import verify_file
+def verify(
+    file: File,
+    quality: Annotated[bool, typer.Option("--quality", help="Measure again what the certificate says.")] = False,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="The dense model, to check the KL divergence as well.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="The certificate's text.", show_default="the built-in one")
+    ] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Check whether a .mpo file is whole.
 
-    verify_file(file)
+    Structure, checksums and values; with --quality also its certificate.
+    """
+    from mpo_runtime.cli.inspect import verify_file
+    from mpo_runtime.store import resolve
+
+    place = resolve(file)
+    verify_file(place)
+    if quality:
+        from mpo_runtime.cli.certify import verify_quality
+
+        verify_quality(place, to, text, {"threads": threads, "device": device})
 
 
 @app.command()
@@ -148,9 +156,12 @@ def ppl(
     chi: Chi = None,
     threads: Threads = None,
     device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Measure perplexity on a text, with its standard error and bits per byte."""
+    """Measure perplexity on a text.
+
+    With its standard error and bits per byte.
+    """
     from mpo_runtime.cli.commands import measure_perplexity
 
     measure_perplexity(file, text, window, {"chi": chi, "threads": threads, "device": device}, as_json)
@@ -167,12 +178,54 @@ def compare(
     chi: Chi = None,
     threads: Threads = None,
     device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Compare a model with a reference: perplexity, KL divergence, agreement of the most likely token."""
+    """Compare a model with a reference.
+
+    Perplexity, KL divergence, agreement of the most likely token.
+    """
     from mpo_runtime.cli.commands import compare_models
 
     compare_models(file, to, text, window, {"chi": chi, "threads": threads, "device": device}, as_json)
+
+
+@app.command()
+def pull(
+    source: Annotated[
+        str, typer.Argument(help="A hub id owner/name, a .mpo file or a Hugging Face folder.", metavar="ID")
+    ],
+    name: Annotated[str | None, typer.Option(help="What to call it.", show_default="its own name")] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", help="Which .mpo file, where the hub has several.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model of that name.")] = False,
+) -> None:
+    """Take a model into the local store.
+
+    From the hub, or from this machine by hard links where possible. Its name then serves as FILE in every command.
+    """
+    from mpo_runtime.cli.store import pull_model
+
+    pull_model(source, name, file, force)
+
+
+@app.command("list")
+def list_command(as_json: Json = False) -> None:
+    """List the models in the local store.
+
+    The store is the folder MPO_HOME, by default mpo-runtime in the user's data folder.
+    """
+    from mpo_runtime.cli.store import list_models
+
+    list_models(as_json)
+
+
+@app.command()
+def rm(names: Annotated[list[str], typer.Argument(help="Names in the store.", show_default=False)]) -> None:
+    """Delete models from the local store."""
+    from mpo_runtime.cli.store import remove_models
+
+    remove_models(names)
 
 
 def main() -> None:

@@ -1,17 +1,38 @@
-"""The options that several commands share, each declared once; environment variables for the common ones."""
+"""The options that several commands share, each declared once; environment variables for the common ones.
+
+Groups of them are dataclasses: a command takes the group as one parameter, and `grouped` shows typer its fields.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-Chi = Annotated[int | None, typer.Option(help="Use only the first CHI values of every bond.", show_default="all")]
+from mpo_formats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpo_runtime.sampler import SamplingOptions
+
+File = Annotated[
+    Path, typer.Argument(help="A .mpo file, a Hugging Face folder, or a name in the store.", show_default=False)
+]
+Chi = Annotated[
+    int | None,
+    typer.Option(envvar="MPO_CHI", help="Use only the first CHI values of every bond.", show_default="all"),
+]
 Context = Annotated[
     int | None,
     typer.Option(
         "--ctx-size", "-c", envvar="MPO_CTX_SIZE", help="Tokens of context.", show_default="the model's, at most 4096"
     ),
+]
+KvType = Annotated[
+    str, typer.Option("--kv-type", envvar="MPO_KV_TYPE", help="What the KV cache is stored in: f32, f16 or bf16.")
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.", show_default="all")
@@ -19,9 +40,11 @@ Threads = Annotated[
 Device = Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")]
 MaxTokens = Annotated[
     int | None,
-    typer.Option("--max-tokens", "-n", help="At most so many new tokens.", show_default="what the context holds"),
+    typer.Option("--max-tokens", "-n", help="At most so many new tokens; never more than the context holds."),
 ]
-Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
+Temperature = Annotated[
+    float, typer.Option(envvar="MPO_TEMPERATURE", help="0 always takes the most likely token.")
+]  # fmt: skip
 TopK = Annotated[int, typer.Option(help="Draw from the K most likely tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option(help="Draw from the most likely tokens that make up this probability; 1 is off.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most likely one; 0 is off.")]
@@ -41,3 +64,84 @@ Window = Annotated[
     int | None,
     typer.Option(help="Tokens of a window; each is run on its own.", show_default="512, or the model's context"),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print tokens/s to standard error.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is loaded to generate."""
+
+    chi: Chi = None
+    context: Context = None
+    kv_type: KvType = "f32"
+    threads: Threads = None
+    device: Device = "cpu"
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `mpo_runtime.load`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn and where the text ends."""
+
+    temperature: Temperature = 0.7
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    frequency_penalty: FrequencyPenalty = 0.0
+    presence_penalty: PresencePenalty = 0.0
+    logit_bias: LogitBias = None
+    seed: Seed = None
+    stop: Stop = None
+
+    def options(self) -> SamplingOptions:
+        """The options of the sampler; raises ConfigError naming the one that is out of range."""
+        from mpo_runtime.sampler import SamplingOptions
+
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stop"}
+        return SamplingOptions(**{**values, "logit_bias": parse_biases(self.logit_bias or [])})
+
+
+def parse_biases(items: list[str]) -> dict[int, float]:
+    """Logit biases by token id from `ID=BIAS` each; raises ConfigError for another form."""
+    biases = {}
+    for item in items:
+        token, _, bias = item.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise ConfigError(f"logit-bias {item}: expected ID=BIAS, such as 42=-5") from None
+    return biases
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters that are dataclasses are replaced by their fields, which typer understands."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type[Any]] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not is_dataclass(hints[name]):
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[name] = hints[name]
+        types = get_type_hints(hints[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
+            )
+            for field in fields(hints[name])
+        ]
+
+    def expanded(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    expanded.__name__, expanded.__doc__ = command.__name__, command.__doc__
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    vars(expanded)["__signature__"] = inspect.Signature(parameters)
+    return expanded

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mpo_formats.errors import ConfigError
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
+from mpo_formats.errors import ConfigError
 from mpo_runtime.chat_template import ChatTemplate, encode_chat
 from mpo_runtime.tokenizer import Tokenizer
 
@@ -48,7 +48,11 @@ CALLS = [
         "role": "assistant",
         "content": "",
         "tool_calls": [
-            {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln", "n": 1.0}}}
+            {
+                "id": "abcdefghi",
+                "type": "function",
+                "function": {"name": "weather", "arguments": {"city": "Köln", "n": 1.0}},
+            }
         ],
     },
     {"role": "tool", "content": '{"celsius": 21}', "tool_call_id": "abcdefghi"},
@@ -100,6 +104,7 @@ def test_renders_what_transformers_renders(name: str) -> None:
     assert sum(rendered) >= 9
 
 
+@pytest.mark.shared
 def test_renders_granite_as_transformers_does(shared: Path, granite: str) -> None:
     documents = [{"doc_id": 1, "text": "Bonds < cores & 'χ'"}, {"doc_id": "b", "text": "Second\n"}]
     extras: list[dict[str, Any]] = [
@@ -154,6 +159,7 @@ def test_features_agree_with_jinja2(source: str) -> None:
     assert compare(source, {"messages": TALK, "add_generation_prompt": False})
 
 
+@pytest.mark.shared
 def test_the_helper_renders_the_same(granite: str) -> None:
     isolated, plain = ChatTemplate(granite), ChatTemplate(granite, isolated=False)
     for variables in variations():
@@ -212,7 +218,9 @@ def test_bombs_end_in_the_helper(name: str) -> None:
 
 def test_a_rendering_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpo_runtime.chat_template.SECONDS", 0.5)
-    slow = "{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = x|upper|lower|replace('a', 'b') %}{% endfor %}"
+    slow = (
+        "{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = x|upper|lower|replace('a', 'b') %}{% endfor %}"
+    )
     template = ChatTemplate("{% if messages|length > 1 %}" + slow + "{% endif %}ok")
     with pytest.raises(ConfigError, match="takes longer than 0.5 seconds"):
         template.render([USER, USER])
@@ -308,7 +316,9 @@ def test_no_way_to_files(tag: str) -> None:
         ChatTemplate(tag, isolated=False).render([USER])
 
 
-@pytest.mark.parametrize("text", ["{{ 7*7 }}", "{% for i in range(9) %}x{% endfor %}", "{# c #}", "{{ messages }}", "%}"])
+@pytest.mark.parametrize(
+    "text", ["{{ 7*7 }}", "{% for i in range(9) %}x{% endfor %}", "{# c #}", "{{ messages }}", "%}"]
+)
 def test_template_syntax_in_a_message_is_text(text: str) -> None:
     for name in NAMES:
         rendered = ChatTemplate(read(name), isolated=False).render([{"role": "user", "content": text}], **TOKENS)
@@ -357,9 +367,9 @@ def test_other_bad_input_is_named() -> None:
         ({"extra": deep}, "nested deeper"),
     ):
         with pytest.raises(ConfigError, match=named):
-            template.render([USER], **keywords)  # type: ignore[arg-type]
+            template.render([USER], **keywords)
     with pytest.raises(ConfigError, match="bytes"):
-        ChatTemplate(b"x")  # type: ignore[arg-type]
+        ChatTemplate(b"x")
     with pytest.raises(ConfigError, match="characters"):
         ChatTemplate("x" * (1 << 21))
     with pytest.raises(ConfigError, match="syntax error"):
@@ -427,7 +437,9 @@ def test_spelled_tokens_elsewhere_are_text(chatml: tuple[ChatTemplate, Tokenizer
 
 def test_a_token_cannot_be_put_together_from_parts() -> None:
     tokenizer = byte_level(CHATML)
-    source = "{{ '<|im_start|>' }}{% for m in messages %}{% for p in m.content %}{{ p.text | trim }}{% endfor %}{% endfor %}"
+    source = (
+        "{{ '<|im_start|>' }}{% for m in messages %}{% for p in m.content %}{{ p.text | trim }}{% endfor %}{% endfor %}"
+    )
     template = ChatTemplate(source, isolated=False)
     for cut in range(1, len("<|im_end|>")):
         for space in ("", " "):
@@ -435,7 +447,26 @@ def test_a_token_cannot_be_put_together_from_parts() -> None:
             ids = encode_chat(template, tokenizer, [{"role": "user", "content": parts}])
             assert specials(tokenizer, ids) == ["<|im_start|>"]
     middle = [{"type": "text", "text": text} for text in ("<|", "im_end", "|>")]
-    assert specials(tokenizer, encode_chat(template, tokenizer, [{"role": "user", "content": middle}])) == ["<|im_start|>"]
+    assert specials(tokenizer, encode_chat(template, tokenizer, [{"role": "user", "content": middle}])) == [
+        "<|im_start|>"
+    ]
+
+
+def test_a_token_cannot_be_put_together_from_two_fields() -> None:
+    tokenizer = byte_level(CHATML)
+    template = ChatTemplate("{{ messages[0].content | trim }}{{ messages[0].name }}", isolated=False)
+    for cut in range(1, len("<|im_end|>")):
+        message = {"role": "user", "content": "<|im_end|>"[:cut] + " ", "name": "<|im_end|>"[cut:]}
+        assert specials(tokenizer, encode_chat(template, tokenizer, [message])) == []
+
+
+def test_overlapping_spellings_are_text() -> None:
+    tokenizer = byte_level(["[x][", "[y]", "]["])
+    template = ChatTemplate("{{ messages[0].content }}{{ '[y]' }}", isolated=False)
+    for content in ("[x][y]", "[x][x][y][", "[y][y]"):
+        ids = encode_chat(template, tokenizer, [{"role": "user", "content": content}])
+        assert specials(tokenizer, ids) == ["[y]"]
+        assert tokenizer.decode(ids, skip_special_tokens=False) == content + "[y]"
 
 
 def test_a_token_cannot_be_put_together_with_the_template() -> None:
@@ -499,6 +530,7 @@ def test_sentencepiece_spacing_is_that_of_one_encoding(scheme: str) -> None:
     assert ids == [vocabulary["s"] if index == vocabulary["z"] else index for index in expected]
 
 
+@pytest.mark.shared
 def test_granite_conversation(shared: Path, granite: str) -> None:
     folder = shared / "tokenizers/granite-3.3-reconstructed"
     tokenizer, template = Tokenizer.from_folder(folder), ChatTemplate(granite)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mpo_formats.errors import CheckpointError, ConfigError
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RawTokenizer
 
+from mpo_formats.errors import CheckpointError, ConfigError
 from mpo_runtime.tokenizer import StreamDecoder, Tokenizer
 
 CONFIG = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
@@ -206,7 +206,11 @@ def test_from_folder(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(tmp_path).eos_id is None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     assert Tokenizer.from_folder(tmp_path).eos_id == 262
-    for content, named in (("{", "is not JSON"), ("[1]", "expected an object"), ('{"eos_token": "<x>"}', "eos_token is '<x>'")):
+    for content, named in (
+        ("{", "is not JSON"),
+        ("[1]", "expected an object"),
+        ('{"eos_token": "<x>"}', "eos_token is '<x>'"),
+    ):
         (tmp_path / "tokenizer_config.json").write_text(content, encoding="utf-8")
         with pytest.raises(CheckpointError, match=f"tokenizer_config.json.*{named}"):
             Tokenizer.from_folder(tmp_path)
@@ -316,7 +320,7 @@ class CountingRaw:
 def test_the_work_is_linear(text: str) -> None:
     ids = SENTENCEPIECE.encode(text)
     decoder = StreamDecoder(SENTENCEPIECE)
-    decoder._raw = counting = CountingRaw(SENTENCEPIECE._raw)  # type: ignore[assignment]
+    decoder._raw = counting = CountingRaw(SENTENCEPIECE._raw)
     assert "".join([*map(decoder.push, ids), decoder.finish()]) == text
     assert counting.decoded <= 3 * len(ids)
 

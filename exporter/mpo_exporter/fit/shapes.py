@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
 from mpo_formats import PlanError
 
 
+@functools.cache
 def balanced_dims(size: int, count: int) -> tuple[int, ...]:
-    """Splits `size` into `count` factors that multiply to it exactly and are as equal as its primes allow.
+    """Splits `size` into `count` factors that multiply to it exactly and are as equal as its divisors allow.
 
-    Every size has such a split: one that does not factor evenly gets unequal factors, a prime p becomes (p, 1, …). Primes
-    are dealt from the largest to the factor that is smallest so far; factors come in descending order.
+    Of all splits the one with the smallest sum (equal factors have the smallest, where there are such): 12800 becomes
+    (128, 100). Every size has a split: a prime p becomes (p, 1, …). Factors come in descending order.
 
     Raises:
         PlanError: for fewer than two factors or a size below one.
     """
     if count < 2 or size < 1:
         raise PlanError(f"cores: expected a size of at least 1 and at least 2 cores, found {size} and {count}")
-    factors = [1] * count
-    for prime in reversed(prime_factors(size)):
-        factors[factors.index(min(factors))] *= prime
-    return tuple(sorted(factors, reverse=True))
+    splits = (
+        (divisor, *((size // divisor,) if count == 2 else balanced_dims(size // divisor, count - 1)))
+        for divisor in divisors(size)
+    )
+    return tuple(sorted(min(splits, key=sum), reverse=True))
 
 
-def prime_factors(size: int) -> list[int]:
-    """The prime factors of `size` in ascending order, with multiplicity."""
-    primes, divisor = [], 2
-    while divisor * divisor <= size:
-        while size % divisor == 0:
-            primes.append(divisor)
-            size //= divisor
-        divisor += 1
-    return primes + ([size] if size > 1 else [])
+def divisors(size: int) -> list[int]:
+    """All divisors of `size` in ascending order."""
+    small = [divisor for divisor in range(1, math.isqrt(size) + 1) if size % divisor == 0]
+    return small + [size // divisor for divisor in reversed(small) if divisor * divisor != size]
 
 
 def balanced_shape(rows: int, columns: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -14,6 +14,7 @@ from mpo_formats.spec import GROUPS
 Matrix = NDArray[np.float64]
 # The extreme value of a group may be clipped by up to a quarter where that lowers the squared error.
 SHRINK = np.linspace(0.75, 1.05, 13)
+LARGEST_SCALE = float(np.finfo(np.float16).max)
 # Values rounded at a time, which bounds the memory that the search takes.
 BLOCK = 1 << 21
 
@@ -72,12 +73,13 @@ def _round_rows(matrix: Matrix, bits: int, group: int) -> tuple[NDArray[np.uint8
     grouped = matrix.reshape(rows, columns // group, group)
     index = np.abs(grouped).argmax(-1)[..., None]
     extreme = np.take_along_axis(grouped, index, -1)  # [rows, groups, 1]
-    if float(np.abs(extreme).max(initial=0.0)) / half > float(np.finfo(np.float16).max):
+    if float(np.abs(extreme).max(initial=0.0)) / half > LARGEST_SCALE:
         raise ConfigError("matrix: values exceed the range of half-precision scales; store this layer dense")
     best = np.full(extreme.shape, np.inf)
     scale = np.zeros(extreme.shape, np.float16)
     for shrink in SHRINK:
-        candidate = (-extreme / half * shrink).astype(np.float16)
+        # A factor above 1 must not push the scale over the edge of half precision.
+        candidate = np.clip(-extreme / half * shrink, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16)
         error = np.square(_codes(grouped, candidate, half) * candidate.astype(np.float64) - grouped).sum(
             -1, keepdims=True
         )

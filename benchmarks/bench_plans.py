@@ -1,0 +1,97 @@
+"""Quality against bytes of the export plans on the embedded model: the README's table.
+
+    python benchmarks/bench_plans.py [--tokens 40000] [--out benchmarks/results/plans-DATE.json]
+
+Held-out text of three domains (the embedded evaluation slice). Nothing is healed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from mpo_exporter.export import Result, export
+from mpo_exporter.plan import Options
+from mpo_exporter.sources import data_folder, find_source
+from mpo_runtime import __version__
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.model import read_text_files
+from mpo_runtime.texts import read_tokens
+
+PLANS = (
+    Options("dense"),
+    Options("auto", chi=32),
+    Options("auto", chi=4),
+    Options("int4"),
+    Options("paper", chi=128),
+    Options("paper", chi=32),
+)
+
+
+def row(options: Options, result: Result) -> dict[str, object]:
+    """One measured plan as plain data."""
+    if result.comparison is None:
+        raise RuntimeError("nothing was measured")
+    return {
+        "plan": options.plan,
+        "chi": options.chi,
+        "bytes": result.file_bytes,
+        "bits_per_weight": result.bits_per_weight,
+        "layers_with_cores": result.core_layers,
+        **asdict(result.comparison),
+    }
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| plan | MB | bits per weight | layers with cores | perplexity | KL to dense | same top token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for item in rows:
+        chi = "" if item["plan"] in ("dense", "int4") else f", χ ≤ {item['chi']}"
+        model = item["model"]
+        lines.append(
+            f"| {item['plan']}{chi} | {item['bytes'] / 1e6:.2f} | {item['bits_per_weight']:.2f} | {item['layers_with_cores']} | "
+            f"{model['perplexity']:.2f} ± {model['error']:.2f} | {item['kl_mean']:.4f} | {100 * item['same_top1']:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=40_000)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    source = find_source("demo")
+    text = read_tokens(data_folder() / "evaluation.jsonl", *read_text_files(Checkpoint(source.folder)))
+    text = replace(text, ids=text.ids[: arguments.tokens])
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for options in PLANS:
+            rows.append(row(options, export(source.folder, Path(folder) / "plan.mpo", options, force=True, text=text)))
+            print(f"measured {options.plan}", flush=True)
+    print(markdown(rows))
+    if arguments.out:
+        machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts = {
+            "date": datetime.date.today().isoformat(),
+            "version": __version__,
+            "command": f"python benchmarks/bench_plans.py --tokens {arguments.tokens}",
+            "text_sha256": text.sha256,
+            "tokens": int(text.ids.size),
+            "machine": machine,
+            "rows": rows,
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

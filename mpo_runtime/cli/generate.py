@@ -1,0 +1,194 @@
+"""generate: continues one prompt or many, as a stream of text or as one JSON object a prompt."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpo_formats.errors import ConfigError
+from mpo_runtime.model import Model, Piece, load
+from mpo_runtime.sampler import Choice, SamplingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to generate and how to show it."""
+
+    sampling: SamplingOptions
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    logprobs: int
+    as_json: bool
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        if self.logprobs < 0:
+            raise ConfigError(f"--logprobs: expected 0 or more, found {self.logprobs}")
+        if self.logprobs and not self.as_json:
+            raise ConfigError("--logprobs: are printed as JSON only; add --json")
+
+    def start(self, model: Model, prompt: str) -> Generator[Piece, None, None]:
+        """Checks a prompt and returns the pieces that continue it."""
+        return model.generate(prompt, max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop,
+                              top_logprobs=self.logprobs)  # fmt: skip
+
+
+def run_generate(
+    file: Path, load_options: dict[str, Any], prompt: str | None, prompts: Path | None, request: Request
+) -> None:
+    """Continues each prompt on standard output; all prompts are checked before the first is run."""
+    if prompt is not None and prompts is not None:
+        raise ConfigError("--prompt and --prompts: give one of them")
+    tolerate_output()
+    texts = read_prompts(prompts) if prompts else [prompt if prompt is not None else read_stdin().rstrip("\n")]
+    with open_model(file, load_options) as model:
+        started = []
+        for number, text in enumerate(texts, 1):
+            try:
+                started.append(request.start(model, text))
+            except ConfigError as error:
+                raise ConfigError(f"{prompts}: prompt {number}: {error}" if prompts else str(error)) from None
+        for index, (text, pieces) in enumerate(zip(texts, started, strict=True)):
+            if request.as_json:
+                print(json.dumps(describe(model, index, text, pieces), ensure_ascii=False), flush=True)
+            else:
+                print("\n" * (index > 0) + text, end="", flush=True)
+                show(pieces, request.verbose)
+
+
+def show(pieces: Iterable[Piece], verbose: bool) -> None:
+    """Prints a text as it comes."""
+    start, count = time.monotonic(), 0
+    try:
+        for piece in pieces:
+            count += 1
+            print_text(piece.text)
+    finally:
+        print(flush=True)  # also after Ctrl-C
+    if verbose:
+        seconds = time.monotonic() - start
+        print(f"[{count} tokens in {seconds:.2f} s, {count / max(seconds, 1e-9):.1f} tokens/s]", file=sys.stderr)
+
+
+def describe(model: Model, index: int, prompt: str, pieces: Iterable[Piece]) -> dict[str, Any]:
+    """All about one continuation as plain data; `tokens` and `logprobs` include the token that ended it."""
+    start = time.monotonic()
+    first = start
+    found: list[Piece] = []
+    for piece in pieces:
+        first = first if found else time.monotonic()
+        found.append(piece)
+    end = time.monotonic()
+    tokenizer = model.text_tokenizer()
+    prompt_tokens = len(tokenizer.encode(prompt, add_special_tokens=True))
+    facts: dict[str, Any] = {
+        "index": index,
+        "prompt": prompt,
+        "text": "".join(piece.text for piece in found),
+        "tokens": [piece.token for piece in found],
+        "logprobs": [piece.logprob for piece in found],
+        "finish": found[-1].finish,
+    }
+    if found[0].top:
+        facts["top_logprobs"] = [[choice_data(model, choice) for choice in piece.top] for piece in found]
+    rate = (len(found) - 1) / (end - first) if len(found) > 1 else None
+    facts["timings"] = {
+        "prompt_tokens": prompt_tokens,
+        "first_token_seconds": first - start,
+        "new_tokens": len(found),
+        "seconds": end - start,
+        "tokens_per_second": rate,
+    }
+    return facts
+
+
+def choice_data(model: Model, choice: Choice) -> dict[str, Any]:
+    """A likely token as plain data; bytes that are no whole character show as U+FFFD."""
+    text = model.text_tokenizer().decode([choice.token], skip_special_tokens=False)
+    return {"token": choice.token, "text": text, "logprob": choice.logprob}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: one a line, empty lines left out, or the `prompt` of each row of a `.jsonl` file.
+
+    Raises:
+        ConfigError: naming the file and the line that cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a file of prompts") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ConfigError(f"{path}: holds no prompt")
+    if path.suffix != ".jsonl":
+        return [line.removesuffix("\r") for _, line in lines]
+    return [row_prompt(path, number, line) for number, line in lines]
+
+
+def row_prompt(path: Path, number: int, line: str) -> str:
+    """The prompt of one row of JSON."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise ConfigError(f"{path}: line {number} is not JSON; expected one object a line") from None
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, str):
+        raise ConfigError(f"{path}: line {number}: expected an object with a text under `prompt`")
+    return prompt
+
+
+def open_model(file: Path, load_options: dict[str, Any]) -> Model:
+    """Loads a model, with a note on standard error where it has to run slowly."""
+    model = load(file, **load_options)
+    note_kernels(model)
+    return model
+
+
+def note_kernels(model: Model) -> None:
+    """Says once, clearly, when a faster path is missing."""
+    from mpo_runtime import kernels
+
+    if not kernels.native_available():
+        print("note: running without native kernels (no C++ compiler was found at install); reinstall with one for speed",
+              file=sys.stderr)  # fmt: skip
+    if not getattr(model.network.ops, "held", True):
+        print(
+            "note: too little memory for float32 weights; they are rebuilt for every token, which is slow",
+            file=sys.stderr,
+        )
+
+
+def read_stdin() -> str:
+    """All of standard input; raises ConfigError where it is not UTF-8."""
+    if sys.stdin.isatty():
+        print("(reading from the terminal; end with Ctrl-D on a line of its own)", file=sys.stderr)
+    content = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
+
+
+def tolerate_output() -> None:
+    """Lets standard output replace what its encoding lacks instead of failing in the middle of a text."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+# A model's text must not steer the terminal: control characters except tab and line feed are left out there.
+_CONTROLS = dict.fromkeys([code for code in [*range(32), *range(127, 160)] if chr(code) not in "\t\n"])
+
+
+def print_text(text: str) -> None:
+    """Prints generated text at once, without control characters where standard output is a terminal."""
+    if text:
+        print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)

@@ -1,0 +1,48 @@
+"""pull, list and rm: the local store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mpo_formats.errors import ConfigError
+from mpo_runtime import store
+from mpo_runtime.cli.console import size_text
+
+
+def pull_model(source: str, name: str | None, file: str | None, replace: bool) -> None:
+    """Takes a path of this machine, or else a hub id, into the store."""
+    path = Path(source).expanduser()
+    if path.exists():
+        if file is not None:
+            raise ConfigError("--file: is for hub ids; give the path of the .mpo file itself")
+        entry = store.add(path, name, replace=replace)
+    elif source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(store.SUFFIX):
+        from mpo_runtime import hub
+
+        entry = hub.pull(source, name, file=file, replace=replace)
+    else:
+        raise ConfigError(f"{source}: no such file or folder; give one, or a hub id owner/name")
+    print(f"{entry.name}: {size_text(entry.size)}, in the store; talk to it: mpo-run chat {entry.name}")
+
+
+def list_models(as_json: bool) -> None:
+    """Prints the store's models with their kinds and sizes."""
+    found = store.entries()
+    if as_json:
+        print(json.dumps([{"name": entry.name, "kind": entry.kind, "bytes": entry.size, "path": str(entry.path)}
+                          for entry in found], ensure_ascii=False))  # fmt: skip
+        return
+    if not found:
+        print(f"no models in {store.models_folder()}; take one in with mpo-run pull")
+        return
+    width = max(len(entry.name) for entry in found)
+    for entry in found:
+        print(f"{entry.name:<{width}}  {entry.kind:<6}  {size_text(entry.size):>8}")
+
+
+def remove_models(names: list[str]) -> None:
+    """Deletes models by name; stops at the first that is not there."""
+    for name in names:
+        entry = store.remove(name)
+        print(f"{entry.name}: deleted ({size_text(entry.size)})")
