@@ -1,6 +1,6 @@
 """Measures how long it takes, and how much memory, to open a `.mpo` file of the size of Granite 3.3 8B.
 
-    python benchmarks/format_open.py [--runs 20] [--json FILE]
+    python benchmarks/bench_format_open.py [--runs 20] [--json FILE]
 
 The header is real, with a Quantized and an Mpo term in each of 281 layers; the tensors are a hole in a sparse file,
 which opening never reads. Peak memory is Python's own (tracemalloc); growth of the process is its largest resident size
@@ -82,7 +82,7 @@ def large_model() -> ModelSpec:
         linears,
         vectors,
         (FileSpec("tokenizer.json", 2_100_000),),
-        Provenance("granite-3.3-8b-instruct", None, "", "benchmarks/format_open.py", {}, None),
+        Provenance("granite-3.3-8b-instruct", None, "", "benchmarks/bench_format_open.py", {}, None),
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+
 from mpo_exporter.export import Result, export
 from mpo_exporter.plan import Options
 from mpo_exporter.sources import data_folder, find_source

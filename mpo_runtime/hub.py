@@ -45,7 +45,9 @@ def fetch(identifier: str, file: str | None, folder: Path) -> Path:
                               "'mpo-runtime[export]'; or pull a .mpo file or folder of this machine") from None  # fmt: skip
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        chosen = choose_file(identifier, huggingface_hub.HfApi().list_repo_files(identifier), file)
+        # Unlike list_repo_files, model_info does not retry for half a minute where there is no network.
+        siblings = huggingface_hub.HfApi().model_info(identifier).siblings or []
+        chosen = choose_file(identifier, [sibling.rfilename for sibling in siblings], file)
         if chosen:
             return Path(huggingface_hub.hf_hub_download(identifier, chosen, local_dir=folder))
         huggingface_hub.snapshot_download(identifier, allow_patterns=list(store.NEEDED), local_dir=folder)

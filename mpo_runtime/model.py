@@ -101,7 +101,7 @@ class Model:
             ConfigError: for an empty or too long prompt, or an option that is unknown or out of range.
         """
         ids = self.text_tokenizer().encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
-        return self._pieces(ids, sampling_options(sampling, options), max_tokens, stop, top_logprobs)
+        return self._pieces(ids, ids, sampling_options(sampling, options), max_tokens, stop, top_logprobs)
 
     def chat(
         self,
@@ -119,7 +119,7 @@ class Model:
             ConfigError: when the model has no chat template, or as `generate` does.
         """
         ids = self.encode_chat(messages)
-        return self._pieces(ids, sampling_options(sampling, options), max_tokens, stop, top_logprobs)
+        return self._pieces(ids, (), sampling_options(sampling, options), max_tokens, stop, top_logprobs)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, up to where the answer begins."""
@@ -155,9 +155,15 @@ class Model:
         return self.tokenizer
 
     def _pieces(
-        self, ids: list[int], sampling: SamplingOptions, max_tokens: int | None, stop: Sequence[str], top: int
+        self,
+        ids: list[int],
+        continued: Sequence[int],
+        sampling: SamplingOptions,
+        max_tokens: int | None,
+        stop: Sequence[str],
+        top: int,
     ) -> Generator[Piece, None, None]:
-        """Checks everything before the first step, and returns the pieces."""
+        """Checks everything before the first step, and returns the pieces; `continued` are ids that the text goes on from."""
         from mpo_runtime.engine import check_prompt
 
         self._check_open()
@@ -170,12 +176,18 @@ class Model:
             if token >= vocabulary:
                 raise ConfigError(f"logit_bias: token id {token} lies outside the vocabulary of {vocabulary}")
         check_prompt(ids, self.engine.context, vocabulary)
-        return self._run(ids, sampling, max_tokens, StopMatcher(stop), top)
+        decoder = StreamDecoder(self.tokenizer, context=continued) if self.tokenizer else None
+        return self._run(ids, decoder, sampling, max_tokens, StopMatcher(stop), top)
 
     def _run(
-        self, ids: list[int], sampling: SamplingOptions, max_tokens: int | None, matcher: StopMatcher, top: int
+        self,
+        ids: list[int],
+        decoder: StreamDecoder | None,
+        sampling: SamplingOptions,
+        max_tokens: int | None,
+        matcher: StopMatcher,
+        top: int,
     ) -> Generator[Piece, None, None]:
-        decoder = StreamDecoder(self.tokenizer, context=ids) if self.tokenizer else None
         with self._one_at_a_time():
             for step in self.engine.generate(ids, sampling, max_tokens=max_tokens):
                 text = decoder.push(step.token) if decoder and step.finish != "stop" else ""

@@ -60,7 +60,7 @@ PRESETS = {
             num_attention_heads=4,
             max_position_embeddings=512,
         ),
-        Recipe(steps=2000, decay_steps=600, warmup_steps=60, batch=8, window=512, learning_rate=4e-3),
+        Recipe(steps=1500, decay_steps=500, warmup_steps=60, batch=8, window=512, learning_rate=4e-3),
     ),
 }
 

@@ -51,7 +51,8 @@ def run_export(
             raise ConfigError(f"--certify-chi {prefix}: expected 1 to {chi - 1}, below --chi")
     source = find_source(model)
     target = out or Path(f"{source.name}.mpo")
-    if not force and os.path.lexists(target):  # the writer asks too, but only after the source was read
+    if not force and os.path.lexists(target) and not target.is_dir():
+        # The writer asks too (and names a folder as one), but only after the whole source was read.
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
     print(f"exporting {source.name} to {target} (plan {plan}, χ ≤ {chi})", flush=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,9 @@ from mpo_runtime.cli.generate import open_model, print_text, read_stdin, tolerat
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
+    from prompt_toolkit.input import Input
     from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.output import Output
 
 FENCE = '"""'
 PROMPT, CONTINUED = ">>> ", "... "
@@ -27,17 +31,20 @@ def run_chat(
 ) -> None:
     """Answers one message, or talks until the user leaves."""
     tolerate_output()
-    text = prompt if prompt is not None or sys.stdin.isatty() else read_stdin().strip()
+    text = prompt if prompt is not None or sys.stdin.isatty() else read_stdin()
+    if text is not None and not text.strip():
+        raise ConfigError("the message is empty; give one with --prompt or on standard input")
     with open_model(file, load_options) as model:
         if model.template is None:
             raise ConfigError(f"{file}: has no chat template; continue a plain text instead: mpo-run generate {file}")
         conversation = Conversation(model, settings, system)
         if text is not None:
-            conversation.add(text)
+            conversation.add(text.strip())
             answer(conversation)
             return
-        print(f"{file.name}: {model.network.architecture.parameters():,} parameters, context of "
-              f"{model.engine.context} tokens. /help shows the commands, Ctrl-D leaves.")  # fmt: skip
+        size = f"{model.network.architecture.parameters():,} parameters"
+        print(f"{file.name}: {size}, context of {model.engine.context} tokens")
+        print("/help shows the commands, Ctrl-D leaves")
         talk(conversation, make_session())
 
 
@@ -45,7 +52,7 @@ def talk(conversation: Conversation, session: PromptSession[str]) -> None:
     """Reads messages and commands until the user leaves; errors of the input are shown and forgotten."""
     while True:
         try:
-            text = session.prompt(PROMPT, prompt_continuation=CONTINUED)
+            text = session.prompt(PROMPT)
         except KeyboardInterrupt:
             if not session.default_buffer.text:
                 print("(Ctrl-D or /bye leaves)")
@@ -57,7 +64,7 @@ def talk(conversation: Conversation, session: PromptSession[str]) -> None:
         except Leave:
             return
         except KeyboardInterrupt:
-            print("\n(stopped)")
+            print("(stopped)")
         except (MpoError, OSError, MemoryError) as error:
             print(f"error: {one_line(error)}", flush=True)
 
@@ -82,20 +89,46 @@ def respond(conversation: Conversation, text: str) -> None:
 
 def answer(conversation: Conversation) -> None:
     """Streams one answer; Ctrl-C stops it, and what came so far stays part of the conversation."""
-    pieces = conversation.answer()
-    newline = True
-    try:
-        for piece in pieces:
-            print_text(piece.text)
-            newline = piece.text.endswith("\n") if piece.text else newline
-    finally:
-        pieces.close()
-        if not newline or sys.exc_info()[0] is None:
-            print(flush=True)
+    text = ""
+    with quiet_keyboard(), closing(conversation.answer()) as pieces:
+        try:
+            for piece in pieces:
+                text += piece.text
+                print_text(piece.text)
+        finally:
+            if not text.endswith("\n"):
+                print(flush=True)
+    notes = []
+    if not text.strip():
+        notes.append("(no answer came; the message is taken back)")
     if conversation.finish == "length" and conversation.settings.max_tokens is None:
-        print("(the context is full: the answer is cut)", file=sys.stderr)
+        notes.append("(the context is full: the answer is cut)")
     if conversation.settings.verbose:
-        print(f"[{conversation.totals.speed()}]", file=sys.stderr, flush=True)
+        notes.append(f"[{conversation.totals.speed()}]")
+    for note in notes:
+        print(note, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet_keyboard() -> Iterator[None]:
+    """Keeps what is typed during an answer from being shown inside it; the next prompt gets it."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        before = termios.tcgetattr(sys.stdin.fileno())
+    except (OSError, ValueError, termios.error):  # no terminal
+        yield
+        return
+    quiet = termios.tcgetattr(sys.stdin.fileno())
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, before)
 
 
 def unfenced(text: str) -> str:
@@ -107,8 +140,8 @@ def unfenced(text: str) -> str:
     return before + inner.strip("\n") + after
 
 
-def make_session() -> PromptSession[str]:
-    """The line editor: history in a file, Alt-Enter for a new line, Tab completes commands."""
+def make_session(keyboard: Input | None = None, screen: Output | None = None) -> PromptSession[str]:
+    """The line editor: history in a file, Alt-Enter for a new line, Tab completes commands; on the terminal if None."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.output import create_output
@@ -119,7 +152,9 @@ def make_session() -> PromptSession[str]:
         completer=WordCompleter([f"/{name}" for name in (*COMMANDS, *ALIASES)], sentence=True),
         complete_while_typing=False,
         multiline=True,
-        output=create_output(always_prefer_tty=True),  # `mpo-run chat FILE > answers` still shows the prompt
+        prompt_continuation=lambda width, line, wrapped: "" if wrapped else CONTINUED,
+        input=keyboard,
+        output=screen or create_output(always_prefer_tty=True),  # `mpo-run chat FILE > answers` still shows the prompt
     )
 
 
@@ -138,6 +173,7 @@ def key_bindings() -> KeyBindings:
             buffer.validate_and_handle()
 
     @bindings.add("escape", "enter")
+    @bindings.add("escape", "c-j")  # what a terminal sends for it while an answer is written
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
 

@@ -17,8 +17,6 @@ def run(app: Callable[..., Any], program: str) -> None:
 
     Errors are one line on standard error; a traceback only with --debug or MPO_DEBUG=1.
     """
-    from mpo_formats.errors import MpoError
-
     debug = "--debug" in sys.argv or os.environ.get("MPO_DEBUG") == "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -29,8 +27,10 @@ def run(app: Callable[..., Any], program: str) -> None:
         # The reader went away, as in `mpo-run generate … | head`; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILURE)
-    except (MpoError, OSError, MemoryError) as error:
-        if debug:
+    except Exception as error:
+        from mpo_formats.errors import MpoError  # only now, because it loads numpy, which --help can do without
+
+        if debug or not isinstance(error, MpoError | OSError | MemoryError):
             raise
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(FAILURE)

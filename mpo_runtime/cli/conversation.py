@@ -182,8 +182,9 @@ class Conversation:
                 break  # a long message may have the answer's part, too
             else:
                 self.forgotten = before
-                raise ConfigError(f"the message does not fit: with the system message it takes {len(ids)} tokens, the "
-                                  f"context holds {context}; shorten it, or start with a larger --ctx-size")  # fmt: skip
+                raise ConfigError(f"the message does not fit: it takes {len(ids)} tokens, what the template and a system "
+                                  f"message add included, and the context holds {context}; shorten it, or start with "
+                                  "a larger --ctx-size")  # fmt: skip
         self._ids = ids
         return (self.forgotten - before) // 2
 

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from mpo_formats.errors import ConfigError
-
 if TYPE_CHECKING:
     from mpo_runtime.sampler import SamplingOptions
 
@@ -108,6 +106,8 @@ class Sampling:
 
 def parse_biases(items: list[str]) -> dict[int, float]:
     """Logit biases by token id from `ID=BIAS` each; raises ConfigError for another form."""
+    from mpo_formats.errors import ConfigError
+
     biases = {}
     for item in items:
         token, _, bias = item.partition("=")

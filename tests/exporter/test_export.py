@@ -48,7 +48,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("exported")
-    return {name: export(source, folder / f"{index}.mpo", options) for index, (name, options) in enumerate(PLANS.items())}
+    return {
+        name: export(source, folder / f"{index}.mpo", options) for index, (name, options) in enumerate(PLANS.items())
+    }
 
 
 def dense_matrix(source: Checkpoint, name: str) -> NDArray[np.float64]:
@@ -105,11 +107,15 @@ def test_dense_is_the_source_bit_for_bit(exported: dict[str, Result], source: Pa
 def test_a_correction_lowers_the_error_of_rounding_alone(exported: dict[str, Result], source: Path) -> None:
     original = Checkpoint(source)
     with MpoFile(exported["int4"].path) as plain, MpoFile(exported["auto"].path) as corrected:
-        pairs = [pair for pair in zip(plain.spec.linears, corrected.spec.linears, strict=True) if len(pair[1].terms) == 2]
+        pairs = [
+            pair for pair in zip(plain.spec.linears, corrected.spec.linears, strict=True) if len(pair[1].terms) == 2
+        ]
         assert len(pairs) == exported["auto"].core_layers > 0
         for rounded, both in pairs:
             dense = dense_matrix(original, both.name)
-            errors = [np.linalg.norm(matrix(file, linear) - dense) for file, linear in ((plain, rounded), (corrected, both))]
+            errors = [
+                np.linalg.norm(matrix(file, linear) - dense) for file, linear in ((plain, rounded), (corrected, both))
+            ]
             assert errors[1] < errors[0]
 
 
@@ -279,7 +285,7 @@ def test_any_sum_of_terms_can_be_fitted(terms: tuple[Term, ...]) -> None:
     assert {name: array.shape for name, array in tensors.items()} == wanted
     alone = build_linear(LinearSpec("layer", 16, 32, None, terms[:1]), values, "f32")
     whole, first = (
-        np.linalg.norm(matrix(Arrays(arrays), spec) - values)  # type: ignore[arg-type]
+        np.linalg.norm(matrix(Arrays(arrays), spec) - values)
         for arrays, spec in ((tensors, linear), (alone, LinearSpec("layer", 16, 32, None, terms[:1])))
     )
     assert whole < first if len(terms) > 1 else whole < 0.2 * np.linalg.norm(values)

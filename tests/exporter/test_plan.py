@@ -19,17 +19,19 @@ BF16 = Dense("dense", "bf16")
 INT4 = Quantized("quantized", 4, 32, False)
 
 
-def dense_model(hidden: int = 64, inner: int = 128, blocks: int = 8, dtype: str = "bf16", tied: bool = False) -> ModelSpec:
+def dense_model(
+    hidden: int = 64, inner: int = 128, blocks: int = 8, dtype: str = "bf16", tied: bool = False
+) -> ModelSpec:
     """A model as the checkpoint reader describes it: every layer dense."""
     changes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks, "head_dim": hidden // 2,
                "vocab_size": 96, "tie_word_embeddings": tied}  # fmt: skip
     spec = tiny.model({}, **changes)
-    terms: tuple[Term, ...] = (Dense("dense", dtype),)  # type: ignore[arg-type]
+    terms: tuple[Term, ...] = (Dense("dense", dtype),)
     return dataclasses.replace(spec, linears=tuple(dataclasses.replace(row, terms=terms) for row in spec.linears))
 
 
 def planned(source: ModelSpec, **options: object) -> dict[str, LinearSpec]:
-    return {linear.name: linear for linear in plan_layers(source, Options(**options))}  # type: ignore[arg-type]
+    return {linear.name: linear for linear in plan_layers(source, Options(**options))}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
@@ -88,7 +90,7 @@ def test_auto_corrects_int4_with_few_small_cores(hidden: int, inner: int, cores:
     for name, layer in layers.items():
         base, *correction = layer.terms
         if name in (EMBEDDING, HEAD):
-            assert base == (BF16 if hidden % 16 else Quantized("quantized", EMBEDDING_BITS, base.group, False))  # type: ignore[union-attr]
+            assert base == (BF16 if hidden % 16 else Quantized("quantized", EMBEDDING_BITS, base.group, False))
             assert not correction
         elif isinstance(base, Dense):
             assert base == BF16 and layer.in_features % 16
@@ -128,4 +130,4 @@ def test_a_tied_model_has_no_head() -> None:
 ])  # fmt: skip
 def test_options_that_cannot_be_honoured(options: dict[str, object], words: str) -> None:
     with pytest.raises(PlanError, match=words):
-        Options(**options)  # type: ignore[arg-type]
+        Options(**options)

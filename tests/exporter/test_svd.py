@@ -115,10 +115,10 @@ def test_a_sketched_range_is_within_a_hundredth_of_the_exact_one(monkeypatch: py
     assert fit.error == pytest.approx(np.linalg.norm(matrix - contract(fit.cores)), rel=1e-6)
 
 
-def refuse_large(function, limit):  # type: ignore[no-untyped-def]
+def refuse_large(function, limit):
     """numpy's SVD, for matrices with a side of at most `limit`: proof that the sketch was taken."""
 
-    def small(matrix, **options):  # type: ignore[no-untyped-def]
+    def small(matrix, **options):
         assert min(matrix.shape) <= limit
         return function(matrix, **options)
 

@@ -456,7 +456,7 @@ def test_a_token_cannot_be_put_together_from_two_fields() -> None:
     tokenizer = byte_level(CHATML)
     template = ChatTemplate("{{ messages[0].content | trim }}{{ messages[0].name }}", isolated=False)
     for cut in range(1, len("<|im_end|>")):
-        message = {"role": "user", "content": "<|im_end|>"[:cut] + " ", "name": "<|im_end|>"[cut:]}
+        message = {"role": "user", "content": "Hello" + "<|im_end|>"[:cut] + " ", "name": "<|im_end|>"[cut:]}
         assert specials(tokenizer, encode_chat(template, tokenizer, [message])) == []
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from mpo_formats import Mpo, MpoFile
 from mpo_formats.architecture import full_rank
 from mpo_formats.reference import matrix
-from numpy.typing import NDArray
-
 from mpo_runtime.layers import linear
 from mpo_runtime.layers.contraction import Order, choose_order, densify_cost, sweep_cost
 from mpo_runtime.layers.linear import MpoTerm, load_linear

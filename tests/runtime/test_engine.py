@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mpo_formats import ConfigError
 
+from mpo_formats import ConfigError
 from mpo_runtime.engine import Engine, Step
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.sampler import SamplingOptions
@@ -82,7 +80,7 @@ def test_a_shared_prefix_is_reused_and_changes_nothing(model: GraniteModel, shar
 def test_rewinding_the_cache_forgets_what_came_after(model: GraniteModel) -> None:
     rows = [some_ids(9, 1), some_ids(9, 2)]
     cache = model.ops.new_cache(model.architecture, 2, 9)
-    model.hidden(model.ops.ids([row[:4] + [0, 0, 0] for row in rows]), cache, [7, 7])
+    model.hidden(model.ops.ids([[*row[:4], 0, 0, 0] for row in rows]), cache, [7, 7])
     cache.rewind(4)
     assert cache.lengths == [4, 4]
     logits = model.logits(model.hidden(model.ops.ids([row[4:] for row in rows]), cache, [5, 5]))

@@ -1,0 +1,183 @@
+"""Hugging Face folders: one or many shards in any float type, and every kind of damage as one line with its remedy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mpo_formats import CheckpointError, Dense
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.layers.linear import float_tensor
+from mpo_runtime.weights import open_weights
+from tests.helpers import granite_config, random_tensors, tensor_shapes, write_folder, write_weights
+
+CONFIG = granite_config(num_hidden_layers=1, attention_bias=True, tie_word_embeddings=False)
+SHARD = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "model", CONFIG)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "f32"), (torch.float16, "f16"), (torch.bfloat16, "bf16")])
+def test_every_tensor_is_read_as_it_is_stored(tmp_path: Path, shards: int, dtype: torch.dtype, name: str) -> None:
+    folder = write_folder(tmp_path / "model", CONFIG, dtype=dtype, shards=shards)
+    checkpoint = Checkpoint(folder)
+    expected = random_tensors(CONFIG, 0, dtype)
+    for tensor in expected:
+        ours = tensor.replace("proj.weight", "proj.0.weight")
+        assert checkpoint.dtype(ours) == name
+        np.testing.assert_array_equal(float_tensor(checkpoint, ours).numpy(), expected[tensor].float().numpy())
+    assert {linear.terms for linear in checkpoint.spec.linears} == {(Dense("dense", name),)}
+    assert [linear.name for linear in checkpoint.spec.linears if linear.bias] == [
+        f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"
+    ]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors"))))
+    assert checkpoint.sha256() == digest.hexdigest()
+
+
+def test_arrays_are_views_of_the_mapped_file(folder: Path) -> None:
+    array = Checkpoint(folder).array("lm_head.0.weight")
+    assert not array.flags.owndata and not array.flags.writeable
+
+
+def test_files_that_go_into_an_export(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5]}')
+    settings = {"chat_template": "{{ messages }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    checkpoint = Checkpoint(folder)
+    names = [file.name for file in checkpoint.spec.files]
+    assert names == ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    assert checkpoint.file("chat_template.jinja") == b"{{ messages }}"
+    assert checkpoint.file("tokenizer.model") is None
+    assert 5 in checkpoint.architecture.eos_token_ids
+    (folder / "chat_template.jinja").write_text("the file wins")
+    assert Checkpoint(folder).file("chat_template.jinja") == b"the file wins"
+
+
+def test_a_copy_of_the_embedding_as_head_of_a_tied_model(tmp_path: Path) -> None:
+    config = granite_config(num_hidden_layers=1)
+    folder = write_folder(tmp_path / "model", config)
+    tensors = load_file(folder / SHARD)
+    write_weights(folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    assert [linear.name for linear in Checkpoint(folder).spec.linears][-1] == "model.layers.0.mlp.down_proj"
+    write_weights(folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the embedding .* set it to false"):
+        Checkpoint(folder)
+
+
+def test_frequencies_that_older_exporters_wrote_are_left_out(folder: Path) -> None:
+    tensors = load_file(folder / SHARD)
+    write_weights(folder, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.int64)})
+    assert Checkpoint(folder).spec.linears
+
+
+def cut(size: int) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = (folder / SHARD).read_bytes()
+        (folder / SHARD).write_bytes(content[:size])
+
+    return damage
+
+
+def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Rewrites the shard's header."""
+
+    def damage(folder: Path) -> None:
+        content = (folder / SHARD).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        table = json.loads(content[8 : 8 + length])
+        text = json.dumps(change(table) or table).encode()
+        (folder / SHARD).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    return damage
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / SHARD)
+        write_weights(folder, {name: tensor for name, tensor in tensors.items() if name not in names})
+
+    return damage
+
+
+def replaced(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    return lambda folder: write_weights(folder, {**load_file(folder / SHARD), name: tensor})
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+NORM = "model.norm.weight"
+DAMAGED = "model.safetensors: truncated or damaged shard: "
+CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json; copy it from the model's"),
+    "config is not JSON": (text("config.json", "{"), "config.json: cannot be read"),
+    "config is a list": (text("config.json", "[]"), "config.json: expected a JSON object"),
+    "generation_config is not JSON": (text("generation_config.json", "?"), "generation_config.json: cannot be read"),
+    "no shard": (lambda folder: (folder / SHARD).unlink(), "model.safetensors: missing shard; only safetensors are read"),
+    "empty shard": (cut(0), DAMAGED + "header of 0 bytes in a file of 0; download it again"),
+    "three bytes": (cut(3), DAMAGED),
+    "cut in the header": (cut(100), DAMAGED + "header of "),
+    "cut in the data": (cut(-4), f"{DAMAGED}{NORM} ends at byte "),
+    "a pointer of git-lfs": (text(SHARD, "version https://git-lfs.github.com/spec/v1\n"), DAMAGED + "header of "),
+    "header is not JSON": (lambda folder: (folder / SHARD).write_bytes(b"\x04" + bytes(7) + b"{no}"), "is not JSON"),
+    "header is a list": (header(lambda table: [1]), "is not a JSON object; download it again"),
+    "a row is no object": (header(lambda table: table.update({NORM: 3})), f"does not say where {NORM} lies"),
+    "a row lacks its shape": (header(lambda table: table[NORM].pop("shape")and None), f"does not say where {NORM} lies"),
+    "offsets of text": (header(lambda table: table[NORM].update(data_offsets=["a", "b"])), f"where {NORM} lies"),
+    "one offset": (header(lambda table: table[NORM].update(data_offsets=[1])), f"where {NORM} lies"),
+    "negative offsets": (header(lambda table: table[NORM].update(data_offsets=[-128, 0])), f"{DAMAGED}{NORM} has 128"),
+    "reversed offsets": (header(lambda table: table[NORM].update(data_offsets=[128, 0])), f"{DAMAGED}{NORM} has -128"),
+    "negative shape": (header(lambda table: table[NORM].update(shape=[-4, -8])), f"{NORM} has 128 bytes for shape [-4"),
+    "too few bytes": (header(lambda table: table[NORM].update(shape=[64])), f"{NORM} has 128 bytes for shape [64]"),
+    "missing tensor": (without(NORM), f"tensor {NORM} is missing; download the folder again"),
+    "missing bias": (without("model.layers.0.self_attn.k_proj.bias"), "tensor model.layers.0.self_attn.k_proj.bias is "),
+    "missing head": (without("lm_head.weight"), "tensor lm_head.weight is missing"),
+    "another shape": (replaced(NORM, torch.ones(31)), f"tensor {NORM} has shape [31], config.json demands [32]"),
+    "another rank": (replaced(NORM, torch.ones(32, 1)), f"tensor {NORM} has shape [32, 1], config.json demands [32]"),
+    "integers": (replaced(NORM, torch.ones(32, dtype=torch.int8)), f"{NORM} has type I8, expected one of F32, F16, BF16"),
+    "unknown tensor": (
+        replaced("model.layers.0.self_attn.q_norm.weight", torch.ones(8)),
+        "tensor model.layers.0.self_attn.q_norm.weight has no place in this architecture",
+    ),
+    "index without a map": (text(INDEX, "{}"), "index.json: no weight_map; download the folder again"),
+    "shard of the index missing": (text(INDEX, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: missing shard"),
+    "shard elsewhere": (text(INDEX, '{"weight_map": {"a": "../model/model.safetensors"}}'), "missing shard"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_damage_is_named_with_its_remedy(folder: Path, case: str) -> None:
+    damage, words = CASES[case]
+    damage(folder)
+    with pytest.raises(CheckpointError, match=re.escape(words)) as error:
+        Checkpoint(folder)
+    assert str(error.value).startswith(str(folder)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dropped", sorted(tensor_shapes(CONFIG)))
+def test_any_missing_tensor_is_noticed(folder: Path, dropped: str) -> None:
+    without(dropped)(folder)
+    with pytest.raises(CheckpointError, match=f"tensor {re.escape(dropped)} is missing"):
+        Checkpoint(folder)
+
+
+def test_nothing_at_the_path(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"absent: no such file or folder.*; give a \.mpo file or a Hugging Face folder"
+    ):
+        open_weights(tmp_path / "absent")

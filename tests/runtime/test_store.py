@@ -1,0 +1,231 @@
+"""The local store: what goes in comes out by name, whole or not at all, and nothing outside it is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import mpo_runtime
+from mpo_formats import CheckpointError, ConfigError, FormatError, MpoError, OutputError
+from mpo_runtime import hub, store
+from mpo_runtime.cli.main import app
+from mpo_runtime.weights import open_weights
+from tests.formats import tiny
+from tests.helpers import write_folder
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store of its own."""
+    monkeypatch.setenv("MPO_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.mpo"
+    tiny.write(path, tiny.model())
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = write_folder(tmp_path / "source" / "tiny")
+    (path / "README.md").write_text("not needed to run")
+    return path
+
+
+def everything(folder: Path) -> list[str]:
+    """Relative paths of all files and folders."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_file_is_linked_and_found_by_its_name(file: Path, home: Path) -> None:
+    entry = store.add(file)
+    assert (entry.name, entry.kind, entry.size) == ("small", "mpo", file.stat().st_size)
+    assert os.path.samefile(entry.path, file)
+    assert store.resolve("small") == entry.path
+    assert store.entries() == [entry]
+    assert everything(home) == ["models", "models/small.mpo"]
+    weights = open_weights("small")
+    assert weights.spec == tiny.model()
+    weights.close()
+
+
+def test_a_folder_is_taken_without_what_is_not_needed(folder: Path) -> None:
+    entry = store.add(folder, "owner/tiny")
+    assert entry.kind == "folder"
+    assert everything(entry.path) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    with mpo_runtime.load("owner/tiny") as ours, mpo_runtime.load(folder) as original:
+        assert ours.score("hello") == original.score("hello")
+
+
+def test_where_links_do_not_work_it_is_copied(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise PermissionError(1, "not here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    entry = store.add(file)
+    assert not os.path.samefile(entry.path, file)
+    assert entry.path.read_bytes() == file.read_bytes()
+
+
+def test_a_path_comes_before_a_name(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add(file, "mine")
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("a file that is here")
+    assert store.resolve("mine") == Path("mine")
+    with pytest.raises(CheckpointError, match="no such file or folder, nor a name in the store"):
+        store.resolve("absent")
+
+
+def test_a_name_is_replaced_only_when_asked(file: Path, folder: Path, home: Path) -> None:
+    store.add(file, "one")
+    with pytest.raises(OutputError, match="in the store already; add --force"):
+        store.add(folder, "one")
+    assert store.add(folder, "one", replace=True).kind == "folder"
+    assert [path.name for path in (home / "models").iterdir()] == ["one"]
+    assert store.add(file, "one", replace=True).kind == "mpo"
+    assert [path.name for path in (home / "models").iterdir()] == ["one.mpo"]
+
+
+def test_what_is_no_model_does_not_get_in(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "bad.mpo").write_bytes(b"x" * 100)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FormatError):
+        store.add(tmp_path / "bad.mpo")
+    with pytest.raises(CheckpointError):
+        store.add(tmp_path / "empty")
+    assert store.entries() == []
+
+
+def test_a_failure_leaves_nothing_behind(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "link_or_copy", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        store.add(folder)
+    assert everything(home) == ["models"]
+
+
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "a/../b",
+    "/etc",
+    "a/b/c",
+    "a--b",
+    "-a",
+    ".hidden",
+    "a\\b",
+    "a b",
+    "é",
+    "x.mpo",
+    "a.",
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_cannot_lead_out(name: str, file: Path, tmp_path: Path) -> None:
+    before = everything(tmp_path)
+    with pytest.raises(ConfigError):
+        store.remove(name)
+    if name:
+        with pytest.raises(ConfigError, match="is no name for the store"):
+            store.add(file, name)
+    assert everything(tmp_path) == before
+
+
+def test_removing_never_follows_links(folder: Path, file: Path, home: Path) -> None:
+    store.add(file, "kept")
+    (home / "models" / "linked").symlink_to(folder, target_is_directory=True)
+    before = everything(folder)
+    store.remove("linked")
+    assert everything(folder) == before
+    assert [entry.name for entry in store.entries()] == ["kept"]
+    store.remove("kept")
+    assert file.exists()
+
+
+def test_the_folder_of_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MPO_HOME")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert store.home() == tmp_path / "mpo-runtime"
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert store.home() == tmp_path / "me" / ".local" / "share" / "mpo-runtime"
+
+
+def test_the_commands(file: Path) -> None:
+    runner = CliRunner()
+    assert "no models in" in runner.invoke(app, ["list"]).output
+    assert "mpo-run chat small" in runner.invoke(app, ["pull", str(file)]).output
+    listed = json.loads(runner.invoke(app, ["list", "--json"]).output)
+    assert [(row["name"], row["kind"], row["bytes"]) for row in listed] == [("small", "mpo", file.stat().st_size)]
+    assert runner.invoke(app, ["list"]).output.startswith("small  mpo")
+    assert runner.invoke(app, ["verify", "small"]).exit_code == 0
+    assert "small: deleted" in runner.invoke(app, ["rm", "small"]).output
+    assert isinstance(runner.invoke(app, ["rm", "small"]).exception, ConfigError)
+    assert "or a hub id owner/name" in str(runner.invoke(app, ["pull", "./absent"]).exception)
+
+
+class FakeHub:
+    """Stands for the hub's client: gives the files of a folder."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
+        import huggingface_hub
+
+        self.source = source
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot)
+
+    def model_info(self, identifier: str) -> Any:
+        names = [str(path.relative_to(self.source)) for path in self.source.rglob("*")]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def download(self, identifier: str, name: str, local_dir: Path) -> str:
+        (local_dir / ".cache").mkdir(parents=True, exist_ok=True)
+        (local_dir / name).write_bytes((self.source / name).read_bytes())
+        return str(local_dir / name)
+
+    def snapshot(self, identifier: str, allow_patterns: list[str], local_dir: Path) -> str:
+        for name in {path.name for pattern in allow_patterns for path in self.source.glob(pattern)}:
+            self.download(identifier, name, local_dir)
+        return str(local_dir)
+
+
+def test_pulling_prefers_the_mpo_file(file: Path, folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeHub(monkeypatch, folder)
+    entry = hub.pull("owner/tiny")
+    assert (entry.name, entry.kind) == ("owner/tiny", "folder")
+    assert everything(home / "models") == [
+        "owner--tiny",
+        *(f"owner--tiny/{name}" for name in everything(folder) if name != "README.md"),
+    ]
+    (folder / "model-a.mpo").write_bytes(file.read_bytes())
+    assert hub.pull("owner/tiny", replace=True).kind == "mpo"
+    assert everything(home / "models") == ["owner--tiny.mpo"]
+    (folder / "model-b.mpo").write_bytes(b"")
+    with pytest.raises(ConfigError, match="choose with --file: model-a.mpo, model-b.mpo"):
+        hub.pull("owner/tiny", "other")
+    assert hub.pull("owner/tiny", "other", file="model-a.mpo").size == file.stat().st_size
+    with pytest.raises(FormatError):
+        hub.pull("owner/tiny", "third", file="model-b.mpo")
+    assert [entry.name for entry in store.entries()] == ["other", "owner/tiny"]
+
+
+def test_without_a_network_pulling_says_what_to_do(home: Path) -> None:
+    with pytest.raises(MpoError, match=r"^owner/tiny: cannot be pulled \(.*mpo-run pull FOLDER") as caught:
+        hub.pull("owner/tiny")  # conftest.py sets HF_HUB_OFFLINE
+    assert "\n" not in str(caught.value)
+    assert store.entries() == []
