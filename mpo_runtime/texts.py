@@ -55,7 +55,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate 
     if tokenizer is None:
         raise ConfigError(f"{path}: the model has no tokenizer; give token ids as .u16 or .npy")
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
     if path.suffix == ".jsonl":

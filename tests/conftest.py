@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 # Read when the libraries are imported: no test reaches the network, and tokenizers do not warn after a fork.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small matrices are faster on one thread, many times so where other programs use the machine.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ from mpo_formats.packing import bf16_to_f32, f32_to_bf16
 Matrix = NDArray[np.float64]
 Tensors = dict[str, NDArray[Any]]
 # A base and the cores that correct it are fitted in turns; the best round in the Frobenius norm is kept.
-ROUNDS = 3
+ROUNDS = 2
 
 
 def widen(raw: NDArray[Any], dtype: str) -> Matrix:

@@ -84,7 +84,8 @@ def export(
             if text is None:
                 return Certificates(())
             bonds = (None, *prefixes)
-            comparison.extend(measure_file(path, chi, source, text, device, progress) for chi in bonds)
+            dense = GraniteModel(source.spec.architecture, ReferenceOps(source, device=device))
+            comparison.extend(measure_file(path, chi, dense, text, device, progress) for chi in bonds)
             measured = zip(bonds, comparison, strict=True)
             return Certificates(tuple(Certificate(chi, quality(result, text)) for chi, result in measured))
 
@@ -143,13 +144,12 @@ def write_tensors(writer: MpoWriter, source: Checkpoint, spec: ModelSpec, progre
 
 
 def measure_file(
-    path: Path, chi: int | None, source: Checkpoint, text: TokenText, device: str, progress: Progress
+    path: Path, chi: int | None, dense: GraniteModel, text: TokenText, device: str, progress: Progress
 ) -> Comparison:
     """Compares a written file, or its prefix at χ = `chi`, with its dense source on held-out text."""
+    stage = "measuring" if chi is None else f"measuring χ={chi}"
     with MpoFile(path) as file:
         ours = GraniteModel(file.spec.architecture, ReferenceOps(file, chi=chi, device=device))
-        stage = "measuring" if chi is None else f"measuring χ={chi}"
-        dense = GraniteModel(source.spec.architecture, ReferenceOps(source, device=device))
         return compare(ours, dense, text.ids, progress=lambda done, total: progress(stage, done, total))
 
 

@@ -21,8 +21,6 @@ def run(app: Callable[..., Any], program: str) -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app(prog_name=program)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:
         # The reader went away, as in `mpo-run generate … | head`; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,10 @@ from mpo_runtime import ConfigError
 from mpo_runtime.cli.generate import read_prompts
 from mpo_runtime.cli.main import app
 from mpo_runtime.model import Model, Piece, load
-from tests.helpers import BOS, EOS, forward, granite_config, network, some_ids, write_folder
+from tests.helpers import EOS, forward, granite_config, network, some_ids, write_folder
+
+# A random model repeats itself unless it is heated.
+OPTIONS = ("--seed", "1", "--temperature", "30", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +43,7 @@ def run(folder: Path, *arguments: str, text: str | None = None) -> str:
 
 
 def test_pieces_carry_what_the_model_computed(model: Model) -> None:
-    pieces = list(model.generate("hello", max_tokens=10, seed=3, top_logprobs=4))
-    ids = [BOS, *b"hello"]
+    pieces = list(model.generate("hello", max_tokens=10, seed=3, temperature=30, top_logprobs=4))
     ids = model.text_tokenizer().encode("hello", add_special_tokens=True)
     tokens = [piece.token for piece in pieces]
     scores = model.score([*ids, *tokens])
@@ -55,12 +57,12 @@ def test_pieces_carry_what_the_model_computed(model: Model) -> None:
 
 
 def test_json_says_what_the_api_says(folder: Path, model: Model) -> None:
-    facts = json.loads(run(folder, "-p", "hello", "--seed", "3", "--json", "--logprobs", "2"))
-    pieces = list(model.generate("hello", max_tokens=8, seed=3, top_logprobs=2))
+    facts = json.loads(run(folder, "-p", "hello", "--seed", "3", "--temperature", "30", "--json", "--logprobs", "2"))
+    pieces = list(model.generate("hello", max_tokens=8, seed=3, temperature=30, top_logprobs=2))
     assert facts["tokens"] == [piece.token for piece in pieces]
     assert facts["text"] == "".join(piece.text for piece in pieces)
     assert facts["finish"] == pieces[-1].finish
-    np.testing.assert_allclose(facts["logprobs"], [piece.logprob for piece in pieces])
+    np.testing.assert_allclose(facts["logprobs"], [piece.logprob for piece in pieces], rtol=1e-4)
     first = pieces[0].top[0]
     assert facts["top_logprobs"][0][0]["token"] == first.token
     assert facts["timings"]["prompt_tokens"] == 6 and facts["timings"]["new_tokens"] == len(pieces)
@@ -70,9 +72,9 @@ def test_several_prompts_are_answered_as_if_alone(folder: Path, tmp_path: Path) 
     lines, rows = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     lines.write_text("hello\n\nwörld\r\n")
     rows.write_text('{"prompt": "hello"}\n{"prompt": "wörld", "id": 2}\n')
-    alone = [json.loads(run(folder, "-p", text, "--seed", "1", "--json")) for text in ("hello", "wörld")]
+    alone = [json.loads(run(folder, "-p", text, *OPTIONS)) for text in ("hello", "wörld")]
     for path in (lines, rows):
-        facts = [json.loads(line) for line in run(folder, "--prompts", str(path), "--seed", "1", "--json").splitlines()]
+        facts = [json.loads(line) for line in run(folder, "--prompts", str(path), *OPTIONS).splitlines()]
         assert [row["index"] for row in facts] == [0, 1]
         assert [row["text"] for row in facts] == [row["text"] for row in alone]
     plain = run(folder, "--prompts", str(lines), "--seed", "1", "--logit-bias", f"{EOS}=-100")
@@ -126,8 +128,8 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_runs(folder: Path, tmp_p
 
 
 def test_environment_variables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = run(folder, "-p", "hello", "--seed", "9", "--temperature", "0.9", "--json", "--ctx-size", "20")
-    for name, value in {"MPO_SEED": "9", "MPO_TEMPERATURE": "0.9", "MPO_CTX_SIZE": "20"}.items():
+    expected = run(folder, "-p", "hello", "--seed", "9", "--temperature", "33", "--json", "--ctx-size", "20")
+    for name, value in {"MPO_SEED": "9", "MPO_TEMPERATURE": "33", "MPO_CTX_SIZE": "20"}.items():
         monkeypatch.setenv(name, value)
     facts, again = json.loads(expected), json.loads(run(folder, "-p", "hello", "--json"))
     assert again["tokens"] == facts["tokens"]
@@ -157,7 +159,7 @@ def test_the_cache_is_stored_in_the_type_asked_for(
 
 def test_threads_take_turns(model: Model) -> None:
     def text(prompt: str) -> list[int]:
-        return [piece.token for piece in model.generate(prompt, max_tokens=20, seed=1)]
+        return [piece.token for piece in model.generate(prompt, max_tokens=20, seed=1, temperature=30)]
 
     prompts = ["one", "two", "three"]
     expected = [text(prompt) for prompt in prompts]

@@ -16,7 +16,7 @@ Matrix = NDArray[np.float64]
 SHRINK = np.linspace(0.75, 1.05, 13)
 LARGEST_SCALE = float(np.finfo(np.float16).max)
 # Values rounded at a time, which bounds the memory that the search takes.
-BLOCK = 1 << 21
+BLOCK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +70,29 @@ def round_to_nearest(matrix: Matrix, bits: int, group: int) -> Integers:
 def _round_rows(matrix: Matrix, bits: int, group: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     rows, columns = matrix.shape
     half = 1 << (bits - 1)
-    grouped = matrix.reshape(rows, columns // group, group)
+    # Single precision: the search is bound by memory, and codes are far coarser.
+    grouped = matrix.reshape(rows, columns // group, group).astype(np.float32)
     index = np.abs(grouped).argmax(-1)[..., None]
-    extreme = np.take_along_axis(grouped, index, -1)  # [rows, groups, 1]
-    if float(np.abs(extreme).max(initial=0.0)) / half > LARGEST_SCALE:
+    extreme = np.take_along_axis(grouped, index, -1).astype(np.float64)  # [rows, groups, 1]
+    if not np.abs(extreme).max(initial=0.0) / half <= LARGEST_SCALE:
         raise ConfigError("matrix: values exceed the range of half-precision scales; store this layer dense")
-    best = np.full(extreme.shape, np.inf)
+    best = np.full(extreme.shape, np.inf, np.float32)
     scale = np.zeros(extreme.shape, np.float16)
     for shrink in SHRINK:
         # A factor above 1 must not push the scale over the edge of half precision.
         candidate = np.clip(-extreme / half * shrink, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16)
-        error = np.square(_codes(grouped, candidate, half) * candidate.astype(np.float64) - grouped).sum(
-            -1, keepdims=True
-        )
-        better = error < best
-        scale, best = np.where(better, candidate, scale), np.where(better, error, best)
-    codes = (_codes(grouped, scale, half) + half).astype(np.uint8).reshape(rows, columns)
+        error = _codes(grouped, candidate, half)
+        error *= candidate.astype(np.float32)
+        error -= grouped
+        squared = np.einsum("rgi,rgi->rg", error, error)[..., None]
+        better = squared < best
+        scale, best = np.where(better, candidate, scale), np.where(better, squared, best)
+    codes = (_codes(grouped, scale, half) + np.float32(half)).astype(np.uint8).reshape(rows, columns)
     return codes, scale[..., 0]
 
 
-def _codes(grouped: Matrix, scale: NDArray[np.float16], half: int) -> Matrix:
-    wide = scale.astype(np.float64)
-    quotient = np.divide(grouped, wide, out=np.zeros_like(grouped), where=wide != 0)
-    return np.clip(np.rint(quotient), -half, half - 1)
+def _codes(grouped: NDArray[np.float32], scale: NDArray[np.float16], half: int) -> NDArray[np.float32]:
+    wide = scale.astype(np.float32)
+    inverse = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
+    codes = np.rint(grouped * inverse)
+    return np.clip(codes, -half, half - 1, out=codes)
