@@ -22,7 +22,7 @@ help:
 
 demo: $(VENV)/.installed-export
 	$(BIN)/mpo-export demo --chi 32 --force --out demo.mpo
-	$(BIN)/mpo-run chat demo.mpo --prompt "What is a habitat?"
+	$(BIN)/mpo-run chat demo.mpo --prompt "I want to book a table at a restaurant." --seed 1
 
 # The quality gates (make check) are tests too: tests/test_contracts.py.
 test: $(VENV)/.installed-dev

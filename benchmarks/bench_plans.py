@@ -29,6 +29,7 @@ PLANS = (
     Options("dense"),
     Options("auto", chi=32),
     Options("auto", chi=4),
+    Options("auto", chi=1),
     Options("int4"),
     Options("paper", chi=128),
     Options("paper", chi=32),

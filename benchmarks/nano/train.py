@@ -51,7 +51,7 @@ class Recipe:
 
 PRESETS = {
     "nano": (NanoConfig(), Recipe()),
-    # Ships until granite-nano is trained on a machine with bf16 units: a quarter of the size, under an hour on any CPU.
+    # Ships until granite-nano is trained on a machine with bf16 units: a quarter of the size, trainable on any CPU.
     "stand-in": (
         NanoConfig(
             hidden_size=256,
