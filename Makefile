@@ -22,7 +22,8 @@ help:
 
 demo: $(VENV)/.installed-export
 	$(BIN)/mpo-export demo --chi 32 --force --out demo.mpo
-	$(BIN)/mpo-run chat demo.mpo --prompt "I want to book a table at a restaurant." --seed 1
+	@echo; echo "> I want to book a table at a restaurant."
+	@$(BIN)/mpo-run chat demo.mpo --prompt "I want to book a table at a restaurant." --seed 1
 
 # The quality gates (make check) are tests too: tests/test_contracts.py.
 test: $(VENV)/.installed-dev
@@ -55,12 +56,14 @@ clean:
 
 # The constraints always go with an install: without them pip may fetch another torch, gigabytes of it.
 $(VENV)/.installed-export: $(VENV)/.created $(BUILD_INPUTS)
-	$(PIP) install -c constraints.txt -e '.[export]'
+	@echo "installing into $(VENV); PyTorch is large, so the first time takes minutes"
+	$(PIP) install -q -c constraints.txt -e '.[export]'
 	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(BUILD_INPUTS)
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	@echo "installing into $(VENV) with the test tools; the first time takes minutes"
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
 	@touch $@ $(VENV)/.installed-export
 

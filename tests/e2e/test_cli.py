@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpo_exporter import cli as exporter_cli
 from mpo_exporter import export as export_module
 from mpo_formats import CheckpointError, MpoFile, MpoWriter
 from mpo_runtime.cli import main as runtime_cli
 from mpo_runtime.measure import compare, perplexity
+from tests.e2e.conftest import Outcome, Run
 from tests.helpers import granite_config, network, some_ids, write_folder, write_weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODULES = {"mpo-run": "mpo_runtime.cli.main", "mpo-export": "mpo_exporter.cli"}
 STORY = "Once upon a time, there was a little girl named Lily."
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a program left: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    def assert_error(self, program: str, *words: str, code: int = 1) -> None:
-        """Exit code 1, nothing on standard output, and one line on standard error that has these words."""
-        assert self.code == code, self
-        assert len(self.err.splitlines()) == 1, self.err
-        assert self.err.startswith(f"{program}: error: ")
-        for word in words:
-            assert word in self.err
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs a program in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPO_HOME", str(tmp_path / "store"))
-
-    def runner(program: str, *arguments: object) -> Outcome:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
-        main = {"mpo-run": runtime_cli.main, "mpo-export": exporter_cli.main}[program]
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return Outcome(int(stopped.value.code or 0), *capsys.readouterr())
-
-    return runner
 
 
 def spawn(program: str, *arguments: object) -> Outcome:
