@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mpo_formats.errors import CheckpointError, ConfigError, MpoError
 from mpo_runtime import store
@@ -38,26 +41,43 @@ def pull(identifier: str, name: str | None = None, *, file: str | None = None, r
 
 def fetch(identifier: str, file: str | None, folder: Path) -> Path:
     """Downloads into a folder and returns the `.mpo` file or the folder; raises CheckpointError where that fails."""
+    with reach(identifier, "copy the model here and run: mpo-run pull FOLDER, or FILE.mpo") as hub:
+        # Unlike list_repo_files, model_info does not retry for half a minute where there is no network.
+        siblings = hub.HfApi().model_info(identifier).siblings or []
+        chosen = choose_file(identifier, [sibling.rfilename for sibling in siblings], file)
+        if chosen:
+            return Path(hub.hf_hub_download(identifier, chosen, local_dir=folder))
+        hub.snapshot_download(identifier, allow_patterns=list(store.NEEDED), local_dir=folder)
+        return folder
+
+
+def cached_folder(identifier: str) -> Path:
+    """The folder of a checkpoint in the hub client's own cache, downloaded if needed; its name is the revision.
+
+    Raises:
+        CheckpointError: when the hub cannot be reached or has no such model.
+    """
+    with reach(identifier, "copy the model's folder here and run: mpo-export FOLDER") as hub:
+        return Path(hub.snapshot_download(identifier, allow_patterns=list(store.NEEDED)))
+
+
+@contextmanager
+def reach(identifier: str, offline: str) -> Iterator[Any]:
+    """Yields the hub's client; its errors become a CheckpointError that says what to do without a network."""
     try:
         import huggingface_hub
     except ImportError:
-        raise CheckpointError(f"{identifier}: pulling from the hub needs the package huggingface_hub: pip install "
-                              "'mpo-runtime[export]'; or pull a .mpo file or folder of this machine") from None  # fmt: skip
+        raise CheckpointError(f"{identifier}: the hub needs the package huggingface_hub: pip install "
+                              f"'mpo-runtime[export]'; or {offline}") from None  # fmt: skip
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        # Unlike list_repo_files, model_info does not retry for half a minute where there is no network.
-        siblings = huggingface_hub.HfApi().model_info(identifier).siblings or []
-        chosen = choose_file(identifier, [sibling.rfilename for sibling in siblings], file)
-        if chosen:
-            return Path(huggingface_hub.hf_hub_download(identifier, chosen, local_dir=folder))
-        huggingface_hub.snapshot_download(identifier, allow_patterns=list(store.NEEDED), local_dir=folder)
-        return folder
+        yield huggingface_hub
     except MpoError:
         raise
-    except Exception as error:  # the hub's client raises its own, urllib's and the HTTP library's errors
+    except Exception as error:  # the client raises its own, urllib's and the HTTP library's errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise CheckpointError(f"{identifier}: cannot be pulled ({reason}); if this machine is offline, copy the model "
-                              "here and run: mpo-run pull FOLDER, or FILE.mpo") from None  # fmt: skip
+        raise CheckpointError(f"{identifier}: cannot be downloaded ({reason}); if this machine is offline, "
+                              f"{offline}") from None  # fmt: skip
 
 
 def choose_file(identifier: str, names: list[str], wanted: str | None) -> str | None:

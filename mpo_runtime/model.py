@@ -279,19 +279,25 @@ def load_network(
     Raises:
         ConfigError: for a χ or a number of threads below one, or a device that is absent.
     """
-    import torch
-
     from mpo_runtime.backends.reference import ReferenceOps
     from mpo_runtime.models.granite import GraniteModel
 
     if chi is not None and chi < 1:
         raise ConfigError(f"chi: expected at least 1, found {chi}")
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads: expected at least 1, found {threads}")
-        torch.set_num_threads(threads)
+    set_threads(threads)
     check_device(device)
     return GraniteModel(weights.spec.architecture, ReferenceOps(weights, chi=chi, device=device, kv_type=kv_type))
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets the number of CPU threads, all cores where None; raises ConfigError for less than one."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ConfigError(f"--threads: expected at least 1, found {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def check_device(device: str) -> None:

@@ -13,7 +13,7 @@ from mpo_exporter.sources import find_source
 from mpo_formats import ConfigError, OutputError
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.cli import console
-from mpo_runtime.model import check_device, read_text_files
+from mpo_runtime.model import check_device, read_text_files, set_threads
 from mpo_runtime.texts import BUILT_IN_TEXT, TokenText, read_tokens
 
 # Multiply-adds and tokens that measuring may take if the user says nothing: at most a minute on two slow cores.
@@ -40,12 +40,7 @@ def run_export(
     check_device(device)
     if measure_tokens is not None and measure_tokens < 0:
         raise ConfigError(f"--measure-tokens {measure_tokens}: expected 0 or more")
-    if threads is not None:
-        import torch
-
-        if threads < 1:
-            raise ConfigError(f"--threads {threads}: expected at least 1")
-        torch.set_num_threads(threads)
+    set_threads(threads)
     for prefix in prefixes:
         if not 1 <= prefix < chi:
             raise ConfigError(f"--certify-chi {prefix}: expected 1 to {chi - 1}, below --chi")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.resources
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpo_formats import CheckpointError
+from mpo_runtime.hub import cached_folder
 
 ALIASES = {
     "granite": "ibm-granite/granite-3.3-8b-instruct",
     "granite-2b": "ibm-granite/granite-3.3-2b-instruct",
 }
-NEEDED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +44,5 @@ def find_source(model: str) -> Source:
     if identifier.count("/") != 1 or identifier.startswith((".", "/", "~")) or folder.is_absolute():
         known = ", ".join(("demo", *ALIASES))
         raise CheckpointError(f"{model}: no such folder; give {known}, a Hugging Face folder, or a hub id owner/name")
-    return download(identifier, model if model in ALIASES else identifier.split("/")[1])
-
-
-def download(identifier: str, name: str) -> Source:
-    """Downloads a model from the hub, or finds it in the hub's cache.
-
-    Raises:
-        CheckpointError: when the hub cannot be reached or has no such model.
-    """
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise CheckpointError(f"{identifier}: downloading needs the export extra: pip install 'mpo-runtime[export]'; "
-                              "or give a Hugging Face folder") from None  # fmt: skip
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        folder = Path(huggingface_hub.snapshot_download(identifier, allow_patterns=list(NEEDED)))
-    except Exception as error:  # the hub's client raises its own, urllib's and the HTTP library's errors
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{identifier}: cannot be downloaded ({reason}); if this machine is offline, copy the "
-                              f"model's folder here and run: mpo-export FOLDER") from None  # fmt: skip
-    return Source(folder, name, folder.name)
+    folder = cached_folder(identifier)
+    return Source(folder, model if model in ALIASES else identifier.split("/")[1], folder.name)

@@ -209,7 +209,7 @@ def test_a_damaged_source_is_one_line(run: Run, copied: Path, tmp_path: Path, ca
     (("--chi", 0), ("--chi 0: the bond dimension must be at least 1",)),
     (("--chi", -5), ("--chi -5",)),
     (("--cores", 1), ("--cores 1: expected 2 to 8",)),
-    (("--threads", 0), ("--threads 0: expected at least 1",)),
+    (("--threads", 0), ("--threads: expected at least 1, found 0",)),
     (("--measure-tokens", -1), ("--measure-tokens -1: expected 0 or more",)),
     (("--device", "abacus"), ("device abacus: expected cpu, cuda",)),
     (("--eval-text", "absent.txt"), ("absent.txt: cannot be read (No such file or directory)",)),

@@ -225,7 +225,7 @@ def test_pulling_prefers_the_mpo_file(file: Path, folder: Path, home: Path, monk
 
 
 def test_without_a_network_pulling_says_what_to_do(home: Path) -> None:
-    with pytest.raises(MpoError, match=r"^owner/tiny: cannot be pulled \(.*mpo-run pull FOLDER") as caught:
+    with pytest.raises(MpoError, match=r"^owner/tiny: cannot be downloaded \(.*mpo-run pull FOLDER") as caught:
         hub.pull("owner/tiny")  # conftest.py sets HF_HUB_OFFLINE
     assert "\n" not in str(caught.value)
     assert store.entries() == []
