@@ -35,7 +35,7 @@ def measure_perplexity(file: Path, text: Path, window: int | None, load_options:
     print(f"perplexity {result.perplexity:.4f} ± {result.error:.4f} (standard error)")
     if bits is not None:
         print(f"bits per byte {bits:.4f}")
-    print(f"{result.tokens} tokens of {tokens.name} in {result.windows} windows of {result.window}")
+    print(f"{result.tokens} tokens of {tokens.name} in windows of at most {result.window}")
 
 
 def compare_models(
@@ -59,4 +59,4 @@ def compare_models(
     print(
         f"same most likely token {100 * result.same_top1:.2f} %   logits cosine {result.cosine:.5f}   MSE {result.mse:.5f}"
     )
-    print(f"{result.model.tokens} tokens of {tokens.name} in {result.model.windows} windows of {result.model.window}")
+    print(f"{result.model.tokens} tokens of {tokens.name} in windows of at most {result.model.window}")

@@ -147,10 +147,19 @@ def row_prompt(path: Path, number: int, line: str) -> str:
 
 
 def open_model(file: Path, load_options: dict[str, Any]) -> Model:
-    """Loads a model, with a note on standard error where it has to run slowly."""
+    """Loads a model, with a note on standard error where it has to run slowly or an option has no effect."""
     model = load(file, **load_options)
     note_kernels(model)
+    note_chi(model, load_options.get("chi"))
     return model
+
+
+def note_chi(model: Model, chi: int | None) -> None:
+    """Says when --chi cuts nothing."""
+    largest = model.weights.spec.largest_bond()
+    if chi is not None and chi >= largest:
+        has = f"the largest bond is {largest}" if largest else "the model has no cores"
+        print(f"note: --chi {chi} changes nothing: {has}", file=sys.stderr)
 
 
 def note_kernels(model: Model) -> None:

@@ -192,3 +192,8 @@ def test_a_closed_model_says_so(folder: Path) -> None:
         model.generate("hello")
     with pytest.raises(ConfigError, match="closed"):
         model.score("hello")
+
+
+def test_a_chi_that_cuts_nothing_is_said(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["generate", str(folder), "-p", "hello", "-n", "2", "--chi", "3"])
+    assert "note: --chi 3 changes nothing: the model has no cores" in result.stderr
