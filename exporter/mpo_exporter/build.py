@@ -46,7 +46,8 @@ def build_linear(linear: LinearSpec, raw: NDArray[Any], dtype: str) -> Tensors:
     Raises:
         ConfigError: naming the layer, when its values are not finite or do not fit.
     """
-    if linear.terms == (Dense("dense", dtype),):  # type: ignore[arg-type]
+    only = linear.terms[0]
+    if isinstance(only, Dense) and only.dtype == dtype and len(linear.terms) == 1:
         return {f"{linear.name}.0.weight": raw}
     try:
         return _fit(linear, widen(raw, dtype))
