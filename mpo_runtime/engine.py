@@ -64,8 +64,12 @@ class Engine:
         # In this order: a Ctrl-C between the two leaves a list that is shorter than the cache, never a longer one.
         self.held = list(ids[:shared])
         self.cache.rewind(shared)
+        return self._advance(ids[shared:])
+
+    def _advance(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Runs tokens that follow those in the cache, and returns the logits [vocabulary] after the last one."""
         hidden: Any = None
-        for start in range(shared, len(ids), self.chunk):
+        for start in range(0, len(ids), self.chunk):
             part = list(ids[start : start + self.chunk])
             hidden = self.model.hidden(self.model.ops.ids([part]), self.cache, [len(part)])
             self.held += part
@@ -103,7 +107,7 @@ class Engine:
                 yield Step(choice.token, choice.logprob, logits, finish)
                 if finish:
                     return
-                logits = self.prefill(history)
+                logits = self._advance([choice.token])
 
 
 def default_context(architecture: Architecture, context: int | None) -> int:

@@ -90,16 +90,6 @@ class Tokenizer:
         return cls.from_bytes(data, config, name=str(path))
 
     @property
-    def bos_ids(self) -> tuple[int, ...]:
-        """`bos_id` as a tuple that is empty where there is none."""
-        return () if self.bos_id is None else (self.bos_id,)
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """`eos_id` as a tuple that is empty where there is none; a model's config.json may name more."""
-        return () if self.eos_id is None else (self.eos_id,)
-
-    @property
     def vocab_size(self) -> int:
         """The number of tokens, added ones included; a model's logits may be padded to more."""
         return self._raw.get_vocab_size(with_added_tokens=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SUCCESS, FAILURE, USAGE = 0, 1, 2
+FAILURE = 1  # typer itself ends with 0 when all is well and 2 on wrong usage
 
 
 def run(app: Callable[..., Any], program: str) -> None:

@@ -99,15 +99,15 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_names_ids_and_sizes() -> None:
-    assert (BYTE_LEVEL.bos_token, BYTE_LEVEL.bos_id, BYTE_LEVEL.bos_ids) == ("<s>", 261, (261,))
-    assert (BYTE_LEVEL.eos_token, BYTE_LEVEL.eos_id, BYTE_LEVEL.eos_ids) == ("</s>", 262, (262,))
+    assert (BYTE_LEVEL.bos_token, BYTE_LEVEL.bos_id) == ("<s>", 261)
+    assert (BYTE_LEVEL.eos_token, BYTE_LEVEL.eos_id) == ("</s>", 262)
     assert BYTE_LEVEL.vocab_size == 265
     assert BYTE_LEVEL.special_ids == {261, 262, 263}
     assert dict(BYTE_LEVEL.added_tokens) == {"<s>": 261, "</s>": 262, "<日>": 263, "<b>": 264}
     assert (BYTE_LEVEL.id_to_token(256), BYTE_LEVEL.token_to_id("Ġa")) == ("Ġa", 256)
     assert (BYTE_LEVEL.id_to_token(999), BYTE_LEVEL.token_to_id("Ġz")) == (None, None)
     nameless = wrap(byte_level_raw())
-    assert (nameless.bos_token, nameless.bos_id, nameless.eos_ids) == (None, None, ())
+    assert (nameless.bos_token, nameless.bos_id) == (None, None)
 
 
 def test_special_tokens_are_added_only_when_asked() -> None:
