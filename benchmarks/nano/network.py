@@ -25,7 +25,7 @@ class NanoConfig:
     embedding_multiplier: float = 12.0
     residual_multiplier: float = 0.22
     attention_multiplier: float = 1 / 64
-    logits_scaling: float = 4.0
+    logits_scaling: float = 8.0
 
     @property
     def head_dim(self) -> int:

@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config, _ = PRESETS[arguments.preset]
     model = Nano(config)
-    saved = torch.load(arguments.data / "checkpoint.pt", map_location="cpu", weights_only=True)
+    saved = torch.load(arguments.data / f"{arguments.preset}.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(saved["model"])
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)

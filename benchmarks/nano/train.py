@@ -3,6 +3,9 @@
     python benchmarks/nano/tokens.py --corpus ../shared/corpus --out work/nano
     python benchmarks/nano/train.py --data work/nano
 
+The preset `nano` first trains the small model `seed` (a quarter of the size, four times the tokens in the same time),
+grows it (growth.py) and goes on from there.
+
 Resumes from the last checkpoint in the folder. A window's place in the order depends on the seed and the step alone, and
 the learning rate is constant until the decay, so a run that was stopped, or whose --steps was raised before its
 decay began, ends where an uninterrupted run ends.
@@ -17,24 +20,32 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from corpus import DOMAINS
+from growth import grow
+from muon import Muon
 from network import Nano, NanoConfig
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters: AdamW, warm-up, constant, then linear decay to zero."""
+    """Hyper-parameters: warm-up, constant, then linear decay to zero.
 
-    steps: int = 2600
-    decay_steps: int = 900
-    warmup_steps: int = 100
-    batch: int = 10
+    `muon` trains the matrices of the blocks by Muon, the rest by AdamW; without it AdamW trains everything.
+    """
+
+    steps: int = 1000
+    decay_steps: int = 600
+    warmup_steps: int = 20
+    batch: int = 4
     window: int = 1024
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
+    muon: bool = True
+    momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -51,16 +62,16 @@ class Recipe:
 
 PRESETS = {
     "nano": (NanoConfig(), Recipe()),
-    # Ships until granite-nano is trained on a machine with bf16 units: a quarter of the size, trainable on any CPU.
-    "stand-in": (
+    "seed": (
         NanoConfig(
             hidden_size=256,
             intermediate_size=768,
             num_hidden_layers=4,
             num_attention_heads=4,
             max_position_embeddings=512,
+            logits_scaling=4.0,
         ),
-        Recipe(steps=1500, decay_steps=500, warmup_steps=60, batch=8, window=512, learning_rate=4e-3),
+        Recipe(steps=1500, decay_steps=500, warmup_steps=60, batch=8, window=512, learning_rate=4e-3, muon=False),
     ),
 }
 
@@ -96,11 +107,19 @@ class Windows:
         return tokens[start : start + length + 1]
 
 
-def optimizer_for(model: Nano, recipe: Recipe) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim == 2]
+def optimizers_for(model: Nano, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    table = model.embed_tokens.weight
+    plain = [{"params": vectors, "weight_decay": 0.0}, {"params": [table], "weight_decay": recipe.weight_decay}]
+    if not recipe.muon:
+        plain.append({"params": matrices, "weight_decay": recipe.weight_decay})
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(plain, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    ]
+    if recipe.muon:
+        optimizers.append(Muon(matrices, recipe.learning_rate, recipe.momentum, recipe.weight_decay))
+    return optimizers
 
 
 @torch.no_grad()
@@ -128,36 +147,57 @@ def has_bf16_units(device: str) -> bool:
     return device == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def train(folder: Path, config: NanoConfig, recipe: Recipe, device: str, compile_model: bool) -> None:
+def start(folder: Path, preset: str, device: str, compile_model: bool) -> Nano:
+    """The model before its first step: random, or grown from the preset `seed`, which is trained first if need be."""
+    config, recipe = PRESETS[preset]
     torch.manual_seed(recipe.seed)
-    model = Nano(config).to(device)
+    if preset == "seed":
+        return Nano(config)
+    small, small_recipe = PRESETS["seed"]
+    saved = finished(folder / "seed.pt", small_recipe.steps)
+    if saved is None:
+        train(folder, "seed", small_recipe, device, compile_model)
+        saved = torch.load(folder / "seed.pt", map_location="cpu", weights_only=True)
+    return grow(saved["model"], small, config, recipe.seed)
+
+
+def finished(path: Path, steps: int) -> dict[str, Any] | None:
+    """A checkpoint that has all its steps."""
+    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    return saved if saved and saved["step"] == steps else None
+
+
+def train(folder: Path, preset: str, recipe: Recipe, device: str, compile_model: bool) -> None:
+    checkpoint = folder / f"{preset}.pt"
+    saved = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else None
+    model = (Nano(PRESETS[preset][0]) if saved else start(folder, preset, device, compile_model)).to(device)
     bf16 = has_bf16_units(device)
-    optimizer = optimizer_for(model, recipe)
-    windows, start, elapsed = Windows(folder, recipe), 0, 0.0
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+    optimizers = optimizers_for(model, recipe)
+    windows, first, elapsed = Windows(folder, recipe), 0, 0.0
+    if saved:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, elapsed = saved["step"], saved["seconds"]
-        for step in range(start):
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        first, elapsed = saved["step"], saved["seconds"]
+        for step in range(first):
             windows.batch(step)
-    loss_of = torch.compile(model.loss) if compile_model else model.loss
-    log = (folder / "train.jsonl").open("a", encoding="utf-8")
+    loss_of = torch.compile(model.loss, dynamic=False) if compile_model else model.loss
+    log = (folder / f"{preset}.jsonl").open("a", encoding="utf-8")
     clock, running = time.monotonic() - elapsed, []
-    for step in range(start, recipe.steps):
-        for group in optimizer.param_groups:
+    for step in range(first, recipe.steps):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step)
         ids = windows.batch(step).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = loss_of(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         model.zero_grad(set_to_none=True)
         running.append(loss.detach())
-        if (step + 1) % 20 == 0:
-            row = {
+        if (step + 1) % 20 == 0 or step + 1 == recipe.steps:
+            row: dict[str, Any] = {
                 "step": step + 1,
                 "tokens": (step + 1) * recipe.batch * recipe.window,
                 "loss": round(float(torch.stack(running).mean()), 4),
@@ -165,9 +205,9 @@ def train(folder: Path, config: NanoConfig, recipe: Recipe, device: str, compile
                 "seconds": round(time.monotonic() - clock, 1),
             }
             running = []
-            if (step + 1) % 200 == 0 or step + 1 == recipe.steps:
+            if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
                 row["valid_bits_per_token"] = bits_per_token(model, folder, "valid", 24, recipe.window)
-                content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                content = {"model": model.state_dict(), "optimizers": [part.state_dict() for part in optimizers]}
                 save(checkpoint, {**content, "step": step + 1, "seconds": time.monotonic() - clock})
             print(json.dumps(row), file=log, flush=True)
             print(json.dumps(row), flush=True)
@@ -184,9 +224,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    config, recipe = PRESETS[arguments.preset]
+    recipe = PRESETS[arguments.preset][1]
     recipe = replace(recipe, steps=arguments.steps or recipe.steps)
-    train(arguments.data, config, recipe, arguments.device, not arguments.no_compile)
+    train(arguments.data, arguments.preset, recipe, arguments.device, not arguments.no_compile)
 
 
 if __name__ == "__main__":

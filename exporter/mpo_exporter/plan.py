@@ -22,11 +22,12 @@ SPARED = 1 / 4
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for."""
+    """What the user asked for; `layers` names those that the plan `paper` gives cores, its own choice where None."""
 
     plan: str = "auto"
     chi: int = 32
     cores: int = 2
+    layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.plan not in PLANS:
@@ -44,6 +45,10 @@ def plan_layers(source: ModelSpec, options: Options) -> tuple[LinearSpec, ...]:
     attention and MLP matrices by fp16 cores of one χ, except in the first quarter of the blocks and the last MLP, and
     stores the rest as int4; `auto` rounds to 4 bits (embeddings to 6) and lets int8 cores of at most χ correct the rounding.
     """
+    names = {linear.name for linear in source.linears} - {EMBEDDING, HEAD}
+    for name in options.layers or ():
+        if name not in names:
+            raise PlanError(f"layers: {name} is no attention or MLP matrix of this model; mpo-run info lists them")
     return tuple(plan_layer(linear, source.architecture, options) for linear in source.linears)
 
 
@@ -57,8 +62,8 @@ def plan_layer(linear: LinearSpec, architecture: Architecture, options: Options)
     elif options.plan == "int4":
         terms = (integers(columns, 4),)
     elif options.plan == "paper":
-        whole = table or spared(name, architecture)
-        terms = (integers(columns, 4),) if whole else (full_cores(rows, columns, options),)
+        cores = not table and gets_cores(name, architecture, options)
+        terms = (full_cores(rows, columns, options),) if cores else (integers(columns, 4),)
     elif table:
         terms = (integers(columns, EMBEDDING_BITS),)
     else:
@@ -72,6 +77,11 @@ def integers(columns: int, bits: int) -> Term:
     """A Quantized term, or bf16 where no group divides the row."""
     group = fitting_group(columns, GROUP)
     return Dense("dense", "bf16") if group is None else Quantized("quantized", bits, group, False)
+
+
+def gets_cores(name: str, architecture: Architecture, options: Options) -> bool:
+    """Whether the plan `paper` tensorizes a matrix of the blocks: those that the user named, or all that it does not spare."""
+    return name in options.layers if options.layers is not None else not spared(name, architecture)
 
 
 def spared(name: str, architecture: Architecture) -> bool:

@@ -1,0 +1,232 @@
+"""Decode and prompt speed, side by side in one run: our files, dense bf16 in this runtime, llama.cpp, transformers.
+
+    python benchmarks/decode.py --size 2b --plans 4,3+4,2+3,2,dense --work /tmp/decode
+    python benchmarks/decode.py --size 2b --llama-bench BIN --gguf a.gguf --gguf b.gguf --transformers --out results.json
+
+Weights are random (benchmarks/synthetic.py); a `+` between widths mixes them block by block, `/chi32` adds int8 cores.
+Every round times each contestant once and the read bandwidth of this machine beside it, so that a busy moment hits all of
+them; the table gives medians over rounds. GB/s counts the bytes of the weights that a step reads, which is the file
+without its embedding where that is not the head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import describe_machine, read_bandwidth
+from synthetic import SyntheticPlan, granite, write_synthetic
+
+from mpo_runtime.engine import Engine
+from mpo_runtime.model import load_network
+from mpo_runtime.weights import open_weights
+
+PROMPT = 32
+
+
+@dataclass
+class Contestant:
+    """One file under one engine; `decode` gives tokens per second of one timed stretch, `prompt` those of a prompt."""
+
+    name: str
+    bytes: int
+    decode: Callable[[], float]
+    prompt: Callable[[], float] | None
+    decoded: list[float] = field(default_factory=list)
+    prompted: list[float] = field(default_factory=list)
+
+
+def ours(path: Path, name: str, arguments: argparse.Namespace) -> Contestant:
+    """A `.mpo` file in this runtime."""
+    weights = open_weights(path)
+    network = load_network(weights, threads=arguments.threads, **arguments.backend)
+    engine = Engine(network, context=max(arguments.prompt, PROMPT) + arguments.tokens + 8)
+    random = np.random.default_rng(0)
+    vocabulary = network.architecture.vocab_size
+
+    def decode() -> float:
+        # The prompt's first tokens stay in the cache from round to round; every step runs one new token.
+        engine.prefill([int(token) for token in random.integers(0, vocabulary, PROMPT)])
+        token = 1
+        start = time.perf_counter()
+        for _ in range(arguments.tokens):
+            token = int(engine._advance([token]).argmax())
+        return arguments.tokens / (time.perf_counter() - start)
+
+    def prompt() -> float:
+        ids = [int(token) for token in random.integers(0, vocabulary, arguments.prompt)]
+        start = time.perf_counter()
+        engine.prefill(ids)
+        return arguments.prompt / (time.perf_counter() - start)
+
+    return Contestant(name, path.stat().st_size, decode, prompt if arguments.prompt else None)
+
+
+def llama_cpp(path: Path, arguments: argparse.Namespace) -> Contestant:
+    """A GGUF file under llama-bench, a process for each stretch; its loading is not in its own figure."""
+
+    def bench(prompt: int, tokens: int) -> float:
+        command = [str(arguments.llama_bench), "-m", str(path), "-p", str(prompt), "-n", str(tokens)]
+        command += ["-t", str(arguments.threads), "-r", "1", "-o", "json"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return float(json.loads(done.stdout)[0]["avg_ts"])
+
+    prompt = (lambda: bench(arguments.prompt, 0)) if arguments.prompt else None
+    return Contestant(f"llama.cpp {path.stem}", path.stat().st_size, lambda: bench(0, arguments.tokens), prompt)
+
+
+def transformers_bf16(arguments: argparse.Namespace) -> Contestant:
+    """The same architecture in transformers, bf16, random weights."""
+    import torch
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.set_num_threads(arguments.threads)
+    model = granite(arguments.size)
+    config = GraniteConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        tie_word_embeddings=True,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    network = GraniteForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+
+    @torch.inference_mode()
+    def decode() -> float:
+        ids = torch.randint(0, model.vocab_size, (1, PROMPT))
+        out = network(ids, use_cache=True)
+        start = time.perf_counter()
+        for _ in range(arguments.tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = network(token, past_key_values=out.past_key_values, use_cache=True)
+        return arguments.tokens / (time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def prompt() -> float:
+        ids = torch.randint(0, model.vocab_size, (1, arguments.prompt))
+        start = time.perf_counter()
+        network(ids, use_cache=True, logits_to_keep=1)
+        return arguments.prompt / (time.perf_counter() - start)
+
+    size = sum(parameter.numel() * 2 for parameter in network.parameters())
+    return Contestant("transformers bf16", size, decode, prompt if arguments.prompt else None)
+
+
+def contestants(arguments: argparse.Namespace) -> list[Contestant]:
+    """Everyone who takes part, files made where they are missing."""
+    result = []
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for text in arguments.plans.split(","):
+        plan = SyntheticPlan.parse(text.replace("+", ",").replace("/", "+"))
+        path = arguments.work / f"{arguments.size}-{text.replace('/', '-')}.mpo"
+        if not path.exists():
+            write_synthetic(arguments.size, plan, path)
+        result.append(ours(path, f"mpo {text}", arguments))
+    if arguments.llama_bench:
+        result += [llama_cpp(path, arguments) for path in arguments.gguf]
+    if arguments.transformers:
+        result.append(transformers_bf16(arguments))
+    return result
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All rounds, and what they gave."""
+    from mpo_runtime import kernels
+
+    entrants, bandwidths = contestants(arguments), []
+    for entrant in entrants:
+        entrant.decode()  # warms the page cache
+    for index in range(arguments.rounds):
+        bandwidths.append(read_bandwidth(arguments.threads))
+        for entrant in entrants:
+            entrant.decoded.append(entrant.decode())
+            if entrant.prompt:
+                entrant.prompted.append(entrant.prompt())
+            gc.collect()
+        print(f"round {index + 1} of {arguments.rounds}: reads at {bandwidths[-1]:.1f} GB/s", flush=True)
+    bandwidth = statistics.median(bandwidths)
+    rows = []
+    for entrant in entrants:
+        speed = statistics.median(entrant.decoded)
+        shares = [speed * entrant.bytes / 1e9 / read for speed, read in zip(entrant.decoded, bandwidths, strict=True)]
+        rows.append(
+            {
+                "name": entrant.name,
+                "bytes": entrant.bytes,
+                "decode_tokens_per_second": speed,
+                "decode_rounds": entrant.decoded,
+                "prompt_tokens_per_second": statistics.median(entrant.prompted) if entrant.prompted else None,
+                "gigabytes_per_second": speed * entrant.bytes / 1e9,
+                "share_of_bandwidth": statistics.median(shares),
+            }
+        )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": asdict(describe_machine()),
+        "threads": arguments.threads,
+        "size": arguments.size,
+        "tokens": arguments.tokens,
+        "read_bandwidth": bandwidth,
+        "kernels": kernels.active(),
+        "rows": rows,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The rows as a table, with each one's decode speed over every peer's at equal bytes."""
+    rows = result["rows"]
+    dense = next((row for row in rows if row["name"] == "mpo dense"), None)
+    peers = [row for row in rows if row["name"].startswith("llama.cpp")]
+    head = ["file", "GB", "decode tok/s", "GB/s", "of bandwidth", "prompt tok/s", "over dense"]
+    head += [f"over {row['name'].removeprefix('llama.cpp ')}, at equal bytes" for row in peers]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        speed = row["decode_tokens_per_second"]
+        cells = [row["name"], f"{row['bytes'] / 1e9:.3f}", f"{speed:.2f}", f"{row['gigabytes_per_second']:.1f}"]
+        cells += [f"{row['share_of_bandwidth']:.2f}"]
+        cells += [f"{row['prompt_tokens_per_second']:.1f}" if row["prompt_tokens_per_second"] else ""]
+        cells += [f"{speed / dense['decode_tokens_per_second']:.2f}" if dense else ""]
+        for peer in peers:
+            cells.append(f"{row['gigabytes_per_second'] / peer['gigabytes_per_second']:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("8b", "2b", "tiny"), default="2b")
+    parser.add_argument("--plans", default="4,4/chi32,3+4,2+3,2,dense")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the synthetic files")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=16, help="decoded in a stretch")
+    parser.add_argument("--prompt", type=int, default=0, help="length of the timed prompt; 0: none")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program")
+    parser.add_argument("--gguf", type=Path, action="append", default=[])
+    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON")
+    arguments = parser.parse_args()
+    arguments.backend = {}
+    result = run(arguments)
+    print(f"\nread bandwidth {result['read_bandwidth']:.1f} GB/s; kernels {result['kernels']}\n")
+    print(markdown(result))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

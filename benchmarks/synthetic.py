@@ -1,0 +1,167 @@
+"""Writes files of Granite 3.3's sizes with random weights: good for speed and memory, for nothing else.
+
+    python benchmarks/synthetic.py --size 2b --plan 4 --out /tmp/granite-2b-4bit.mpo
+
+A plan is a width (8, 6, 5, 4, 3, 2), a mixture such as 2,3,4 (blocks take the widths in turn), `dense` for bf16, each with
+cores where `+chi32` follows. Groups are 32 columns at 4 bits and more, 64 below; the embedding has 6 bits (as wide as the
+rest where that is 8, bf16 in `dense`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_exporter.plan import operator
+from mpo_formats import (
+    Architecture,
+    Dense,
+    LinearSpec,
+    ModelSpec,
+    MpoWriter,
+    Provenance,
+    Quantized,
+    Rope,
+    Term,
+    VectorSpec,
+)
+from mpo_formats.architecture import EMBEDDING
+from mpo_formats.layout import TensorSpec
+
+# hidden, MLP, blocks, heads, key-value heads, head size
+SIZES = {
+    "8b": (4096, 12800, 40, 32, 8, 128),
+    "2b": (2048, 8192, 40, 32, 8, 64),
+    "tiny": (256, 768, 4, 4, 2, 64),
+}
+VOCABULARY = 49159
+NOISE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticPlan:
+    """What every matrix of the blocks becomes; blocks take the widths in turn."""
+
+    widths: tuple[int, ...]
+    chi: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> SyntheticPlan:
+        """Reads `4`, `2,3,4`, `dense`, each perhaps followed by `+chi32`."""
+        found = re.fullmatch(r"(dense|[2-8](?:,[2-8])*)(?:\+chi(\d+))?", text)
+        if not found:
+            raise SystemExit(f"--plan {text}: expected a width, widths with commas or dense, and perhaps +chi32")
+        widths = () if found[1] == "dense" else tuple(map(int, found[1].split(",")))
+        return cls(widths, int(found[2] or 0))
+
+    def terms(self, name: str, rows: int, columns: int) -> tuple[Term, ...]:
+        """The terms of one layer."""
+        if not self.widths:
+            return (Dense("dense", "bf16"),)
+        if name == EMBEDDING:
+            return (Quantized("quantized", max(6, min(self.widths)), 32, False),)
+        bits = self.widths[int(name.split(".")[2]) % len(self.widths)]
+        base = Quantized("quantized", bits, 32 if bits >= 4 else 64, False)
+        cores = (operator((rows, 1), (1, columns), self.chi, "int8"),) if self.chi else ()
+        return (base, *cores)
+
+
+def granite(size: str) -> Architecture:
+    """Granite 3.3's architecture at `size`: 8b, 2b, or a tiny one for a quick try."""
+    hidden, inner, blocks, heads, keys, head = SIZES[size]
+    return Architecture(
+        model_type="granite",
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        head_dim=head,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope=Rope(1e7, "default", 1.0, 0.0, 0.0, 0),
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=1 / head,
+        logits_scaling=16.0 if size == "8b" else 8.0,
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_ids=(),
+        pad_token_id=None,
+    )
+
+
+def synthetic_spec(size: str, plan: SyntheticPlan) -> ModelSpec:
+    """The header of the file to write."""
+    architecture = granite(size)
+    linears = tuple(
+        LinearSpec(name, rows, columns, None, plan.terms(name, rows, columns))
+        for name, rows, columns, _ in architecture.linear_sizes()
+    )
+    vectors = tuple(VectorSpec(name, size, "bf16") for name, size in architecture.vector_sizes())
+    provenance = Provenance(
+        source=f"synthetic-{size}",
+        revision=None,
+        source_sha256="0" * 64,
+        exporter="benchmarks/synthetic.py",
+        options={"weights": "random"},
+        calibration_sha256=None,
+    )
+    return ModelSpec(architecture, linears, vectors, (), provenance)
+
+
+class Noise:
+    """Random tensors cut from one buffer, so that gigabytes are written as fast as the disk takes them."""
+
+    def __init__(self, seed: int) -> None:
+        self.bytes = np.random.default_rng(seed).integers(0, 256, NOISE, np.uint8)
+        gaussian = np.random.default_rng(seed).standard_normal(NOISE // 4).astype(np.float32)
+        self.gaussian = gaussian
+
+    def tensor(self, tensor: TensorSpec, columns: int) -> NDArray[np.generic]:
+        """Codes are uniform, scales such that a product keeps the size of its input, norms 1."""
+        count = int(np.prod(tensor.shape))
+        deviation = columns**-0.5
+        if tensor.dtype == "u8":
+            return np.resize(self.bytes, count).reshape(tensor.shape)
+        if len(tensor.shape) == 1:
+            return np.full(tensor.shape, 0x3F80, np.uint16)  # 1 in bf16
+        if tensor.name.endswith(".scale"):
+            width = 256 if ".core" in tensor.name else 8
+            return np.full(tensor.shape, 3.4 * deviation / width, np.float16)
+        wide = np.resize(self.gaussian * np.float32(deviation), count)
+        return (wide.view(np.uint32) >> 16).astype(np.uint16).reshape(tensor.shape)
+
+
+def write_synthetic(size: str, plan: SyntheticPlan, path: Path, seed: int = 0) -> None:
+    """Writes the file; an existing one is replaced."""
+    spec = synthetic_spec(size, plan)
+    columns = {linear.name: linear.in_features for linear in spec.linears}
+    noise = Noise(seed)
+    with MpoWriter(path, spec, force=True) as writer:
+        for tensor in writer.pending():
+            layer = re.sub(r"\.\d+\.(weight|q\d|scale|core\d.*)$", "", tensor.name)
+            writer.write(tensor.name, noise.tensor(tensor, columns.get(layer, 1)))
+        writer.commit()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="2b")
+    parser.add_argument("--plan", default="4")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    write_synthetic(arguments.size, SyntheticPlan.parse(arguments.plan), arguments.out)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1e9:.3f} GB")
+
+
+if __name__ == "__main__":
+    main()

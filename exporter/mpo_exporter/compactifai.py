@@ -1,0 +1,231 @@
+"""CompactifAI's method (arXiv 2401.14109) under the names its readers look for: profile, choose layers, tensorize.
+
+    from mpo_exporter.compactifai import CompactifAICompressor, load_granite_model, prepare_validation_data
+
+    model = load_granite_model("demo")
+    validation = prepare_validation_data(model)
+    compressor = CompactifAICompressor(bond_dimension=32, compression_ratio=0.3)
+    compressor.profile_layer_sensitivity(model, validation)
+    result = compressor.compress_model(model, "demo-compactifai.mpo", validation)
+    print(result.to_json())
+
+Thin over the exporter: the file is what `mpo-export --plan paper` writes for the chosen layers.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from mpo_exporter.export import Result, export
+from mpo_exporter.plan import Options
+from mpo_exporter.sensitivity import LayerSensitivity, profile_layers, tensorized
+from mpo_exporter.sources import data_folder, find_source
+from mpo_formats import Architecture, ConfigError
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.cli.inspect import stored_parameters
+from mpo_runtime.engine import Engine
+from mpo_runtime.model import load_network, read_text_files
+from mpo_runtime.sampler import SamplingOptions
+from mpo_runtime.texts import BUILT_IN_TEXT, TokenText, read_tokens
+from mpo_runtime.weights import open_weights
+
+# Tokens generated in each stretch when the speeds of two models are compared, and how many stretches.
+SPEED_TOKENS = 16
+SPEED_ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class GraniteSource:
+    """A dense model to compress: its Hugging Face folder, a short name, the hub revision and the architecture."""
+
+    folder: Path
+    name: str
+    revision: str | None
+    architecture: Architecture
+
+
+def load_granite_model(model: str | Path = "granite") -> GraniteSource:
+    """Finds a model: `demo`, `granite`, `granite-2b`, a Hugging Face folder or a hub id.
+
+    Its weights stay in their mapped files until they are needed.
+
+    Raises:
+        CheckpointError: when there is no such model, or it is not a Granite or Llama.
+    """
+    source = find_source(str(model))
+    checkpoint = Checkpoint(source.folder)
+    architecture = checkpoint.architecture
+    checkpoint.close()
+    return GraniteSource(source.folder, source.name, source.revision, architecture)
+
+
+def prepare_validation_data(model: GraniteSource, text: str | Path | None = None, max_tokens: int = 4096) -> TokenText:
+    """Tokenises held-out text, the built-in one where `text` is None, and keeps its first `max_tokens` tokens.
+
+    Raises:
+        ConfigError: for a text that cannot be read, or `max_tokens` below 2.
+    """
+    return first_tokens(model, BUILT_IN_TEXT if text is None else Path(text), max_tokens)
+
+
+def prepare_healing_data(model: GraniteSource, text: str | Path | None = None, max_tokens: int = 100_000) -> TokenText:
+    """Tokenises training text for healing, the built-in one where `text` is None.
+
+    Raises:
+        ConfigError: for a text that cannot be read, or `max_tokens` below 2.
+    """
+    return first_tokens(model, data_folder() / "healing.jsonl" if text is None else Path(text), max_tokens)
+
+
+def first_tokens(model: GraniteSource, path: Path, count: int) -> TokenText:
+    """The first `count` tokens of a text in the model's vocabulary."""
+    if count < 2:
+        raise ConfigError(f"max_tokens: expected at least 2, found {count}")
+    checkpoint = Checkpoint(model.folder)
+    try:
+        whole = read_tokens(path, *read_text_files(checkpoint))
+    finally:
+        checkpoint.close()
+    return replace(whole, ids=whole.ids[:count])
+
+
+class LayerSensitivityProfiler:
+    """Measures what each attention and MLP matrix costs when it alone is tensorized at one bond dimension.
+
+    Args:
+        model: the dense model.
+        validation: held-out text.
+        bond_dimension: χ of the cores that stand in for a matrix.
+    """
+
+    def __init__(self, model: GraniteSource, validation: TokenText, bond_dimension: int = 32) -> None:
+        if bond_dimension < 1:
+            raise ConfigError(f"bond_dimension: expected at least 1, found {bond_dimension}")
+        self.model, self.validation, self.bond_dimension = model, validation, bond_dimension
+        self._profile: list[LayerSensitivity] | None = None
+
+    def profile(self) -> list[LayerSensitivity]:
+        """All layers, the least sensitive first; measured once."""
+        if self._profile is None:
+            self._profile = profile_layers(self.model.folder, self.validation, tensorized(self.bond_dimension))
+        return self._profile
+
+    def get_compression_candidates(self, top_k: int = 10) -> list[LayerSensitivity]:
+        """The `top_k` layers whose compression hurts least.
+
+        Raises:
+            ConfigError: for a `top_k` below one.
+        """
+        if top_k < 1:
+            raise ConfigError(f"top_k: expected at least 1, found {top_k}")
+        return self.profile()[:top_k]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionResult:
+    """What a compression gave: the file, the layers that got cores, sizes and quality."""
+
+    path: Path
+    layers: tuple[str, ...]
+    compression_stats: dict[str, float]
+    evaluation_results: dict[str, float]
+
+    def to_json(self) -> str:
+        """The result as JSON text."""
+        return json.dumps({**asdict(self), "path": str(self.path)}, indent=1)
+
+
+class CompactifAICompressor:
+    """Replaces the least sensitive matrices by cores of one bond dimension in fp16; the rest becomes int4.
+
+    Args:
+        bond_dimension: χ of every operator.
+        compression_ratio: the share of attention and MLP matrices that get cores, chosen by sensitivity.
+
+    Raises:
+        ConfigError: for a bond dimension below one, or a ratio outside 0 to 1.
+    """
+
+    def __init__(self, bond_dimension: int = 32, compression_ratio: float = 0.3) -> None:
+        if bond_dimension < 1:
+            raise ConfigError(f"bond_dimension: expected at least 1, found {bond_dimension}")
+        if not 0 < compression_ratio <= 1:
+            raise ConfigError(f"compression_ratio: expected more than 0 and at most 1, found {compression_ratio}")
+        self.bond_dimension, self.compression_ratio = bond_dimension, compression_ratio
+        self._profiler: LayerSensitivityProfiler | None = None
+
+    def profile_layer_sensitivity(self, model: GraniteSource, validation: TokenText) -> list[LayerSensitivity]:
+        """Measures every attention and MLP matrix alone; the least sensitive comes first."""
+        self._profiler = LayerSensitivityProfiler(model, validation, self.bond_dimension)
+        return self._profiler.profile()
+
+    def compress_model(
+        self, model: GraniteSource, path: str | Path, validation: TokenText, *, force: bool = False
+    ) -> CompressionResult:
+        """Writes the compressed model to `path` and measures it; profiles the layers first where that was not done.
+
+        Raises:
+            OutputError: when `path` exists and `force` is not given.
+        """
+        if self._profiler is None or self._profiler.model != model:
+            self.profile_layer_sensitivity(model, validation)
+        profile = self._profiler.profile() if self._profiler else []
+        count = max(1, round(self.compression_ratio * len(profile)))
+        layers = tuple(item.layer for item in profile[:count])
+        options = Options(plan="paper", chi=self.bond_dimension, layers=layers)
+        result = export(model.folder, Path(path), options, force=force, revision=model.revision, text=validation)
+        return CompressionResult(result.path, layers, compression_stats(result), evaluation_results(result, model))
+
+
+def compression_stats(result: Result) -> dict[str, float]:
+    """Parameters and sizes before and after; reductions are shares of the original."""
+    original, stored = result.source.architecture.parameters(), stored_parameters(result.spec)
+    return {
+        "original_parameters": original,
+        "compressed_parameters": stored,
+        "parameter_reduction": 1 - stored / original,
+        "original_bytes": result.source_bytes,
+        "compressed_bytes": result.file_bytes,
+        "size_reduction": 1 - result.file_bytes / result.source_bytes,
+    }
+
+
+def evaluation_results(result: Result, model: GraniteSource) -> dict[str, float]:
+    """Quality on the validation text, and the measured speed of generation against the dense model."""
+    if result.comparison is None:
+        raise ConfigError("validation: nothing was measured")
+    ours, dense = result.comparison.model, result.comparison.reference
+    return {
+        "perplexity": ours.perplexity,
+        "original_perplexity": dense.perplexity,
+        "perplexity_increase": ours.perplexity / dense.perplexity - 1,
+        "kl_divergence": result.comparison.kl_mean,
+        "same_top_token": result.comparison.same_top1,
+        "speedup": measured_speedup(result.path, model.folder),
+    }
+
+
+def measured_speedup(path: Path, folder: Path) -> float:
+    """Tokens per second of a file over those of the dense model, in this runtime: the median of alternating rounds."""
+    opened = [open_weights(place) for place in (path, folder)]
+    try:
+        engines = [Engine(load_network(weights), context=SPEED_TOKENS + 8) for weights in opened]
+        ratios = []
+        for _ in range(SPEED_ROUNDS + 1):
+            ours, dense = (generation_seconds(engine) for engine in engines)
+            ratios.append(dense / ours)
+        return statistics.median(ratios[1:])  # the first round warms up
+    finally:
+        for weights in opened:
+            weights.close()
+
+
+def generation_seconds(engine: Engine) -> float:
+    """Seconds for SPEED_TOKENS tokens after a short prompt."""
+    start = time.perf_counter()
+    list(engine.generate([1, 2, 3, 4], SamplingOptions(temperature=0), max_tokens=SPEED_TOKENS, stop_ids=()))
+    return time.perf_counter() - start

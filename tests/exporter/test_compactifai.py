@@ -1,0 +1,135 @@
+"""The API under the literature's names: what it measures and writes is what the exporter measures and writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpo_exporter.compactifai import (
+    CompactifAICompressor,
+    GraniteSource,
+    LayerSensitivityProfiler,
+    load_granite_model,
+    prepare_healing_data,
+    prepare_validation_data,
+)
+from mpo_exporter.export import export
+from mpo_exporter.fit import shapes
+from mpo_exporter.fit.svd import contract, sequential_svd
+from mpo_exporter.plan import Options
+from mpo_exporter.sensitivity import profile_layers, tensorized
+from mpo_formats import CheckpointError, ConfigError, MpoFile, OutputError
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.measure import compare
+from mpo_runtime.model import load_network
+from mpo_runtime.texts import TokenText
+from mpo_runtime.weights import open_weights
+from tests.helpers import granite_config, some_ids, write_folder
+
+CONFIG = granite_config(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> GraniteSource:
+    return load_granite_model(write_folder(tmp_path_factory.mktemp("source") / "model", CONFIG, dtype=torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def text(model: GraniteSource) -> TokenText:
+    return TokenText("random", np.array(some_ids(96, model.architecture.vocab_size), np.int64), 0, "0" * 64)
+
+
+def test_the_demo_model_loads_with_its_texts() -> None:
+    demo = load_granite_model("demo")
+    validation, healing = prepare_validation_data(demo, max_tokens=100), prepare_healing_data(demo, max_tokens=50)
+    assert demo.architecture.model_type == "granite"
+    assert (validation.ids.size, healing.ids.size) == (100, 50)
+    assert validation.sha256 != healing.sha256  # nothing is judged on what it was trained on
+
+
+def test_bad_arguments_are_named(model: GraniteSource, text: TokenText) -> None:
+    with pytest.raises(ConfigError, match="bond_dimension: expected at least 1, found 0"):
+        CompactifAICompressor(bond_dimension=0)
+    with pytest.raises(ConfigError, match=r"compression_ratio: expected more than 0 and at most 1, found 1\.5"):
+        CompactifAICompressor(compression_ratio=1.5)
+    with pytest.raises(ConfigError, match="top_k: expected at least 1"):
+        LayerSensitivityProfiler(model, text).get_compression_candidates(top_k=0)
+    with pytest.raises(ConfigError, match="max_tokens"):
+        prepare_validation_data(load_granite_model("demo"), max_tokens=1)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_granite_model("no-such-model")
+
+
+def test_a_layers_sensitivity_is_what_an_export_of_that_layer_alone_measures(
+    model: GraniteSource, text: TokenText, tmp_path: Path
+) -> None:
+    """The profile swaps a matrix in memory; the oracle writes a checkpoint with that matrix and compares two models."""
+    from safetensors.numpy import load_file, save_file
+
+    name, chi = "model.layers.1.mlp.down_proj", 3
+    [found] = profile_layers(model.folder, text, tensorized(chi), layers=[name])
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in model.folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    stored = load_file_as_float32(copy / "model.safetensors")
+    matrix = stored[f"{name}.weight"].astype(np.float64)
+    out_dims, in_dims = shapes.balanced_shape(*matrix.shape, 2)
+    replacement = contract(sequential_svd(matrix, out_dims, in_dims, chi).cores)
+    stored[f"{name}.weight"] = replacement.astype(np.float32)
+    save_file(stored, copy / "model.safetensors")
+    assert load_file(copy / "model.safetensors")[f"{name}.weight"].dtype == np.float32
+    expected = compare(load_network(open_weights(copy)), load_network(open_weights(model.folder)), text.ids)
+    assert found.kl_mean == pytest.approx(expected.kl_mean, rel=2e-3)
+    assert found.error == pytest.approx(float(np.linalg.norm(matrix - replacement) / np.linalg.norm(matrix)), rel=1e-6)
+
+
+def load_file_as_float32(path: Path) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    from safetensors.torch import load_file
+
+    return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+
+
+def test_candidates_are_the_least_sensitive_layers(model: GraniteSource, text: TokenText) -> None:
+    profiler = LayerSensitivityProfiler(model, text, bond_dimension=2)
+    profile = profiler.profile()
+    assert len(profile) == 14  # seven matrices in each of two blocks
+    assert profile == sorted(profile, key=lambda item: item.kl_mean)
+    assert profiler.get_compression_candidates(top_k=3) == profile[:3]
+    assert profile[-1].kl_mean > profile[0].kl_mean >= 0
+
+
+def test_compression_writes_cores_for_the_least_sensitive_share(
+    model: GraniteSource, text: TokenText, tmp_path: Path
+) -> None:
+    compressor = CompactifAICompressor(bond_dimension=4, compression_ratio=0.3)
+    profile = compressor.profile_layer_sensitivity(model, text)
+    result = compressor.compress_model(model, tmp_path / "out.mpo", text)
+    assert result.layers == tuple(item.layer for item in profile[:4])
+    with MpoFile(result.path) as file:
+        cores = {linear.name for linear in file.spec.linears if linear.terms[0].kind == "mpo"}
+        assert cores == set(result.layers)
+    stats, quality = result.compression_stats, result.evaluation_results
+    assert stats["original_parameters"] == model.architecture.parameters()
+    assert stats["parameter_reduction"] == 1 - stats["compressed_parameters"] / stats["original_parameters"]
+    assert stats["size_reduction"] == 1 - result.path.stat().st_size / stats["original_bytes"]
+    assert quality["perplexity_increase"] == quality["perplexity"] / quality["original_perplexity"] - 1
+    assert quality["speedup"] > 0
+    read = json.loads(result.to_json())
+    assert read["compression_stats"] == stats and read["layers"] == list(result.layers)
+    with pytest.raises(OutputError, match="exists already"):
+        compressor.compress_model(model, result.path, text)
+
+
+def test_a_plan_that_names_a_layer_that_does_not_exist_is_refused(model: GraniteSource, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.layers\.9\.mlp\.up_proj"):
+        export(model.folder, tmp_path / "out.mpo", Options("paper", layers=("model.layers.9.mlp.up_proj",)))
+    with MpoFile(export(model.folder, tmp_path / "few.mpo", Options("paper", chi=2, layers=())).path) as file:
+        assert all(linear.terms[0].kind == "quantized" for linear in file.spec.linears)
+    source = Checkpoint(model.folder)
+    assert source.architecture == model.architecture
+    source.close()
