@@ -47,7 +47,8 @@ def tensorized(chi: int, cores: int = 2) -> Compress:
     """Compression by the published method: cores of a balanced shape and bond dimension χ by sequential SVD."""
 
     def compress(name: str, matrix: Matrix) -> Matrix:
-        return contract(sequential_svd(matrix, *shapes.balanced_shape(*matrix.shape, cores), chi).cores)
+        out_dims, in_dims = shapes.balanced_shape(matrix.shape[0], matrix.shape[1], cores)
+        return contract(sequential_svd(matrix, out_dims, in_dims, chi).cores)
 
     return compress
 

@@ -27,12 +27,19 @@ class GraniteModel:
         Returns:
             The normed hidden states [B, S, E]; those of padding mean nothing.
         """
-        model, ops = self.architecture, self.ops
-        x = ops.embed(ops.weights(EMBEDDING), ids, model.embedding_multiplier)
-        for block in range(model.num_hidden_layers):
+        x = self.embed(ids)
+        for block in range(self.architecture.num_hidden_layers):
             x = self.block(x, cache, block)
         cache.advance(counts)
-        return ops.rms_norm(x, ops.weights(FINAL_NORM), model.rms_norm_eps)
+        return self.normed(x)
+
+    def embed(self, ids: Array) -> Array:
+        """Token ids [B, S] to what the first block takes [B, S, E]."""
+        return self.ops.embed(self.ops.weights(EMBEDDING), ids, self.architecture.embedding_multiplier)
+
+    def normed(self, x: Array) -> Array:
+        """What the last block gives [B, S, E], normed for the head."""
+        return self.ops.rms_norm(x, self.ops.weights(FINAL_NORM), self.architecture.rms_norm_eps)
 
     def block(self, x: Array, cache: Cache, block: int) -> Array:
         """One decoder block on x [B, S, E]; appends to the cache without advancing it."""
