@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -85,8 +86,6 @@ def finish(writer: gguf.GGUFWriter) -> None:
 
 def small_copy(model: Architecture) -> Architecture:
     """As many blocks, far smaller."""
-    from dataclasses import replace
-
     hidden, inner, heads, keys, head = SMALL
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": 512, "head_dim": head}
     return replace(model, **sizes, num_attention_heads=heads, num_key_value_heads=keys)
@@ -110,8 +109,8 @@ def types_of(name: str, model: Architecture, quantize: Path) -> dict[str, gguf.G
                 measured.add_tensor(f"{tensor}.counts", np.ones((1, 1), np.float32))
         finish(writer)
         finish(measured)
-        command = [str(quantize), "--imatrix", str(importance), str(dense), str(packed), name, "2"]
-        subprocess.run(command, check=True, capture_output=True)
+        weighted = [] if name.endswith(("_0", "_1")) else ["--imatrix", str(importance)]
+        subprocess.run([str(quantize), *weighted, str(dense), str(packed), name, "2"], check=True, capture_output=True)
         return {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(packed).tensors}
 
 
