@@ -1,0 +1,209 @@
+"""Errors of the fits at half the parameters, and what each fit takes per matrix size.
+
+    python benchmarks/fits.py [MODEL] [--calib FILE] [--windows 96] [--share 0.5] [--out benchmarks/results/DATE-fits.json]
+    python benchmarks/fits.py --sizes [--cap 60] [--budget 540] [--out ...]
+
+The first fits every attention and MLP matrix of a model (`demo`, a folder or a hub id) by every method and prints the
+medians of the errors √(tr[(W−Ŵ)C(W−Ŵ)ᵀ] / tr[W C Wᵀ]), C from the calibration text on the dense upstream. The second times
+the fits on synthetic matrices, each in a process of its own, and gives its peak memory above the inputs'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_exporter.calibrate.moments import Calibration, dense_matrix
+from mpo_exporter.calibrate.windows import COUNT, calibration_text, cut_calibration
+from mpo_exporter.fit import als, search, svd, sweep, whitened
+from mpo_exporter.fit.common import Cores, activation_error
+from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape, parameters
+from mpo_exporter.sources import find_source
+from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.memory import peak_memory
+from mpo_runtime.model import read_text_files
+
+Matrix = NDArray[np.float64]
+Dims = tuple[int, ...]
+Fit = Callable[[Matrix, Matrix, Dims, Dims, int], Cores]
+BALANCED = {"sequential SVD, balanced": svd.fit, "ALS, balanced": als.fit}
+LOW_RANK = {"plain SVD": svd.fit, "whitened SVD": whitened.fit}
+SIZES = ((1024, 1024), (4096, 1024), (4096, 4096), (12800, 4096), (4096, 12800))
+# name: the fit, its number of cores, or None for (O, 1) × (1, I)
+TIMED: dict[str, tuple[Fit, int | None]] = {
+    "sequential SVD": (svd.fit, 2),
+    "whitened SVD": (whitened.fit, None),
+    "ALS": (als.fit, 2),
+    "sweeps, 3 cores": (sweep.fit, 3),
+}
+
+
+def shape_of(rows: int, columns: int, cores: int | None) -> tuple[Dims, Dims]:
+    """The balanced shape of that many cores, or (O, 1) × (1, I)."""
+    if cores is None:
+        return low_rank_shape(rows, columns)
+    out_dims, in_dims = balanced_shape(rows, columns, cores)[:2]
+    return tuple(out_dims), tuple(in_dims)
+
+
+def largest_chi(out_dims: Dims, in_dims: Dims, limit: int) -> int:
+    """The largest χ whose cores have at most `limit` parameters."""
+    most = full_rank(out_dims, in_dims)
+    low, high = 1, max(most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = parameters(out_dims, in_dims, tuple(min(middle, rank) for rank in most)) <= limit
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def fit_matrix(name: str, matrix: Matrix, moment: Matrix, share: float) -> dict[str, object]:
+    """Relative errors of all methods on one matrix at that share of its parameters."""
+    rows, columns = matrix.shape
+    limit = int(share * matrix.size)
+    norm = activation_error(matrix, moment)
+    errors = {}
+    for methods, cores in ((BALANCED, 2), (LOW_RANK, None)):
+        shape = shape_of(rows, columns, cores)
+        chi = largest_chi(*shape, limit)
+        for method, fit in methods.items():
+            errors[method] = fit(matrix, moment, *shape, chi).error / norm
+    found = search.search(matrix, moment, search.Limits(limit))
+    errors["search"] = found.error / norm
+    shape_found = [[core.shape[axis] for core in found.cores] for axis in (1, 2)]
+    three = shape_of(rows, columns, 3)
+    errors["sweeps, 3 cores"] = sweep.fit(matrix, moment, *three, largest_chi(*three, limit)).error / norm
+    return {"name": name, "rows": rows, "columns": columns, "errors": errors, "search_shape": shape_found}
+
+
+def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
+    """Fits all matrices of a model and prints the medians."""
+    source = Checkpoint(find_source(arguments.model).folder)
+    text = calibration_text(arguments.calib, *read_text_files(source))
+    windows = cut_calibration(text, source.architecture, count=arguments.windows)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for names, moment in Calibration(source, windows, Path(folder)).dense():
+            for name in names:
+                if name not in (EMBEDDING, HEAD):
+                    results.append(fit_matrix(name, dense_matrix(source, name), moment.second, arguments.share))
+                    print(f"\r{len(results)} matrices", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    methods = list(results[0]["errors"])
+    print(f"{len(results)} matrices, {arguments.share:.0%} of the parameters, relative error in the activation norm")
+    print("\n| method | median | attention | MLP |\n|---|---|---|---|")
+    for method in methods:
+        parts = [[r["errors"][method] for r in results if part in r["name"]] for part in ("", "self_attn", "mlp")]
+        print(f"| {method} | " + " | ".join(f"{statistics.median(part):.4f}" for part in parts) + " |")
+    ratios = [r["errors"]["ALS, balanced"] / r["errors"]["sequential SVD, balanced"] for r in results]
+    worse = [r["name"] for r in results if r["errors"]["search"] > r["errors"]["whitened SVD"] * (1 + 1e-9)]
+    other = [r["name"] for r in results if 1 not in r["search_shape"][1]]
+    print(f"\nALS over sequential SVD, balanced shapes: median of the ratios {statistics.median(ratios):.3f} "
+          f"({min(ratios):.3f} to {max(ratios):.3f})")  # fmt: skip
+    print(
+        f"search worse than whitened SVD: {len(worse)} of {len(results)}; another shape than (O,1)x(1,I) won: {len(other)}"
+    )
+    return {"model": arguments.model, "text_sha256": text.sha256, "windows": list(windows.shape), "share": arguments.share,
+            "median_ratio": statistics.median(ratios), "matrices": results}  # fmt: skip
+
+
+def synthetic(rows: int, columns: int) -> tuple[Matrix, Matrix]:
+    """A matrix and a moment with a few strong directions; of the right size, of no model."""
+    source = np.random.default_rng(0)
+    factor = source.standard_normal((columns, 64))
+    moment = factor @ factor.T / 64
+    moment[np.diag_indices(columns)] += 0.1
+    return source.standard_normal((rows, columns)) / columns**0.5, moment
+
+
+def time_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[str, object]:
+    """Runs one fit in this process; seconds, peak bytes above the inputs, and whether the clock ended it."""
+    fit, cores = TIMED[name]
+    matrix, moment = synthetic(rows, columns)
+    shape = shape_of(rows, columns, cores)
+    before, start, worked = peak_memory(), time.monotonic(), time.process_time()
+    options = {"seconds": cap / 2} if fit in (als.fit, sweep.fit) else {}
+    result = fit(matrix, moment, *shape, chi or largest_chi(*shape, matrix.size // 2), **options)
+    taken = time.monotonic() - start
+    return {
+        "seconds": taken,
+        "cpu_seconds": time.process_time() - worked,
+        "peak_bytes": max(0, peak_memory() - before),
+        "bonds": result.bonds,
+        "clock": bool(options) and taken > cap / 2,
+    }
+
+
+def measure_sizes(arguments: argparse.Namespace) -> dict[str, object]:
+    """Times every fit on every size; what would pass the cap or the budget is left out and said."""
+    results, until = [], time.monotonic() + arguments.budget
+    given_up: set[tuple[str, int]] = set()
+    print("| fit | matrix | χ | seconds | of all threads | peak MB beside the inputs |\n|---|---|---|---|---|---|")
+    for chi in (32, 0):
+        for rows, columns in SIZES:
+            for name in TIMED:
+                label = f"| {name} | {rows}×{columns} | {chi or 'half'} | "
+                if (name, chi) in given_up or time.monotonic() > until:
+                    print(
+                        f"{label}skipped: {'a smaller one passed the cap' if (name, chi) in given_up else 'budget'} | |"
+                    )
+                    continue
+                command = [sys.executable, __file__, "--one", name, str(rows), str(columns), str(chi)]
+                try:
+                    run = subprocess.run([*command, "--cap", str(arguments.cap)], capture_output=True, text=True,
+                                         check=True, timeout=arguments.cap * 1.5)  # fmt: skip
+                except subprocess.TimeoutExpired:
+                    given_up.add((name, chi))
+                    print(f"{label}over {arguments.cap * 1.5:.0f} | | |", flush=True)
+                    continue
+                row = json.loads(run.stdout)
+                clock = " (ended by the clock)" if row["clock"] else ""
+                print(
+                    f"{label}{row['seconds']:.1f}{clock} | {row['cpu_seconds']:.1f} | {row['peak_bytes'] / 1e6:.0f} |",
+                    flush=True,
+                )
+                results.append({"fit": name, "rows": rows, "columns": columns, "half": not chi, **row})
+    return {"cap": arguments.cap, "budget": arguments.budget, "runs": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--calib", type=Path)
+    parser.add_argument("--windows", type=int, default=COUNT)
+    parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--sizes", action="store_true")
+    parser.add_argument("--cap", type=float, default=60, help="seconds that one fit may take")
+    parser.add_argument("--budget", type=float, default=540, help="seconds after which no fit is begun")
+    parser.add_argument("--one", nargs=4, metavar=("FIT", "ROWS", "COLUMNS", "CHI"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.one:
+        name, *numbers = arguments.one
+        print(json.dumps(time_one(name, *(int(number) for number in numbers), arguments.cap)))
+        return
+    result = measure_sizes(arguments) if arguments.sizes else measure_model(arguments)
+    if arguments.out:
+        facts = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
+                 "machine": {"processor": platform.processor(), "cores": os.cpu_count(), "numpy": np.__version__,
+                             "threads": os.environ.get("OPENBLAS_NUM_THREADS", "all")}, **result}  # fmt: skip
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""One upstream of the calibration: a model whose residual stream lies on disk and whose blocks are run one at a time."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpo_formats import Architecture, OutputError
+from mpo_runtime.backends.reference import ReferenceOps, TorchCache
+from mpo_runtime.layers.linear import Linear, MatrixTerm
+from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.weights import Weights
+
+
+class Enough(Exception):
+    """Ends a run of a block whose remaining outputs nobody wants."""
+
+
+@dataclass(slots=True)
+class Input:
+    """What linears with one input were given: names in the order of use, the input [B, S, I], the stream [B, S, E] then."""
+
+    names: list[str]
+    x: Tensor
+    stream: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Record:
+    """The inputs of a run's linears; the run ends where the input of number `last` is seen."""
+
+    last: int | None = None
+    inputs: list[Input] = field(default_factory=list)
+    stream: Tensor | None = None
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Notes that the layer `name` takes the input x.
+
+        Raises:
+            Enough: when this is the last input that is wanted.
+        """
+        if not self.inputs or self.inputs[-1].x is not x:
+            self.inputs.append(Input([], x, self.stream))
+        self.inputs[-1].names.append(name)
+        if self.last is not None and len(self.inputs) > self.last:
+            raise Enough
+
+
+class RecordingOps(ReferenceOps):
+    """The reference ops, whose matrices stay in the mapped file, and that note what linears are given."""
+
+    def __init__(self, source: Weights) -> None:
+        super().__init__(source, held=False)
+        self.record: Record | None = None
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        """Σ_t term_t(x) + bias, noted."""
+        if self.record is not None:
+            self.record.see(layer.spec.name, x)
+        return super().linear(layer, x)
+
+    def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
+        """x + scale · y, the residual stream from now on."""
+        stream = super().add_scaled(x, y, scale)
+        if self.record is not None:
+            self.record.stream = stream
+        return stream
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Puts the matrix [out, in] in the place of a layer's terms; its bias stays."""
+        layer = self.linears[name]
+        term = MatrixTerm(weight, lambda: weight, lambda ids: weight[torch.from_numpy(ids)])
+        self.linears[name] = Linear(layer.spec, [term], layer.bias)
+
+    @contextmanager
+    def holding(self, block: int) -> Iterator[None]:
+        """Keeps the matrices of a block in memory, in float32."""
+        prefix = f"model.layers.{block}."
+        layers = [layer for name, layer in self.linears.items() if name.startswith(prefix)]
+        terms = [term for layer in layers for term in layer.terms if isinstance(term, MatrixTerm) and term.held is None]
+        for term in terms:
+            term.held = term.rebuild()
+        try:
+            yield
+        finally:
+            for term in terms:
+                term.held = None
+
+
+def block_cache(architecture: Architecture, rows: int, count: int, device: torch.device) -> TorchCache:
+    """A KV cache for one block at a time: all blocks share one block's memory."""
+    cache = TorchCache(architecture, 0, 0, device)
+    shape = (2, rows, architecture.num_key_value_heads, count, architecture.head_dim)
+    cache.held = [torch.zeros(shape, device=device)] * architecture.num_hidden_layers
+    cache.lengths, cache.capacity = [0] * rows, count
+    return cache
+
+
+def require_disk(folder: Path, needed: int) -> None:
+    """Raises OutputError when a disk has less than `needed` bytes left: writing to a mapped file would kill the process."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(f"{folder}: calibration spills {needed:,} bytes, the disk has {free:,} left; "
+                          "free some or give another work folder")  # fmt: skip
+
+
+class Upstream:
+    """A model and the residual stream [N, W, E] of windows of token ids [N, W], kept in a file.
+
+    Raises:
+        OutputError: when the file would not fit on its disk.
+    """
+
+    def __init__(self, source: Weights, windows: NDArray[np.int64], file: Path, batch: int) -> None:
+        self.ops = RecordingOps(source)
+        self.model = GraniteModel(source.spec.architecture, self.ops)
+        self.windows = windows
+        shape = (*windows.shape, self.model.architecture.hidden_size)
+        require_disk(file.parent, 4 * math.prod(shape))
+        self.states = np.memmap(file, np.float32, "w+", shape=shape)
+        self.batches = [slice(start, start + batch) for start in range(0, windows.shape[0], batch)]
+
+    @torch.no_grad()
+    def embed(self) -> None:
+        """Sets the residual stream to the embedded tokens."""
+        for rows in self.batches:
+            self.write(rows, self.model.embed(self.ops.ids(self.windows[rows].tolist())))
+
+    def read(self, rows: slice) -> Tensor:
+        """The residual stream [B, W, E] of a batch."""
+        return torch.from_numpy(np.array(self.states[rows]))
+
+    def write(self, rows: slice, x: Tensor | None) -> None:
+        """Sets the residual stream of a batch; None leaves it."""
+        if x is not None:
+            self.states[rows] = x.numpy()
+
+    @torch.no_grad()
+    def run(self, rows: slice, block: int, last: int | None = None) -> tuple[list[Input], Tensor | None]:
+        """Runs a block on a batch; gives its linears' inputs and its output [B, W, E].
+
+        Args:
+            last: ends the run at the block's input of that number; there is no output then.
+        """
+        x = self.read(rows)
+        cache = block_cache(self.model.architecture, x.shape[0], x.shape[1], x.device)
+        self.ops.record = record = Record(last, stream=x)
+        try:
+            return record.inputs, self.model.block(x, cache, block)
+        except Enough:
+            return record.inputs, None
+        finally:
+            self.ops.record = None
+
+    def advance(self, block: int) -> None:
+        """Replaces the residual stream by what a block makes of it."""
+        with self.ops.holding(block):
+            for rows in self.batches:
+                self.write(rows, self.run(rows, block)[1])
+
+    @torch.no_grad()
+    def normed(self, rows: slice) -> Tensor:
+        """The normed residual stream of a batch: what the head is given."""
+        x: Tensor = self.model.normed(self.read(rows))
+        return x

@@ -1,0 +1,67 @@
+"""Calibration text as windows of token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_exporter.sources import data_folder
+from mpo_formats import Architecture, ConfigError
+from mpo_runtime.chat_template import ChatTemplate
+from mpo_runtime.texts import TokenText, read_tokens
+from mpo_runtime.tokenizer import Tokenizer
+
+# Windows of the prototype in METHOD.md; more change the fits little.
+WINDOW = 256
+COUNT = 96
+# Less text than this says too little about any direction of the activations.
+LEAST_WINDOWS = 4
+
+
+def calibration_text(path: Path | None, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> TokenText:
+    """Reads the calibration text: a file as `read_tokens` takes it, chat rows through the template; None: the embedded one.
+
+    Raises:
+        ConfigError: for a file that cannot be read or that holds no text.
+    """
+    return read_tokens(path or data_folder() / "calibration.jsonl", tokenizer, template)
+
+
+def cut_calibration(
+    text: TokenText, architecture: Architecture, *, window: int | None = None, count: int = COUNT
+) -> NDArray[np.int64]:
+    """Cuts a text into at most `count` windows of equal length [N, W], spread evenly over the text.
+
+    Each window is led by the model's begin-of-text token where it has one, as in the measurement. The rest of the text
+    that fills no window is left out.
+
+    Args:
+        window: tokens of a window, the leading one included; None means 256, or the model's context if that is shorter.
+
+    Raises:
+        ConfigError: for a text of fewer than four windows, a window that does not fit into the model's context, or an id
+            outside its vocabulary.
+    """
+    longest = architecture.max_position_embeddings
+    size = min(WINDOW, longest) if window is None else window
+    if not 2 <= size <= longest or count < 1:
+        raise ConfigError(f"calibration: expected windows of 2 to {longest} tokens and at least 1 of them, "
+                          f"found {count} of {size}")  # fmt: skip
+    outside = text.ids[(text.ids < 0) | (text.ids >= architecture.vocab_size)]
+    if outside.size:
+        raise ConfigError(f"{text.name}: token id {outside[0]} lies outside the vocabulary of {architecture.vocab_size}; "
+                          "tokenise it with this model's tokenizer")  # fmt: skip
+    lead = architecture.bos_token_id
+    step = size if lead is None else size - 1
+    whole = text.ids.size // step
+    least = min(LEAST_WINDOWS, count)
+    if whole < least:
+        raise ConfigError(f"{text.name}: {text.ids.size} tokens are too few to calibrate on, expected at least "
+                          f"{least * step}; give a longer text with --calib")  # fmt: skip
+    kept = np.linspace(0, whole - 1, min(count, whole)).round().astype(np.int64)
+    windows = text.ids[: whole * step].reshape(whole, step)[kept]
+    if lead is None:
+        return windows
+    return np.concatenate((np.full((windows.shape[0], 1), lead, np.int64), windows), axis=1)

@@ -1,0 +1,90 @@
+"""Sweeps over any number of cores, in mixed-canonical form (DMRG style: White 1992; Holtz, Rohwedder & Schneider 2012).
+
+From left to right and back, each core in turn is improved on E² with the others held; everything left and right of it is
+orthonormal then, which keeps its least-squares problem well posed. Bonds keep their size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from mpo_exporter.fit.bonds import order_bonds
+from mpo_exporter.fit.common import Cores, Dims, Matrix, activation_error, check_fit, contract
+from mpo_exporter.fit.site import make_target, site_at
+from mpo_exporter.fit.svd import sequential_svd
+
+SWEEPS = 12
+# Conjugate-gradient steps for one core before the next one's turn.
+STEPS = 4
+# Sweeps end when one lowers E² by less than this share.
+TOLERANCE = 1e-4
+
+
+def fit(
+    matrix: Matrix,
+    moment: Matrix | None,
+    out_dims: Dims,
+    in_dims: Dims,
+    chi: int,
+    *,
+    sweeps: int = SWEEPS,
+    seconds: float = math.inf,
+) -> Cores:
+    """Fits two or more cores to lower E² = tr[(W − Ŵ) C (W − Ŵ)ᵀ]; never worse than the sequential SVD, its start.
+
+    Args:
+        seconds: no new sweep begins after that time.
+
+    Raises:
+        ConfigError: as `check_fit` does.
+    """
+    check_fit(matrix, moment, out_dims, in_dims, chi)
+    begin = sequential_svd(matrix, out_dims, in_dims, chi).cores
+    best = order_bonds(begin, moment)
+    error = activation_error(matrix - contract(best), moment)
+    found = order_bonds(sweep(matrix, moment, begin, sweeps, time.monotonic() + seconds), moment)
+    after = activation_error(matrix - contract(found), moment)
+    return Cores(found, after) if after < error else Cores(best, error)
+
+
+def sweep(
+    matrix: Matrix, moment: Matrix | None, start: Sequence[Matrix], sweeps: int, until: float
+) -> tuple[Matrix, ...]:
+    """Improves cores from left to right and back, until nothing is gained or the clock passes `until`."""
+    target = make_target(matrix, moment, tuple(core.shape[2] for core in start))
+    cores = [core.astype(target.product.dtype) for core in start]
+    for k in range(len(cores) - 1, 0, -1):
+        shift_left(cores, k)
+    last = math.inf
+    for _ in range(sweeps):
+        for k in range(len(cores)):
+            cores[k], square = site_at(target, cores, k).solve(cores[k], STEPS)
+            if k < len(cores) - 1:
+                shift_right(cores, k)
+        for k in range(len(cores) - 1, 0, -1):
+            shift_left(cores, k)
+            cores[k - 1], square = site_at(target, cores, k - 1).solve(cores[k - 1], STEPS)
+        if last - square <= TOLERANCE * square or time.monotonic() > until:
+            break
+        last = square
+    return tuple(core.astype(np.float64) for core in cores)
+
+
+def shift_right(cores: list[Matrix], k: int) -> None:
+    """Makes core k orthonormal towards its right bond; what it loses goes into core k + 1."""
+    shape = cores[k].shape
+    q, r = np.linalg.qr(cores[k].reshape(-1, shape[3]))
+    cores[k] = q.reshape(*shape[:3], -1)
+    cores[k + 1] = np.tensordot(r, cores[k + 1], 1)
+
+
+def shift_left(cores: list[Matrix], k: int) -> None:
+    """Makes core k orthonormal towards its left bond; what it loses goes into core k − 1."""
+    shape = cores[k].shape
+    q, r = np.linalg.qr(cores[k].reshape(shape[0], -1).T)
+    cores[k] = q.T.reshape(-1, *shape[1:])
+    cores[k - 1] = np.tensordot(cores[k - 1], r.T, 1)

@@ -1,0 +1,189 @@
+"""Second moments against transformers' own activations, dense and compressed, and what is left behind on disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from mpo_exporter.calibrate import moments
+from mpo_exporter.calibrate.moments import Calibration, Moment, Sums
+from mpo_formats import ConfigError, OutputError
+from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_runtime.checkpoint import Checkpoint
+from tests.helpers import VOCABULARY, granite_config, random_tensors, write_folder, write_weights
+
+Array = NDArray[np.float64]
+WINDOWS = np.random.default_rng(0).integers(0, VOCABULARY, (5, 24))
+
+
+def inputs_in_transformers(folder: Path, windows: NDArray[np.int64] = WINDOWS) -> dict[str, Array]:
+    """Every linear's inputs [T, I] as transformers' hooks see them; the head under its own name."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: dict[str, Array] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda _, given, __, name=name: seen.update({name: given[0].detach().double().flatten(0, 1).numpy()})
+            )
+    with torch.no_grad():
+        model(torch.from_numpy(windows))
+    return seen
+
+
+def close(found: Array, wanted: Array) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_dense_moments_are_those_of_transformers(tmp_path: Path, tied: bool) -> None:
+    folder = write_folder(tmp_path / "model", granite_config(tie_word_embeddings=tied, attention_bias=not tied))
+    seen = inputs_in_transformers(folder)
+    found = list(Calibration(Checkpoint(folder), WINDOWS, tmp_path / "work", batch=2).dense())
+    layers = [name for names, _ in found for name in names]
+    assert layers[-1] == (EMBEDDING if tied else HEAD)
+    assert [name if name != EMBEDDING else HEAD for name in layers] == list(seen)
+    assert [len(names) for names, _ in found] == [3, 1, 2, 1] * 2 + [1]
+    for names, moment in found:
+        for name in names:
+            x = seen[HEAD if name == EMBEDDING else name]
+            close(moment.second, x.T @ x / len(x))
+        assert moment.cross is None
+        assert moment.tokens == WINDOWS.size
+        np.testing.assert_array_equal(moment.second, moment.second.T)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_compressed_moments_are_those_of_the_compressed_model(tmp_path: Path) -> None:
+    """The walk's moments, of matrices and a table that it was given, are those of a model that has them throughout."""
+    config = granite_config()
+    tensors = random_tensors(config, 0, torch.float32)
+    dense = write_folder(tmp_path / "dense", config)
+    noise = {name: value + 0.1 * value.std() * torch.randn_like(value) for name, value in tensors.items()
+             if value.dim() == 2}  # fmt: skip
+    other = write_folder(tmp_path / "other", config)
+    write_weights(other, tensors | noise)
+    found: dict[str, Moment] = {}
+
+    def build(name: str, matrix: Array, moment: Moment) -> NDArray[np.float32]:
+        np.testing.assert_array_equal(matrix, tensors[f"{name}.weight"].double().numpy())
+        found[name] = moment
+        return noise[f"{name}.weight"].numpy()
+
+    table = noise[f"{EMBEDDING}.weight"].numpy()
+    Calibration(Checkpoint(dense), WINDOWS, tmp_path / "work", batch=3).compress(build, embedding=table)
+    before, after = inputs_in_transformers(dense), inputs_in_transformers(other)
+    assert [HEAD if name == EMBEDDING else name for name in found] == list(after)
+    for name, moment in found.items():
+        x, ours = (seen[HEAD if name == EMBEDDING else name] for seen in (before, after))
+        close(moment.second, ours.T @ ours / len(ours))
+        assert moment.cross is not None
+        close(moment.cross, x.T @ ours / len(x))
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_an_unchanged_model_has_one_moment(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    dense = {
+        name: moment for names, moment in Calibration(Checkpoint(folder), WINDOWS, tmp_path).dense() for name in names
+    }
+
+    def build(name: str, matrix: Array, moment: Moment) -> NDArray[np.float32]:
+        np.testing.assert_allclose(moment.second, dense[name].second, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(moment.cross, dense[name].second, rtol=0, atol=1e-6)
+        built.append(name)
+        return matrix.astype(np.float32)
+
+    built: list[str] = []
+    Calibration(Checkpoint(folder), WINDOWS, tmp_path).compress(build)
+    assert built == list(dense)
+
+
+def test_sums_over_panels_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "PANEL", 5)
+    source = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, 4, 13, generator=source) for _ in range(2))
+    second, cross = Sums(), Sums()
+    for part in (slice(0, 2), slice(2, 3)):
+        second.add(left[part])
+        cross.add(left[part], right[part])
+    x, y = (part.double().reshape(-1, 13).numpy() for part in (left, right))
+    np.testing.assert_allclose(second.mean(symmetric=True), x.T @ x / 12, atol=1e-6)
+    np.testing.assert_allclose(cross.mean(symmetric=False), x.T @ y / 12, atol=1e-6)
+
+
+def test_inputs_that_are_not_finite_name_the_layer(tmp_path: Path) -> None:
+    config = granite_config()
+    tensors = random_tensors(config, 0, torch.float32)
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 4] = float("nan")
+    folder = write_folder(tmp_path / "model", config)
+    write_weights(folder, tensors)
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.self_attn\.o_proj: its input is not finite"):
+        list(Calibration(Checkpoint(folder), WINDOWS, tmp_path / "work").dense())
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("windows", [np.zeros((0, 8), np.int64), np.zeros(8, np.int64)])
+def test_windows_of_another_shape(tmp_path: Path, windows: NDArray[np.int64]) -> None:
+    with pytest.raises(ConfigError, match="expected windows"):
+        Calibration(Checkpoint(write_folder(tmp_path / "model")), windows, tmp_path)
+
+
+def test_a_built_matrix_of_another_shape(tmp_path: Path) -> None:
+    calibration = Calibration(Checkpoint(write_folder(tmp_path / "model")), WINDOWS, tmp_path / "work")
+    with pytest.raises(ConfigError, match=r"q_proj: expected a compressed matrix of 32 x 32, found \[2, 2\]"):
+        calibration.compress(lambda *_: np.zeros((2, 2), np.float32))
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 100})
+    monkeypatch.setattr("mpo_exporter.calibrate.upstream.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match="spills 15,360 bytes, the disk has 100 left"):
+        list(Calibration(Checkpoint(write_folder(tmp_path / "model")), WINDOWS, tmp_path / "work").dense())
+
+
+LARGE_RUN = """
+import sys
+import os
+import subprocess
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from mpo_exporter.calibrate.moments import Calibration
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.memory import peak_memory
+
+torch.set_num_threads(2)
+source = Checkpoint(Path(sys.argv[1]))
+windows = np.random.default_rng(0).integers(0, 258, (8, 256))
+calibration = Calibration(source, windows, Path(sys.argv[2]), batch=8)
+if sys.argv[3] == "dense":
+    for _ in calibration.dense():
+        pass
+else:
+    calibration.compress(lambda name, matrix, moment: matrix.astype(np.float32))
+print(peak_memory())
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("walk", ["dense", "compress"])
+def test_a_block_of_eight_billion_parameters_takes_less_than_8_gb(tmp_path: Path, walk: str) -> None:
+    """The peak of the process on one block of Granite 3.3 8B's geometry; more blocks take disk, not memory."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 12800, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 512}
+    write_folder(tmp_path / "model", granite_config(**sizes, **heads), dtype=torch.bfloat16)
+    command = [sys.executable, "-c", LARGE_RUN, str(tmp_path / "model"), str(tmp_path / "work"), walk]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 8e9
