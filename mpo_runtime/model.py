@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpo_formats import ConfigError
+from mpo_runtime.backends import check_activations, choose_backend
 from mpo_runtime.chat_template import ChatTemplate, encode_chat
 from mpo_runtime.sampler import Choice, SamplingOptions, top_logprobs
 from mpo_runtime.stopping import StopMatcher
@@ -19,11 +20,13 @@ from mpo_runtime.tokenizer import StreamDecoder, Tokenizer
 from mpo_runtime.weights import Weights, open_weights
 
 if TYPE_CHECKING:
+    from mpo_runtime.backends.ops import Ops
     from mpo_runtime.engine import Engine
     from mpo_runtime.models.granite import GraniteModel
 
 Message = Mapping[str, Any]
 FinishReason = Literal["stop", "length"]
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +241,11 @@ def load(
     *,
     chi: int | None = None,
     device: str = "cpu",
+    backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
     kv_type: str = "f32",
+    activations: str = "int8",
     verify: bool = False,
 ) -> Model:
     """Loads a `.mpo` file, a Hugging Face folder or a model of the local store.
@@ -249,9 +254,11 @@ def load(
         path: a file, a folder, or a name that `mpo-run list` shows.
         chi: uses only the first `chi` values of every bond: a smaller, faster, rougher model from the same file.
         device: `cpu`, or a torch device such as `cuda`.
+        backend: `native`, `reference`, or `auto`: native on a CPU where its kernels were built.
         threads: CPU threads; all cores where None.
         context: tokens of the KV cache; what the model was made for, at most 4,096, where None.
-        kv_type: what the KV cache is stored in: f32, f16 or bf16.
+        kv_type: what the KV cache is stored in: f32, f16, bf16, or with the native backend int8.
+        activations: what the native backend multiplies integer weights with: `int8` or `float`.
         verify: checks the file's checksums first.
 
     Raises:
@@ -259,7 +266,8 @@ def load(
     """
     weights = open_weights(path, verify=verify)
     try:
-        network = load_network(weights, chi=chi, device=device, threads=threads, kv_type=kv_type)
+        network = load_network(weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type,
+                               activations=activations)  # fmt: skip
         return Model(weights, network, context=context)
     except BaseException:
         weights.close()
@@ -271,37 +279,60 @@ def load_network(
     *,
     chi: int | None = None,
     device: str = "cpu",
+    backend: str = "auto",
     threads: int | None = None,
     kv_type: str = "f32",
+    activations: str = "int8",
 ) -> GraniteModel:
-    """Loads the weights into a backend and returns the model over it.
+    """Loads the weights into a backend and returns the model over it; the options are those of `load`.
 
     Raises:
-        ConfigError: for a χ or a number of threads below one, or a device that is absent.
+        ConfigError: for a χ or a number of threads below one, or a backend or device that is absent.
     """
-    from mpo_runtime.backends.reference import ReferenceOps
     from mpo_runtime.models.granite import GraniteModel
 
     if chi is not None and chi < 1:
         raise ConfigError(f"chi: expected at least 1, found {chi}")
-    set_threads(threads)
-    check_device(device)
-    return GraniteModel(weights.spec.architecture, ReferenceOps(weights, chi=chi, device=device, kv_type=kv_type))
+    check_activations(activations)
+    ops: Ops
+    if choose_backend(backend, device) == "native":
+        from mpo_runtime import kernels
+        from mpo_runtime.backends.native import NativeOps
+
+        kernels.instruction_set()
+        kernels.set_threads(checked_threads(threads))
+        ops = NativeOps(weights, chi=chi, kv_type=kv_type, activations=activations)
+    else:
+        from mpo_runtime.backends.reference import ReferenceOps
+
+        set_threads(threads)
+        check_device(device)
+        ops = ReferenceOps(weights, chi=chi, device=device, kv_type=kv_type)
+    return GraniteModel(weights.spec.architecture, ops)
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """The number of threads as given; raises ConfigError for less than one or more than 1,024."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        expected = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
+        raise ConfigError(f"--threads: expected {expected}, found {threads}")
+    return threads
 
 
 def set_threads(threads: int | None) -> None:
-    """Sets the number of CPU threads, all cores where None; raises ConfigError for less than one."""
-    if threads is None:
+    """Sets the number of torch's CPU threads, all cores where None; raises ConfigError for less than one."""
+    count = checked_threads(threads)
+    if count is None:
         return
-    if threads < 1:
-        raise ConfigError(f"--threads: expected at least 1, found {threads}")
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
 
 
 def check_device(device: str) -> None:
     """Raises ConfigError for a device that torch does not know or that this machine does not have."""
+    if device == "cpu":
+        return
     import torch
 
     try:

@@ -139,7 +139,7 @@ def byte_tokenizer() -> Tokenizer:
 
 def network(path: Path, **options: Any) -> GraniteModel:
     """The reference backend's model of a folder or file."""
-    return load_network(open_weights(path), **options)
+    return load_network(open_weights(path), **{"backend": "reference", **options})
 
 
 def forward(model: GraniteModel, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.fit.svd import Cores, contract, sequential_svd
+from mpo_exporter.calibrate.moments import Moment
+from mpo_exporter.fit import als, sweep, whitened
+from mpo_exporter.fit.common import Cores, activation_error, contract
+from mpo_exporter.fit.svd import sequential_svd
+from mpo_exporter.quantize.gptq import TURNS, compensated, target
 from mpo_exporter.quantize.rounding import Integers, round_to_nearest
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized
 from mpo_formats.layout import PLANES
@@ -16,8 +21,28 @@ from mpo_formats.packing import bf16_to_f32, f32_to_bf16
 
 Matrix = NDArray[np.float64]
 Tensors = dict[str, NDArray[Any]]
-# A base and the cores that correct it are fitted in turns; the best round in the Frobenius norm is kept.
+# A base and the cores that correct it are fitted in turns; the round of least error is kept.
 ROUNDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How terms are fitted where the moment of the layer's input is known; without one there is only one way.
+
+    `rounding`: `compensated` (GPTQ and descent) or `nearest`. `cores`: `weighted` (the least activation error for their
+    shape), `whitened` (its start alone) or `svd` (on the weights alone, the published method).
+    """
+
+    rounding: Literal["compensated", "nearest"] = "compensated"
+    cores: Literal["weighted", "whitened", "svd"] = "weighted"
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A layer's tensors by name, and the matrix [O, I] that a reader makes of them."""
+
+    tensors: Tensors
+    matrix: Matrix
 
 
 def widen(raw: NDArray[Any], dtype: str) -> Matrix:
@@ -40,43 +65,67 @@ def narrow(values: Matrix, dtype: str) -> NDArray[Any]:
     return result
 
 
-def build_linear(linear: LinearSpec, raw: NDArray[Any], dtype: str) -> Tensors:
-    """Fits all terms of a layer to its stored matrix [out, in].
+def build_linear(
+    linear: LinearSpec, raw: NDArray[Any], dtype: str, moment: Moment | None = None, method: Method | None = None
+) -> Built:
+    """Fits all terms of a layer to its stored matrix [out, in], in the norm of its input's moment where that is given.
 
     Raises:
         ConfigError: naming the layer, when its values are not finite or do not fit.
     """
+    matrix = widen(raw, dtype)
     only = linear.terms[0]
     if isinstance(only, Dense) and only.dtype == dtype and len(linear.terms) == 1:
-        return {f"{linear.name}.0.weight": raw}
+        return Built({f"{linear.name}.0.weight": raw}, matrix)
     try:
-        return _fit(linear, widen(raw, dtype))
+        if moment is not None:
+            matrix = target(matrix, moment.second, moment.cross, moment.drift)
+        return _fit(linear, matrix, None if moment is None else moment.second, method or Method())
     except ConfigError as error:
         raise ConfigError(f"{linear.name}: {error}") from None
 
 
-def _fit(linear: LinearSpec, matrix: Matrix) -> Tensors:
-    rest = matrix
-    best: tuple[float, list[Tensors]] | None = None
-    fitted: list[tuple[Tensors, Matrix]] = [({}, np.zeros_like(matrix)) for _ in linear.terms]
-    for _ in range(ROUNDS if len(linear.terms) > 1 else 1):
+def _fit(linear: LinearSpec, matrix: Matrix, moment: Matrix | None, method: Method) -> Built:
+    best: tuple[float, list[Built]] | None = None
+    fitted = [Built({}, np.zeros_like(matrix)) for _ in linear.terms]
+    rounds = ROUNDS if len(linear.terms) > 1 else 1
+    for number in range(rounds):
         for index, term in enumerate(linear.terms):
-            rest = matrix - sum(part for other, (_, part) in enumerate(fitted) if other != index)
+            rest = matrix - sum(part.matrix for other, part in enumerate(fitted) if other != index)
             prefix = f"{linear.name}.{index}"
             if isinstance(term, Dense):
                 stored = narrow(rest, term.dtype)
-                fitted[index] = ({f"{prefix}.weight": stored}, widen(stored, term.dtype))
+                fitted[index] = Built({f"{prefix}.weight": stored}, widen(stored, term.dtype))
             elif isinstance(term, Quantized):
-                integers = round_to_nearest(rest, term.bits, term.group)
-                fitted[index] = (dict(integer_tensors(prefix, integers)), integers.matrix())
+                integers = quantize(rest, term, moment, method, TURNS if number + 1 == rounds else 1)
+                fitted[index] = Built(dict(integer_tensors(prefix, integers)), integers.matrix())
             else:
-                fitted[index] = store_cores(
-                    prefix, term, sequential_svd(rest, term.out_dims, term.in_dims, max(term.bonds))
-                )
-        error = float(np.linalg.norm(matrix - sum(part for _, part in fitted)))
+                fitted[index] = store_cores(prefix, term, fit_cores(rest, term, moment, method))
+        error = activation_error(matrix - sum(part.matrix for part in fitted), moment)
         if best is None or error < best[0]:
-            best = error, [tensors for tensors, _ in fitted]
-    return {name: array for tensors in best[1] for name, array in tensors.items()} if best else {}
+            best = error, list(fitted)
+    parts = best[1] if best else fitted
+    tensors = {name: array for part in parts for name, array in part.tensors.items()}
+    return Built(tensors, sum((part.matrix for part in parts), np.zeros_like(matrix)))
+
+
+def quantize(matrix: Matrix, term: Quantized, moment: Matrix | None, method: Method, turns: int = TURNS) -> Integers:
+    """Rounds a matrix as the term says: error-compensated where a moment is known and the method asks for it."""
+    if moment is None or method.rounding == "nearest":
+        return round_to_nearest(matrix, term.bits, term.group, zeros=term.zeros)
+    return compensated(matrix, moment, term.bits, term.group, zeros=term.zeros, turns=turns)
+
+
+def fit_cores(matrix: Matrix, term: Mpo, moment: Matrix | None, method: Method) -> Cores:
+    """Fits an operator of the term's shape and largest bond."""
+    out_dims, in_dims, chi = term.out_dims, term.in_dims, max(term.bonds)
+    if moment is None or method.cores == "svd":
+        return sequential_svd(matrix, out_dims, in_dims, chi)
+    if len(out_dims) > 2:
+        return sweep.fit(matrix, moment, out_dims, in_dims, chi)
+    if method.cores == "whitened":
+        return whitened.fit(matrix, moment, out_dims, in_dims, chi)
+    return als.fit(matrix, moment, out_dims, in_dims, chi)
 
 
 def integer_tensors(prefix: str, integers: Integers) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -88,8 +137,8 @@ def integer_tensors(prefix: str, integers: Integers) -> Iterator[tuple[str, NDAr
         yield f"{prefix}.zero", integers.zero
 
 
-def store_cores(prefix: str, term: Mpo, fit: Cores) -> tuple[Tensors, Matrix]:
-    """Stores cores [χ_{k−1}, o, i, χ_k] as [χ_k, χ_{k−1}, o, i] in the term's type, and the matrix that this type gives."""
+def store_cores(prefix: str, term: Mpo, fit: Cores) -> Built:
+    """Stores cores [χ_{k−1}, o, i, χ_k] as [χ_k, χ_{k−1}, o, i] in the term's type."""
     tensors: Tensors = {}
     kept = []
     for index, (core, shape) in enumerate(zip(fit.cores, term.core_shapes(), strict=True)):
@@ -103,4 +152,4 @@ def store_cores(prefix: str, term: Mpo, fit: Cores) -> tuple[Tensors, Matrix]:
             tensors[name] = narrow(ordered, term.dtype)
             rounded = widen(tensors[name], term.dtype)
         kept.append(rounded.transpose(1, 2, 3, 0))
-    return tensors, contract(kept)
+    return Built(tensors, contract(kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,9 @@ from typing import Annotated
 import typer
 
 from mpo_runtime.cli import console
+
+# Kept here so that --help need not import torch; a test compares it with the calibration's own default.
+CALIBRATION_WINDOWS = 96
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=True)
 
@@ -33,7 +37,8 @@ def show_version(wanted: bool) -> None:
 
 @app.command(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Add --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    epilog="mpo-export heal FILE --teacher MODEL retrains a file briefly. "
+    "Add --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.",
 )
 def export(
     model: Annotated[
@@ -48,13 +53,20 @@ def export(
     plan: Annotated[
         Plan,
         typer.Option(
-            help="auto: int4 corrected by int8 cores; paper: fp16 cores replace most matrices, int4 the rest; "
-            "int4: no cores; dense: bf16 as it is."
+            help="auto: int4 corrected by int8 cores, fitted to calibration text; paper: fp16 cores replace most matrices, "
+            "int4 the rest; int4: no cores (these two use calibration text only with --calib); dense: bf16 as it is."
         ),
     ] = Plan.AUTO,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.mpo")
     ] = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option("--calib", help="Calibration text, .jsonl or .txt.", show_default="a built-in one for auto"),
+    ] = None,
+    calib_windows: Annotated[
+        int, typer.Option(help="Windows of 256 tokens to calibrate on, the more the better; 0 uses no text.")
+    ] = CALIBRATION_WINDOWS,
     force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite an existing file.")] = False,
     text: Annotated[
         Path | None,
@@ -78,10 +90,17 @@ def export(
     from mpo_exporter.command import run_export
 
     run_export(
-        model, plan.value, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads
-    )
+        model, plan.value, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads,
+        calib=calib, calib_windows=calib_windows,
+    )  # fmt: skip
 
 
 def main() -> None:
-    """The entry point of mpo-export."""
+    """The entry point of mpo-export; `mpo-export heal …` is a program of its own (a model folder of that name is ./heal)."""
+    if sys.argv[1:2] == ["heal"]:
+        from mpo_exporter.heal import cli
+
+        sys.argv = [sys.argv[0], *sys.argv[2:]]
+        cli.main()
+        return
     console.run(app, "mpo-export")

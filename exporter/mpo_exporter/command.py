@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from mpo_exporter.calibrate.windows import COUNT, calibration_text
 from mpo_exporter.export import Result, export
 from mpo_exporter.plan import Options
 from mpo_exporter.report import print_report
@@ -16,6 +17,8 @@ from mpo_runtime.cli import console
 from mpo_runtime.model import check_device, read_text_files, set_threads
 from mpo_runtime.texts import BUILT_IN_TEXT, TokenText, read_tokens
 
+# Plans that are fitted to the built-in calibration text where the user names none.
+CALIBRATED_PLANS = ("auto",)
 # Multiply-adds and tokens that measuring may take if the user says nothing: at most a minute on two slow cores.
 MEASURE_BUDGET = 2e11
 MOST_TOKENS = 20_000
@@ -34,12 +37,17 @@ def run_export(
     prefixes: tuple[int, ...],
     device: str,
     threads: int | None,
+    *,
+    calib: Path | None = None,
+    calib_windows: int = COUNT,
 ) -> Result:
     """Exports a model and prints the report."""
     options = Options(plan, chi, cores)
     check_device(device)
     if measure_tokens is not None and measure_tokens < 0:
         raise ConfigError(f"--measure-tokens {measure_tokens}: expected 0 or more")
+    if calib_windows < 0:
+        raise ConfigError(f"--calib-windows {calib_windows}: expected 0 or more")
     set_threads(threads)
     for prefix in prefixes:
         if not 1 <= prefix < chi:
@@ -50,7 +58,8 @@ def run_export(
         # The writer asks too (and names a folder as one), but only after the whole source was read.
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
-    print(f"exporting {source.name} to {target} (plan {plan}, χ ≤ {chi})", flush=True)
+    calibration, told = calibration_for(source.folder, plan, calib, calib_windows)
+    print(f"exporting {source.name} to {target} (plan {plan}, χ ≤ {chi}); {told}", flush=True)
     with console.progress("export") as update:
         result = export(
             source.folder,
@@ -62,9 +71,24 @@ def run_export(
             prefixes=prefixes,
             device=device,
             progress=update,
+            calibration=calibration,
+            windows=calib_windows,
         )
     print_report(result, held_out, reason)
     return result
+
+
+def calibration_for(folder: Path, plan: str, calib: Path | None, windows: int) -> tuple[TokenText | None, str]:
+    """The text to calibrate on, or None, and what to tell about it: `auto` always calibrates, other plans when asked to."""
+    if windows == 0 or plan == "dense" or (calib is None and plan not in CALIBRATED_PLANS):
+        return None, "fitted to the weights alone, without calibration text"
+    source = Checkpoint(folder)
+    tokenizer, template = read_text_files(source)
+    source.close()
+    if tokenizer is None and calib is None:
+        return None, "fitted to the weights alone: the model has no tokenizer.json to read calibration text with"
+    text = calibration_text(calib, tokenizer, template)
+    return text, f"fitted to the calibration text {text.name}"
 
 
 def held_out_text(folder: Path, text: Path | None, tokens: int | None) -> tuple[TokenText | None, str]:

@@ -1,6 +1,6 @@
 """CompactifAI's method (arXiv 2401.14109) under the names its readers look for: profile, choose layers, tensorize.
 
-    from mpo_exporter.compactifai import CompactifAICompressor, load_granite_model, prepare_validation_data
+    from mpo_exporter.compactifai import CompactifAICompressor, heal_model, load_granite_model, prepare_validation_data
 
     model = load_granite_model("demo")
     validation = prepare_validation_data(model)
@@ -8,6 +8,7 @@
     compressor.profile_layer_sensitivity(model, validation)
     result = compressor.compress_model(model, "demo-compactifai.mpo", validation)
     print(result.to_json())
+    heal_model(result.path, model, validation=validation)
 
 Thin over the exporter: the file is what `mpo-export --plan paper` writes for the chosen layers.
 """
@@ -19,8 +20,11 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mpo_exporter.export import Result, export
+from mpo_exporter.heal.run import Healed, heal
+from mpo_exporter.heal.settings import Settings
 from mpo_exporter.plan import Options
 from mpo_exporter.sensitivity import LayerSensitivity, profile_layers, tensorized
 from mpo_exporter.sources import data_folder, find_source
@@ -179,6 +183,38 @@ class CompactifAICompressor:
         options = Options(plan="paper", chi=self.bond_dimension, layers=layers)
         result = export(model.folder, Path(path), options, force=force, revision=model.revision, text=validation)
         return CompressionResult(result.path, layers, compression_stats(result), evaluation_results(result, model))
+
+
+def heal_model(
+    compressed: str | Path,
+    model: GraniteSource,
+    healing: TokenText | str | Path | None = None,
+    path: str | Path | None = None,
+    *,
+    tokens: int | None = None,
+    epochs: float | None = None,
+    minutes: float | None = None,
+    validation: TokenText | None = None,
+    force: bool = False,
+    **settings: Any,
+) -> Healed:
+    """Retrains a compressed file briefly against the model that it was made from, and writes the healed file.
+
+    Args:
+        compressed: what `compress_model` wrote.
+        healing: training text, as `prepare_healing_data` gives it or by its path; the built-in one where None.
+        path: the file to write; `…-healed.mpo` beside the compressed one where None.
+        tokens, epochs, minutes: at most one of them bounds the training.
+        settings: other fields of mpo_exporter.heal.settings.Settings, such as `chi_dropout`.
+
+    Raises:
+        MpoError: as mpo_exporter.heal.run.heal.
+    """
+    source = Path(compressed)
+    target = source.with_name(f"{source.stem}-healed.mpo") if path is None else Path(path)
+    chosen = Settings(tokens=tokens, epochs=epochs, minutes=minutes, **settings)
+    text = Path(healing) if isinstance(healing, str) else healing
+    return heal(source, model.folder, target, chosen, text=text, held_out=validation, force=force)
 
 
 def compression_stats(result: Result) -> dict[str, float]:

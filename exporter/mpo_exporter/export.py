@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from mpo_exporter.build import Tensors, build_linear
+from mpo_exporter.assemble import Assembly
+from mpo_exporter.budget import allocated_layers
+from mpo_exporter.build import Method
+from mpo_exporter.calibrate.moments import Calibration
+from mpo_exporter.calibrate.windows import COUNT, cut_calibration
 from mpo_exporter.plan import Options, plan_layers
+from mpo_exporter.progress import Progress, silent
+from mpo_exporter.survey import Survey, survey
 from mpo_formats import (
     Certificate,
     Certificates,
-    CheckpointError,
+    ConfigError,
+    LinearSpec,
     ModelSpec,
     MpoFile,
     MpoWriter,
+    OutputError,
     Provenance,
     Quality,
 )
@@ -26,8 +31,6 @@ from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import Comparison, compare
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.texts import TokenText
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,6 @@ class Result:
         return self.file_bytes * 8 / self.source.architecture.parameters()
 
 
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that is not shown."""
-
-
 def export(
     folder: Path,
     target: Path,
@@ -63,6 +62,11 @@ def export(
     prefixes: tuple[int, ...] = (),
     device: str = "cpu",
     progress: Progress = silent,
+    calibration: TokenText | None = None,
+    windows: int = COUNT,
+    layers: tuple[LinearSpec, ...] | None = None,
+    method: Method | None = None,
+    surveyed: Survey | None = None,
 ) -> Result:
     """Exports the Hugging Face folder `folder` to the file `target`.
 
@@ -71,13 +75,25 @@ def export(
         text: held-out text on which the result is compared with the dense model; None measures nothing.
         prefixes: values of χ at which the file's prefixes are measured too.
         progress: called with a stage, the steps done and the steps in all.
+        calibration: text whose activations in at most `windows` windows the layers are fitted to; None: the weights alone.
+        layers: terms of every layer, in the place of the plan's.
+        method: how terms are fitted to the activations.
+        surveyed: a survey of this source, in the place of a new one where `options` has a target.
 
     Raises:
         MpoError: for a damaged source, a plan that cannot be carried out, or a target that cannot be written.
     """
     source = Checkpoint(folder)
     try:
-        spec = compressed_spec(source, options, revision)
+        require_folder(target)
+        walk = None
+        if calibration is not None:
+            ids = cut_calibration(calibration, source.architecture, count=windows)
+            walk = Calibration(source, ids, target.parent)
+        spec = compressed_spec(source, options, revision, calibration, layers)
+        if options.target_bytes is not None and layers is None:
+            surveyed = surveyed or survey_for_target(source, walk, progress)
+            spec = replace(spec, linears=allocated_layers(spec, surveyed.candidates, options.target_bytes))
         comparison: list[Comparison] = []
 
         def measure(path: Path) -> Certificates:
@@ -90,57 +106,56 @@ def export(
             return Certificates(tuple(Certificate(chi, quality(result, text)) for chi, result in measured))
 
         with MpoWriter(target, spec, force=force) as writer:
-            write_tensors(writer, source, spec, progress)
+            Assembly(writer, source, method or Method(), progress, surveyed.table if surveyed else None).run(walk)
             writer.commit(measure)
-        dense = sum(tensor.size for tensor in content_tensors(source.spec))
-        cores = sum(any(term.kind == "mpo" for term in linear.terms) for linear in spec.linears)
-        size = target.stat().st_size
-        return Result(target, spec, source.spec, size, dense, cores, comparison[0] if comparison else None)
+        return result_of(target, spec, source.spec, comparison[0] if comparison else None)
     finally:
         source.close()
 
 
-def compressed_spec(source: Checkpoint, options: Options, revision: str | None) -> ModelSpec:
+def result_of(path: Path, spec: ModelSpec, source: ModelSpec, comparison: Comparison | None) -> Result:
+    """Sizes and counts of a written file."""
+    dense = sum(tensor.size for tensor in content_tensors(source))
+    cores = sum(any(term.kind == "mpo" for term in linear.terms) for linear in spec.linears)
+    return Result(path, spec, source, path.stat().st_size, dense, cores, comparison)
+
+
+def survey_for_target(source: Checkpoint, walk: Calibration | None, progress: Progress) -> Survey:
+    """Measures what the layers could be stored as; raises ConfigError where there is no text to measure on."""
+    if walk is None:
+        raise ConfigError("target: a plan for a target size is made on calibration text; give one with --calib")
+    return survey(source, walk, progress=progress)
+
+
+def require_folder(target: Path) -> None:
+    """Raises OutputError where the folder of the file to write is missing: calibration spills there before."""
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: cannot write (No such file or directory); give another folder with --out")
+
+
+def compressed_spec(
+    source: Checkpoint, options: Options, revision: str | None, calibration: TokenText | None,
+    layers: tuple[LinearSpec, ...] | None,
+) -> ModelSpec:  # fmt: skip
     """The spec of the file to write: the plan's layers, the source's vectors, files and provenance."""
     from mpo_runtime import __version__
 
     chosen = {"plan": options.plan, "chi": str(options.chi), "cores": str(options.cores)}
+    if options.target_bytes is not None:
+        chosen["target_bytes"] = str(options.target_bytes)
+    if calibration is not None:
+        chosen["calibration"] = calibration.name
     provenance = Provenance(
         source=source.folder.name,
         revision=revision,
         source_sha256=source.sha256(),
         exporter=f"mpo-runtime {__version__}",
         options=chosen,
-        calibration_sha256=None,
+        calibration_sha256=None if calibration is None else calibration.sha256,
     )
     spec = source.spec
-    return ModelSpec(spec.architecture, plan_layers(spec, options), spec.vectors, spec.files, provenance)
-
-
-def write_tensors(writer: MpoWriter, source: Checkpoint, spec: ModelSpec, progress: Progress) -> None:
-    """Fits and writes layer after layer; only one layer's tensors exist at a time."""
-    layers = {linear.name: linear for linear in spec.linears}
-    vectors = {f"{vector.name}.weight" for vector in spec.vectors}
-    built: Tensors = {}
-    done = 0
-    for tensor in writer.pending():
-        name = tensor.name
-        if name in vectors or name.endswith(".bias"):
-            writer.write(name, source.array(name))
-        elif name.startswith("file."):
-            content = source.file(name.removeprefix("file."))
-            if content is None:
-                raise CheckpointError(f"{source.folder}: {name.removeprefix('file.')} vanished during the export")
-            writer.write(name, np.frombuffer(content, np.uint8))
-        else:
-            if name not in built:
-                layer = next(layer for layer in layers if name.startswith(f"{layer}."))
-                linear = layers.pop(layer)
-                weight = f"{layer}.0.weight"
-                built = build_linear(linear, source.array(weight), source.dtype(weight))
-                done += 1
-                progress("fitting", done, len(spec.linears))
-            writer.write(name, built[name])
+    planned = plan_layers(spec, options) if layers is None else layers
+    return ModelSpec(spec.architecture, planned, spec.vectors, spec.files, provenance)
 
 
 def measure_file(

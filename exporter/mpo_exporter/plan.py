@@ -22,12 +22,17 @@ SPARED = 1 / 4
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for; `layers` names those that the plan `paper` gives cores, its own choice where None."""
+    """What the user asked for.
+
+    `layers` names those that the plan `paper` gives cores, its own choice where None; `target_bytes` is the size of the
+    whole file that the plan `auto` is to fill with integers of several widths.
+    """
 
     plan: str = "auto"
     chi: int = 32
     cores: int = 2
     layers: tuple[str, ...] | None = None
+    target_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.plan not in PLANS:
@@ -36,6 +41,8 @@ class Options:
             raise PlanError(f"--chi {self.chi}: the bond dimension must be at least 1")
         if not 2 <= self.cores <= 8:
             raise PlanError(f"--cores {self.cores}: expected 2 to 8")
+        if self.target_bytes is not None and (self.plan != "auto" or self.target_bytes < 1):
+            raise PlanError(f"target {self.target_bytes}: expected at least 1 byte, and the plan auto")
 
 
 def plan_layers(source: ModelSpec, options: Options) -> tuple[LinearSpec, ...]:

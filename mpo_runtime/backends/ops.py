@@ -6,6 +6,7 @@ H query heads, K key-value heads, D head size, E hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,6 +60,10 @@ class Ops(Protocol):
         """Allocates an empty KV cache."""
         ...
 
+    def run(self, forward: Callable[[Array, Any], Array], ids: Array, cache: Any) -> Array:
+        """What `forward(ids, cache)` gives; a backend may record its ops once and run them as one afterwards."""
+        ...
+
     def embed(self, table: Array, ids: Array, multiplier: float) -> Array:
         """Token ids [B, S] to multiplier · rows [B, S, E]."""
         ...
@@ -72,11 +77,14 @@ class Ops(Protocol):
         ...
 
     def rope_and_append(self, q: Array, k: Array, v: Array, cache: Any, block: int) -> Array:
-        """Rotates q [B, S, H·D] and k [B, S, K·D] by position, appends k and v to the cache; returns q [B, H, S, D]."""
+        """Rotates q [B, S, H·D] and k [B, S, K·D] by position, appends k and v to the cache.
+
+        Returns q in the layout that `attention` of the same backend takes: [B, H, S, D] or as it came.
+        """
         ...
 
     def attention(self, q: Array, cache: Any, block: int, scale: float) -> Array:
-        """Causal grouped-query attention of q [B, H, S, D] over the cache, as [B, S, H·D]."""
+        """Causal grouped-query attention of q from `rope_and_append` over the cache, as [B, S, H·D]."""
         ...
 
     def swiglu(self, gate: Array, up: Array) -> Array:

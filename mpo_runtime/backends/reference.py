@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_formats import Architecture, ConfigError, Rope
+from mpo_formats import Architecture, ConfigError
 from mpo_runtime.layers.linear import Linear, float_tensor, load_linear
 from mpo_runtime.memory import available_memory
+from mpo_runtime.rope import inverse_frequencies
 from mpo_runtime.weights import Weights
 
 # Float matrices are held when they take at most this share of the memory that is free.
 HELD_SHARE = 0.6
 # Types that the KV cache may be stored in, by the names of --kv-type.
 KV_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """The rotation per position of each pair [D/2]: θ^(−2j/D) (Su et al. 2021), scaled linearly or as Llama 3.1 does.
-
-    Llama 3.1: wavelengths below original/high_freq_factor stay, those above original/low_freq_factor are stretched by
-    `factor`, those between are blended.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = rope.theta**-exponents
-    if rope.scaling == "linear":
-        return frequencies / rope.factor
-    if rope.scaling == "llama3":
-        turns = rope.original_max_position_embeddings * frequencies / (2 * torch.pi)
-        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        blend = blend.clamp(0, 1)
-        return frequencies * (blend + (1 - blend) / rope.factor)
-    return frequencies
 
 
 class TorchCache:
@@ -109,7 +95,8 @@ class ReferenceOps:
         self.vectors: dict[str, Tensor] = {
             vector.name: float_tensor(weights, f"{vector.name}.weight").to(self.device) for vector in spec.vectors
         }
-        self.frequencies = inverse_frequencies(spec.architecture.rope, spec.architecture.head_dim).to(self.device)
+        frequencies = inverse_frequencies(spec.architecture.rope, spec.architecture.head_dim)
+        self.frequencies = torch.from_numpy(frequencies).to(self.device)
 
     def weights(self, layer: str) -> Linear | Tensor:
         """The loaded layer or vector of that name."""
@@ -129,6 +116,10 @@ class ReferenceOps:
             limit = architecture.max_position_embeddings
             raise ConfigError(f"context of {capacity} tokens: the model was made for {limit}; lower --ctx-size")
         return TorchCache(architecture, rows, capacity, self.device, self.kv_type)
+
+    def run(self, forward: Callable[[Tensor, Any], Tensor], ids: Tensor, cache: TorchCache) -> Tensor:
+        """`forward(ids, cache)` itself: nothing is recorded, so that gradients flow and every op can be replaced."""
+        return forward(ids, cache)
 
     def embed(self, table: Linear, ids: Tensor, multiplier: float) -> Tensor:
         """Token ids [B, S] to multiplier · rows [B, S, E]."""

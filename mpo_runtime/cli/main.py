@@ -9,12 +9,12 @@ import typer
 
 from mpo_runtime.cli import console
 from mpo_runtime.cli.options import (
-    Chi,
     Device,
     File,
     Json,
     Loading,
     MaxTokens,
+    Running,
     Sampling,
     Threads,
     Verbose,
@@ -149,13 +149,13 @@ def verify(
 
 
 @app.command()
+@grouped
 def ppl(
     file: File,
     text: Annotated[Path, typer.Argument(help="A .txt, .jsonl, .u16 or .npy file.", show_default=False)],
+    *,
     window: Window = None,
-    chi: Chi = None,
-    threads: Threads = None,
-    device: Device = "cpu",
+    running: Running,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text.
@@ -164,20 +164,20 @@ def ppl(
     """
     from mpo_runtime.cli.commands import measure_perplexity
 
-    measure_perplexity(file, text, window, {"chi": chi, "threads": threads, "device": device}, as_json)
+    measure_perplexity(file, text, window, running.arguments(), as_json)
 
 
 @app.command()
+@grouped
 def compare(
     file: File,
+    *,
     to: Annotated[
         Path, typer.Option("--to", help="The reference: a .mpo file or a Hugging Face folder.", show_default=False)
     ],
     text: Annotated[Path | None, typer.Option("--text", help="A text; a small built-in one if left out.")] = None,
     window: Window = None,
-    chi: Chi = None,
-    threads: Threads = None,
-    device: Device = "cpu",
+    running: Running,
     as_json: Json = False,
 ) -> None:
     """Compare a model with a reference.
@@ -186,7 +186,7 @@ def compare(
     """
     from mpo_runtime.cli.commands import compare_models
 
-    compare_models(file, to, text, window, {"chi": chi, "threads": threads, "device": device}, as_json)
+    compare_models(file, to, text, window, running.arguments(), as_json)
 
 
 @app.command()

@@ -30,12 +30,28 @@ Context = Annotated[
     ),
 ]
 KvType = Annotated[
-    str, typer.Option("--kv-type", envvar="MPO_KV_TYPE", help="What the KV cache is stored in: f32, f16 or bf16.")
+    str,
+    typer.Option(
+        "--kv-type", envvar="MPO_KV_TYPE", help="What the KV cache is stored in: f32, f16, bf16, or int8 (native)."
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.", show_default="all")
 ]
 Device = Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        envvar="MPO_BACKEND", help="native (C++), reference (torch), or auto: native on a CPU where it was built."
+    ),
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        envvar="MPO_ACTIVATIONS",
+        help="What the native backend multiplies integer weights with: int8 (fast), or float (as the reference).",
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", "-n", help="At most so many new tokens; never more than the context holds."),
@@ -75,9 +91,26 @@ class Loading:
     kv_type: KvType = "f32"
     threads: Threads = None
     device: Device = "cpu"
+    backend: Backend = "auto"
+    activations: Activations = "int8"
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `mpo_runtime.load`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a model is loaded to be measured."""
+
+    chi: Chi = None
+    threads: Threads = None
+    device: Device = "cpu"
+    backend: Backend = "auto"
+    activations: Activations = "float"  # figures should not depend on rounded activations
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `mpo_runtime.model.load_network`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

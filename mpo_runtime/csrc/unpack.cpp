@@ -1,4 +1,4 @@
-// mpo_runtime._native: group-wise quantised weights back to float32.
+// Group-wise quantised weights back to float32, for the reference backend, embeddings and cores.
 //
 // A weight of `bits` is stored as one or two bit planes (low plane first): 8, 4 and 2 bits are one plane, 6 = 4 + 2,
 // 5 = 4 + 1, 3 = 2 + 1. In a plane of p bits, element j of its group sits in byte (j * p) / 8 at bit (j * p) % 8.
@@ -18,13 +18,15 @@
 #include <string>
 #include <vector>
 
+#include "bind_unpack.hpp"
 #include "half.hpp"
+#include "isa.hpp"
+#include "kernels.hpp"
+#include "unpack.hpp"
 
 #if defined(__GNUC__) || defined(__clang__)
-#define MPO_INLINE __attribute__((always_inline)) inline
 #define MPO_RESTRICT __restrict__
 #else
-#define MPO_INLINE inline
 #define MPO_RESTRICT
 #endif
 
@@ -217,18 +219,31 @@ void dequantize(const std::vector<Plane>& planes, int bits, const Halves& scale,
 }
 
 }  // namespace
-}  // namespace mpo
 
-NB_MODULE(_native, module) {
-  module.doc() = "Native kernels of mpo_runtime on numpy memory.";
+void dequantize_groups(const QuantizedMatrix& w, std::size_t r, std::size_t first, std::size_t count, float* out) {
+  const std::size_t start = r * (w.columns / w.group) + first, bytes = start * (w.group / 8);
+  const Job job{w.bits,
+                count,
+                w.group,
+                w.low + bytes * static_cast<std::size_t>(low_bits(w.bits)),
+                w.high ? w.high + bytes * static_cast<std::size_t>(high_bits(w.bits)) : nullptr,
+                w.scale + start,
+                w.zero ? w.zero + start : nullptr,
+                out};
+  const Isa isa = active_isa();
+  (isa == Isa::generic || isa == Isa::neon ? variants().back() : variants().front()).kernel(job);
+}
+
+void bind_unpack(nb::module_& module) {
   // noconvert: a silent copy of a wrong dtype would hide a mistake, and a copied `out` would lose the result.
-  module.def("dequantize", &mpo::dequantize, nb::arg("planes").noconvert(), nb::arg("bits"),
-             nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(), nb::arg("out").noconvert(),
-             nb::arg("isa") = "");
-  module.def("isa", [] { return mpo::variants().front().isa; });
+  module.def("dequantize", &dequantize, nb::arg("planes").noconvert(), nb::arg("bits"), nb::arg("scale").noconvert(),
+             nb::arg("zero").noconvert().none(), nb::arg("out").noconvert(), nb::arg("isa") = "");
+  module.def("isa", [] { return variants().front().isa; });
   module.def("isas", [] {
     std::vector<std::string> names;
-    for (const mpo::Variant& variant : mpo::variants()) names.push_back(variant.isa);
+    for (const Variant& variant : variants()) names.push_back(variant.isa);
     return names;
   });
 }
+
+}  // namespace mpo

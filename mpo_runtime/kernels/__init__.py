@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mpo_formats.errors import ConfigError
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import unpack
 from mpo_formats.spec import GROUPS
@@ -36,8 +37,34 @@ def native_available() -> bool:
 def active() -> dict[str, str]:
     """Name the implementation behind each kernel, for `mpo-run info` and the benchmarks."""
     if _HAS_NATIVE:
-        return {"native": _native.isa(), "dequantize": f"native ({_native.isa()})"}
+        threads = str(_native.threads())
+        return {"native": instruction_set(), "threads": threads, "dequantize": f"native ({_native.isa()})"}
     return {"native": f"absent: {_WHY_NOT_NATIVE}", "dequantize": "numpy"}
+
+
+def instruction_set() -> str:
+    """Name the instruction set of the native kernels; raise ConfigError where MPO_ISA asks for one that is not here."""
+    try:
+        return _native.active_isa()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the number of threads of the native kernels; None leaves what it is, at first all cores."""
+    if _HAS_NATIVE and threads is not None:
+        _native.set_threads(threads)
+
+
+def read_bandwidth(data: NDArray[np.uint64], threads: int) -> float:
+    """Measure GB/s of reading `data` once, in order, with `threads` threads: the ceiling of every kernel.
+
+    Raises RuntimeError where no native kernels were built.
+    """
+    if not _HAS_NATIVE:
+        raise RuntimeError(f"read_bandwidth: needs the native kernels ({_WHY_NOT_NATIVE})")
+    _native.set_threads(threads)
+    return _native.read_bandwidth(data) / 1e9
 
 
 def dequantize(

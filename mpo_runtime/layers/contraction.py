@@ -45,3 +45,10 @@ def choose_order(term: Mpo, rows: int) -> Order:
         "densify": densify_cost(term, rows),
     }
     return min(costs, key=lambda order: costs[order])
+
+
+def densify_from(term: Mpo) -> int:
+    """The fewest rows for which `choose_order` builds the matrix, 0 where it never does."""
+    sweep = min(sweep_cost(term, 1, reverse=False), sweep_cost(term, 1, reverse=True))
+    size = densify_cost(term, 1) - densify_cost(term, 0)
+    return densify_cost(term, 0) // (sweep - size) + 1 if sweep > size else 0

@@ -27,10 +27,18 @@ class GraniteModel:
         Returns:
             The normed hidden states [B, S, E]; those of padding mean nothing.
         """
+        x = self.ops.run(self.forward, ids, cache)
+        cache.advance(counts)
+        return x
+
+    def forward(self, ids: Array, cache: Cache) -> Array:
+        """Token ids [B, S] through all blocks; appends to the cache without advancing it.
+
+        A backend may record the ops of one call and run them again for other ids: nothing here may depend on their values.
+        """
         x = self.embed(ids)
         for block in range(self.architecture.num_hidden_layers):
             x = self.block(x, cache, block)
-        cache.advance(counts)
         return self.normed(x)
 
     def embed(self, ids: Array) -> Array:

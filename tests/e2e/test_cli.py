@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpo_exporter import export as export_module
+from mpo_exporter import assemble as assemble_module
 from mpo_formats import CheckpointError, MpoFile, MpoWriter
 from mpo_runtime.cli import main as runtime_cli
 from mpo_runtime.measure import compare, perplexity
@@ -97,7 +97,9 @@ def test_export_prints_what_was_won_and_lost(run: Run, folder: Path, text: Path,
         assert word in done.out
     with MpoFile(target) as file:
         (entry,) = file.certificates().entries
-        assert file.spec.provenance.options == {"plan": "auto", "chi": "2", "cores": "2"}
+        assert file.spec.provenance.options == {
+            "plan": "auto", "chi": "2", "cores": "2", "calibration": "calibration.jsonl",
+        }  # fmt: skip
     assert f"{entry.quality.perplexity:.2f}" in done.out
     again = run("mpo-export", folder, "--chi", 2, "--measure-tokens", 0, "--force", "--cores", 3, "--plan", "paper")
     assert again.code == 0 and "quality was not measured: --measure-tokens 0" in again.out
@@ -138,7 +140,8 @@ def test_compare_prints_what_the_measure_says(run: Run, exported: Path, folder: 
     np.save(text.with_name("ids.npy"), np.array(some_ids(90), np.int64))
     expected = compare(network(exported), network(folder), np.array(some_ids(90), np.int64), 16)
     ids = text.with_name("ids.npy")
-    done = run("mpo-run", "compare", exported, "--to", folder, "--text", ids, "--window", 16, "--json")
+    options = ("--window", 16, "--backend", "reference", "--json")
+    done = run("mpo-run", "compare", exported, "--to", folder, "--text", ids, *options)
     facts = json.loads(done.out)
     for name in ("kl_mean", "kl_999", "same_top1", "cosine", "mse"):
         assert facts[name] == pytest.approx(getattr(expected, name), rel=1e-6)
@@ -277,7 +280,7 @@ def old(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_known_before_the_work(run: Run, folder: Path, old: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(export_module, "build_linear", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(assemble_module, "build_linear", lambda *_: pytest.fail("the work began"))
     outcome = run("mpo-export", folder, "--force", "--measure-tokens", 0)
     outcome.assert_error("mpo-export", "little.mpo: cannot write", "No space left on device", "free some space")
     assert re.search(r"cannot write \d+\.\d MB", outcome.err)
@@ -308,7 +311,7 @@ def test_an_interrupted_export_leaves_nothing(
     target = tmp_path / "little.mpo"
     if force:
         target.write_bytes(b"an older file")
-    build, calls = export_module.build_linear, []
+    build, calls = assemble_module.build_linear, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -316,7 +319,7 @@ def test_an_interrupted_export_leaves_nothing(
             raise KeyboardInterrupt
         return build(*arguments)
 
-    monkeypatch.setattr(export_module, "build_linear", interrupted)
+    monkeypatch.setattr(assemble_module, "build_linear", interrupted)
     outcome = run("mpo-export", folder, "--measure-tokens", 0, *(["--force"] if force else []))
     assert outcome.code != 0
     assert "Traceback" not in outcome.err

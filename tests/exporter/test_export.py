@@ -13,8 +13,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mpo_exporter import assemble as assemble_module
 from mpo_exporter import export as export_module
-from mpo_exporter.build import Tensors, build_linear, narrow, widen
+from mpo_exporter.build import Built, Tensors, build_linear, narrow, widen
 from mpo_exporter.export import Result, export
 from mpo_exporter.plan import Options
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, MpoWriter, OutputError, Quantized, Term
@@ -188,14 +189,14 @@ def test_an_interrupted_export_leaves_nothing_and_the_old_file_untouched(
         target.write_bytes(b"old")
     calls: list[str] = []
 
-    def interrupted(linear: LinearSpec, raw: Any, dtype: str) -> Tensors:
+    def interrupted(linear: LinearSpec, *rest: Any) -> Built:
         calls.append(linear.name)
         if len(calls) == 5:
             assert any(name.endswith(".partial") for name in left_behind(tmp_path))
             raise KeyboardInterrupt
-        return build_linear(linear, raw, dtype)
+        return build_linear(linear, *rest)
 
-    monkeypatch.setattr(export_module, "build_linear", interrupted)
+    monkeypatch.setattr(assemble_module, "build_linear", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(source, target, PLANS["auto"], force=force)
     assert left_behind(tmp_path) == (["out.mpo"] if force else [])
@@ -280,10 +281,10 @@ def test_any_sum_of_terms_can_be_fitted(terms: tuple[Term, ...]) -> None:
     """And further terms do not make the fit worse than the first one alone."""
     linear = LinearSpec("layer", 16, 32, None, terms)
     values = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
-    tensors = build_linear(linear, values, "f32")
+    tensors = build_linear(linear, values, "f32").tensors
     wanted = {tensor.name: tensor.shape for tensor in linear_tensors(linear)}
     assert {name: array.shape for name, array in tensors.items()} == wanted
-    alone = build_linear(LinearSpec("layer", 16, 32, None, terms[:1]), values, "f32")
+    alone = build_linear(LinearSpec("layer", 16, 32, None, terms[:1]), values, "f32").tensors
     whole, first = (
         np.linalg.norm(matrix(Arrays(arrays), spec) - values)
         for arrays, spec in ((tensors, linear), (alone, LinearSpec("layer", 16, 32, None, terms[:1])))

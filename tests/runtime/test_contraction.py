@@ -18,7 +18,7 @@ from mpo_formats import Mpo, MpoFile
 from mpo_formats.architecture import full_rank
 from mpo_formats.reference import matrix
 from mpo_runtime.layers import linear
-from mpo_runtime.layers.contraction import Order, choose_order, densify_cost, sweep_cost
+from mpo_runtime.layers.contraction import Order, choose_order, densify_cost, densify_from, sweep_cost
 from mpo_runtime.layers.linear import MpoTerm, load_linear
 from tests.formats import tiny
 
@@ -140,3 +140,12 @@ def test_a_loaded_layer_equals_the_format_s_reference(tmp_path: Path, chi: int |
             bias = file.array(f"{layer.name}.bias") if layer.bias else 0
             y = loaded.apply(torch.from_numpy(x)).numpy()
             np.testing.assert_allclose((y - bias) / scale, x @ expected.T / scale, atol=1e-4, err_msg=layer.name)
+
+
+@given(operators())
+def test_from_how_many_rows_on_the_matrix_is_built(term: Mpo) -> None:
+    first = densify_from(term)
+    rows = [1, 2, 3, 10, 10**9] if first == 0 else [first, first + 1, 10 * first]
+    assert {choose_order(term, count) == "densify" for count in rows} == {first > 0}
+    if first > 1:
+        assert choose_order(term, first - 1) != "densify"

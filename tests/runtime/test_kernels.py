@@ -207,7 +207,9 @@ def test_active_names_what_runs() -> None:
     if kernels.native_available():
         from mpo_runtime import _native
 
-        assert _native.isas()[0] == _native.isa() == names["native"]
+        assert _native.isas()[0] == _native.isa()
+        assert names["native"] == _native.active_isa()
+        assert names["threads"] == str(_native.threads())
         assert _native.isas()[-1] == "generic"
         assert names["dequantize"] == f"native ({_native.isa()})"
     else:

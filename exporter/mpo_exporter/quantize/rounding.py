@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from mpo_exporter.quantize.grid import Levels, encode, inverse, search
 from mpo_formats import ConfigError
 from mpo_formats.packing import pack
 from mpo_formats.spec import GROUPS
@@ -50,21 +52,45 @@ def fitting_group(columns: int, wanted: int) -> int | None:
     return max((group for group in GROUPS if group <= wanted and columns % group == 0), default=None)
 
 
-def round_to_nearest(matrix: Matrix, bits: int, group: int) -> Integers:
-    """Quantises [rows, columns] symmetrically: w ≈ scale · (q − 2^(bits−1)).
+def round_to_nearest(
+    matrix: Matrix, bits: int, group: int, *, zeros: bool = False, weight: NDArray[np.float64] | None = None
+) -> Integers:
+    """Quantises [rows, columns], every value to its nearest code: w ≈ scale · (q − zero).
 
-    Each group's scale puts its value of largest magnitude at the end of the code range, −2^(bits−1), times the shrink
-    factor that leaves the smallest squared error.
+    Without stored zeros, zero is 2^(bits−1): each group's scale puts its value of largest magnitude at the end of the code
+    range, −2^(bits−1), times the shrink factor that leaves the smallest squared error.
+
+    Args:
+        zeros: stores a zero per group, searched along with its scale.
+        weight: what a column's squared error counts [columns], such as the diagonal of its input's second moment.
 
     Raises:
         ConfigError: when the matrix has values that are not finite, or too large for half-precision scales.
     """
     if not np.isfinite(matrix).all():
         raise ConfigError("matrix: has values that are not finite; check the source model")
+    if zeros or weight is not None:
+        return _round_searched(
+            matrix, Levels(bits, zeros), group, np.ones(matrix.shape[1]) if weight is None else weight
+        )
     step = max(1, BLOCK // matrix.shape[1])
     parts = [_round_rows(matrix[start : start + step], bits, group) for start in range(0, matrix.shape[0], step)]
     codes, scale = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Integers(codes, scale, None, bits, group)
+
+
+def _round_searched(matrix: Matrix, levels: Levels, group: int, weight: NDArray[np.float64]) -> Integers:
+    values = torch.from_numpy(matrix.T.astype(np.float32))  # [columns, rows]
+    importance = torch.from_numpy(weight).float()
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    grids = []
+    for start in range(0, len(values), group):
+        inside = slice(start, start + group)
+        scale, zero = search(values[inside], importance[inside], levels)
+        codes[inside] = encode(values[inside], inverse(scale), zero, levels).to(torch.uint8)
+        grids.append((scale, zero))
+    scales, zeros = (torch.stack(parts, 1).half().numpy() for parts in zip(*grids, strict=True))
+    return Integers(codes.T.contiguous().numpy(), scales, zeros if levels.zeros else None, levels.bits, group)
 
 
 def _round_rows(matrix: Matrix, bits: int, group: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:

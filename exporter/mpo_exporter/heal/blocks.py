@@ -1,0 +1,57 @@
+"""Reconstruction of single blocks: each learns to give the dense model's block output, from the healed blocks before it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpo_exporter.heal.student import run_block
+from mpo_formats import OutputError
+from mpo_runtime.models.granite import GraniteModel
+
+
+class Stream:
+    """The residual stream [N, S, E] of a model over token ids [N, S], in a file.
+
+    Raises:
+        OutputError: when it would not fit on the disk.
+    """
+
+    def __init__(self, model: GraniteModel, ids: NDArray[np.int64], file: Path, batch: int, device: str) -> None:
+        self.model, self.ids, self.batch, self.device = model, ids, batch, device
+        shape = (*ids.shape, model.architecture.hidden_size)
+        needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(file.parent).free
+        if needed > free:  # writing to a mapped file on a full disk would kill the process
+            raise OutputError(f"{file.parent}: healing spills {needed:,} bytes, the disk has {free:,} left; free some, "
+                              "or lower --block-share or --heal-tokens")  # fmt: skip
+        self.states = np.memmap(file, np.float32, "w+", shape=shape)
+
+    def _batches(self) -> list[slice]:
+        return [slice(start, start + self.batch) for start in range(0, self.ids.shape[0], self.batch)]
+
+    def read(self, rows: slice | NDArray[np.int64]) -> Tensor:
+        """The states [B, S, E] of some windows."""
+        return torch.from_numpy(np.array(self.states[rows]))
+
+    @torch.no_grad()
+    def embed(self) -> None:
+        """Sets the stream to the embedded tokens."""
+        for rows in self._batches():
+            self.states[rows] = self.model.ops.to_numpy(self.model.embed(self.model.ops.ids(self.ids[rows].tolist())))
+
+    @torch.no_grad()
+    def advance(self, block: int) -> None:
+        """Replaces the stream by what a block makes of it."""
+        for rows in self._batches():
+            x = self.read(rows).to(self.device)
+            self.states[rows] = self.model.ops.to_numpy(run_block(self.model, x, block))
+
+
+def block_names(block: int, names: list[str]) -> list[str]:
+    """The layers and vectors of a block among `names`."""
+    return [name for name in names if name.startswith(f"model.layers.{block}.")]

@@ -1,0 +1,97 @@
+"""Checkpoints of healing: one safetensors file with a JSON record, replaced by renaming; no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpo_formats import ConfigError, OutputError
+from mpo_formats.writer import sync_folder
+
+NAME = "checkpoint.safetensors"
+RECORD = "healing"
+
+
+@dataclass(slots=True)
+class Record:
+    """How far healing has come.
+
+    `digest` is that of settings and inputs; `blocks` are finished, then `step` steps of the whole model; `curve` holds
+    the loss of every step, `seconds` and `tokens` what was spent, `began` when the whole model's turn came; `rates` are
+    the optimizer's learning rates before their schedule; `ordered` says that bonds were sorted on the way.
+    """
+
+    digest: str
+    blocks: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    began: float = 0.0
+    rates: list[float] = field(default_factory=list)
+    ordered: bool = False
+    block_curves: list[list[float]] = field(default_factory=list)
+    curve: list[float] = field(default_factory=list)
+
+
+def save_checkpoint(folder: Path, record: Record, tensors: Mapping[str, Tensor]) -> None:
+    """Replaces the folder's checkpoint.
+
+    Raises:
+        OutputError: when the disk refuses the bytes; the checkpoint before stays.
+    """
+    temporary = folder / f".{NAME}.partial"
+    try:
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, temporary, {RECORD: json.dumps(asdict(record))})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / NAME)
+        sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{folder / NAME}: cannot be written ({error}); free some space") from None
+
+
+def load_checkpoint(folder: Path, digest: str) -> tuple[Record, dict[str, Tensor]] | None:
+    """The folder's checkpoint, None where there is none.
+
+    Raises:
+        ConfigError: when it belongs to another healing, or is damaged.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            record = Record(**json.loads(file.metadata()[RECORD]))
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: is damaged ({error}); remove {folder} to start over") from None
+    if record.digest != digest:
+        raise ConfigError(f"{path}: is of a healing with other settings, data or models; "
+                          f"give those, or remove {folder} to start over")  # fmt: skip
+    return record, tensors
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state, flat."""
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return {f"optimizer.{index}.{key}": value for index, values in state.items() for key, value in values.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

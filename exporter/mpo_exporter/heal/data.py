@@ -1,0 +1,199 @@
+"""Reads healing text and packs it into windows: chat rows of the usual layouts, rows of text, plain text, token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_exporter.sources import data_folder
+from mpo_formats import Architecture, ConfigError
+from mpo_runtime.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.texts import TokenText, read_tokens
+from mpo_runtime.tokenizer import Tokenizer
+
+Message = dict[str, str]
+WINDOW = 256
+# The names that data sets have for roles.
+ROLES = {
+    "human": "user", "user": "user", "prompter": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "system": "system",
+}  # fmt: skip
+LAYOUTS = (
+    "`text`, `messages` (role, content), `conversations` (from, value), `data` (turns), or `instruction` and `output`"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HealingText:
+    """A tokenised text: ids [N], which of them count in the loss [N], a name and a digest of the source."""
+
+    name: str
+    ids: NDArray[np.int64]
+    counts: NDArray[np.bool_]
+    sha256: str
+
+
+def read_healing_text(
+    path: Path | TokenText | None,
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    *,
+    assistant_only: bool = False,
+) -> HealingText:
+    """Reads a healing text, the embedded one where `path` is None.
+
+    `.jsonl` rows are Ultrachat (`messages` or `data`), Alpaca (`instruction`, `input`, `output`), OpenHermes or ShareGPT
+    (`conversations`) or hold `text`; other files are read as `read_tokens` does. A text that was read already may be given
+    in the place of its path.
+
+    Args:
+        assistant_only: only tokens of the assistant's messages, their end included, count.
+
+    Raises:
+        ConfigError: naming file and line of what cannot be read; for a text without tokens that count.
+    """
+    if isinstance(path, TokenText):
+        if assistant_only:
+            raise ConfigError(
+                f"{path.name}: does not tell the assistant's tokens; give .jsonl rows, or let all tokens count"
+            )
+        return HealingText(path.name, path.ids, np.ones(path.ids.size, np.bool_), path.sha256)
+    path = path or data_folder() / "healing.jsonl"
+    if path.suffix != ".jsonl":
+        if assistant_only:
+            raise ConfigError(f"{path}: has no assistant's messages; give .jsonl rows, or let all tokens count")
+        text = read_tokens(path, tokenizer, template)
+        return HealingText(text.name, text.ids, np.ones(text.ids.size, np.bool_), text.sha256)
+    if tokenizer is None:
+        raise ConfigError(f"{path}: the model has no tokenizer; give token ids as .u16 or .npy")
+    if assistant_only and template is None:
+        raise ConfigError(
+            f"{path}: the model has no chat template to tell the assistant's tokens; let all tokens count"
+        )
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a text or .jsonl file") from None
+    documents = [
+        _document(row, tokenizer, template, assistant_only) for row in _rows(raw, path) if isinstance(row, str) or row
+    ]
+    ids = np.array([token for tokens, _ in documents for token in tokens], np.int64)
+    counts = np.array([flag for _, flags in documents for flag in flags], np.bool_)
+    if not counts.any():
+        raise ConfigError(f"{path}: holds no {'tokens of the assistant' if assistant_only else 'text'}")
+    return HealingText(path.name, ids, counts, hashlib.sha256(raw).hexdigest())
+
+
+def _rows(raw: bytes, path: Path) -> Iterator[str | list[Message]]:
+    try:
+        lines = raw.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ConfigError(f"{path}: line {number} is not JSON; expected one object a line") from None
+        content = recognise(row)
+        if content is None:
+            raise ConfigError(f"{path}: line {number}: expected {LAYOUTS}")
+        yield content
+
+
+def recognise(row: Any) -> str | list[Message] | None:
+    """The text or the messages of a row in one of the usual layouts, None for another."""
+    if not isinstance(row, dict):
+        return None
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if isinstance(row.get(key), list):
+            return _messages([(turn.get(role), turn.get(content)) if isinstance(turn, dict) else (None, None)
+                              for turn in row[key]])  # fmt: skip
+    if isinstance(row.get("data"), list):  # Ultrachat's raw form: user and assistant in turn
+        return _messages([(("user", "assistant")[index % 2], turn) for index, turn in enumerate(row["data"])])
+    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+        given = row.get("input")
+        question = (
+            f"{row['instruction']}\n\n{given}" if isinstance(given, str) and given.strip() else row["instruction"]
+        )
+        return _messages([("user", question), ("assistant", row["output"])])
+    return None
+
+
+def _messages(turns: list[tuple[Any, Any]]) -> list[Message] | None:
+    if not all(isinstance(role, str) and isinstance(content, str) for role, content in turns):
+        return None
+    return [{"role": ROLES.get(role.lower(), role), "content": content} for role, content in turns]
+
+
+def _document(
+    row: str | list[Message], tokenizer: Tokenizer, template: ChatTemplate | None, assistant_only: bool
+) -> tuple[list[int], list[bool]]:
+    if isinstance(row, str) or template is None:
+        text = row if isinstance(row, str) else "\n".join(message["content"] for message in row)
+        ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        ids = [*tokenizer.encode(text), *ends]
+        return ids, [not assistant_only] * len(ids)
+    ids = encode_chat(template, tokenizer, row, add_generation_prompt=False)
+    if not assistant_only:
+        return ids, [True] * len(ids)
+    counts = [False] * len(ids)
+    for index, message in enumerate(row):
+        if message["role"] == "assistant":
+            begin = _common(ids, row[:index], template, tokenizer, prompt=True) if index else 0
+            end = _common(ids, row[: index + 1], template, tokenizer, prompt=False)
+            counts[begin:end] = [True] * max(end - begin, 0)
+    return ids, counts
+
+
+def _common(
+    ids: list[int], messages: list[Message], template: ChatTemplate, tokenizer: Tokenizer, *, prompt: bool
+) -> int:
+    """How many tokens the whole conversation shares with its beginning."""
+    part = encode_chat(template, tokenizer, messages, add_generation_prompt=prompt)
+    return next((k for k, (ours, theirs) in enumerate(zip(part, ids, strict=False)) if ours != theirs), len(part))
+
+
+def pack_windows(
+    text: HealingText, architecture: Architecture, window: int | None, batch: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Packs a text into windows of equal length [N, W], and which of their tokens count [N, W].
+
+    Documents follow each other without padding; each window is led by the model's begin-of-text token where it has one,
+    as in the measurement. What fills no window, and windows in which nothing counts, are left out.
+
+    Raises:
+        ConfigError: for a window that does not fit into the model's context, an id outside its vocabulary, or a text of
+            fewer windows than a batch has.
+    """
+    longest = architecture.max_position_embeddings
+    size = min(WINDOW, longest) if window is None else window
+    if not 2 <= size <= longest:
+        raise ConfigError(f"--window {size}: expected 2 to {longest} tokens, the model's context")
+    outside = text.ids[(text.ids < 0) | (text.ids >= architecture.vocab_size)]
+    if outside.size:
+        raise ConfigError(f"{text.name}: token id {outside[0]} lies outside the vocabulary of {architecture.vocab_size}; "
+                          "tokenise it with this model's tokenizer")  # fmt: skip
+    lead = [] if architecture.bos_token_id is None else [architecture.bos_token_id]
+    step = size - len(lead)
+    whole = text.ids.size // step
+    ids = text.ids[: whole * step].reshape(whole, step)
+    counts = text.counts[: whole * step].reshape(whole, step)
+    ids = np.concatenate((np.broadcast_to(np.array(lead, np.int64), (whole, len(lead))), ids), axis=1)
+    counts = np.concatenate((np.zeros((whole, len(lead)), np.bool_), counts), axis=1)
+    kept = counts[:, 1:].any(axis=1)
+    if int(kept.sum()) < batch:
+        raise ConfigError(f"{text.name}: {text.ids.size} tokens fill {int(kept.sum())} windows of {size}, expected at "
+                          f"least {batch}; give a longer text with --text, or lower --window or --batch")  # fmt: skip
+    return ids[kept], counts[kept]

@@ -1,0 +1,82 @@
+"""Rounding with a gradient: the forward pass sees what a file stores, the gradient passes straight through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpo_formats.packing import f32_to_bf16
+
+TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+LARGEST = float(torch.finfo(torch.float16).max)
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounds to a stored float type; the gradient passes."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.float16:
+            values = values.clamp(-LARGEST, LARGEST)
+        return values.to(dtype).float()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _Integers(torch.autograd.Function):
+    """Rounds to the integers 0 … top; the gradient passes, but not past the ends."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, top: int) -> Tensor:
+        context.save_for_backward((values > -0.5) & (values < top + 0.5))
+        return values.round().clamp_(0, top)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (inside,) = context.saved_tensors
+        return gradients[0] * inside, None
+
+
+class _Dequantized(torch.autograd.Function):
+    """scale · (q − zero) [R, C] from frozen codes, of which only the bytes are kept for the backward pass."""
+
+    @staticmethod
+    def forward(context: Any, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        context.save_for_backward(codes, scale, zero)
+        grouped = codes.view(*scale.shape, -1) - zero[..., None]
+        return (grouped * scale[..., None]).view(codes.shape)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
+        codes, scale, zero = context.saved_tensors
+        gradient = gradients[0].reshape(*scale.shape, -1)
+        total = gradient.sum(-1)
+        by_code = (gradient * codes.view(*scale.shape, -1)).sum(-1)
+        return None, by_code - zero * total, -scale * total
+
+
+_round: Callable[[Tensor, torch.dtype], Tensor] = _Rounded.apply
+# (values, top): the integers 0 … top nearest to the values.
+to_integers: Callable[[Tensor, int], Tensor] = _Integers.apply
+# (codes [R, C], scale [R, groups], zero [R, groups]): scale · (codes − zero) [R, C].
+dequantize: Callable[[Tensor, Tensor, Tensor], Tensor] = _Dequantized.apply
+
+
+def rounded(values: Tensor, dtype: str) -> Tensor:
+    """The values as the type `f32`, `f16` or `bf16` stores them; gradients pass straight through."""
+    if dtype == "f32":
+        return values
+    return _round(values, TYPES[dtype])
+
+
+def stored(values: Tensor, dtype: str) -> NDArray[Any]:
+    """A float32 tensor as the array that a file holds; bf16 as bit patterns."""
+    array = values.detach().cpu().numpy().astype(np.float32)
+    return f32_to_bf16(array) if dtype == "bf16" else array.astype({"f32": "<f4", "f16": "<f2"}[dtype])

@@ -1,0 +1,121 @@
+"""Healing from end to end: a file and its teacher in, a better file of the same bytes out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mpo_exporter.heal.checkpoint import NAME
+from mpo_exporter.heal.distributed import Workers
+from mpo_exporter.heal.progress import Progress, silent
+from mpo_exporter.heal.save import write_healed
+from mpo_exporter.heal.session import Session
+from mpo_exporter.heal.settings import Settings
+from mpo_formats import ConfigError, MpoFile, OutputError
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.measure import Comparison
+from mpo_runtime.texts import TokenText
+
+
+@dataclass(frozen=True, slots=True)
+class Healed:
+    """What a healing gave: losses of all steps, what was spent, and the file against the teacher on held-out text."""
+
+    path: Path
+    tokens: int
+    minutes: float
+    block_curves: list[list[float]]
+    curve: list[float]
+    comparison: Comparison | None
+
+
+def heal(
+    path: Path,
+    teacher: Path,
+    target: Path,
+    settings: Settings,
+    *,
+    text: Path | TokenText | None = None,
+    held_out: TokenText | None = None,
+    force: bool = False,
+    work: Path | None = None,
+    workers: Workers | None = None,
+    progress: Progress = silent,
+) -> Healed:
+    """Retrains the file `path` against the dense model `teacher` and writes the result to `target`.
+
+    What was interrupted goes on from its last checkpoint when it is called again with the same arguments.
+
+    Args:
+        teacher: the Hugging Face folder that the file was made from.
+        text: what to train on; the embedded healing text where None.
+        held_out: what to measure the result on; None measures nothing.
+        work: a folder for checkpoints and the teacher's logits, which is kept; where None, one beside the target, which
+            is removed at the end.
+        workers: the processes that share the work; all of them must call this with the same arguments.
+
+    Raises:
+        CheckpointError: for a teacher of another architecture or vocabulary.
+        ConfigError: for a text that is too short, settings that cannot be honoured, a loss that is not finite, or too
+            little memory.
+        OutputError: when the target exists and `force` is not given, or the disk is full.
+    """
+    workers = workers or Workers()
+    if target.is_dir() or (not force and os.path.lexists(target)):
+        raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
+    if settings.batch % workers.count:
+        raise ConfigError(f"--batch {settings.batch}: does not divide among {workers.count} processes")
+    folder = work or work_folder(target)
+    file, source = MpoFile(path), Checkpoint(teacher)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        session = Session(file, source, settings, text, folder, workers, progress)
+        comparison = None
+        with saying_what_to_lower(session):
+            trainables = session.run()
+            session.place = "the writing of the file"
+            facts = session.facts()
+            if workers.first:
+                comparison = write_healed(
+                    target, file, trainables, facts, source, held_out, force=force, device=workers.device
+                )
+            workers.wait()
+    finally:
+        source.close()
+        file.close()
+    record = session.record
+    if workers.first and work is None:
+        shutil.rmtree(folder)
+    elif workers.first:
+        (folder / NAME).unlink(missing_ok=True)
+    return Healed(target, record.tokens, record.seconds / 60, record.block_curves, record.curve, comparison)
+
+
+def work_folder(target: Path) -> Path:
+    """Where checkpoints of the healing that writes `target` lie if the user names no folder."""
+    return target.with_name(f".{target.name}.healing")
+
+
+@contextmanager
+def saying_what_to_lower(session: Session) -> Iterator[None]:
+    """Turns running out of memory into a ConfigError that says where, and what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(f"healing: out of memory at {session.place}; lower --micro-batch, --window or --top-k, or "
+                          "spread the work with torchrun") from None  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a device or in the allocator of the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "not enough memory" in str(error) or "can't allocate memory" in str(error)

@@ -1,0 +1,75 @@
+"""Writes the healed file: the spec it had, the trained values, and where they came from; measured as an export is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from mpo_exporter.export import measure_file, quality
+from mpo_exporter.heal.trainable import Arrays, Trainables
+from mpo_formats import Certificate, Certificates, ModelSpec, MpoFile, MpoWriter
+from mpo_formats.provenance import MOST_OPTIONS
+from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.measure import Comparison
+from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.texts import TokenText
+from mpo_runtime.weights import Weights
+
+
+def healed_spec(spec: ModelSpec, facts: dict[str, str]) -> ModelSpec:
+    """The spec with `facts` beside the options of the export; a second healing replaces the facts of the first."""
+    options = {**spec.provenance.options, **facts}
+    if len(options) > MOST_OPTIONS:
+        options = facts
+    return replace(spec, provenance=replace(spec.provenance, options=options))
+
+
+def write_healed(
+    target: Path,
+    file: MpoFile,
+    trainables: Trainables,
+    facts: dict[str, str],
+    teacher: Weights,
+    text: TokenText | None,
+    *,
+    force: bool,
+    device: str,
+) -> Comparison | None:
+    """Writes the file and measures it against the teacher on held-out text; returns what was measured.
+
+    The prefixes that the file's own certificate names are measured again too.
+
+    Raises:
+        OutputError: when the target exists and `force` is not given, or the disk refuses the bytes.
+    """
+    found: list[Comparison] = []
+
+    def measure(path: Path) -> Certificates:
+        if text is None:
+            return Certificates(())
+        dense = GraniteModel(teacher.spec.architecture, ReferenceOps(teacher, device=device))
+        entries = []
+        prefixes = sorted({entry.chi for entry in file.certificates().entries if entry.chi is not None}, reverse=True)
+        for chi in (None, *prefixes):
+            found.append(measure_file(path, chi, dense, text, device, lambda stage, done, total: None))
+            entries.append(Certificate(chi, quality(found[-1], text)))
+        return Certificates(tuple(entries))
+
+    spec = healed_spec(file.spec, facts)
+    built: Arrays = {}
+    layers = dict(trainables.layers)
+    vectors = {f"{name}.weight": vector for name, vector in trainables.vectors.items()}
+    with MpoWriter(target, spec, force=force) as writer:
+        for tensor in writer.pending():
+            name = tensor.name
+            if name in vectors:
+                writer.write(name, vectors[name].arrays()[name])
+            elif name.startswith("file."):
+                writer.write(name, file.array(name))
+            else:
+                if name not in built:
+                    layer = next(layer for layer in layers if name.startswith(f"{layer}."))
+                    built = layers.pop(layer).arrays()
+                writer.write(name, built[name])
+        writer.commit(measure)
+    return found[0] if found else None

@@ -1,0 +1,81 @@
+"""What the user may choose about healing; an invalid choice cannot be built."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+
+from mpo_formats import ConfigError
+
+# Tokens of training if the user names neither tokens, epochs nor minutes.
+DEFAULT_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How long, on what, and how fast to train.
+
+    At most one of `tokens`, `epochs` and `minutes` bounds the training; 1 M tokens where none does.
+
+    Args:
+        window: tokens of a window, None for 256 or the model's context if that is shorter.
+        batch: windows of an optimizer step, over all devices.
+        micro_batch: windows that a device runs at a time; the rest of its share is accumulated.
+        block_share: share of the tokens that go to the reconstruction of single blocks.
+        core_rate, code_rate: learning rates relative to the root mean square of each core or matrix of codes.
+        scale_rate, norm_rate: relative learning rates of scales (and zeros, in steps), and of norms and biases.
+        train_codes: moves the integers of quantised matrices too, straight through their rounding.
+        top_k: logits of the teacher kept a token; the rest of its mass is one bucket.
+        cross_entropy: λ, the weight of the cross entropy of the text beside the divergence from the teacher.
+        assistant_only: only what the assistant says counts in the loss.
+        chi_dropout: chance that a step runs on a random prefix of the bonds.
+        checkpoint_steps: optimizer steps between checkpoints.
+        recompute: gradient checkpointing: each block is run again in the backward pass instead of kept.
+    """
+
+    tokens: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+    window: int | None = None
+    batch: int = 4
+    micro_batch: int = 4
+    block_share: float = 0.1
+    core_rate: float = 2e-2
+    code_rate: float = 3e-3
+    scale_rate: float = 3e-3
+    norm_rate: float = 1e-3
+    train_codes: bool = False
+    top_k: int = 64
+    cross_entropy: float = 0.0
+    assistant_only: bool = False
+    chi_dropout: float = 0.0
+    checkpoint_steps: int = 100
+    recompute: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = [name for name in ("tokens", "epochs", "minutes") if getattr(self, name) is not None]
+        if len(bounds) > 1:
+            raise ConfigError(f"healing: {' and '.join(bounds)} were both given; give one of them")
+        for name in (*bounds, "batch", "micro_batch", "top_k", "checkpoint_steps"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ConfigError(f"healing: {name}: expected more than 0, found {value}")
+        for name in ("core_rate", "code_rate", "scale_rate", "norm_rate", "cross_entropy"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"healing: {name}: expected at least 0, found {value}")
+        for name in ("block_share", "chi_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"healing: {name}: expected 0 to 1, found {getattr(self, name)}")
+
+    def faster(self, factor: float) -> Settings:
+        """The same settings with all learning rates times `factor`."""
+        names = ("core_rate", "code_rate", "scale_rate", "norm_rate")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
+
+    def digest(self, *inputs: str) -> str:
+        """A digest of these settings and of what they are applied to, which a checkpoint must match."""
+        return hashlib.sha256(json.dumps([asdict(self), *inputs], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,353 @@
+"""The parameters that healing trains, and the rounding through which they are seen: what is evaluated is what is saved.
+
+Scales, zeros, float cores, norms and biases pass through their stored type in the forward pass, and gradients pass
+straight through that rounding (Bengio et al. 2013). Integer matrices keep their codes; scales move by a share of what
+they were. Integer cores, and on demand the codes of matrices, are held as real numbers in steps of the grid and rounded
+in the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpo_exporter.heal.rounding import TYPES, dequantize, rounded, stored, to_integers
+from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, VectorSpec
+from mpo_formats.layout import PLANES
+from mpo_formats.packing import pack, unpack
+from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, float_tensor
+from mpo_runtime.weights import Weights
+
+# Latent numbers stay this far around their codes when they are told the dense matrix, so that rounding gives the codes.
+CELL = 0.49
+Arrays = dict[str, NDArray[Any]]
+
+
+def root_mean_square(values: Tensor) -> float:
+    """√ mean x², at least 1e-8."""
+    return max(float(values.detach().square().mean().sqrt()), 1e-8)
+
+
+class Grid(nn.Module):
+    """An integer matrix [R, C] whose scales (and zeros) train, and whose codes train where `moving`."""
+
+    codes: Tensor
+    base: Tensor
+    base_zero: Tensor
+
+    def __init__(self, weights: Weights, prefix: str, bits: int, *, zeros: bool, moving: bool) -> None:
+        super().__init__()
+        self.prefix, self.bits, self.zeros = prefix, bits, zeros
+        planes = [weights.array(f"{prefix}.q{plane}") for plane in PLANES[bits]]
+        codes = torch.from_numpy(unpack(planes, bits))
+        scale = torch.from_numpy(weights.array(f"{prefix}.scale").astype(np.float32))
+        self.group = codes.shape[1] // scale.shape[1]
+        zero = torch.full_like(scale, 1 << (bits - 1))
+        if zeros:
+            zero = torch.from_numpy(weights.array(f"{prefix}.zero").astype(np.float32))
+        self.register_buffer("base", scale, persistent=moving)  # a moving grid may be set anew
+        self.register_buffer("base_zero", zero, persistent=False)
+        self.change = nn.Parameter(torch.zeros_like(scale))
+        self.shift = nn.Parameter(torch.zeros_like(scale)) if zeros else None
+        self.latent = nn.Parameter(codes.float()) if moving else None
+        self.register_buffer("codes", codes[:0] if moving else codes, persistent=False)
+
+    def scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        """Scales and zeros [R, groups], as stored."""
+        scale = rounded(self.base * (1 + self.change), "f16")
+        return scale, self.base_zero if self.shift is None else rounded(self.base_zero + self.shift, "f16")
+
+    def weight(self) -> Tensor:
+        """The matrix [R, C]."""
+        return self._values(*self.scale_and_zero(), slice(None))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows `ids` [T] of the matrix, as [T, C]."""
+        scale, zero = self.scale_and_zero()
+        return self._values(scale[ids], zero[ids], ids)
+
+    def _values(self, scale: Tensor, zero: Tensor, rows: slice | Tensor) -> Tensor:
+        if self.latent is None:
+            return dequantize(self.codes[rows], scale, zero)
+        codes = to_integers(self.latent[rows], (1 << self.bits) - 1)
+        return ((codes.view(*scale.shape, -1) - zero[..., None]) * scale[..., None]).view(codes.shape)
+
+    @torch.no_grad()
+    def aim(self, matrix: Tensor) -> None:
+        """Moves the latent numbers of a moving grid towards a matrix [R, C], but not out of the cells of their codes."""
+        if self.latent is not None:
+            scale, zero = self.scale_and_zero()
+            grouped = matrix.view(*scale.shape, -1)
+            wanted = torch.where(scale[..., None] != 0, grouped / scale[..., None], 0) + zero[..., None]
+            codes = self.latent.round()
+            self.latent.copy_(wanted.view(codes.shape).clamp(codes - CELL, codes + CELL))
+
+    @torch.no_grad()
+    def set_matrix(self, codes: Tensor, scale: Tensor) -> None:
+        """Replaces a moving grid's codes [R, C] and scales [R, groups]."""
+        if self.latent is None:
+            raise RuntimeError(f"{self.prefix}: the codes of this grid are frozen")
+        self.latent.copy_(codes)
+        self.base.copy_(scale)
+        self.change.zero_()
+
+    @torch.no_grad()
+    def reorder(self, rows: Tensor) -> None:
+        """Puts the rows of a moving grid without zeros into the given order."""
+        for held in (self.latent, self.base, self.change):
+            if held is not None:
+                held.copy_(held[rows])
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields (kind, parameter, unit of its learning rate)."""
+        yield "scale", self.change, 1.0
+        if self.shift is not None:
+            yield "scale", self.shift, 1.0
+        if self.latent is not None:
+            yield "code", self.latent, root_mean_square(self.latent - (1 << (self.bits - 1)))
+
+    def arrays(self) -> Arrays:
+        """The tensors of the file."""
+        scale, zero = self.scale_and_zero()
+        codes = self.codes
+        if self.latent is not None:
+            codes = self.latent.detach().round().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
+        planes = pack(codes.cpu().numpy(), self.bits, self.group)
+        result: Arrays = {f"{self.prefix}.q{p}": plane for p, plane in zip(PLANES[self.bits], planes, strict=True)}
+        result[f"{self.prefix}.scale"] = stored(scale, "f16")
+        if self.zeros:
+            result[f"{self.prefix}.zero"] = stored(zero, "f16")
+        return result
+
+
+class Frozen(nn.Module):
+    """A dense matrix [R, C] in its stored type; it does not train."""
+
+    held: Tensor
+
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        super().__init__()
+        self.name = f"{prefix}.weight"
+        self.dtype = weights.dtype(self.name)
+        self.array = weights.array(self.name)
+        self.register_buffer("held", float_tensor(weights, self.name).to(TYPES[self.dtype]), persistent=False)
+
+    def weight(self) -> Tensor:
+        """The matrix [R, C]."""
+        return self.held.float()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows `ids` [T] of the matrix, as [T, C]."""
+        return self.held[ids].float()
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields nothing."""
+        yield from ()
+
+    def arrays(self) -> Arrays:
+        """The tensors of the file."""
+        return {self.name: self.array}
+
+
+class FloatCore(nn.Module):
+    """A core [χ_{k−1}, o_k, i_k, χ_k] in a float type."""
+
+    def __init__(self, weights: Weights, prefix: str, dtype: str) -> None:
+        super().__init__()
+        self.name, self.dtype = prefix, dtype
+        self.values = nn.Parameter(float_tensor(weights, prefix).permute(1, 2, 3, 0).contiguous())
+
+    def core(self) -> Tensor:
+        """The core, as stored."""
+        return rounded(self.values, self.dtype)
+
+    @torch.no_grad()
+    def set_core(self, core: Tensor) -> None:
+        """Replaces the values [χ_{k−1}, o_k, i_k, χ_k]."""
+        self.values.copy_(core)
+
+    @torch.no_grad()
+    def reorder(self, left: Tensor, right: Tensor) -> None:
+        """Puts the bonds' values into the given orders."""
+        self.values.copy_(self.values[left][..., right])
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields (kind, parameter, unit of its learning rate)."""
+        yield "core", self.values, root_mean_square(self.values)
+
+    def arrays(self) -> Arrays:
+        """The tensors of the file."""
+        return {self.name: stored(rounded(self.values, self.dtype).permute(3, 0, 1, 2).contiguous(), self.dtype)}
+
+
+class IntegerCore(nn.Module):
+    """A core [χ_{k−1}, o_k, i_k, χ_k] in int8 or int4: a moving grid of χ_k · χ_{k−1} rows."""
+
+    def __init__(self, weights: Weights, prefix: str, bits: int, shape: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.shape = shape  # stored: right bond first
+        self.grid = Grid(weights, prefix, bits, zeros=False, moving=True)
+
+    def core(self) -> Tensor:
+        """The core, as stored."""
+        return self.grid.weight().view(self.shape).permute(1, 2, 3, 0)
+
+    @torch.no_grad()
+    def set_core(self, core: Tensor) -> None:
+        """Rounds the values [χ_{k−1}, o_k, i_k, χ_k] onto new grids."""
+        from mpo_exporter.quantize.rounding import round_to_nearest
+
+        matrix = core.permute(3, 0, 1, 2).reshape(self.shape[0] * self.shape[1], -1)
+        found = round_to_nearest(matrix.double().cpu().numpy(), self.grid.bits, self.grid.group)
+        self.grid.set_matrix(torch.from_numpy(found.codes).float(), torch.from_numpy(found.scale.astype(np.float32)))
+
+    @torch.no_grad()
+    def reorder(self, left: Tensor, right: Tensor) -> None:
+        """Puts the bonds' values into the given orders; every number stays what it is."""
+        rows = (right[:, None] * self.shape[1] + left).flatten()
+        self.grid.reorder(rows)
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields (kind, parameter, unit of its learning rate)."""
+        for kind, parameter, unit in self.grid.learning():
+            yield "core" if kind == "code" else kind, parameter, unit
+
+    def arrays(self) -> Arrays:
+        """The tensors of the file."""
+        return self.grid.arrays()
+
+
+class Cores(nn.Module):
+    """An Mpo term."""
+
+    def __init__(self, weights: Weights, prefix: str, term: Mpo) -> None:
+        super().__init__()
+        self.term = term
+        self.cores: list[FloatCore | IntegerCore] = [
+            IntegerCore(weights, f"{prefix}.core{k}", term.core_bits, shape)
+            if term.core_bits
+            else FloatCore(weights, f"{prefix}.core{k}", term.dtype)
+            for k, shape in enumerate(term.core_shapes())
+        ]
+        self.parts = nn.ModuleList(self.cores)
+
+    def operator(self, chi: int | None) -> MpoTerm:
+        """The term with its present cores, every bond cut to its first `chi` values."""
+        kept = self.term if chi is None else self.term.truncated(chi)
+        cores = [
+            part.core()[:left, :, :, :right]
+            for part, (right, left, _, _) in zip(self.cores, kept.core_shapes(), strict=True)
+        ]
+        return MpoTerm(kept, cores)
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields (kind, parameter, unit of its learning rate)."""
+        for part in self.cores:
+            yield from part.learning()
+
+    def arrays(self) -> Arrays:
+        """The tensors of the file."""
+        return {name: array for part in self.cores for name, array in part.arrays().items()}
+
+
+class Vector(nn.Module):
+    """A norm's weight or a bias."""
+
+    def __init__(self, weights: Weights, name: str, dtype: str) -> None:
+        super().__init__()
+        self.name, self.dtype = name, dtype
+        self.values = nn.Parameter(float_tensor(weights, name))
+
+    def value(self) -> Tensor:
+        """The vector, as stored."""
+        return rounded(self.values, self.dtype)
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields (kind, parameter, unit of its learning rate)."""
+        yield "norm", self.values, root_mean_square(self.values)
+
+    def arrays(self) -> Arrays:
+        """The tensors of the file."""
+        return {self.name: stored(self.value(), self.dtype)}
+
+
+class Layer(nn.Module):
+    """A linear layer: its terms and bias."""
+
+    def __init__(self, weights: Weights, spec: LinearSpec, *, moving: bool) -> None:
+        super().__init__()
+        self.spec = spec
+        self.terms: list[Frozen | Grid | Cores] = []
+        for index, term in enumerate(spec.terms):
+            prefix = f"{spec.name}.{index}"
+            if isinstance(term, Dense):
+                self.terms.append(Frozen(weights, prefix))
+            elif isinstance(term, Mpo):
+                self.terms.append(Cores(weights, prefix, term))
+            else:
+                self.terms.append(Grid(weights, prefix, term.bits, zeros=term.zeros, moving=moving))
+        self.parts = nn.ModuleList(self.terms)
+        self.bias = None if spec.bias is None else Vector(weights, f"{spec.name}.bias", spec.bias)
+
+    def linear(self, chi: int | None) -> Linear:
+        """The layer as the reference backend runs it, with the present parameters; every bond cut to `chi` values."""
+        terms = [term.operator(chi) if isinstance(term, Cores) else _matrix_term(term) for term in self.terms]
+        return Linear(self.spec, terms, None if self.bias is None else self.bias.value())
+
+    @torch.no_grad()
+    def aim(self, matrix: Tensor) -> None:
+        """Tells moving codes the dense matrix [out, in] that the layer stands for: which of them are nearly others."""
+        for index, term in enumerate(self.terms):
+            if isinstance(term, Grid):
+                others = [other.weight() for place, other in enumerate(self.linear(None).terms) if place != index]
+                term.aim(matrix - torch.stack(others).sum(0) if others else matrix)
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields (kind, parameter, unit of its learning rate)."""
+        for term in self.terms:
+            yield from term.learning()
+        if self.bias is not None:
+            yield from self.bias.learning()
+
+    def arrays(self) -> Arrays:
+        """The tensors of the file."""
+        result = {name: array for term in self.terms for name, array in term.arrays().items()}
+        return result if self.bias is None else result | self.bias.arrays()
+
+
+def _matrix_term(term: Grid | Frozen) -> MatrixTerm:
+    def rows(ids: NDArray[np.int64]) -> Tensor:
+        return term.rows(torch.from_numpy(ids))
+
+    return MatrixTerm(None, term.weight, rows)
+
+
+class Trainables(nn.Module):
+    """The layers and vectors of a model, or of a part of it, by their names in the file."""
+
+    def __init__(self, weights: Weights, names: Iterator[str] | list[str], *, moving: bool) -> None:
+        super().__init__()
+        wanted = set(names)
+        spec: ModelSpec = weights.spec
+        self.layers = {item.name: Layer(weights, item, moving=moving) for item in spec.linears if item.name in wanted}
+        vectors: list[VectorSpec] = [item for item in spec.vectors if item.name in wanted]
+        self.vectors = {item.name: Vector(weights, f"{item.name}.weight", item.dtype) for item in vectors}
+        parts: dict[str, nn.Module] = {**self.layers, **self.vectors}
+        self.parts = nn.ModuleDict({name.replace(".", "/"): part for name, part in parts.items()})
+
+    def aim(self, source: Weights) -> None:
+        """Tells moving codes the matrices of the dense model."""
+        for name, layer in self.layers.items():
+            if any(isinstance(term, Grid) and term.latent is not None for term in layer.terms):
+                layer.aim(float_tensor(source, f"{name}.0.weight"))
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields (kind, parameter, unit of its learning rate)."""
+        parts: list[Layer | Vector] = [*self.layers.values(), *self.vectors.values()]
+        for part in parts:
+            yield from part.learning()

@@ -1,0 +1,214 @@
+"""The native backend: C++ kernels on numpy memory and on the mapped file, for any CPU; never imports torch.
+
+A forward pass is a few hundred small operations, and calling each from Python would cost a small model most of its time.
+So the model is written once, in Python (models/granite.py), and this backend runs it once with *symbols* in place of
+arrays: every op then records itself into a native program, which all later steps run in a single call without the GIL.
+C++ thereby knows ops and registers, no architecture. An op that is given arrays instead of symbols records a program of
+that op alone and runs it, so there is one path, and a test of a single op tests what the model runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import mpo_runtime._native as _native
+from mpo_formats import Architecture, ConfigError
+from mpo_runtime.backends import check_activations
+from mpo_runtime.backends.ops import Array
+from mpo_runtime.layers.native import float_vector, load_linear
+from mpo_runtime.rope import inverse_frequencies
+from mpo_runtime.weights import Weights
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+KV_TYPES = ("f32", "f16", "bf16", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A register of a program that is being recorded, in place of an array; `register` is None for the token ids."""
+
+    program: _native.Program
+    register: int | None
+
+
+class NativeCache:
+    """The KV cache of the native kernels."""
+
+    def __init__(self, held: _native.Cache) -> None:
+        self.held = held
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into a row."""
+        return self.held.capacity
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each row."""
+        return self.held.lengths
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes set aside; the system provides them as they are first written."""
+        return self.held.nbytes
+
+    def advance(self, counts: list[int]) -> None:
+        """Counts the new tokens of each row as held; raises ValueError past the capacity."""
+        self.held.advance(counts)
+
+    def rewind(self, length: int) -> None:
+        """Forgets all tokens from position `length` on."""
+        self.held.rewind(length)
+
+
+class NativeOps:
+    """The op set in C++.
+
+    Args:
+        weights: an open file or folder; its tensors are read where they are mapped.
+        chi: cuts every MPO bond to its first `chi` values.
+        kv_type: what the KV cache is stored in: f32, f16, bf16 or int8 (with a scale for each position and head).
+        activations: what integer weights are multiplied with: `int8` rounds the input of a layer to 8 bits in blocks of
+            32 (fast), `float` keeps float32 throughout.
+
+    Raises:
+        ConfigError: for another `kv_type` or `activations`.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        chi: int | None = None,
+        kv_type: str = "f32",
+        activations: str = "int8",
+    ) -> None:
+        if kv_type not in KV_TYPES:
+            raise ConfigError(f"kv-type {kv_type}: expected one of {', '.join(KV_TYPES)}")
+        check_activations(activations)
+        spec = weights.spec
+        self.kv_type = kv_type
+        self.exact = activations == "float"
+        self.linears = {linear.name: load_linear(weights, linear, chi=chi) for linear in spec.linears}
+        self.vectors = {vector.name: float_vector(weights, f"{vector.name}.weight") for vector in spec.vectors}
+        self.head_dim = spec.architecture.head_dim
+        self.frequencies = inverse_frequencies(spec.architecture.rope, self.head_dim)
+        # Forward passes by weak reference: a program must not keep the model that recorded it, and thereby itself, alive.
+        self.recorded: dict[Any, tuple[_native.Program, int]] = {}
+
+    def weights(self, layer: str) -> _native.Linear | Floats:
+        """The layer or vector of that name."""
+        return self.linears[layer] if layer in self.linears else self.vectors[layer]
+
+    def ids(self, rows: list[list[int]]) -> Ids:
+        """Token ids [B, S]."""
+        return np.array(rows, np.int64)
+
+    def to_numpy(self, array: Floats) -> Floats:
+        """The array itself."""
+        return array
+
+    def new_cache(self, architecture: Architecture, rows: int, capacity: int) -> NativeCache:
+        """Sets an empty KV cache aside."""
+        if capacity > architecture.max_position_embeddings:
+            limit = architecture.max_position_embeddings
+            raise ConfigError(f"context of {capacity} tokens: the model was made for {limit}; lower --ctx-size")
+        blocks, heads = architecture.num_hidden_layers, architecture.num_key_value_heads
+        return NativeCache(_native.Cache(blocks, rows, heads, capacity, architecture.head_dim, self.kv_type))
+
+    def run(self, forward: Callable[[Array, Any], Array], ids: Ids, cache: NativeCache) -> Floats:
+        """What `forward(ids, cache)` gives [B, S, width], by the program that its first call recorded."""
+        key = weakref.WeakMethod(forward) if hasattr(forward, "__self__") else forward
+        if key not in self.recorded:
+            program = _native.Program(self.exact)
+            result = forward(Symbol(program, None), None)
+            program.finish(result.register)
+            self.recorded[key] = program, program.width(result.register)
+        program, width = self.recorded[key]
+        out = np.empty((*ids.shape, width), np.float32)
+        program.run(ids, [], cache.held, out)
+        return out
+
+    def _apply(
+        self,
+        record: Callable[..., int],
+        *arrays: Array,
+        ids: Array | None = None,
+        cache: NativeCache | None = None,
+        key: Any = None,
+    ) -> Any:
+        """Records an op on symbols; runs it on arrays [..., width] with one or two axes in front.
+
+        Args:
+            record: `record(program, *registers)` adds the op and returns the register of its result.
+            key: names the op's program, to be kept for the next call; it must tell apart all that `record` depends on.
+        """
+        given = ids if ids is not None else arrays[0]
+        if isinstance(given, Symbol):
+            return Symbol(given.program, record(given.program, *(array.register for array in arrays)))
+        if key in self.recorded:
+            program, width = self.recorded[key]
+        else:
+            program = _native.Program(self.exact)
+            result = record(program, *(program.input(array.shape[-1]) for array in arrays))
+            program.finish(result)
+            width = program.width(result)
+            if key is not None:
+                self.recorded[key] = program, width
+        leading = given.shape if ids is not None else given.shape[:-1]
+        batch = leading if len(leading) == 2 else (1, *leading)
+        out = np.empty((*batch, width), np.float32)
+        tokens = None if ids is None else np.ascontiguousarray(ids, np.int64).reshape(batch)
+        inputs = [np.ascontiguousarray(array, np.float32).reshape(*batch, -1) for array in arrays]
+        program.run(tokens, inputs, None if cache is None else cache.held, out)
+        return out.reshape(*leading, -1)
+
+    def embed(self, table: _native.Linear, ids: Array, multiplier: float) -> Array:
+        """Token ids [B, S] to multiplier · rows [B, S, E]; raises ValueError for an id outside the table."""
+        return self._apply(lambda program: program.embed(table, multiplier), ids=ids)
+
+    def rms_norm(self, x: Array, weight: Floats, eps: float) -> Array:
+        """x / √(mean x² + eps) · weight (Zhang & Sennrich 2019)."""
+        return self._apply(lambda program, x: program.rms_norm(x, weight, eps), x)
+
+    def linear(self, layer: _native.Linear, x: Array) -> Array:
+        """Σ_t term_t(x) + bias."""
+        return self._apply(lambda program, x: program.linear(x, layer), x)
+
+    def rope_and_append(self, q: Array, k: Array, v: Array, cache: Any, block: int) -> Array:
+        """Rotates q [B, S, H·D] and k [B, S, K·D] by position, appends k and v to the cache; returns q [B, S, H·D]."""
+
+        def record(program: _native.Program, q: int, k: int, v: int) -> int:
+            return program.rope_and_append(q, k, v, self.frequencies, block)
+
+        return self._apply(record, q, k, v, cache=cache)
+
+    def attention(self, q: Array, cache: Any, block: int, scale: float) -> Array:
+        """Causal grouped-query attention of q [B, S, H·D] over the cache, as [B, S, H·D]."""
+        return self._apply(lambda program, q: program.attention(q, self.head_dim, block, scale), q, cache=cache)
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        """silu(gate) · up (Shazeer 2020)."""
+        return self._apply(lambda program, gate, up: program.swiglu(gate, up), gate, up)
+
+    def add_scaled(self, x: Array, y: Array, scale: float) -> Array:
+        """x + scale · y."""
+        return self._apply(lambda program, x, y: program.add_scaled(x, y, scale), x, y)
+
+    def logits(self, head: _native.Linear, x: Array, scaling: float) -> Array:
+        """head(x) / scaling [..., vocabulary]."""
+
+        def record(program: _native.Program, x: int) -> int:
+            y = program.linear(x, head)
+            return y if scaling == 1 else program.divide(y, scaling)
+
+        return self._apply(record, x, key=(head.name, scaling))

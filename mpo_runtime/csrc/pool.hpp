@@ -1,0 +1,58 @@
+// A persistent pool of threads that share out chunks of work as they become free, so that a core that is busy elsewhere
+// delays a step by one chunk at most.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+
+namespace mpo {
+
+// A reference to anything callable as f(begin, end); it must outlive the call it is passed to.
+class RangeFunction {
+ public:
+  template <class F, class = std::enable_if_t<!std::is_same_v<std::decay_t<F>, RangeFunction>>>
+  RangeFunction(F&& f)  // NOLINT: implicit, so that run() takes a lambda
+      : object_(const_cast<void*>(static_cast<const void*>(&f))), call_([](void* object, std::size_t begin, std::size_t end) {
+          (*static_cast<std::remove_reference_t<F>*>(object))(begin, end);
+        }) {}
+  void operator()(std::size_t begin, std::size_t end) const { call_(object_, begin, end); }
+
+ private:
+  void* object_;
+  void (*call_)(void*, std::size_t, std::size_t);
+};
+
+// The caller of run() works too, so a pool of n threads starts n - 1. After a fork the child starts its own.
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  // Calls f on chunks of at most `chunk` of the items [0, items), in any order, on any thread; returns when all are
+  // done. The first exception that f throws is thrown here. Calls from several threads take turns; f must not call run.
+  void run(std::size_t items, std::size_t chunk, RangeFunction f);
+
+  int threads() const { return threads_; }
+  void resize(int threads);  // waits for a run in progress; throws std::invalid_argument below 1
+
+ private:
+  struct Crew;
+  void renew();
+  std::mutex& turn();
+
+  std::unique_ptr<std::mutex> turn_;
+  Crew* crew_ = nullptr;
+  int threads_;
+  unsigned forks_, turn_forks_ = 0;
+};
+
+// The pool of this process, with as many threads as MPO_THREADS says or as there are cores that it may run on. It is
+// never destroyed: threads that sleep do no harm at exit, and a destructor could meet them at work.
+Pool& pool();
+int default_threads();
+
+}  // namespace mpo

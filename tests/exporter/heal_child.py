@@ -1,0 +1,28 @@
+"""Heals a tiny file as the tests ask, alone or under torchrun, and writes the losses: SETTINGS.json RESULT.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mpo_exporter.heal.distributed import joined
+from mpo_exporter.heal.run import heal
+from mpo_exporter.heal.settings import Settings
+
+
+def main() -> None:
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    with joined("cpu") as workers:
+        paths = [Path(asked[name]) for name in ("file", "teacher", "target")]
+        result = heal(*paths, Settings(**asked["settings"]), text=Path(asked["text"]), workers=workers)
+        if workers.first:
+            facts = {"curve": result.curve, "blocks": result.block_curves, "processes": workers.count}
+            Path(sys.argv[2]).write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Error-compensated rounding: against brute force, round-to-nearest, and the error that it claims to lower."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from mpo_exporter.fit.common import activation_error
+from mpo_exporter.quantize.descent import Problem, State, descend, errors, refit
+from mpo_exporter.quantize.gptq import Grid, compensated, expected_residuals, loaded, processing_order, target
+from mpo_exporter.quantize.grid import Levels, encode, half, inverse, search
+from mpo_exporter.quantize.rounding import round_to_nearest
+from mpo_formats import ConfigError
+from mpo_formats.packing import dequantize
+from mpo_formats.spec import BITS, GROUPS
+
+Matrix = NDArray[np.float64]
+
+
+def moment_of(size: int, seed: int, tokens: int = 0) -> Matrix:
+    """The second moment of correlated inputs whose scales differ by a few orders, as a model's do."""
+    source = np.random.default_rng(seed)
+    mix = source.standard_normal((size, size)) / np.sqrt(size) + np.eye(size)
+    inputs = source.standard_normal((tokens or 4 * size, size)) @ mix * np.exp(source.standard_normal(size))
+    result: Matrix = inputs.T @ inputs / len(inputs)
+    return result
+
+
+def weights(rows: int, columns: int, seed: int) -> Matrix:
+    return np.random.default_rng(seed).standard_normal((rows, columns))
+
+
+@settings(max_examples=25)
+@given(bits=st.sampled_from(BITS), group=st.sampled_from(GROUPS[:3]), zeros=st.booleans(), seed=st.integers(0, 99))
+def test_compensation_beats_rounding_to_nearest_in_the_activation_norm(
+    bits: int, group: int, zeros: bool, seed: int
+) -> None:
+    matrix, moment = weights(24, 2 * group, seed), moment_of(2 * group, seed)
+    ours = compensated(matrix, moment, bits, group, zeros=zeros)
+    nearest = round_to_nearest(matrix, bits, group, zeros=zeros)
+    assert activation_error(matrix - ours.matrix(), moment) < activation_error(matrix - nearest.matrix(), moment)
+    assert (ours.zero is not None) == zeros
+    np.testing.assert_array_equal(dequantize(ours.planes(), bits, ours.scale, ours.zero), ours.matrix())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_descent_improves_on_plain_gptq(bits: int) -> None:
+    matrix, moment = weights(32, 128, bits), moment_of(128, bits)
+    found = [
+        activation_error(matrix - compensated(matrix, moment, bits, 32, turns=turns).matrix(), moment)
+        for turns in (0, 1, 4)
+    ]
+    assert found[0] > found[1] > found[2]
+
+
+def problem_of(group: int, columns: int, levels: Levels, seed: int) -> tuple[Problem, torch.Tensor, State]:
+    """A problem and a start that is far from its best."""
+    source = torch.Generator().manual_seed(seed)
+    rows = 6
+    hessian = loaded(moment_of(columns, seed)).float()
+    wanted = torch.randn((columns, rows), generator=source)
+    scale = half(torch.rand((columns // group, rows), generator=source) + 0.3)
+    zero = half(torch.full_like(scale, levels.middle - 0.25 * levels.zeros))
+    spread = (part.repeat_interleave(group, 0) for part in (inverse(scale), zero))
+    return Problem(hessian, group, levels), wanted, State(encode(wanted, *spread, levels), scale, zero)
+
+
+@settings(max_examples=25)
+@given(bits=st.sampled_from((2, 3, 4)), zeros=st.booleans(), seed=st.integers(0, 99))
+def test_no_step_of_the_descent_raises_any_rows_error(bits: int, zeros: bool, seed: int) -> None:
+    problem, wanted, state = problem_of(16, 96, Levels(bits, zeros), seed)
+    now = errors(problem, wanted, state)
+    for step in (refit, descend, refit, descend):
+        state = step(problem, wanted, state)
+        then = errors(problem, wanted, state)
+        assert (then <= now * (1 + 1e-4)).all()
+        now = then
+
+
+def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
+    problem, wanted, state = problem_of(16, 32, Levels(2, False), 3)
+    for _ in range(50):
+        state = descend(problem, wanted, state)
+    least = errors(problem, wanted, state)
+    for column in range(32):
+        for code in range(4):
+            codes = state.codes.clone()
+            codes[column] = code
+            assert (errors(problem, wanted, State(codes, state.scale, state.zero)) >= least * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_close_to_the_best_of_all_codes_on_a_tiny_row(seed: int) -> None:
+    """All 4^8 codes of a row, with the scales that were found: brute force may do a little better, never much."""
+    moment = np.kron(np.eye(2), moment_of(8, seed))  # two independent halves; the second one's weights are 0
+    matrix = np.concatenate([weights(1, 8, seed), np.zeros((1, 8))], 1)
+    ours = compensated(matrix, moment, 2, 16, turns=8)
+    codes = np.array(list(itertools.product(range(4), repeat=8)), np.float64)
+    scale = float(ours.scale[0, 0])
+    candidates = np.concatenate([scale * (codes - 2), np.zeros((len(codes), 8))], 1)
+    residual = matrix - candidates
+    best = np.sqrt(np.einsum("ki,ij,kj->k", residual, moment, residual).min())
+    found = activation_error(matrix - ours.matrix(), moment)
+    assert best * (1 - 1e-9) <= found <= 1.35 * best
+
+
+def test_refitted_scales_are_those_of_least_squares() -> None:
+    """With fixed codes the error is quadratic in the scales: against the normal equations written out, in double."""
+    problem, wanted, state = problem_of(16, 48, Levels(4, False), 1)
+    fitted = refit(problem, wanted, state)
+    hessian = problem.hessian.double()
+    for row in range(wanted.shape[1]):
+        basis = torch.zeros(48, 3, dtype=torch.float64)
+        for group in range(3):
+            inside = slice(16 * group, 16 * group + 16)
+            basis[inside, group] = (state.codes[inside, row] - 8).double()
+        best = torch.linalg.solve(basis.T @ hessian @ basis, basis.T @ hessian @ wanted[:, row].double())
+        np.testing.assert_allclose(fitted.scale[:, row], best, rtol=3e-3)
+
+
+@settings(max_examples=20)
+@given(bits=st.sampled_from((2, 3, 4)), zeros=st.booleans(), seed=st.integers(0, 99))
+def test_the_search_of_a_grid_beats_a_fine_sweep_or_comes_close(bits: int, zeros: bool, seed: int) -> None:
+    values = torch.randn((32, 3), generator=torch.Generator().manual_seed(seed))
+    weight = torch.rand(32, generator=torch.Generator().manual_seed(seed + 1)) + 0.1
+    levels = Levels(bits, zeros)
+
+    def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return weight @ (values - scale * (encode(values, inverse(scale), zero, levels) - zero)).square()
+
+    found = error(*search(values, weight, levels))
+    extreme = torch.where(values.amax(0) > -values.amin(0), -values.amax(0), -values.amin(0))
+    for shrink in torch.linspace(0.4, 1.05, 14):
+        plain = half(extreme * shrink / levels.middle)
+        if not zeros:
+            assert (found <= error(plain, torch.full_like(plain, levels.middle)) * (1 + 1e-5)).all()
+    span = (values.amax(0) - values.amin(0)) / levels.top
+    if zeros:
+        assert (found <= error(half(span), half(-values.amin(0) / span)) * (1 + 1e-2)).all()
+
+
+@given(groups=st.integers(1, 6), group=st.sampled_from(GROUPS), seed=st.integers(0, 99))
+def test_the_processing_order_keeps_groups_whole(groups: int, group: int, seed: int) -> None:
+    diagonal = torch.rand(groups * group, generator=torch.Generator().manual_seed(seed))
+    order = processing_order(diagonal, group)
+    assert sorted(order.tolist()) == list(range(groups * group))
+    for start in range(0, groups * group, group):
+        inside = order[start : start + group]
+        assert len(set((inside // group).tolist())) == 1
+        assert (diagonal[inside].diff() <= 0).all()
+
+
+def test_a_changed_upstream_is_made_up_for() -> None:
+    """With x̂ a linear map of x, the target undoes the map; with a drift it makes up for that too."""
+    source = np.random.default_rng(0)
+    x, drift = source.standard_normal((4000, 16)), source.standard_normal((8, 16))
+    turn = np.eye(16) + 0.1 * source.standard_normal((16, 16))
+    seen = x @ turn.T
+    second, cross = seen.T @ seen / 4000, x.T @ seen / 4000
+    matrix = weights(8, 16, 1)
+    np.testing.assert_allclose(target(matrix, second, cross, damping=0) @ turn, matrix, atol=1e-9)
+    wanted = target(matrix, second, cross, drift @ second, damping=0)
+    np.testing.assert_allclose(wanted - target(matrix, second, cross, damping=0), drift, atol=1e-9)
+    assert target(matrix, second, None) is matrix
+
+
+def test_the_expected_error_is_near_the_real_one() -> None:
+    matrix, moment = weights(64, 128, 0), moment_of(128, 0)
+    grids = [Grid(bits, 32) for bits in (2, 3, 4)]
+    residuals, weight = expected_residuals(matrix, moment, grids)
+    for grid, residual in zip(grids, residuals, strict=True):
+        real = activation_error(matrix - compensated(matrix, moment, grid.bits, 32, turns=0).matrix(), moment)
+        assert 0.8 < real / np.sqrt((np.square(residual) @ weight).sum()) < 1.25
+
+
+def test_a_singular_moment_is_loaded_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    moment = -1e-3 * np.eye(32)
+    moment[0, 0] = 40.0  # rounding may leave such a thing of too few tokens, only less
+    with caplog.at_level(logging.WARNING):
+        found = compensated(weights(4, 32, 0), moment, 4, 32, damping=1e-5)
+    assert "second moment of 32 inputs is singular" in caplog.text
+    assert np.isfinite(found.matrix()).all()
+    with caplog.at_level(logging.WARNING):
+        assert np.isfinite(compensated(weights(4, 32, 0), np.zeros((32, 32)), 4, 32).matrix()).all()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"matrix": np.full((4, 32), np.nan)}, "matrix: row 0, column 0 is nan, not finite"),
+    ({"moment": np.full((32, 32), np.inf)}, "second moment: has values that are not finite"),
+    ({"moment": np.eye(16)}, "do not fit together"),
+    ({"group": 64}, "do not fit together"),
+    ({"matrix": np.full((4, 32), 1e9)}, "exceed the range of half-precision scales"),
+])  # fmt: skip
+def test_what_cannot_be_rounded(change: dict[str, object], words: str) -> None:
+    arguments = {"matrix": np.ones((4, 32)), "moment": np.eye(32), "bits": 4, "group": 32, **change}
+    with pytest.raises(ConfigError, match=words):
+        compensated(**arguments)
+
+
+def test_the_same_input_gives_the_same_codes() -> None:
+    matrix, moment = weights(16, 64, 0), moment_of(64, 0)
+    first, second = (compensated(matrix, moment, 3, 32, zeros=True) for _ in range(2))
+    np.testing.assert_array_equal(first.codes, second.codes)
+    np.testing.assert_array_equal(first.scale, second.scale)

@@ -1,0 +1,198 @@
+"""What healing trains computes what the runtime reads, gives back the file's bytes, and has the right gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpo_exporter.heal.bonds import sort_bonds
+from mpo_exporter.heal.rounding import dequantize, rounded, to_integers
+from mpo_exporter.heal.student import HealingOps, divergence
+from mpo_exporter.heal.trainable import Grid, Trainables
+from mpo_formats import MpoFile
+from mpo_formats.layout import content_tensors
+from mpo_formats.reference import matrix
+from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.models.granite import GraniteModel
+from tests.helpers import forward, some_ids
+
+GOLDEN = sorted((Path(__file__).resolve().parent.parent / "golden").glob("*.mpo"))
+
+
+def everything(file: MpoFile, *, moving: bool) -> Trainables:
+    names = [linear.name for linear in file.spec.linears] + [vector.name for vector in file.spec.vectors]
+    return Trainables(file, names, moving=moving)
+
+
+def student(file: MpoFile, trainables: Trainables, chi: int | None = None) -> GraniteModel:
+    ops = HealingOps(file)
+    ops.trainables, ops.chi = trainables, chi
+    return GraniteModel(file.spec.architecture, ops)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_untrained_is_the_file_bit_for_bit(path: Path, moving: bool) -> None:
+    """For every kind of term: the logits, also of a prefix, and the bytes that would be written."""
+    with MpoFile(path) as file:
+        trainables = everything(file, moving=moving)
+        rows = [some_ids(6, 1, file.spec.architecture.vocab_size), some_ids(6, 2, file.spec.architecture.vocab_size)]
+        for chi in (None, 2):
+            with torch.no_grad():
+                found = forward(student(file, trainables, chi), rows)
+            np.testing.assert_allclose(
+                found, forward(GraniteModel(file.spec.architecture, ReferenceOps(file, chi=chi)), rows), atol=1e-6
+            )
+        arrays = {}
+        for part in (*trainables.layers.values(), *trainables.vectors.values()):
+            arrays |= part.arrays()
+        for tensor in content_tensors(file.spec):
+            if not tensor.name.startswith("file."):
+                np.testing.assert_array_equal(arrays[tensor.name], file.array(tensor.name))
+                assert arrays[tensor.name].dtype == file.array(tensor.name).dtype
+
+
+@pytest.mark.parametrize("name", ["int3", "int8", "sum", "mpo-int4", "mpo-3-cores", "bias-untied", "dense-bf16"])
+def test_what_is_evaluated_is_what_is_saved(name: str) -> None:
+    """After a change of every parameter: the matrices in training equal those of the arrays that would be written."""
+    with MpoFile(GOLDEN[0].with_name(f"{name}.mpo")) as file:
+        trainables = everything(file, moving=True)
+        source = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for kind, parameter, unit in trainables.learning():
+                step = 0.3 if kind in ("scale", "core", "norm") else 1.0
+                parameter += step * unit * torch.randn(parameter.shape, generator=source)
+        for linear in file.spec.linears:
+            layer = trainables.layers[linear.name]
+            arrays = layer.arrays()
+            expected = matrix(_Arrays(file, arrays), linear)
+            np.testing.assert_allclose(layer.linear(None).weight().detach().numpy(), expected, atol=1e-5, rtol=1e-5)
+            if linear.terms[0].kind != "dense":
+                assert np.abs(expected - matrix(file, linear)).max() > 1e-3
+
+
+class _Arrays(MpoFile):
+    """A file some of whose tensors are others."""
+
+    def __init__(self, file: MpoFile, arrays: dict[str, np.ndarray]) -> None:
+        self._file, self._arrays = file, arrays
+
+    def array(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def dtype(self, name: str) -> str:
+        return self._file.dtype(name)
+
+
+def test_gradients_of_frozen_codes_are_those_of_the_formula() -> None:
+    source = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 8, (3, 32), generator=source, dtype=torch.uint8)
+    scale = torch.randn(3, 2, generator=source, dtype=torch.float64, requires_grad=True)
+    zero = (4 + torch.randn(3, 2, generator=source, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s, z: dequantize(codes, s, z), (scale, zero))
+
+
+def test_rounding_passes_gradients_but_not_past_the_ends_of_the_codes() -> None:
+    latent = torch.tensor([-0.6, -0.4, 1.2, 3.4, 3.6], requires_grad=True)
+    codes = to_integers(latent, 3)
+    assert codes.tolist() == [0, 0, 1, 3, 3]
+    codes.sum().backward()
+    assert latent.grad is not None and latent.grad.tolist() == [0, 1, 1, 1, 0]
+    values = torch.tensor([1.0 + 2**-12, 1e6], requires_grad=True)
+    seen = rounded(values, "f16")
+    assert seen.tolist() == [1.0, 65504.0]
+    seen.sum().backward()
+    assert values.grad is not None and values.grad.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["int2", "int5", "sum"])
+def test_codes_that_were_told_the_dense_matrix_are_still_the_file_s(name: str) -> None:
+    """But they lean to where the matrix is: a step of at most a hundredth of a code flips those that were almost others."""
+    with MpoFile(GOLDEN[0].with_name(f"{name}.mpo")) as file:
+        trainables = everything(file, moving=True)
+        source = torch.Generator().manual_seed(0)
+        for linear in file.spec.linears:
+            layer = trainables.layers[linear.name]
+            before = layer.linear(None).weight().detach()
+            layer.aim(before + before.abs().mean() * torch.randn(before.shape, generator=source))
+            assert torch.equal(layer.linear(None).weight().detach(), before)
+            for term in layer.terms:
+                if isinstance(term, Grid):
+                    assert term.latent is not None
+                    off = (term.latent - term.latent.round()).detach().abs()
+                    assert 0.3 < float(off.max()) <= 0.49 + 1e-5 and float((off == 0).float().mean()) < 0.5
+
+
+@pytest.mark.parametrize("kept", [5, 40])
+def test_divergence_is_that_of_the_buckets(kept: int) -> None:
+    generator = np.random.default_rng(0)
+    teacher, ours = generator.normal(size=(2, 7, 40)) * 2
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (teacher, ours))
+    order = np.argsort(-p, -1)[:, :kept]
+    expected = []
+    for row in range(7):
+        inside = [(p[row, k], q[row, k]) for k in order[row]]
+        rest = (1 - sum(a for a, _ in inside), 1 - sum(b for _, b in inside))
+        pairs = inside if kept == 40 else [*inside, rest]
+        expected.append(sum(a * np.log(a / b) for a, b in pairs))
+    scores = torch.from_numpy(np.log(np.take_along_axis(p, order, -1))).float()
+    found, log_q = divergence(scores, torch.from_numpy(ours).float(), torch.from_numpy(order))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(log_q, np.log(q), atol=1e-5)
+    full = (p * np.log(p / q)).sum(-1)
+    assert (np.array(expected) <= full + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", ["mpo-2-cores", "mpo-3-cores", "mpo-int8"])
+def test_sorted_bonds_keep_the_matrix_and_make_good_prefixes(name: str) -> None:
+    """Bonds turned by a random regular matrix come back: the whole matrix stays, its prefix errs less than before."""
+    with MpoFile(GOLDEN[0].with_name(f"{name}.mpo")) as file:
+        trainables = everything(file, moving=False)
+        terms = [
+            (layer, term) for layer in trainables.layers.values() for term in layer.terms if hasattr(term, "cores")
+        ]
+        source = torch.Generator().manual_seed(1)
+        for _, term in terms:
+            cores = [core.detach() for core in term.operator(None).cores]
+            for k in range(len(cores) - 1):
+                turn = torch.linalg.qr(torch.randn(cores[k].shape[3], cores[k].shape[3], generator=source))[0]
+                cores[k], cores[k + 1] = cores[k] @ turn, torch.tensordot(turn.T, cores[k + 1], 1)
+            for part, core in zip(term.cores, cores, strict=True):
+                part.set_core(core)
+        before = [(term.operator(None).weight().detach(), term.operator(1).weight().detach()) for _, term in terms]
+        inputs = np.array([some_ids(24, 5, file.spec.architecture.vocab_size)])
+        ops = HealingOps(file)
+        sort_bonds(GraniteModel(file.spec.architecture, ops), ops, trainables, inputs, exact=False)
+        better = 0
+        for (_, term), (whole, prefix) in zip(terms, before, strict=True):
+            again = term.operator(None).weight().detach()
+            tolerance = 0.05 if "int" in name else 5e-3  # cores are rounded to half precision or bf16
+            assert (again - whole).norm() <= tolerance * whole.norm()
+            now = (term.operator(1).weight().detach() - again).norm()
+            better += bool(now < (prefix - whole).norm())
+        assert better >= 0.8 * len(terms) > 0
+
+
+def test_integer_cores_are_sorted_without_a_changed_number() -> None:
+    with MpoFile(GOLDEN[0].with_name("mpo-int8.mpo")) as file:
+        trainables = everything(file, moving=False)
+        terms = [term for layer in trainables.layers.values() for term in layer.terms if hasattr(term, "cores")]
+        for term in terms:  # the reverse of a sorted order
+            chi = term.term.bonds[0]
+            order = torch.arange(chi - 1, -1, -1)
+            term.cores[0].reorder(torch.zeros(1, dtype=torch.int64), order)
+            term.cores[1].reorder(order, torch.zeros(1, dtype=torch.int64))
+        whole = [term.operator(None).weight().detach() for term in terms]
+        numbers = [torch.sort(term.cores[0].core().detach().flatten()).values for term in terms]
+        ops = HealingOps(file)
+        inputs = np.array([some_ids(8, 5, file.spec.architecture.vocab_size)])
+        sort_bonds(GraniteModel(file.spec.architecture, ops), ops, trainables, inputs, exact=True)
+        for term, matrix_before, values in zip(terms, whole, numbers, strict=True):
+            cores = [core.detach() for core in term.operator(None).cores]
+            torch.testing.assert_close(term.operator(None).weight().detach(), matrix_before, atol=1e-5, rtol=1e-5)
+            assert torch.equal(torch.sort(cores[0].flatten()).values, values)
+            size = cores[0].square().sum((0, 1, 2)) * cores[1].square().sum((1, 2, 3))
+            assert (size[:-1] >= size[1:] * (1 - 1e-6)).all()
