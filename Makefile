@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_runtime/csrc/*)
 
-.PHONY: help demo test test-long check format bench clean
+.PHONY: help demo test test-long test-qemu check format bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install, export the embedded model, answer one prompt"
 	@echo "make test       install the tools, run the tests and the quality gates"
 	@echo "make test-long  the suites that take minutes"
+	@echo "make test-qemu  the native kernels on an emulated Haswell and on a CPU without AVX (needs qemu-user)"
 	@echo "make check      ruff (lint and format) and mypy alone"
 	@echo "make format     let ruff mend what it can"
 	@echo "make bench      run the benchmarks"
@@ -31,6 +32,14 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long -o timeout=3600 $(PYTEST_ARGS)
+
+# Emulated CPUs show that no kernel uses an instruction that its level does not have: that would end the run.
+test-qemu: $(VENV)/.installed-dev
+	@command -v qemu-x86_64 >/dev/null || { echo "Missing: qemu-x86_64. On Debian: apt-get install qemu-user" >&2; exit 1; }
+	for cpu in Haswell Nehalem; do \
+	  qemu-x86_64 -cpu $$cpu $(BIN)/python -m pytest -o timeout=3600 -p no:cacheprovider \
+	    tests/kernels/test_matvec.py tests/runtime/test_native_ops.py $(PYTEST_ARGS) || exit 1; \
+	done
 
 check: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check

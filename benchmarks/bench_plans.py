@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from mpo_exporter.calibrate.windows import calibration_text
 from mpo_exporter.export import Result, export
 from mpo_exporter.plan import Options
 from mpo_exporter.sources import data_folder, find_source
@@ -25,24 +26,30 @@ from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
 from mpo_runtime.texts import read_tokens
 
+# Each with whether it is fitted to the built-in calibration text; a target gives every layer the bits that it needs.
 PLANS = (
-    Options("dense"),
-    Options("auto", chi=32),
-    Options("auto", chi=4),
-    Options("auto", chi=1),
-    Options("int4"),
-    Options("paper", chi=128),
-    Options("paper", chi=32),
+    (Options("dense"), False),
+    (Options("auto", chi=32), True),
+    (Options("auto", chi=32), False),
+    (Options("int4"), True),
+    (Options("int4"), False),
+    (Options("auto", target_bytes=2_660_000), True),
+    (Options("auto", target_bytes=2_100_000), True),
+    (Options("auto", target_bytes=1_800_000), True),
+    (Options("paper", chi=128), False),
+    (Options("paper", chi=32), False),
 )
 
 
-def row(options: Options, result: Result) -> dict[str, object]:
+def row(options: Options, calibrated: bool, result: Result) -> dict[str, object]:
     """One measured plan as plain data."""
     if result.comparison is None:
         raise RuntimeError("nothing was measured")
     return {
         "plan": options.plan,
         "chi": options.chi,
+        "target_bytes": options.target_bytes,
+        "calibrated": calibrated,
         "bytes": result.file_bytes,
         "bits_per_weight": result.bits_per_weight,
         "layers_with_cores": result.core_layers,
@@ -57,10 +64,15 @@ def markdown(rows: list[dict[str, object]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for item in rows:
-        chi = "" if item["plan"] in ("dense", "int4") else f", χ ≤ {item['chi']}"
+        name = f"`{item['plan']}`"
+        if item["target_bytes"]:
+            name = f"allocated, {item['target_bytes'] / 1e6:.2f} MB"
+        elif item["plan"] not in ("dense", "int4"):
+            name += f", χ ≤ {item['chi']}"
+        name += ", calibrated" if item["calibrated"] else ""
         model = item["model"]
         lines.append(
-            f"| {item['plan']}{chi} | {item['bytes'] / 1e6:.2f} | {item['bits_per_weight']:.2f} | {item['layers_with_cores']} | "
+            f"| {name} | {item['bytes'] / 1e6:.2f} | {item['bits_per_weight']:.2f} | {item['layers_with_cores']} | "
             f"{model['perplexity']:.2f} ± {model['error']:.2f} | {item['kl_mean']:.4f} | {100 * item['same_top1']:.1f} % |"
         )
     return "\n".join(lines)
@@ -72,12 +84,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     source = find_source("demo")
-    text = read_tokens(data_folder() / "evaluation.jsonl", *read_text_files(Checkpoint(source.folder)))
+    tokenizer, template = read_text_files(Checkpoint(source.folder))
+    text = read_tokens(data_folder() / "evaluation.jsonl", tokenizer, template)
     text = replace(text, ids=text.ids[: arguments.tokens])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for options in PLANS:
-            rows.append(row(options, export(source.folder, Path(folder) / "plan.mpo", options, force=True, text=text)))
+        for options, calibrated in PLANS:
+            calibration = calibration_text(None, tokenizer, template) if calibrated else None
+            target = Path(folder) / "plan.mpo"
+            result = export(source.folder, target, options, force=True, text=text, calibration=calibration)
+            rows.append(row(options, calibrated, result))
             print(f"measured {options.plan}", flush=True)
     print(markdown(rows))
     if arguments.out:

@@ -35,6 +35,19 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+TargetSize = Annotated[
+    str | None,
+    typer.Option(help="The most bytes of the whole file, such as 2.1GB: every layer gets the bits that it needs."),
+]
+TargetBits = Annotated[
+    float | None, typer.Option(help="The same in bits of the whole file per weight of the dense model.")
+]
+Calib = Annotated[
+    Path | None,
+    typer.Option("--calib", help="Calibration text, .jsonl or .txt.", show_default="a built-in one for auto"),
+]
+
+
 @app.command(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="mpo-export heal FILE --teacher MODEL retrains a file briefly. "
@@ -60,10 +73,9 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.mpo")
     ] = None,
-    calib: Annotated[
-        Path | None,
-        typer.Option("--calib", help="Calibration text, .jsonl or .txt.", show_default="a built-in one for auto"),
-    ] = None,
+    target_size: TargetSize = None,
+    target_bpw: TargetBits = None,
+    calib: Calib = None,
     calib_windows: Annotated[
         int, typer.Option(help="Windows of 256 tokens to calibrate on, the more the better; 0 uses no text.")
     ] = CALIBRATION_WINDOWS,
@@ -91,7 +103,7 @@ def export(
 
     run_export(
         model, plan.value, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads,
-        calib=calib, calib_windows=calib_windows,
+        calib=calib, calib_windows=calib_windows, target_size=target_size, target_bpw=target_bpw,
     )  # fmt: skip
 
 

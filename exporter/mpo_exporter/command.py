@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def run_export(
     *,
     calib: Path | None = None,
     calib_windows: int = COUNT,
+    target_size: str | None = None,
+    target_bpw: float | None = None,
 ) -> Result:
     """Exports a model and prints the report."""
     options = Options(plan, chi, cores)
@@ -57,9 +60,11 @@ def run_export(
     if not force and os.path.lexists(target) and not target.is_dir():
         # The writer asks too (and names a folder as one), but only after the whole source was read.
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
+    options = replace(options, target_bytes=target_bytes(source.folder, target_size, target_bpw))
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
     calibration, told = calibration_for(source.folder, plan, calib, calib_windows)
-    print(f"exporting {source.name} to {target} (plan {plan}, χ ≤ {chi}); {told}", flush=True)
+    wanted = f"χ ≤ {chi}" if options.target_bytes is None else f"at most {options.target_bytes:,} bytes"
+    print(f"exporting {source.name} to {target} (plan {plan}, {wanted}); {told}", flush=True)
     with console.progress("export") as update:
         result = export(
             source.folder,
@@ -76,6 +81,28 @@ def run_export(
         )
     print_report(result, held_out, reason)
     return result
+
+
+def target_bytes(folder: Path, size: str | None, bits: float | None) -> int | None:
+    """The bytes that `--target-size` (2.1GB, 900 MB, 1200000) or `--target-bpw` ask for, None where neither is given.
+
+    Raises:
+        ConfigError: for both at once, or what cannot be read.
+    """
+    if size is not None and bits is not None:
+        raise ConfigError("--target-size and --target-bpw: give one of them")
+    if bits is not None:
+        if not bits > 0:
+            raise ConfigError(f"--target-bpw {bits:g}: expected more than 0 bits per weight")
+        source = Checkpoint(folder)
+        source.close()
+        return int(bits * source.architecture.parameters() / 8)
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", size.strip(), re.IGNORECASE)
+    if not found:
+        raise ConfigError(f"--target-size {size}: expected bytes such as 2.1GB, 900MB or 1200000")
+    return int(float(found[1]) * {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[(found[2] or "B").upper()])
 
 
 def calibration_for(folder: Path, plan: str, calib: Path | None, windows: int) -> tuple[TokenText | None, str]:

@@ -71,3 +71,39 @@ def test_a_model_without_a_tokenizer_is_fitted_to_its_weights(run: Run, folder: 
 
 def test_the_default_of_the_command_is_that_of_the_calibration() -> None:
     assert CALIBRATION_WINDOWS == COUNT
+
+
+def test_a_target_is_met_and_never_exceeded(run: Run, folder: Path) -> None:
+    whole = run("mpo-export", folder, "--plan", "int4", "--measure-tokens", 0, "--out", "int4.mpo")
+    assert whole.code == 0, whole
+    size = Path("int4.mpo").stat().st_size
+    done = run(
+        "mpo-export", folder, "--target-size", f"{size / 1e6:.6f}MB", "--calib-windows", 8, "--measure-tokens", 0
+    )
+    assert done.code == 0, done
+    assert size * 0.9 < Path("little.mpo").stat().st_size <= size
+    with MpoFile("little.mpo") as file:
+        file.verify()
+        parameters = file.spec.architecture.parameters()
+    bits = size * 8 / parameters
+    again = run(
+        "mpo-export", folder, "--target-bpw", f"{bits:.4f}", "--calib-windows", 8, "--measure-tokens", 0, "--force"
+    )
+    assert again.code == 0, again
+    assert Path("little.mpo").stat().st_size <= bits * parameters / 8 + 1
+
+
+def test_targets_that_cannot_be_met_or_read(run: Run, folder: Path) -> None:
+    for arguments, words in (
+        (("--target-bpw", 0.5), ("too few", "the smallest file of this model takes", "give a larger target")),
+        (("--target-bpw", 0), ("--target-bpw 0", "more than 0")),
+        (("--target-size", "2 bananas"), ("--target-size 2 bananas", "2.1GB")),
+        (("--target-size", "1MB", "--target-bpw", 3), ("give one of them",)),
+        (("--target-size", "1MB", "--plan", "int4"), ("the plan auto",)),
+        (("--target-size", "1MB", "--calib-windows", 0), ("--calib",)),
+    ):
+        windows = () if "--calib-windows" in arguments else ("--calib-windows", 8)
+        done = run("mpo-export", folder, *arguments, *windows, "--measure-tokens", 0)
+        assert done.code == 1, (arguments, done)
+        assert all(word in done.err for word in words), (words, done.err)
+        assert not Path("little.mpo").exists()
