@@ -10,7 +10,9 @@
 namespace mpo {
 namespace {
 
-template <class X>
+// Together: rows of w that X takes at once with a single row of x in the widths that X::takes_together() names; half as
+// many of 4 bits.
+template <class X, std::size_t Together = 1>
 struct IntegerBody {
   using F = typename X::Floats;
 
@@ -86,11 +88,71 @@ struct IntegerBody {
     std::memcpy(to, from, bytes);
   }
 
+  // R rows of w, whose columns are whole chunks and whose zeros are the middle, with one row of x. What belongs to x is
+  // read once for all of them, and the steps of one row fill the waiting times of another.
+  template <int Low, int High, int G, std::size_t R>
+  static MPO_INLINE void together(const QuantizedMatrix& w, const ActivationView& x, std::size_t first, std::size_t r,
+                                  float* y, bool accumulate) {
+    constexpr std::size_t kLead = 1024;
+    const std::size_t chunks = w.columns / kChunk, groups = w.columns / G;
+    const std::size_t low_step = w.columns / 8 * Low, high_step = w.columns / 8 * High;
+    const std::uint8_t* low = w.low + r * low_step;
+    const std::uint8_t* high = High ? w.high + r * high_step : nullptr;
+    const std::uint16_t* scale = w.scale + r * groups;
+    const std::int8_t* low_codes = x.codes[plane_index(Low)] + first * x.padded;
+    const float* blocks = x.scales + first * x.padded / kScaleBlock;
+    const float* block_sums = x.sums + first * x.padded / kScaleBlock;
+    const F middle = X::broadcast(-static_cast<float>((1 << (Low + High - 1)) - (Low == 8 ? X::kBias8 : 0)));
+    // What the next rows need, in the order of memory, which its own prefetching follows; a bit more than R rows ahead.
+    const std::uint8_t* next_low = low + R * low_step + kLead;
+    const std::uint8_t* next_high = High ? high + R * high_step + kLead : nullptr;
+    const std::uint16_t* next_scale = scale + R * groups + kLead / 4;
+    F sums[R];
+    for (std::size_t i = 0; i < R; ++i) sums[i] = X::nothing();
+    for (std::size_t c = 0; c < chunks; ++c) {
+      const F block = X::template ordered<Low>(X::load(blocks));
+      const F offset = X::multiply(middle, X::template ordered<Low>(X::load(block_sums)));
+      for (std::size_t line = 0; line < R * 32 * Low; line += 64) X::prefetch_line(next_low + line);
+      next_low += R * 32 * Low;
+      if (High) {
+        for (std::size_t line = 0; line < R * 32 * High; line += 64) X::prefetch_line(next_high + line);
+        next_high += R * 32 * High;
+      }
+      X::prefetch_line(next_scale);
+      next_scale += R * kChunk / G;
+      typename X::Integers dots[R];
+      X::template rows_dots<Low, High, R>(low, low_step, high, high_step, low_codes, dots);
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < R; ++i) {
+        const F scales = X::template ordered_scales<Low, G>(scale + i * groups);
+        sums[i] = X::fma(scales, X::fma(X::to_float(dots[i]), block, offset), sums[i]);
+      }
+      low += 32 * Low;
+      low_codes += kChunk;
+      if (High) high += 32 * High;
+      blocks += kChunk / kScaleBlock;
+      block_sums += kChunk / kScaleBlock;
+      scale += kChunk / G;
+    }
+    for (std::size_t i = 0; i < R; ++i) {
+      const float value = X::total(sums[i]);
+      y[i] = accumulate ? y[i] + value : value;
+    }
+  }
+
   // Rows of w in blocks that stay in the first-level cache while the rows of x pass, four at a time.
   template <int Low, int High, int G>
   static void rows(const QuantizedMatrix& w, const ActivationView& x, std::size_t first, std::size_t count,
                    std::size_t begin, std::size_t end, float* y, std::size_t stride, bool accumulate) {
     constexpr std::size_t kBlock = 4;
+    if constexpr (Together > 1 && G != 16) {
+      if constexpr (X::takes_together(Low, High)) {
+        constexpr std::size_t kRows = Low == 4 ? Together / 2 : Together;  // about as many bytes for each width
+        if (count == 1 && !w.zero && w.columns % kChunk == 0)
+          for (; begin + kRows <= end; begin += kRows)
+            together<Low, High, G, kRows>(w, x, first, begin, y + first * stride + begin, accumulate);
+      }
+    }
     for (std::size_t start = begin; start < end; start += kBlock) {
       const std::size_t stop = start + kBlock < end ? start + kBlock : end;
       std::size_t t = first, left = count;

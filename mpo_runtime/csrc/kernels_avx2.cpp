@@ -155,6 +155,118 @@ struct Avx2 : Avx2Floats {
                             _mm256_permute2x128_si256(lanes[0], lanes[4], 0x31));
   }
 
+  static constexpr bool takes_together(int low, int high) { return (low == 4 && high == 0) || low == 2; }
+  // Near what is needed: the same chunk of the next rows.
+  static MPO_INLINE void prefetch_line(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
+
+  // The products of R rows of w with one row of x; each vector of all rows comes before the next one, so that no row
+  // waits for its own results. The lanes stay in the order that the folding leaves: blocks 0 2 4 6 1 3 5 7 for 4 bits
+  // and 0 1 4 5 2 3 6 7 for 2 and 3 bits; ordered() and ordered_scales() bring the floats into it.
+  template <std::size_t R>
+  static MPO_INLINE void four_rows(const std::uint8_t* w, std::size_t step, const std::int8_t* x, __m256i* out) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    __m256i lanes[4][R];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const __m256i x0 = load_bytes(x + 64 * v), x1 = load_bytes(x + 64 * v + 32);
+#pragma GCC unroll 4
+      for (std::size_t r = 0; r < R; ++r) {
+        const __m256i raw = load_bytes(w + r * step + 32 * v);
+        const __m256i even = _mm256_and_si256(raw, mask), odd = _mm256_and_si256(_mm256_srli_epi16(raw, 4), mask);
+        lanes[v][r] = add_pairs(_mm256_add_epi16(_mm256_maddubs_epi16(even, x0), _mm256_maddubs_epi16(odd, x1)));
+        if (v % 2) lanes[v - 1][r] = fold(lanes[v - 1][r], lanes[v][r]);
+      }
+    }
+    for (std::size_t r = 0; r < R; ++r) out[r] = fold(lanes[0][r], lanes[2][r]);
+  }
+
+  template <std::size_t R>
+  static MPO_INLINE void two_rows(const std::uint8_t* w, std::size_t step, const std::int8_t* x, __m256i* out) {
+    const __m256i first = _mm256_set1_epi8(3), second = _mm256_set1_epi8(12);
+    __m256i lanes[2][R];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const std::int8_t* from = x + 128 * v;
+#pragma GCC unroll 4
+      for (std::size_t r = 0; r < R; ++r) {
+        const __m256i raw = load_bytes(w + r * step + 32 * v), upper = _mm256_srli_epi16(raw, 4);
+        const __m256i once = _mm256_add_epi16(products(_mm256_and_si256(raw, first), from),
+                                              products(_mm256_and_si256(upper, first), from + 64));
+        const __m256i fourfold = _mm256_add_epi16(products(_mm256_and_si256(raw, second), from + 32),
+                                                  products(_mm256_and_si256(upper, second), from + 96));
+        lanes[v][r] = add_pairs(_mm256_add_epi16(once, _mm256_srai_epi16(fourfold, 2)));
+      }
+    }
+    for (std::size_t r = 0; r < R; ++r) out[r] = fold(lanes[0][r], lanes[1][r]);
+  }
+
+  template <std::size_t R>
+  static MPO_INLINE void three_rows(const std::uint8_t* low, std::size_t low_step, const std::uint8_t* high,
+                                    std::size_t high_step, const std::int8_t* x, __m256i* out) {
+    const __m256i mask = _mm256_set1_epi8(7), fields = _mm256_set1_epi8(0x33), nibble = _mm256_set1_epi8(15);
+    const __m256i even_bits = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68));
+    const __m256i odd_bits = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68));
+#pragma GCC unroll 4
+    for (std::size_t r = 0; r < R; ++r) {
+      // A nibble of high bits for each byte of low ones: those of the first vector from the lower halves of the lanes.
+      const __m256i plane = _mm256_permute4x64_epi64(load_bytes(high + r * high_step), 0xd8);
+      const __m256i lower = _mm256_and_si256(plane, nibble);
+      const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(plane, 4), nibble);
+      __m256i lanes[2];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const __m256i bits = v ? _mm256_unpackhi_epi8(lower, upper) : _mm256_unpacklo_epi8(lower, upper);
+        const __m256i raw = load_bytes(low + r * low_step + 32 * v);
+        const __m256i even = _mm256_or_si256(_mm256_and_si256(raw, fields), _mm256_shuffle_epi8(even_bits, bits));
+        const __m256i odd = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(raw, 2), fields),
+                                            _mm256_shuffle_epi8(odd_bits, bits));
+        const __m256i code2 = _mm256_and_si256(_mm256_srli_epi16(even, 4), mask);
+        const __m256i code3 = _mm256_and_si256(_mm256_srli_epi16(odd, 4), mask);
+        const std::int8_t* from = x + 128 * v;
+        const __m256i once = _mm256_add_epi16(products(_mm256_and_si256(even, mask), from),
+                                              products(_mm256_and_si256(odd, mask), from + 32));
+        const __m256i above = _mm256_add_epi16(products(code2, from + 64), products(code3, from + 96));
+        lanes[v] = add_pairs(_mm256_add_epi16(once, above));
+      }
+      out[r] = fold(lanes[0], lanes[1]);
+    }
+  }
+
+  template <int Low, int High, std::size_t R>
+  static MPO_INLINE void rows_dots(const std::uint8_t* low, std::size_t low_step, const std::uint8_t* high,
+                                   std::size_t high_step, const std::int8_t* x, __m256i* out) {
+    if constexpr (Low == 4) four_rows<R>(low, low_step, x, out);
+    else if constexpr (High == 1) three_rows<R>(low, low_step, high, high_step, x, out);
+    else two_rows<R>(low, low_step, x, out);
+  }
+
+  template <int Low>
+  static MPO_INLINE __m256 ordered(__m256 blocks) {
+    return _mm256_permutevar8x32_ps(blocks, Low == 4 ? _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)
+                                                     : _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
+  }
+
+  template <int Low, int G>
+  static MPO_INLINE __m256 ordered_scales(const std::uint16_t* from) {
+    constexpr int k = G == 32 ? 1 : G == 64 ? 2 : G == 128 ? 4 : 8;  // blocks of a scale
+    constexpr int m = Low == 4 ? 1 : 0;                              // else pairs of blocks stay together
+    constexpr int places[8] = {0, m ? 2 : 1, 4, m ? 6 : 5, m ? 1 : 2, 3, m ? 5 : 6, 7};
+    const auto byte = [&](int i) { return static_cast<char>(places[i / 2] / k * 2 + i % 2); };
+    const __m128i order = _mm_setr_epi8(byte(0), byte(1), byte(2), byte(3), byte(4), byte(5), byte(6), byte(7), byte(8),
+                                        byte(9), byte(10), byte(11), byte(12), byte(13), byte(14), byte(15));
+    __m128i raw = _mm_setzero_si128();
+    if constexpr (G == 32) raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    else if constexpr (G == 64) raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    else {
+      std::uint32_t two = 0;
+      std::memcpy(&two, from, 2 * kChunk / G);
+      raw = _mm_cvtsi32_si128(static_cast<int>(two));
+    }
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(raw, order));
+  }
+
   template <int Low, int High, int T>
   static MPO_INLINE void dots(const std::uint8_t* low, const std::uint8_t* high, const std::int8_t* low_codes,
                               const std::int8_t* high_codes, std::size_t step, int half, __m256i* out) {
@@ -175,7 +287,7 @@ struct Avx2 : Avx2Floats {
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    {{32, 32, 32, 32}, false, false}, IntegerBody<Avx2>::multiply, FloatBody<Avx2>::multiply_exact,
+    {{32, 32, 32, 32}, false, false}, IntegerBody<Avx2, 4>::multiply, FloatBody<Avx2>::multiply_exact,
     FloatBody<Avx2>::multiply_dense,  TransposedBody<Avx2>::add,   TransposedBody<Avx2>::add_dense,
 };
 
