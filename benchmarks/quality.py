@@ -259,12 +259,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+def without_folder(word: str) -> str:
+    """A word of the command line, a path shortened to its name: results say nothing of the machine's folders."""
+    return Path(word).name if "/" in word else word
+
+
 def write_results(arguments: argparse.Namespace, bench: Bench, rows: list[dict[str, Any]]) -> None:
     """Writes the rows and what they were measured with."""
     texts = {name: {"sha256": text.sha256, "tokens": int(text.ids.size)} for name, text in bench.judge.texts.items()}
     facts = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python {Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip(),
+        "command": f"python {Path(sys.argv[0]).name} {shlex.join(map(without_folder, sys.argv[1:]))}".strip(),
         "machine": asdict(describe_machine()),
         "source_sha256": bench.source.sha256(),
         "calibration": {"text": bench.calibration.name, "sha256": bench.calibration.sha256, "windows": bench.windows},
