@@ -11,7 +11,7 @@ from mpo_formats.layout import file_tensors
 from mpo_formats.writer import spec_metadata
 
 # The header's length depends a little on the plan, so a budget may have to be lowered by what it grew.
-ATTEMPTS = 8
+ATTEMPTS = 32
 
 
 def file_bytes(spec: ModelSpec) -> int:
@@ -38,12 +38,12 @@ def allocated_layers(
                         "give a larger target")  # fmt: skip
     floor = sum(min(one.bytes for one in row) for row in candidates.values())
     budget = floor + target_bytes - least
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         planned = with_choice(spec, choose(candidates, max(budget, floor)))
         surplus = file_bytes(planned) - target_bytes
         if surplus <= 0:
             return planned.linears
-        budget -= surplus
+        budget -= surplus + 64 * attempt  # a little more each time: another plan may have a longer header again
     return smallest.linears
 
 
