@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.build import Built, Method, build_linear
+from mpo_exporter.build import Built, Method, build_linear, widen
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.progress import Progress
 from mpo_formats import CheckpointError, LinearSpec, MpoWriter
@@ -16,6 +18,8 @@ from mpo_formats.layout import linear_tensors
 from mpo_runtime.checkpoint import Checkpoint
 
 Matrix = NDArray[np.float64]
+# name, the dense matrix, the fitted one, the moment that it was fitted to, the seconds that took
+Watch = Callable[[str, Matrix, Matrix, Moment | None, float], None]
 
 
 @dataclass(slots=True)
@@ -31,6 +35,7 @@ class Assembly:
     method: Method
     progress: Progress
     table: Matrix | None = None
+    watch: Watch | None = None
     done: int = 0
 
     def run(self, calibration: Calibration | None) -> None:
@@ -74,7 +79,11 @@ class Assembly:
     def layer(self, linear: LinearSpec, moment: Moment | None) -> Built:
         """Fits one layer, and writes its tensors and its bias."""
         weight = f"{linear.name}.0.weight"
-        built = build_linear(linear, self.source.array(weight), self.source.dtype(weight), moment, self.method)
+        raw, dtype, start = self.source.array(weight), self.source.dtype(weight), time.perf_counter()
+        built = build_linear(linear, raw, dtype, moment, self.method)
+        seconds = time.perf_counter() - start
+        if self.watch:
+            self.watch(linear.name, widen(raw, dtype), built.matrix, moment, seconds)
         for tensor in linear_tensors(linear):
             bias = tensor.name == f"{linear.name}.bias"
             self.writer.write(tensor.name, self.source.array(tensor.name) if bias else built.tensors[tensor.name])

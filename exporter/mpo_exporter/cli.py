@@ -51,6 +51,7 @@ Calib = Annotated[
 @app.command(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="mpo-export heal FILE --teacher MODEL retrains a file briefly. "
+    "mpo-export report FILE --teacher MODEL --out DIR reports on a file. "
     "Add --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.",
 )
 def export(
@@ -88,6 +89,12 @@ def export(
         int | None,
         typer.Option(help="Tokens to measure on; 0 measures nothing.", show_default="as many as take about a minute"),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.html and report.json, which show and explain every decision.", show_default=False
+        ),
+    ] = None,
     certify_chi: Annotated[
         list[int] | None,
         typer.Option(help="Measure the file's prefix at this χ too; may be repeated.", show_default=False),
@@ -104,15 +111,22 @@ def export(
     run_export(
         model, plan.value, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads,
         calib=calib, calib_windows=calib_windows, target_size=target_size, target_bpw=target_bpw,
+        report=report,
     )  # fmt: skip
 
 
 def main() -> None:
-    """The entry point of mpo-export; `mpo-export heal …` is a program of its own (a model folder of that name is ./heal)."""
+    """The entry point of mpo-export; `heal` and `report` are programs of their own (a folder of that name is ./heal)."""
     if sys.argv[1:2] == ["heal"]:
         from mpo_exporter.heal import cli
 
         sys.argv = [sys.argv[0], *sys.argv[2:]]
         cli.main()
+        return
+    if sys.argv[1:2] == ["report"]:
+        from mpo_exporter.report import cli as report_cli
+
+        sys.argv = [sys.argv[0], *sys.argv[2:]]
+        report_cli.main()
         return
     console.run(app, "mpo-export")

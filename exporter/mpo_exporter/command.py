@@ -10,7 +10,11 @@ from pathlib import Path
 from mpo_exporter.calibrate.windows import COUNT, calibration_text
 from mpo_exporter.export import Result, export
 from mpo_exporter.plan import Options
-from mpo_exporter.report import print_report
+from mpo_exporter.report.folder import prepare
+from mpo_exporter.report.gather import Job
+from mpo_exporter.report.make import make_report
+from mpo_exporter.report.record import Recorder
+from mpo_exporter.report.terminal import print_report
 from mpo_exporter.sources import find_source
 from mpo_formats import ConfigError, OutputError
 from mpo_runtime.checkpoint import Checkpoint
@@ -43,8 +47,9 @@ def run_export(
     calib_windows: int = COUNT,
     target_size: str | None = None,
     target_bpw: float | None = None,
+    report: Path | None = None,
 ) -> Result:
-    """Exports a model and prints the report."""
+    """Exports a model and prints the report; `report` is a folder for the whole of it."""
     options = Options(plan, chi, cores)
     check_device(device)
     if measure_tokens is not None and measure_tokens < 0:
@@ -60,12 +65,14 @@ def run_export(
     if not force and os.path.lexists(target) and not target.is_dir():
         # The writer asks too (and names a folder as one), but only after the whole source was read.
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
+    earlier = None if report is None else prepare(report, force)
     options = replace(options, target_bytes=target_bytes(source.folder, target_size, target_bpw))
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
     calibration, told = calibration_for(source.folder, plan, calib, calib_windows)
     wanted = f"χ ≤ {chi}" if options.target_bytes is None else f"at most {options.target_bytes:,} bytes"
     print(f"exporting {source.name} to {target} (plan {plan}, {wanted}); {told}", flush=True)
     with console.progress("export") as update:
+        recorder = Recorder(update)
         result = export(
             source.folder,
             target,
@@ -75,11 +82,22 @@ def run_export(
             text=held_out,
             prefixes=prefixes,
             device=device,
-            progress=update,
+            progress=recorder.progress,
+            watch=recorder.watch if report else None,
             calibration=calibration,
             windows=calib_windows,
         )
-    print_report(result, held_out, reason)
+    if report is None:
+        print_report(result, held_out, reason)
+    else:
+        make_report(
+            Job(
+                file=target, teacher=source.folder, name=source.name, folder=report, text=held_out, why_no_text=reason,
+                calibration=calibration, fit_windows=calib_windows, device=device, threads=threads,
+                comparison=result.comparison, surveyed=result.surveyed, compression=recorder.compression(),
+                earlier=earlier,
+            )
+        )  # fmt: skip
     return result
 
 

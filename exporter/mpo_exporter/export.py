@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mpo_exporter.assemble import Assembly
+from mpo_exporter.assemble import Assembly, Watch
 from mpo_exporter.budget import allocated_layers
 from mpo_exporter.build import Method
 from mpo_exporter.calibrate.moments import Calibration
@@ -44,6 +44,7 @@ class Result:
     source_bytes: int
     core_layers: int
     comparison: Comparison | None
+    surveyed: Survey | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,6 +68,7 @@ def export(
     layers: tuple[LinearSpec, ...] | None = None,
     method: Method | None = None,
     surveyed: Survey | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Exports the Hugging Face folder `folder` to the file `target`.
 
@@ -79,6 +81,7 @@ def export(
         layers: terms of every layer, in the place of the plan's.
         method: how terms are fitted to the activations.
         surveyed: a survey of this source, in the place of a new one where `options` has a target.
+        watch: told of every layer's fit.
 
     Raises:
         MpoError: for a damaged source, a plan that cannot be carried out, or a target that cannot be written.
@@ -106,9 +109,10 @@ def export(
             return Certificates(tuple(Certificate(chi, quality(result, text)) for chi, result in measured))
 
         with MpoWriter(target, spec, force=force) as writer:
-            Assembly(writer, source, method or Method(), progress, surveyed.table if surveyed else None).run(walk)
+            table = surveyed.table if surveyed else None
+            Assembly(writer, source, method or Method(), progress, table, watch).run(walk)
             writer.commit(measure)
-        return result_of(target, spec, source.spec, comparison[0] if comparison else None)
+        return replace(result_of(target, spec, source.spec, comparison[0] if comparison else None), surveyed=surveyed)
     finally:
         source.close()
 

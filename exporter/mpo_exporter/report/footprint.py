@@ -1,0 +1,62 @@
+"""Resident memory of a model, measured in a process of its own: `python -m mpo_exporter.report.footprint MODEL TOKENS`.
+
+The process prints one line of JSON: the largest resident size in bytes before the model was loaded, and after it has
+decoded some tokens. Mapped pages of the file count, as far as they were read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mpo_runtime.memory import peak_memory
+
+LONGEST = 120.0
+STATUS = Path("/proc/self/status")
+
+
+def resident_peak() -> int:
+    """The largest resident size of this program so far, in bytes.
+
+    Linux keeps two: the one of `getrusage` outlives `exec` and would count the parent, so the other is read there.
+    """
+    if STATUS.exists():
+        rows = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+        if "VmHWM" in rows:
+            return int(rows["VmHWM"].split()[0]) * 1024
+    return peak_memory()
+
+
+def measure(model: str, tokens: int, threads: int | None) -> tuple[int, int]:
+    """Loads a model, decodes some tokens and returns the peaks before and after."""
+    from mpo_runtime.model import load
+    from mpo_runtime.sampler import SamplingOptions
+
+    base = resident_peak()
+    with load(model, threads=threads) as loaded:
+        start = loaded.network.architecture.bos_token_id or 0
+        for _ in loaded.engine.generate([start], SamplingOptions(temperature=0), max_tokens=tokens, stop_ids=()):
+            pass
+        return base, resident_peak()
+
+
+def in_child(model: Path, tokens: int, threads: int | None) -> tuple[int, int] | str:
+    """The peaks before and after in a fresh process, or why there are none."""
+    command = [sys.executable, "-m", __name__, str(model), str(tokens), str(threads or 0)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, env=environment, check=False)
+        facts = json.loads(done.stdout)
+        return int(facts["base"]), int(facts["peak"])
+    except subprocess.TimeoutExpired:
+        return f"loading {model.name} and decoding {tokens} tokens took more than {LONGEST:.0f} s"
+    except (OSError, ValueError, KeyError):
+        return f"the process that measures {model.name} failed"
+
+
+if __name__ == "__main__":
+    before, after = measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None)
+    print(json.dumps({"base": before, "peak": after}))

@@ -1,0 +1,167 @@
+"""The tables of the page: quality, heat maps of the decisions, their summary, and every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from mpo_exporter.report.facts import Layer, Measured, Report, WithoutCores
+from mpo_exporter.report.markup import Child, Markup, element
+from mpo_exporter.report.wording import change, compact, percent, place, short, terms
+from mpo_runtime.cli.console import size_text
+
+NORMS = {"activations": "activations", "fit": "as fitted", "weights": "weights"}
+
+
+def grid(heads: Sequence[str], rows: Sequence[Sequence[Child]], numbers: int = 1, marked: int = -1) -> Markup:
+    """A table whose columns from number `numbers` on are numbers; the row `marked` stands out."""
+
+    def cell(name: str, column: int, content: Child) -> Markup:
+        return element(name, content, class_="n" if column >= numbers else None)
+
+    head = element("tr", [element("th", title, scope="col", class_="n" if column >= numbers else None)
+                          for column, title in enumerate(heads)])  # fmt: skip
+    body = [
+        element("tr", [cell("td" if column else "th", column, content) for column, content in enumerate(row)],
+                class_="this" if index == marked else None)
+        for index, row in enumerate(rows)
+    ]  # fmt: skip
+    return element("div", element("table", element("thead", head), element("tbody", body)), class_="scroll")
+
+
+def quality_table(quality: Measured) -> Markup:
+    """Both models on the held-out text."""
+    rows = (
+        (
+            "Perplexity ± standard error",
+            f"{quality.dense_perplexity:.2f} ± {quality.dense_error:.2f}",
+            f"{quality.perplexity:.2f} ± {quality.error:.2f}",
+        ),
+        ("Change of perplexity", "", change(quality.perplexity, quality.dense_perplexity)),
+        ("KL to dense, mean (nats a token)", "0", compact(quality.kl_mean, 4)),
+        ("KL to dense, 99.9 % (nats)", "0", compact(quality.kl_999, 4)),
+        ("Same most likely token", "100 %", percent(quality.same_top1)),
+        ("Logits, mean cosine", "1", f"{quality.cosine:.5f}"),
+        ("Logits, mean squared error", "0", compact(quality.mse, 4)),
+    )
+    return grid(("", "dense", "this file"), rows)
+
+
+def plain_table(quality: Measured, plain: WithoutCores, file_bytes: int) -> Markup:
+    """The file beside the same bytes without cores."""
+    rows = (
+        ("Bytes", f"{file_bytes:,}", f"{plain.file_bytes:,}"),
+        (
+            "Perplexity",
+            f"{quality.perplexity:.2f} ± {quality.error:.2f}",
+            f"{plain.perplexity:.2f} ± {plain.error:.2f}",
+        ),
+        ("KL to dense, mean", compact(quality.kl_mean, 4), compact(plain.kl_mean, 4)),
+        ("KL to dense, 99.9 %", compact(quality.kl_999, 4), compact(plain.kl_999, 4)),
+        ("Same most likely token", percent(quality.same_top1), percent(plain.same_top1)),
+    )
+    return grid(("", "with cores", "without"), rows)
+
+
+def heat_map(
+    title: str,
+    hue: str,
+    layers: Sequence[Layer],
+    value: Callable[[Layer], float | None],
+    write: Callable[[float], str],
+    *,
+    log: bool = False,
+) -> Markup:
+    """Blocks down, matrices across; a cell's colour and figure say its value."""
+    known = [found for layer in layers if (found := value(layer)) is not None and (found > 0 or not log)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    columns = list(dict.fromkeys(layer.matrix for layer in layers if layer.block is not None))
+    cells: dict[tuple[int, str], Layer] = {
+        (layer.block, layer.matrix): layer for layer in layers if layer.block is not None
+    }
+    head = element(
+        "tr", element("th", "block", scope="col"), [element("th", short(name), scope="col") for name in columns]
+    )
+    body = [
+        element("tr", element("th", str(block), scope="row"),
+                [heat_cell(cells.get((block, name)), value, write, low, high, log) for name in columns])
+        for block in sorted({block for block, _ in cells})
+    ]  # fmt: skip
+    other = [layer for layer in layers if layer.block is None]
+    below = "; ".join(f"{short(layer.matrix)} {write(found)}" for layer in other if (found := value(layer)) is not None)
+    ramp = element("p", write(low), element("i"), write(high), f"   {below}" if below else None, class_="ramp")
+    return element("div", element("h3", title), element("table", element("thead", head), element("tbody", body)), ramp,
+                   class_=f"heat {hue}")  # fmt: skip
+
+
+def heat_cell(
+    layer: Layer | None,
+    value: Callable[[Layer], float | None],
+    write: Callable[[float], str],
+    low: float,
+    high: float,
+    log: bool,
+) -> Markup:
+    """One cell."""
+    found = None if layer is None else value(layer)
+    if layer is None or found is None or (log and found <= 0):
+        return element("td", "–", class_="none")
+    if high <= low:
+        share = 0.4
+    elif log:
+        share = math.log(found / low) / math.log(high / low)
+    else:
+        share = (found - low) / (high - low)
+    return element("td", write(found), style=f"--v:{8 + 84 * share:.0f}%", class_="deep" if share > 0.5 else None,
+                   title=f"{layer.name}: {terms(layer)}")  # fmt: skip
+
+
+def heat_maps(report: Report) -> Markup:
+    """Bits of every matrix, χ where there are cores, and the error that was left."""
+
+    def chi(layer: Layer) -> float | None:
+        return max((term.chi for term in layer.terms), default=0) or None
+
+    maps = [heat_map("Bits per weight", "bits", report.layers, lambda layer: layer.bits_per_weight, "{:.2f}".format)]
+    if report.core_layers:
+        maps.append(heat_map("Bond dimension χ of the cores", "chi", report.layers, chi, "{:.0f}".format))
+    if any(layer.error is not None for layer in report.layers):
+        maps.append(heat_map("Relative error (%)", "error", report.layers, lambda layer: layer.error,
+                             lambda share: compact(100 * share, 2 if share < 0.1 else 3), log=True))  # fmt: skip
+    return element("div", maps, class_="heats")
+
+
+def decision_table(report: Report) -> Markup:
+    """How many layers are stored in which way, the most bytes first."""
+    rows: dict[str, list[Layer]] = {}
+    for layer in report.layers:
+        kinds = " + ".join(term.text if not term.chi else f"cores in {term.bits} bits" for term in layer.terms)
+        rows.setdefault(kinds, []).append(layer)
+    weights = sum(layer.rows * layer.columns for layer in report.layers)
+    whole = sum(layer.bytes for layer in report.layers)
+    written = []
+    for name, found in sorted(rows.items(), key=lambda row: -sum(layer.bytes for layer in row[1])):
+        held = sum(layer.rows * layer.columns for layer in found)
+        size = sum(layer.bytes for layer in found)
+        chis = sorted({term.chi for layer in found for term in layer.terms if term.chi})
+        span = "" if not chis else str(chis[0]) if len(chis) == 1 else f"{chis[0]}–{chis[-1]}"
+        written.append((name, str(len(found)), span, percent(held / weights), size_text(size), percent(size / whole),
+                        f"{8 * size / held:.2f}"))  # fmt: skip
+    return grid(("stored as", "layers", "χ", "of the weights", "bytes", "of the bytes", "bits per weight"), written)
+
+
+def layer_table(report: Report) -> Markup:
+    """Every layer."""
+    rows = [
+        (
+            place(layer),
+            f"{layer.rows} × {layer.columns}",
+            terms(layer),
+            f"{layer.bytes:,}",
+            f"{layer.bits_per_weight:.2f}",
+            "" if layer.error is None else percent(layer.error, 2),
+            "" if layer.norm is None else NORMS[layer.norm],
+        )
+        for layer in report.layers
+    ]
+    return grid(("layer", "shape", "terms", "bytes", "bits per weight", "error", "in the norm of"), rows, numbers=3)
