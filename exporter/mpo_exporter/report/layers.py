@@ -76,7 +76,8 @@ def term_facts(linear: LinearSpec, index: int, term: StoredTerm) -> Term:
     if isinstance(term, Dense):
         return Term(term.kind, term_text(term), 8 * ELEMENTS[term.dtype][1], 0, 0, (), (), size)
     if isinstance(term, Quantized):
-        return Term(term.kind, term_text(term), term.bits, term.group, 0, (), (), size)
+        words = term_text(term) + (" with zeros" if term.zeros else "")
+        return Term(term.kind, words, term.bits, term.group, 0, (), (), size)
     bits = term.core_bits or 8 * ELEMENTS[term.dtype][1]
     return Term(
         term.kind, term_text(term), bits, term.group, max(term.bonds), term.out_dims, term.in_dims, size

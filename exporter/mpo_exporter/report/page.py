@@ -7,7 +7,7 @@ import importlib.resources
 from mpo_exporter.report.facts import Prompt, Report, Sample
 from mpo_exporter.report.markup import Child, Markup, element, join
 from mpo_exporter.report.plots import kind_legend, progress_plots, quality_plot, spectra
-from mpo_exporter.report.tables import decision_table, heat_maps, layer_table, plain_table, quality_table
+from mpo_exporter.report.tables import decision_table, heat_maps, layer_table, plain_table, quality_table, text_table
 from mpo_exporter.report.wording import change, compact, percent, seconds, times
 from mpo_runtime.cli.console import size_text
 
@@ -108,7 +108,8 @@ def card(name: str, ratio: float | None, detail: str, *, warn: bool = False) -> 
 
 def section(title: str, lead: Child, *content: Child) -> Markup:
     """A section with its heading and what it is about."""
-    return element("section", element("h2", title), element("p", lead) if lead else None, *content)
+    anchor = title.lower().replace(" ", "-")
+    return element("section", element("h2", title), element("p", lead) if lead else None, *content, id=anchor)
 
 
 def quality_section(report: Report) -> Markup | None:
@@ -233,22 +234,12 @@ def text_section(report: Report) -> Markup:
     texts = report.texts
     if texts is None:
         return section("Generated text", f"Not measured: {report.missing.get('texts', '')}.")
-    lead = (f"Fixed prompts, at most {texts.limit} tokens, temperature {texts.temperature:g}, seed {texts.seed}; nothing was "
-            "chosen or edited. " + repetition_words(report))  # fmt: skip
-    return section("Generated text", lead, [prompt_block(prompt) for prompt in texts.prompts])
-
-
-def repetition_words(report: Report) -> str:
-    """Repetition and early stops of both models in one sentence."""
-    texts = report.texts
-    if texts is None:
-        return ""
-    count = len(texts.prompts)
-    ours = (f"{percent(texts.repeated)} of the 4-grams of this file's texts repeat earlier ones, and {texts.early} of "
-            f"{count} texts end before {texts.early_tokens} tokens")  # fmt: skip
-    if texts.dense_repeated is None:
-        return ours + "."
-    return f"{ours}; of the dense model's, {percent(texts.dense_repeated)} and {texts.dense_early} of {count}."
+    lead = (
+        f"Fixed prompts, at most {texts.limit} tokens, temperature {texts.temperature:g}, seed {texts.seed}; nothing was "
+        "chosen or edited. A high agreement of logits does not guarantee good text: read some."
+    )
+    habits = element("div", element("div", text_table(texts)), class_="pair")
+    return section("Generated text", lead, habits, [prompt_block(prompt) for prompt in texts.prompts])
 
 
 def prompt_block(prompt: Prompt) -> Markup:

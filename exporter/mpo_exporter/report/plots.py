@@ -47,7 +47,12 @@ def quality_plot(report: Report) -> Markup | None:
         *padded([*(point.bytes for point in points), *(one.bytes for one in expected)], log=True), LEFT, RIGHT, True
     )
     losses = [point.kl_mean for point in lossy] + [one.loss for one in expected]
-    y = Scale(*padded(losses, log=True), BOTTOM - LANE, TOP, True)
+    low, high = padded(losses, log=True)
+    if (
+        high < 10 * low
+    ):  # one point or a few of a kind: room around them, so that the axis says how far they are from others
+        low, high = low / 4, high * 4
+    y = Scale(low, high, BOTTOM - LANE, TOP, True)
     ticks = Scale(x.low / unit, x.high / unit, LEFT, RIGHT, log=True).ticks(7)
     drawn: list[Child] = [
         x_axis(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from mpo_exporter.report.facts import Layer, Measured, Report, WithoutCores
+from mpo_exporter.report.facts import Layer, Measured, Report, Texts, WithoutCores
 from mpo_exporter.report.markup import Child, Markup, element
 from mpo_exporter.report.wording import change, compact, percent, place, short, terms
 from mpo_runtime.cli.console import size_text
@@ -43,6 +43,24 @@ def quality_table(quality: Measured) -> Markup:
         ("Same most likely token", "100 %", percent(quality.same_top1)),
         ("Logits, mean cosine", "1", f"{quality.cosine:.5f}"),
         ("Logits, mean squared error", "0", compact(quality.mse, 4)),
+    )
+    return grid(("", "dense", "this file"), rows)
+
+
+def text_table(texts: Texts) -> Markup:
+    """What tends to go wrong in generated text, of both models."""
+    count = len(texts.prompts)
+    rows = (
+        (
+            "4-grams of tokens that repeat earlier ones",
+            "" if texts.dense_repeated is None else percent(texts.dense_repeated),
+            percent(texts.repeated),
+        ),
+        (
+            f"Texts that end before {texts.early_tokens} tokens",
+            "" if texts.dense_early is None else f"{texts.dense_early} of {count}",
+            f"{texts.early} of {count}",
+        ),
     )
     return grid(("", "dense", "this file"), rows)
 
@@ -145,9 +163,17 @@ def decision_table(report: Report) -> Markup:
         size = sum(layer.bytes for layer in found)
         chis = sorted({term.chi for layer in found for term in layer.terms if term.chi})
         span = "" if not chis else str(chis[0]) if len(chis) == 1 else f"{chis[0]}–{chis[-1]}"
-        written.append((name, str(len(found)), span, percent(held / weights), size_text(size), percent(size / whole),
-                        f"{8 * size / held:.2f}"))  # fmt: skip
-    return grid(("stored as", "layers", "χ", "of the weights", "bytes", "of the bytes", "bits per weight"), written)
+        row = [
+            name,
+            str(len(found)),
+            percent(held / weights),
+            size_text(size),
+            percent(size / whole),
+            f"{8 * size / held:.2f}",
+        ]
+        written.append([*row[:2], span, *row[2:]] if report.core_layers else row)
+    heads = ["stored as", "layers", "of the weights", "bytes", "of the bytes", "bits per weight"]
+    return grid([*heads[:2], "χ", *heads[2:]] if report.core_layers else heads, written)
 
 
 def layer_table(report: Report) -> Markup:
