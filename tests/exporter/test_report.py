@@ -43,7 +43,7 @@ TEXT = TokenText("held out.txt", np.array(some_ids(150, 2)), 150, "2" * 64)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = granite_config(num_hidden_layers=2, hidden_size=64, intermediate_size=96)
+    config = granite_config(num_hidden_layers=2, hidden_size=64, intermediate_size=96, max_position_embeddings=128)
     return write_folder(tmp_path_factory.mktemp("source") / "model", config)
 
 
@@ -190,8 +190,9 @@ def test_the_survey_predicts_less_loss_for_more_bytes(source: Path, exported: Re
 def test_speed_memory_and_texts(report: Report, source: Path, exported: Result) -> None:
     speed, memory, texts = report.speed, report.memory, report.texts
     assert speed is not None and memory is not None and texts is not None
-    assert len(speed.dense) == len(speed.compressed) == 5
-    assert speed.median == sorted(speed.compressed)[2] and speed.dense_median == sorted(speed.dense)[2]
+    assert len(speed.dense) == len(speed.compressed) >= 5
+    middle = len(speed.dense) // 2
+    assert speed.median == sorted(speed.compressed)[middle] and speed.dense_median == sorted(speed.dense)[middle]
     assert report.ratios.speed == speed.median / speed.dense_median
     assert speed.slower == (report.ratios.speed < 1)
     assert 0 < memory.base < memory.peak and 0 < memory.dense_base < memory.dense_peak
@@ -202,7 +203,7 @@ def test_speed_memory_and_texts(report: Report, source: Path, exported: Result) 
         assert prompt.dense is not None
         assert prompt.compressed.tokens <= texts.limit and 0 <= prompt.compressed.repeated <= 1
     assert texts.repeated == sum(prompt.compressed.repeated for prompt in texts.prompts) / len(texts.prompts)
-    with load(exported.path, context=64, threads=1) as ours, load(source, context=64, threads=1) as dense:
+    with load(exported.path, context=128, threads=1) as ours, load(source, context=128, threads=1) as dense:
         assert write_texts(dense, ours, None, silent) == texts
 
 
@@ -218,7 +219,7 @@ def test_a_process_that_fails_is_a_reason(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_model_is_refused(job: Job, tmp_path: Path) -> None:
-    config = granite_config(num_hidden_layers=2, hidden_size=64, intermediate_size=96)
+    config = granite_config(num_hidden_layers=2, hidden_size=64, intermediate_size=96, max_position_embeddings=128)
     other = write_folder(tmp_path / "other", config, seed=1)
     with pytest.raises(ConfigError, match="was made from model with SHA-256 .* give that one with --teacher"):
         gather(dataclasses.replace(job, teacher=other))
@@ -288,7 +289,7 @@ def test_the_table_says_plainly_what_is_slower(
     assert "decodes more slowly than the dense model on this machine: 10.0 against 20.0 tokens/s" in plain
     assert "[bold]text" in plain
     for word in ("parameters", "file bytes", "memory", "decoding, tokens/s", "perplexity", "logits, cosine",
-                 "repeated 4-grams", "early stops", "layers with cores", "same bytes without cores"):  # fmt: skip
+                 "repeated 4-grams", "early stops", "layers with cores", "KL without cores"):  # fmt: skip
         assert word in plain
 
 

@@ -13,7 +13,9 @@ from mpo_formats import ConfigError
 from mpo_runtime.model import Model
 from mpo_runtime.sampler import SamplingOptions
 
-ROUNDS = 5
+# Short stretches are repeated more often: a moment of another program's would hit most of few.
+LEAST_ROUNDS, MOST_ROUNDS = 5, 25
+ALL_SECONDS = 6.0
 # A stretch that is timed lasts about so long, within these numbers of tokens.
 STRETCH_SECONDS = 0.5
 LEAST_TOKENS, MOST_TOKENS = 4, 128
@@ -45,11 +47,12 @@ def decode_speed(dense: Model, compressed: Model, progress: Progress) -> Speed:
     prompt = [(7 * place + 3) % vocabulary for place in range(PROMPT_TOKENS)]
     slowest = max(decode_seconds(model, prompt, LEAST_TOKENS) for model in (dense, compressed)) / LEAST_TOKENS
     tokens = max(LEAST_TOKENS, min(MOST_TOKENS, room, int(STRETCH_SECONDS / max(slowest, 1e-9))))
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(ALL_SECONDS / (2 * tokens * max(slowest, 1e-9))))) | 1
     rates: tuple[list[float], list[float]] = ([], [])
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for index in (0, 1) if number % 2 == 0 else (1, 0):
             rates[index].append(tokens / decode_seconds((dense, compressed)[index], prompt, tokens))
-        progress("speed", number + 1, ROUNDS)
+        progress("speed", number + 1, rounds)
     medians = statistics.median(rates[0]), statistics.median(rates[1])
     return Speed(
         dense=tuple(rates[0]),

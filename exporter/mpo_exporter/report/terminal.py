@@ -118,7 +118,7 @@ def table(rows: Rows) -> Table:
     result.add_row("layers with cores", "0", f"{rows.core_layers} of {rows.layers}", "")
     if rows.plain:
         plain = rows.plain
-        result.add_row("same bytes without cores: KL", "", f"{plain.kl_mean:.4f}", f"{size_text(plain.file_bytes)}")
+        result.add_row("KL without cores, same bytes", "", f"{plain.kl_mean:.4f}", f"{size_text(plain.file_bytes)}")
     return result
 
 
