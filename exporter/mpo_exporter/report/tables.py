@@ -107,7 +107,7 @@ def heat_map(
     ]  # fmt: skip
     other = [layer for layer in layers if layer.block is None]
     below = "; ".join(f"{short(layer.matrix)} {write(found)}" for layer in other if (found := value(layer)) is not None)
-    ramp = element("p", write(low), element("i"), write(high), f"   {below}" if below else None, class_="ramp")
+    ramp = element("p", write(low), element("i"), write(high), element("span", below) if below else None, class_="ramp")
     return element("div", element("h3", title), element("table", element("thead", head), element("tbody", body)), ramp,
                    class_=f"heat {hue}")  # fmt: skip
 
