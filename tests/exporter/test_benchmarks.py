@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import judge
 import quality
 
-from mpo_exporter.sources import data_folder
+from mpo_exporter.sources import embedded_model
 from mpo_exporter.survey import stored_bytes
 from mpo_formats import Mpo, Quantized
 from mpo_formats.architecture import EMBEDDING
@@ -57,7 +57,7 @@ def test_figures_of_several_texts_are_those_of_one_long_text() -> None:
 
 
 def test_domains_of_the_embedded_text() -> None:
-    source = Checkpoint(data_folder() / "granite-stand-in")
+    source = Checkpoint(embedded_model())
     texts = judge.domain_texts(source, None, "test", 500)
     assert list(texts) == list(judge.DOMAINS) and {text.ids.size for text in texts.values()} == {500}
     only = judge.calibration_tokens(source, None, "web")
