@@ -102,9 +102,7 @@ def compensated(
     )  # fmt: skip
 
 
-def expected_residuals(
-    matrix: Matrix, moment: Matrix, grids: Sequence[Grid]
-) -> tuple[Iterator[Matrix], Vector]:
+def expected_residuals(matrix: Matrix, moment: Matrix, grids: Sequence[Grid]) -> tuple[Iterator[Matrix], Vector]:
     """What compensated rounding is expected to leave, without carrying it out, for several grids of one matrix.
 
     Rounding the columns in order leaves Σ_j r_j² d_j of each row, where r_j is the rounding error of the updated value and
