@@ -24,6 +24,7 @@ from mpo_exporter.quantize.rounding import Integers
 from mpo_formats import ConfigError
 
 Matrix = NDArray[np.float64]
+Single = NDArray[np.float32] | NDArray[np.float64]
 Vector = NDArray[np.float64]
 
 # Rows worked on at once, for the caches' sake.
@@ -34,7 +35,7 @@ TOLERANCE = 0.01
 
 
 def target(
-    matrix: Matrix, moment: Matrix, cross: Matrix | None, drift: Matrix | None = None, damping: float = DAMPING,
+    matrix: Matrix, moment: Matrix, cross: Single | None, drift: Single | None = None, damping: float = DAMPING,
     group: int = 1,
 ) -> Matrix:  # fmt: skip
     """The matrix to fit: W, or (W E[x x̂ᵀ] + D) C⁻¹ where the inputs x̂ differ from the dense model's x.
@@ -49,7 +50,7 @@ def target(
         return matrix
     # W (cross + load) + D = (W + Δ) (C + load): only the change Δ is solved for, so single precision is enough.
     known = hessian_of(moment, group, damping)
-    change = torch.from_numpy(matrix).float() @ torch.from_numpy(cross - moment).float()
+    change = torch.from_numpy(matrix).float() @ torch.from_numpy(np.subtract(cross, moment, dtype=np.float32))
     if drift is not None:
         change += torch.from_numpy(drift).float()
     change = known.solve(change / (known.mean if known.mean > 0 else 1.0))
