@@ -20,7 +20,7 @@ Candidates = Mapping[str, Sequence[Candidate]]
 # Bits of the whole file per weight where the user names no target.
 DEFAULT_BITS = 4.25
 # A model is small where its header, tokenizer and certificate take more than this share of the default target.
-SMALL_SHARE = 1 / 8
+SMALL_SHARE = 1 / 4
 # No layer gets less than this share of the average bits: predicted losses are least to be trusted there (METHOD.md).
 FLOOR = 1 / 2
 ATTEMPTS = 40
@@ -40,7 +40,7 @@ def file_bytes(spec: ModelSpec) -> int:
 def default_bytes(spec: ModelSpec) -> int:
     """The target where the user names none: 4.25 bits of the whole file per weight of the model.
 
-    In a model so small that header, tokenizer, norms and certificate take more than an eighth of that, they come on top.
+    In a model so small that header, tokenizer, norms and certificate take more than a quarter of that, they come on top.
     """
     wanted = int(DEFAULT_BITS * spec.architecture.parameters() / 8)
     fixed = file_bytes(spec) - sum(stored_bytes(linear) for linear in spec.linears)

@@ -105,7 +105,7 @@ class Planner:
         if options.max_kl is not None:
             return layers_within_loss(spec, rows, options.max_kl)
         target = options.target_bytes or 0
-        if target < least_bytes(spec, rows):
+        if target < least_bytes(spec, rows) and not options.for_speed:
             # Only where no integers are small enough may cores take their place: without healing they lose much.
             rows = {name: [*row, *self.cores_alone(name, options, row)] for name, row in rows.items()}
         return allocated_layers(spec, rows, target)

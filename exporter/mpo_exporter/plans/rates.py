@@ -130,8 +130,12 @@ def base_memory(rates: Rates) -> int:
     """Bytes that a program takes which has loaded this runtime, but no model; 0 where the system does not tell."""
 
     def measure() -> float:
-        code = "import mpo_runtime.backends.native, mpo_runtime.model, mpo_runtime.engine, mpo_runtime.tokenizer; " \
-               "from mpo_runtime.memory import peak_memory; print(peak_memory())"  # fmt: skip
+        # VmHWM and not getrusage: a child process starts with its parent's peak there.
+        code = (
+            "import mpo_runtime.backends.native, mpo_runtime.model, mpo_runtime.engine, mpo_runtime.tokenizer\n"
+            "rows = [row.split() for row in open('/proc/self/status')]\n"
+            "print([int(row[1]) for row in rows if row[0] == 'VmHWM:'][0] * 1024)"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         return float(done.stdout) if done.returncode == 0 else 0.0
 

@@ -15,14 +15,15 @@ from mpo_runtime.cli.inspect import layer_text
 
 def print_plan(spec: ModelSpec, prediction: Prediction, surveyed: Survey | None) -> None:
     """Prints every layer's terms, and the predictions for the whole."""
-    table = Table("layer", "terms", "bytes", "bits per weight", "expected KL")
+    table = Table("layer", "terms", "bytes", "bits", "expected KL")
+    table.columns[0].no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for linear in spec.linears:
         size = stored_bytes(linear)
         loss = None if surveyed is None else layer_loss(surveyed, linear)
         table.add_row(
-            linear.name.removeprefix("model."), layer_text(linear), f"{size:,}",
+            linear.name.removeprefix("model.").removeprefix("layers."), layer_text(linear), f"{size:,}",
             f"{8 * size / (linear.out_features * linear.in_features):.2f}", "" if loss is None else f"{loss:.2g}",
         )  # fmt: skip
     console = Console(highlight=False)

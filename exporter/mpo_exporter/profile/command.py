@@ -87,7 +87,7 @@ def profiled(planner: Planner, name: str, level: str, bits: int, chi: int) -> Pr
         if one.name not in (EMBEDDING, HEAD)
     }
     if level == "full":
-        return full_profile(planner, name, whole, cores, (f"{bits} bits", f"cores, χ = {chi}"))
+        return full_profile(planner, name, whole, cores, (f"{bits} bits", f"χ = {chi}"))
     surveyed = planner.survey()
     judged = [
         Judged(
@@ -98,7 +98,7 @@ def profiled(planner: Planner, name: str, level: str, bits: int, chi: int) -> Pr
         )
         for one in spec.linears
     ]
-    return Profile(name, level, f"{bits} bits", f"cores, χ = {chi}", tuple(judged))
+    return Profile(name, level, f"{bits} bits", f"χ = {chi}", tuple(judged))
 
 
 def full_profile(
@@ -126,19 +126,26 @@ def print_profile(profile: Profile) -> None:
     out = Console(highlight=False)
     expected = "expected" if profile.level == "fast" else "measured"
     for title, groups in (("by block", profile.by_block()), ("by type", profile.by_type())):
-        out.print(group_table(f"{title}: KL {expected} when each matrix alone is compressed, summed", groups, profile))
+        out.print(
+            group_table(
+                f"{title}: KL {expected} of one matrix alone, summed",
+                groups,
+                profile,
+            )
+        )
     if profile.level == "full":
         out.print(measured_table(profile))
     for part in ("integers", "cores"):
         out.print(f"deeper blocks compress better ({getattr(profile, part)})? {profile.depth_answer(part)}")
     dear = profile.precious()
-    typical = "none stands out" if not dear else ", ".join(one.layer.removeprefix("model.") for one in dear[:8])
+    typical = "none stands out" if not dear else ", ".join(short(one.layer) for one in dear[:8])
     out.print(f"better left alone (over 5 times the median cost for each weight, {profile.integers}): {typical}")
 
 
 def group_table(title: str, groups: list[Group], profile: Profile) -> Table:
     """Groups of layers as a table."""
-    table = Table("", "layers", "weights", profile.integers, "per million", profile.cores, "per million", title=title)
+    table = Table("", "layers", "weights", profile.integers, "a million", profile.cores, "a million", title=title)
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for group in groups:
@@ -151,15 +158,21 @@ def group_table(title: str, groups: list[Group], profile: Profile) -> Table:
 def measured_table(profile: Profile) -> Table:
     """Every measured layer."""
     table = Table("layer", "as", "KL", "perplexity", "output cosine", "norm drift", "activation drift", "error")
+    table.columns[0].no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for one in (row for judged in profile.layers for row in judged.measured):
         table.add_row(
-            one.layer.removeprefix("model."), one.terms, f"{one.kl_mean:.3g}", f"{100 * one.perplexity_increase:+.2f} %",
+            short(one.layer), one.terms, f"{one.kl_mean:.3g}", f"{100 * one.perplexity_increase:+.2f} %",
             f"{one.output_cosine:.4f}", f"{100 * one.norm_drift:+.2f} %", f"{one.activation_drift:.4f}",
             f"{one.error:.4f}",
         )  # fmt: skip
     return table
+
+
+def short(name: str) -> str:
+    """A layer's name without what all have in common."""
+    return name.removeprefix("model.").removeprefix("layers.")
 
 
 def make_folder(folder: Path) -> None:
