@@ -49,7 +49,7 @@ def write_plots(profile: Profile, folder: Path) -> list[Path]:
 def heat_map(plots: Any, profile: Profile) -> Any:
     """Cost for each million weights by block and type, for integers and for cores, on a logarithmic scale."""
     blocks = 1 + max((one.block for one in profile.layers if one.block is not None), default=0)
-    figure, axes = plots.subplots(1, 2, figsize=(11, 1.5 + 0.28 * blocks), sharey=True)
+    figure, axes = plots.subplots(1, 2, figsize=(11, 3 + 0.28 * blocks), sharey=True, layout="constrained")
     for axis, part in zip(axes, ("integers", "cores"), strict=True):
         grid = np.full((blocks, len(TYPES)), np.nan)
         for one in profile.layers:
@@ -58,8 +58,8 @@ def heat_map(plots: Any, profile: Profile) -> Any:
         shown = axis.imshow(np.log10(np.maximum(grid, 1e-12)), aspect="auto", cmap="viridis")
         axis.set_xticks(range(len(TYPES)), [kind.split(".")[1].removesuffix("_proj") for kind in TYPES], rotation=45)
         axis.set_yticks(range(blocks))
-        axis.set_title(f"{getattr(profile, part)}", fontsize=10)
-        figure.colorbar(shown, ax=axis, label="log10 of nats a token per million weights")
+        axis.set_title(str(getattr(profile, part)), fontsize=10)
+        figure.colorbar(shown, ax=axis, label="log10(nats / million weights)")
     axes[0].set_ylabel("block")
     figure.suptitle(f"{profile.model}: what compressing one matrix alone costs ({profile.level})")
     return figure
