@@ -120,7 +120,7 @@ class Shelf:
 def pack(key: dict[str, Any], kept: Kept) -> bytes:
     """The bytes of a cache file."""
     content = json.dumps(kept.content, allow_nan=False).encode()
-    header = json.dumps({"key": key, "sha256": digest(content, kept.arrays)}).encode()
+    header = json.dumps({"key": key, "sha256": digest(key, content, kept.arrays)}).encode()
     plain = {HEADER: np.frombuffer(header, np.uint8), CONTENT: np.frombuffer(content, np.uint8)}
     return save({**plain, **{name: np.ascontiguousarray(array) for name, array in kept.arrays.items()}})
 
@@ -130,14 +130,14 @@ def unpack(raw: bytes) -> tuple[dict[str, Any], Kept]:
     tensors = load(raw)
     header = parse_json(tensors.pop(HEADER).tobytes(), "header")
     content = tensors.pop(CONTENT).tobytes()
-    if header["sha256"] != digest(content, tensors):
+    if header["sha256"] != digest(header["key"], content, tensors):
         raise ValueError("the digest differs")
     return header["key"], Kept(json.loads(content), tensors)
 
 
-def digest(content: bytes, arrays: Arrays) -> str:
-    """SHA-256 of the content and the arrays."""
-    sum_ = hashlib.sha256(content)
+def digest(key: Any, content: bytes, arrays: Arrays) -> str:
+    """SHA-256 of the key, the content and the arrays."""
+    sum_ = hashlib.sha256(json.dumps(key).encode() + content)
     for name in sorted(arrays):
         sum_.update(name.encode())
         sum_.update(np.ascontiguousarray(arrays[name]).tobytes())
