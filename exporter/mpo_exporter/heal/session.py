@@ -23,14 +23,14 @@ from mpo_exporter.heal.checkpoint import (
 )
 from mpo_exporter.heal.data import pack_windows, read_healing_text
 from mpo_exporter.heal.distributed import Workers
+from mpo_exporter.heal.ops import HealingOps, WindowOps
 from mpo_exporter.heal.progress import Progress
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings
-from mpo_exporter.heal.student import Batch, BlockStudent, HealingOps, Student
+from mpo_exporter.heal.student import Batch, BlockStudent, Student
 from mpo_exporter.heal.teacher import TeacherScores, check_teacher
 from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import MpoFile
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
 from mpo_runtime.models.granite import GraniteModel
@@ -180,7 +180,7 @@ class Session:
         here = self.folder / f"process-{self.workers.rank}"
         here.mkdir(exist_ok=True)
         dense = GraniteModel(
-            self.source.spec.architecture, ReferenceOps(self.source, held=False, device=self.workers.device)
+            self.source.spec.architecture, WindowOps(self.source, held=False, device=self.workers.device)
         )
         ours, theirs = (
             Stream(model, inputs, here / name, self.settings.micro_batch, self.workers.device)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mpo_exporter.heal.ops import WindowOps, compute, run_block
 from mpo_exporter.heal.progress import Progress
-from mpo_exporter.heal.student import HEAD_TOKENS, run_block
+from mpo_exporter.heal.student import head_tokens
 from mpo_formats import Architecture, CheckpointError, OutputError
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.tokenizer import Tokenizer
 from mpo_runtime.weights import Weights
@@ -83,10 +83,11 @@ class TeacherScores:
                               "free some, or lower --top-k or the tokens of the text")  # fmt: skip
         files = [np.lib.format.open_memmap(path, "w+", kind, self.shape)
                  for path, kind in zip(self.paths, self.types, strict=True)]  # fmt: skip
-        model = GraniteModel(teacher.spec.architecture, ReferenceOps(teacher, device=device))
+        model = GraniteModel(teacher.spec.architecture, WindowOps(teacher, device=device))
         total = windows.shape[0]
         for start in range(0, total, batch):
-            scores, chosen = largest(model, windows[start : start + batch, :-1], self.shape[2])
+            with compute(device):
+                scores, chosen = largest(model, windows[start : start + batch, :-1], self.shape[2])
             for file, array in zip(files, (scores, chosen), strict=True):
                 file[start : start + batch] = array
             count = min(start + batch, total)
@@ -113,9 +114,10 @@ def largest(model: GraniteModel, inputs: NDArray[np.int64], count: int) -> tuple
     for block in range(model.architecture.num_hidden_layers):
         x = run_block(model, x, block)
     flat = model.normed(x).flatten(0, 1)
+    size = head_tokens(model.architecture.vocab_size)
     parts = [
-        model.logits(flat[start : start + HEAD_TOKENS]).log_softmax(-1).topk(count, -1)
-        for start in range(0, flat.shape[0], HEAD_TOKENS)
+        model.logits(flat[start : start + size]).float().log_softmax(-1).topk(count, -1)
+        for start in range(0, flat.shape[0], size)
     ]
     shape = (*inputs.shape, count)
     scores = torch.cat([part.values for part in parts]).reshape(shape)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpo_exporter.heal.rounding import TYPES, dequantize, rounded, stored, to_integers
+from mpo_exporter.heal.rounding import TYPES, cells, dequantize, rounded, stored
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, VectorSpec
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import pack, unpack
@@ -74,8 +74,7 @@ class Grid(nn.Module):
     def _values(self, scale: Tensor, zero: Tensor, rows: slice | Tensor) -> Tensor:
         if self.latent is None:
             return dequantize(self.codes[rows], scale, zero)
-        codes = to_integers(self.latent[rows], (1 << self.bits) - 1)
-        return ((codes.view(*scale.shape, -1) - zero[..., None]) * scale[..., None]).view(codes.shape)
+        return cells(self.latent[rows], scale, zero, (1 << self.bits) - 1)
 
     @torch.no_grad()
     def aim(self, matrix: Tensor) -> None:
