@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from mpo_exporter.heal.cli import HealEpochs, HealMinutes, HealTokens
 from mpo_runtime.cli import console
 
 # Kept here so that --help need not import torch; a test compares it with the calibration's own default.
@@ -45,6 +46,11 @@ TargetBits = Annotated[
 Calib = Annotated[
     Path | None,
     typer.Option("--calib", help="Calibration text, .jsonl or .txt.", show_default="a built-in one for auto"),
+]
+
+HealText = Annotated[
+    Path | None,
+    typer.Option(help="Text to heal on: .jsonl (chat rows or text), .txt, .u16, .npy.", show_default="embedded"),
 ]
 
 
@@ -92,6 +98,13 @@ def export(
         list[int] | None,
         typer.Option(help="Measure the file's prefix at this χ too; may be repeated.", show_default=False),
     ] = None,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Retrain the file briefly afterwards; the bounds below imply it.")
+    ] = False,
+    heal_tokens: HealTokens = None,
+    heal_epochs: HealEpochs = None,
+    heal_minutes: HealMinutes = None,
+    heal_text: HealText = None,
     device: Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")] = None,
     version: Annotated[
@@ -100,10 +113,12 @@ def export(
 ) -> None:
     """Compress a decoder model into one .mpo file and report what that cost."""
     from mpo_exporter.command import run_export
+    from mpo_exporter.heal.exported import heal_settings
 
     run_export(
         model, plan.value, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads,
         calib=calib, calib_windows=calib_windows, target_size=target_size, target_bpw=target_bpw,
+        heal=heal_settings(heal, heal_tokens, heal_epochs, heal_minutes), heal_text=heal_text,
     )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT, calibration_text
 from mpo_exporter.export import Result, export
+from mpo_exporter.heal.exported import check_healing, heal_exported
+from mpo_exporter.heal.settings import Settings
 from mpo_exporter.plan import Options
 from mpo_exporter.report import print_report
 from mpo_exporter.sources import find_source
@@ -43,8 +45,10 @@ def run_export(
     calib_windows: int = COUNT,
     target_size: str | None = None,
     target_bpw: float | None = None,
+    heal: Settings | None = None,
+    heal_text: Path | None = None,
 ) -> Result:
-    """Exports a model and prints the report."""
+    """Exports a model, heals the file where `heal` is given, and prints the report."""
     options = Options(plan, chi, cores)
     check_device(device)
     if measure_tokens is not None and measure_tokens < 0:
@@ -60,6 +64,8 @@ def run_export(
     if not force and os.path.lexists(target) and not target.is_dir():
         # The writer asks too (and names a folder as one), but only after the whole source was read.
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
+    if heal:
+        check_healing(source.folder, heal, heal_text)
     options = replace(options, target_bytes=target_bytes(source.folder, target_size, target_bpw))
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
     calibration, told = calibration_for(source.folder, plan, calib, calib_windows)
@@ -79,7 +85,8 @@ def run_export(
             calibration=calibration,
             windows=calib_windows,
         )
-    print_report(result, held_out, reason)
+    healed = heal_exported(target, source.folder, heal, heal_text, held_out, device) if heal else None
+    print_report(result, held_out, reason, healed)
     return result
 
 

@@ -24,6 +24,7 @@ from mpo_exporter.heal import session as session_module
 from mpo_exporter.heal.checkpoint import NAME, load_checkpoint
 from mpo_exporter.heal.run import Healed, heal, out_of_memory
 from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.student import fits
 from mpo_exporter.heal.train import LAST_RATE, chosen_chi, chosen_windows, learning_rate
 from mpo_exporter.heal.train import Trainer as RealTrainer
 from mpo_exporter.plan import Options
@@ -379,3 +380,14 @@ def test_the_literature_s_name(file: Path, teacher: Path, text: Path, tmp_path: 
     assert result.path == target and len(result.curve) == 2
     with MpoFile(target) as written:
         assert written.spec.provenance.options["healed_text"] == "given"
+
+
+def test_blocks_are_run_again_only_where_memory_is_short(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
+    """And the losses are the same."""
+    curves = []
+    for again in (False, True):
+        settings = replace(SETTINGS, tokens=600, recompute=again)
+        curves.append(healed(file, teacher, text, tmp_path / f"{again}.mpo", settings=settings).curve)
+    np.testing.assert_allclose(*curves, rtol=1e-5)
+    with MpoFile(file) as opened:
+        assert fits(opened.spec.architecture, 4, 31, "cpu") and not fits(opened.spec.architecture, 10**9, 31, "cpu")

@@ -108,5 +108,6 @@ class HealingOps(WindowOps):
 
 def run_block(model: GraniteModel, x: Tensor, block: int) -> Tensor:
     """One block of a model over WindowOps on x [B, S, E], from the beginning of the text."""
-    y: Tensor = model.block(x, Pair(), block)
+    cache: Any = Pair()
+    y: Tensor = model.block(x, cache, block)
     return y

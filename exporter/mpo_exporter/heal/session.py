@@ -26,7 +26,7 @@ from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.ops import HealingOps, WindowOps
 from mpo_exporter.heal.progress import Progress
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings
-from mpo_exporter.heal.student import Batch, BlockStudent, Student
+from mpo_exporter.heal.student import Batch, BlockStudent, Student, fits
 from mpo_exporter.heal.teacher import TeacherScores, check_teacher
 from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
 from mpo_exporter.heal.trainable import Trainables
@@ -73,6 +73,8 @@ class Session:
         folder: Path,
         workers: Workers,
         progress: Progress,
+        *,
+        others: bool = False,
     ) -> None:
         self.file, self.source, self.settings, self.folder = file, source, settings, folder
         self.workers, self.progress = workers, progress
@@ -91,7 +93,7 @@ class Session:
         self.teacher_sha256 = source.sha256()
         contents = hashlib.sha256(file.array("mpo.checksums").tobytes()).hexdigest()
         digest = settings.digest(contents, self.teacher_sha256, words.sha256)
-        found = load_checkpoint(folder, digest)
+        found = load_checkpoint(folder, digest, others=others)
         self.record, self.saved = found or (Record(digest), {})
         self.saved_step = None if found is None else self.record.step
         self.clock = Clock(self.record.seconds)
@@ -240,9 +242,10 @@ class Session:
         everything.aim(self.source)
         everything.load_state_dict(self.learned, strict=False)
         everything.to(self.workers.device)
-        student = Student(
-            self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=settings.recompute
-        )
+        recompute = settings.recompute
+        if recompute is None:
+            recompute = not fits(self.model.architecture, settings.micro_batch, self.data.span, self.workers.device)
+        student = Student(self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute)
         trainer = Trainer(student, everything, settings, self.workers)
         if record.step:
             trainer.set_rates(record.rates)

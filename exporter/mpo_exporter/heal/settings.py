@@ -5,12 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 
 from mpo_formats import ConfigError
 
 # Tokens of training if the user names neither tokens, epochs nor minutes.
 DEFAULT_TOKENS = 1_000_000
+POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens, written 2M, 1.5M, 500k or 1000000.
+
+    Raises:
+        ConfigError: for anything else, and for less than one token.
+    """
+    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?|\.\d+)\s*([kmb]?)", text.strip(), re.IGNORECASE)
+    tokens = 0 if found is None else round(float(re.sub("[_,]", "", found[1])) * POWERS[found[2].lower()])
+    if tokens < 1:
+        raise ConfigError(f"--heal-tokens {text}: expected a number of tokens such as 500k, 2M, 1.5M or 1000000")
+    return tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +47,8 @@ class Settings:
         assistant_only: only what the assistant says counts in the loss.
         chi_dropout: chance that a step runs on a random prefix of the bonds.
         checkpoint_steps: optimizer steps between checkpoints.
-        recompute: gradient checkpointing: each block is run again in the backward pass instead of kept.
+        recompute: gradient checkpointing: each block is run again in the backward pass instead of kept; None: where
+            what would be kept takes too much of the memory that is free. The results are the same.
     """
 
     tokens: int | None = None
@@ -52,7 +68,7 @@ class Settings:
     assistant_only: bool = False
     chi_dropout: float = 0.0
     checkpoint_steps: int = 100
-    recompute: bool = True
+    recompute: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

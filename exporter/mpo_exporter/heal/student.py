@@ -13,15 +13,36 @@ from torch.utils.checkpoint import checkpoint
 from mpo_exporter.heal.loss import head_loss
 from mpo_exporter.heal.ops import HealingOps, run_block
 from mpo_exporter.heal.trainable import Trainables
+from mpo_formats import Architecture
+from mpo_runtime.memory import available_memory
 from mpo_runtime.models.granite import GraniteModel
 
 # Logits that are held at a time.
 HEAD_LOGITS = 1 << 26
+# The most of the free memory that the backward pass may keep instead of running blocks again.
+KEPT_SHARE = 0.4
 
 
 def head_tokens(vocabulary: int) -> int:
     """Tokens whose logits are held at a time."""
     return max(HEAD_LOGITS // vocabulary, 1)
+
+
+def kept_bytes(architecture: Architecture, windows: int, length: int) -> int:
+    """About the bytes that the backward pass keeps of `windows` windows of `length` tokens, and of the matrices.
+
+    A token's states and products in a block: 40 bytes for each hidden number, 16 for each inner one of the MLP, 8 for each
+    attention score (counted on the ops; bf16 beside float32). Matrices are kept in bf16.
+    """
+    token = 40 * architecture.hidden_size + 16 * architecture.intermediate_size
+    token += 8 * architecture.num_attention_heads * length
+    return windows * length * architecture.num_hidden_layers * token + 2 * architecture.parameters()
+
+
+def fits(architecture: Architecture, windows: int, length: int, device: str) -> bool:
+    """Whether all that the backward pass wants may be kept."""
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
+    return kept_bytes(architecture, windows, length) <= KEPT_SHARE * free
 
 
 @dataclass(frozen=True, slots=True)
