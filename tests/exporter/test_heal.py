@@ -391,3 +391,18 @@ def test_blocks_are_run_again_only_where_memory_is_short(file: Path, teacher: Pa
     np.testing.assert_allclose(*curves, rtol=1e-5)
     with MpoFile(file) as opened:
         assert fits(opened.spec.architecture, 4, 31, "cpu") and not fits(opened.spec.architecture, 10**9, 31, "cpu")
+
+
+def test_the_teacher_s_scores_serve_shorter_healings(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
+    """Of the same text in the same folder; a longer one needs more of them."""
+    curves = {}
+    for tokens in (600, 300, 900):
+        target = tmp_path / f"{tokens}.mpo"
+        settings = replace(SETTINGS, tokens=tokens)
+        curves[tokens] = healed(
+            file, teacher, text, target, settings=settings, work=tmp_path / "kept", others=True
+        ).curve
+        [done] = (tmp_path / "kept").glob("teacher-*-done.npy")
+        assert int(np.load(done)) == {600: 16, 300: 16, 900: 28}[tokens]
+        alone = healed(file, teacher, text, target, settings=settings, force=True).curve
+        np.testing.assert_array_equal(curves[tokens], alone)

@@ -151,19 +151,19 @@ class Session:
         vocabulary = self.file.spec.architecture.vocab_size
         kept = min(self.settings.top_k, vocabulary)
         shape = (len(self.data.windows), self.data.span, kept)
-        asked = (self.teacher_sha256, self.data.sha256, self.settings.assistant_only, self.settings.seed, *shape)
+        asked = (self.teacher_sha256, self.data.sha256, self.settings.assistant_only, self.settings.seed, *shape[1:])
         key = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
         scores = TeacherScores(self.folder, key, shape, vocabulary)
         seconds = self._seconds()
 
         def enough() -> bool:
-            return seconds is not None and self.clock.seconds() > TEACHER_SHARE * seconds
+            return self.clock.seconds() > TEACHER_SHARE * (seconds or 0)
 
         done = 0
         if self.workers.first:
             done = scores.write(
                 self.source, self.data.windows, batch=self.settings.micro_batch, device=self.workers.device,
-                progress=self.progress, enough=enough,
+                progress=self.progress, enough=None if seconds is None else enough,
             )  # fmt: skip
         self._keep(int(self.workers.agree(done)))
         return scores
