@@ -39,7 +39,15 @@ from tests.helpers import BOS, granite_config, some_ids, write_folder
 CONFIG = granite_config()
 # 30 windows of 31 new tokens; a step takes 4 of them.
 SETTINGS = Settings(
-    tokens=1200, window=32, batch=4, micro_batch=4, checkpoint_steps=3, core_rate=1e-2, scale_rate=1e-2, cross_entropy=0
+    tokens=1200,
+    window=32,
+    batch=4,
+    micro_batch=4,
+    checkpoint_steps=3,
+    core_rate=1e-2,
+    scale_rate=1e-2,
+    cross_entropy=0,
+    train_codes=False,
 )
 STEPS = 9
 
@@ -280,6 +288,11 @@ def test_minutes_bound_the_training(file: Path, teacher: Path, text: Path, tmp_p
     settings = replace(SETTINGS, tokens=None, minutes=0.03)
     result = healed(file, teacher, text, tmp_path / "healed.mpo", settings=settings)
     assert result.curve and 0.03 <= result.minutes < 0.3
+
+
+def test_codes_train_where_their_memory_is_small() -> None:
+    assert Settings().moves_codes(20_000_000) and not Settings().moves_codes(8_000_000_000)
+    assert Settings(train_codes=True).moves_codes(8_000_000_000) and not Settings(train_codes=False).moves_codes(1)
 
 
 def test_every_window_is_seen_once_an_epoch() -> None:

@@ -64,8 +64,13 @@ def heal(
     cross_entropy: Annotated[float, typer.Option(help="Weight of the text's cross entropy beside the KL.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Logits of the teacher to keep a token.")] = 64,
     train_codes: Annotated[
-        bool, typer.Option("--train-codes", help="Train the integers too, not only scales.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--train-codes/--freeze-codes",
+            help="Train the integers too, or only scales, cores and norms.",
+            show_default="train in models of at most 500 M weights",
+        ),
+    ] = None,
     assistant_only: Annotated[
         bool, typer.Option("--assistant-only", help="Only what the assistant says counts in the loss.")
     ] = False,

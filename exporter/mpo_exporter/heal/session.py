@@ -79,6 +79,7 @@ class Session:
         self.file, self.source, self.settings, self.folder = file, source, settings, folder
         self.workers, self.progress = workers, progress
         self.place = "its start"
+        self.codes = settings.moves_codes(file.spec.architecture.parameters())
         tokenizer, template = read_text_files(file)
         check_teacher(
             source.folder.name,
@@ -194,7 +195,7 @@ class Session:
         ours.embed()
         theirs.embed()
         for block in range(blocks):
-            parts = Trainables(self.file, block_names(block, self.names), moving=self.settings.train_codes)
+            parts = Trainables(self.file, block_names(block, self.names), moving=self.codes)
             parts.aim(self.source)
             parts.to(self.workers.device)
             self.ops.trainables, self.ops.chi = parts, None
@@ -238,7 +239,7 @@ class Session:
 
     def _heal_whole(self, scores: TeacherScores) -> Trainables:
         settings, record = self.settings, self.record
-        everything = Trainables(self.file, self.names, moving=settings.train_codes)
+        everything = Trainables(self.file, self.names, moving=self.codes)
         everything.aim(self.source)
         everything.load_state_dict(self.learned, strict=False)
         everything.to(self.workers.device)
@@ -314,7 +315,7 @@ class Session:
             "healed_teacher_sha256": self.teacher_sha256,
             "healed_text": self.data.name,
             "healed_text_sha256": self.data.sha256,
-            "healed_codes": "trained" if settings.train_codes else "frozen",
+            "healed_codes": "trained" if self.codes else "frozen",
         }
         if settings.chi_dropout:
             facts["healed_chi_dropout"] = str(settings.chi_dropout)

@@ -23,8 +23,9 @@ from mpo_formats.packing import pack, unpack
 from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, float_tensor
 from mpo_runtime.weights import Weights
 
-# Latent numbers stay this far around their codes when they are told the dense matrix, so that rounding gives the codes.
-CELL = 0.49
+# Latent numbers stay this far around their codes when they are told the dense matrix. At the edges of the cells (0.49) the
+# first noisy steps flipped many codes of error-compensated matrices, whose joint choice is better than each one's nearest.
+CELL = 0.3
 Arrays = dict[str, NDArray[Any]]
 
 
