@@ -131,3 +131,15 @@ def test_texts_that_cannot_be_read(
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         read_healing_text(path, *embedded[:2], assistant_only=only)
+
+
+def test_a_row_that_the_template_refuses_is_named(
+    tmp_path: Path, embedded: tuple[Tokenizer, ChatTemplate, Architecture]
+) -> None:
+    strict = ChatTemplate("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+                          "{{ m.content }}{% endfor %}", isolated=False)  # fmt: skip
+    rows = [{"messages": CHAT}, {"messages": []}, {"messages": [*CHAT, {"role": "tool", "content": "1"}]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: line 3: .*no tools here"):
+        read_healing_text(path, embedded[0], strict)
