@@ -39,6 +39,12 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep measurements of the tests out of the user's cache; processes that tests start inherit the folder."""
+    os.environ["MPO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def few_torch_threads() -> None:
     """Keep torch from taking every core, where a collected test module has imported it."""
     torch = sys.modules.get("torch")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,11 +30,13 @@ class Method:
     """How terms are fitted where the moment of the layer's input is known; without one there is only one way.
 
     `rounding`: `compensated` (GPTQ and descent) or `nearest`. `cores`: `weighted` (the least activation error for their
-    shape), `whitened` (its start alone) or `svd` (on the weights alone, the published method).
+    shape), `whitened` (its start alone) or `svd` (on the weights alone, the published method). `norm`: cores that replace a
+    matrix are scaled to its Frobenius norm.
     """
 
     rounding: Literal["compensated", "nearest"] = "compensated"
     cores: Literal["weighted", "whitened", "svd"] = "weighted"
+    norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ def build_linear(
         return Built({f"{linear.name}.0.weight": raw}, matrix)
     try:
         if moment is not None:
-            matrix = target(matrix, moment.second, moment.cross, moment.drift)
+            group = next((term.group for term in linear.terms if isinstance(term, Quantized)), 1)
+            matrix = target(matrix, moment.second, moment.cross, moment.drift, group=group)
         return _fit(linear, matrix, None if moment is None else moment.second, method or Method())
     except ConfigError as error:
         raise ConfigError(f"{linear.name}: {error}") from None
@@ -100,7 +103,10 @@ def _fit(linear: LinearSpec, matrix: Matrix, moment: Matrix | None, method: Meth
                 integers = quantize(rest, term, moment, method, TURNS if number + 1 == rounds else 1)
                 fitted[index] = Built(dict(integer_tensors(prefix, integers)), integers.matrix())
             else:
-                fitted[index] = store_cores(prefix, term, fit_cores(rest, term, moment, method))
+                cores = fit_cores(rest, term, moment, method)
+                if method.norm and len(linear.terms) == 1:
+                    cores = with_norm(cores, rest)
+                fitted[index] = store_cores(prefix, term, cores)
         error = activation_error(matrix - sum(part.matrix for part in fitted), moment)
         if best is None or error < best[0]:
             best = error, list(fitted)
@@ -126,6 +132,15 @@ def fit_cores(matrix: Matrix, term: Mpo, moment: Matrix | None, method: Method) 
     if method.cores == "whitened":
         return whitened.fit(matrix, moment, out_dims, in_dims, chi)
     return als.fit(matrix, moment, out_dims, in_dims, chi)
+
+
+def with_norm(cores: Cores, matrix: Matrix) -> Cores:
+    """Cores scaled so that the operator has the Frobenius norm of the matrix, which truncation takes from."""
+    found = float(np.linalg.norm(contract(cores.cores)))
+    if not found:
+        return cores
+    first, *rest = cores.cores
+    return replace(cores, cores=(first * (float(np.linalg.norm(matrix)) / found), *rest))
 
 
 def integer_tensors(prefix: str, integers: Integers) -> Iterator[tuple[str, NDArray[Any]]]:

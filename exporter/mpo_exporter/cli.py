@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mpo_exporter import options as given
+from mpo_exporter.heal.cli import HealEpochs, HealMinutes, HealTokens
 from mpo_runtime.cli import console
 
 # Kept here so that --help need not import torch; a test compares it with the calibration's own default.
 CALIBRATION_WINDOWS = 96
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=True)
-
-
-class Plan(StrEnum):
-    """The named plans."""
-
-    AUTO = "auto"
-    PAPER = "paper"
-    INT4 = "int4"
-    DENSE = "dense"
 
 
 def show_version(wanted: bool) -> None:
@@ -35,93 +26,79 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-TargetSize = Annotated[
-    str | None,
-    typer.Option(help="The most bytes of the whole file, such as 2.1GB: every layer gets the bits that it needs."),
-]
-TargetBits = Annotated[
-    float | None, typer.Option(help="The same in bits of the whole file per weight of the dense model.")
-]
-Calib = Annotated[
-    Path | None,
-    typer.Option("--calib", help="Calibration text, .jsonl or .txt.", show_default="a built-in one for auto"),
-]
-
-
 @app.command(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="mpo-export heal FILE --teacher MODEL retrains a file briefly. "
+    "mpo-export profile MODEL tells how much each layer matters. "
     "mpo-export report FILE --teacher MODEL --out DIR reports on a file. "
     "Add --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.",
 )
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="demo (embedded), granite, granite-2b, a Hugging Face folder, or a hub id owner/name.",
-            show_default=False,
-        ),
-    ],
-    chi: Annotated[int, typer.Option(help="The largest bond dimension of the cores.")] = 32,
-    cores: Annotated[int, typer.Option(help="Cores of each operator.")] = 2,
-    plan: Annotated[
-        Plan,
-        typer.Option(
-            help="auto: int4 corrected by int8 cores, fitted to calibration text; paper: fp16 cores replace most matrices, "
-            "int4 the rest; int4: no cores (these two use calibration text only with --calib); dense: bf16 as it is."
-        ),
-    ] = Plan.AUTO,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.mpo")
-    ] = None,
-    target_size: TargetSize = None,
-    target_bpw: TargetBits = None,
-    calib: Calib = None,
-    calib_windows: Annotated[
-        int, typer.Option(help="Windows of 256 tokens to calibrate on, the more the better; 0 uses no text.")
-    ] = CALIBRATION_WINDOWS,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite an existing file.")] = False,
-    text: Annotated[
-        Path | None,
-        typer.Option("--eval-text", help="Held-out text to measure on.", show_default="a small built-in one"),
-    ] = None,
-    measure_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens to measure on; 0 measures nothing.", show_default="as many as take about a minute"),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for report.html and report.json, which show and explain every decision.", show_default=False
-        ),
-    ] = None,
-    certify_chi: Annotated[
-        list[int] | None,
-        typer.Option(help="Measure the file's prefix at this χ too; may be repeated.", show_default=False),
-    ] = None,
-    device: Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")] = None,
+    model: given.Model,
+    chi: given.Chi = 32,
+    cores: given.CoreCount = 2,
+    plan: given.PlanName = "auto",
+    out: given.Out = None,
+    target_size: given.TargetSize = None,
+    target_bpw: given.TargetBits = None,
+    target_ratio: given.TargetRatio = None,
+    max_kl: given.MostKl = None,
+    for_speed: given.ForSpeed = False,
+    layers: given.Layers = None,
+    top_k: given.TopK = None,
+    compression_ratio: given.Ratio = None,
+    sensitivity: given.Sensitivity = "fast",
+    rank: given.Rank = 128,
+    quant_bits: given.QuantBits = 8,
+    norm_correction: given.Norm = True,
+    min_dim: given.LeastSide = 64,
+    dry_run: given.DryRun = False,
+    save_plan: given.SavePlan = None,
+    calib: given.Calib = None,
+    calib_windows: given.Windows = CALIBRATION_WINDOWS,
+    force: given.Force = False,
+    text: given.EvalText = None,
+    measure_tokens: given.MeasureTokens = None,
+    report: given.ReportFolder = None,
+    certify_chi: given.Certify = None,
+    heal: given.Heal = False,
+    heal_tokens: HealTokens = None,
+    heal_epochs: HealEpochs = None,
+    heal_minutes: HealMinutes = None,
+    heal_text: given.HealText = None,
+    device: given.Device = "cpu",
+    threads: given.Threads = None,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Compress a decoder model into one .mpo file and report what that cost."""
     from mpo_exporter.command import run_export
+    from mpo_exporter.heal.exported import heal_settings
+    from mpo_exporter.plans.asked import Asked
 
+    asked = Asked(target_size, target_bpw, target_ratio, max_kl, for_speed, layers, top_k, compression_ratio,
+                  sensitivity, rank, quant_bits, norm_correction, min_dim, dry_run, save_plan)  # fmt: skip
     run_export(
-        model, plan.value, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads,
-        calib=calib, calib_windows=calib_windows, target_size=target_size, target_bpw=target_bpw,
-        report=report,
+        model, plan, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads,
+        calib=calib, calib_windows=calib_windows, asked=asked, report=report,
+        heal=heal_settings(heal, heal_tokens, heal_epochs, heal_minutes), heal_text=heal_text,
     )  # fmt: skip
 
 
 def main() -> None:
-    """The entry point of mpo-export; `heal` and `report` are programs of their own (a folder of that name is ./heal)."""
+    """The entry point of mpo-export; `heal`, `profile` and `report` are programs of their own (a folder: ./heal)."""
     if sys.argv[1:2] == ["heal"]:
         from mpo_exporter.heal import cli
 
         sys.argv = [sys.argv[0], *sys.argv[2:]]
         cli.main()
+        return
+    if sys.argv[1:2] == ["profile"]:
+        from mpo_exporter.profile import cli as profile_cli
+
+        sys.argv = [sys.argv[0], *sys.argv[2:]]
+        profile_cli.main()
         return
     if sys.argv[1:2] == ["report"]:
         from mpo_exporter.report import cli as report_cli

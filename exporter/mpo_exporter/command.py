@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT, calibration_text
-from mpo_exporter.export import Result, export
+from mpo_exporter.export import Result, export, planned_spec, planner_for
+from mpo_exporter.heal.exported import check_healing, heal_exported
+from mpo_exporter.heal.settings import Settings
 from mpo_exporter.plan import Options
+from mpo_exporter.plans.asked import Asked
+from mpo_exporter.plans.file import write_plan
+from mpo_exporter.plans.predict import predict
+from mpo_exporter.plans.show import print_plan
+from mpo_exporter.report.exported import print_report
 from mpo_exporter.report.folder import prepare
 from mpo_exporter.report.gather import Job
 from mpo_exporter.report.make import make_report
 from mpo_exporter.report.record import Recorder
-from mpo_exporter.report.terminal import print_report
-from mpo_exporter.sources import find_source
+from mpo_exporter.sources import Source, find_source
 from mpo_formats import ConfigError, OutputError
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.cli import console
@@ -23,7 +29,9 @@ from mpo_runtime.model import check_device, read_text_files, set_threads
 from mpo_runtime.texts import BUILT_IN_TEXT, TokenText, read_tokens
 
 # Plans that are fitted to the built-in calibration text where the user names none.
-CALIBRATED_PLANS = ("auto",)
+CALIBRATED_PLANS = ("auto", "corrected")
+# Exports that --max-kl may take: what one measured corrects the next one's plan.
+MOST_EXPORTS = 3
 # Multiply-adds and tokens that measuring may take if the user says nothing: at most a minute on two slow cores.
 MEASURE_BUDGET = 2e11
 MOST_TOKENS = 20_000
@@ -45,12 +53,14 @@ def run_export(
     *,
     calib: Path | None = None,
     calib_windows: int = COUNT,
-    target_size: str | None = None,
-    target_bpw: float | None = None,
+    asked: Asked | None = None,
+    heal: Settings | None = None,
+    heal_text: Path | None = None,
     report: Path | None = None,
-) -> Result:
-    """Exports a model and prints the report; `report` is a folder for the whole of it."""
-    options = Options(plan, chi, cores)
+) -> Result | None:
+    """Exports a model, heals the file where `heal` is given, and prints the report; a plan alone with --dry-run."""
+    asked = asked or Asked()
+    options = asked.options(plan, chi, cores)
     check_device(device)
     if measure_tokens is not None and measure_tokens < 0:
         raise ConfigError(f"--measure-tokens {measure_tokens}: expected 0 or more")
@@ -62,70 +72,115 @@ def run_export(
             raise ConfigError(f"--certify-chi {prefix}: expected 1 to {chi - 1}, below --chi")
     source = find_source(model)
     target = out or Path(f"{source.name}.mpo")
-    if not force and os.path.lexists(target) and not target.is_dir():
+    if not force and not asked.dry_run and os.path.lexists(target) and not target.is_dir():
         # The writer asks too (and names a folder as one), but only after the whole source was read.
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
-    earlier = None if report is None else prepare(report, force)
-    options = replace(options, target_bytes=target_bytes(source.folder, target_size, target_bpw))
+    earlier = None if report is None or asked.dry_run else prepare(report, force)
+    if heal:
+        check_healing(source.folder, heal, heal_text)
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
-    calibration, told = calibration_for(source.folder, plan, calib, calib_windows)
-    wanted = f"χ ≤ {chi}" if options.target_bytes is None else f"at most {options.target_bytes:,} bytes"
-    print(f"exporting {source.name} to {target} (plan {plan}, {wanted}); {told}", flush=True)
-    with console.progress("export") as update:
-        recorder = Recorder(update)
-        result = export(
-            source.folder,
-            target,
-            options,
-            force=force,
-            revision=source.revision,
-            text=held_out,
-            prefixes=prefixes,
-            device=device,
-            progress=recorder.progress,
-            watch=recorder.watch if report else None,
-            calibration=calibration,
-            windows=calib_windows,
-        )
-    if report is None:
-        print_report(result, held_out, reason)
-    else:
-        make_report(
-            Job(
-                file=target, teacher=source.folder, name=source.name, folder=report, text=held_out, why_no_text=reason,
-                calibration=calibration, fit_windows=calib_windows, device=device, threads=threads,
-                comparison=result.comparison, surveyed=result.surveyed, compression=recorder.compression(),
-                earlier=earlier,
+    calibration, told = calibration_for(source.folder, options, plan, calib, calib_windows)
+    options = for_model(asked, plan, options, source, calibration)
+    if asked.dry_run or asked.save_plan:
+        show_plan(asked, options, source, calibration, calib_windows, 0 if held_out is None else held_out.ids.size)
+    if asked.dry_run:
+        return None
+    print(f"exporting {source.name} to {target} (plan {plan}, {wanted(options)}); {told}", flush=True)
+    for number in range(MOST_EXPORTS):
+        with console.progress("export") as update:
+            recorder = Recorder(update)
+            result = export(
+                source.folder,
+                target,
+                options,
+                force=force or number > 0,
+                revision=source.revision,
+                text=held_out,
+                prefixes=prefixes,
+                device=device,
+                progress=recorder.progress,
+                watch=recorder.watch if report else None,
+                calibration=calibration,
+                windows=calib_windows,
+                tell=tell,
             )
-        )  # fmt: skip
+        if not misses(result, options, number + 1 < MOST_EXPORTS):
+            break
+    healed = heal_exported(target, source.folder, heal, heal_text, held_out, device) if heal else None
+    if report is None:
+        print_report(result, held_out, reason, healed)
+        return result
+    last = healed.comparison if healed else result.comparison
+    make_report(
+        Job(
+            file=target, teacher=source.folder, name=source.name, folder=report, text=held_out, why_no_text=reason,
+            calibration=calibration, fit_windows=calib_windows, device=device, threads=threads,
+            comparison=last, surveyed=result.surveyed, compression=recorder.compression(),
+            earlier=earlier,
+        )
+    )  # fmt: skip
     return result
 
 
-def target_bytes(folder: Path, size: str | None, bits: float | None) -> int | None:
-    """The bytes that `--target-size` (2.1GB, 900 MB, 1200000) or `--target-bpw` ask for, None where neither is given.
+def tell(message: str) -> None:
+    """Prints what was found, stale or made among the kept measurements."""
+    print(message, flush=True)
 
-    Raises:
-        ConfigError: for both at once, or what cannot be read.
+
+def for_model(asked: Asked, plan: str, options: Options, source: Source, calibration: TokenText | None) -> Options:
+    """The options with what only the model tells: the target in bytes, the layers of a plan file."""
+    checkpoint = Checkpoint(source.folder)
+    try:
+        return asked.resolved(plan, options, checkpoint.spec, calibration is not None)
+    finally:
+        checkpoint.close()
+
+
+def wanted(options: Options) -> str:
+    """What was asked for, in words."""
+    if options.max_kl is not None:
+        return f"KL of at most {options.max_kl:g}, χ ≤ {options.chi}"
+    if options.plan == "k-proj":
+        return f"rank ≤ {options.keys.rank}"
+    return f"χ ≤ {options.chi}" + ("" if options.target_bytes is None else f", at most {options.target_bytes:,} bytes")
+
+
+def misses(result: Result, options: Options, again: bool) -> bool:
+    """Whether a measured KL is above what was asked for; says so."""
+    if options.max_kl is None or result.comparison is None or result.comparison.kl_mean <= options.max_kl:
+        return False
+    follows = "planning again with what was learned" if again else "give a smaller one, or more --calib-windows"
+    print(f"measured a KL of {result.comparison.kl_mean:.4g}, above --max-kl {options.max_kl:g}; {follows}", flush=True)
+    return True
+
+
+def show_plan(
+    asked: Asked, options: Options, source: Source, calibration: TokenText | None, windows: int, tokens: int
+) -> None:
+    """Makes the plan, saves it where that was asked for, and prints it with its predictions for a dry run."""
+    checkpoint = Checkpoint(source.folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mpo-plan-") as work, console.progress("plan") as update:
+            planner = planner_for(checkpoint, calibration, windows, Path(work), None, update, tell)
+            spec = planned_spec(planner, options, source.revision)
+            if asked.save_plan:
+                write_plan(asked.save_plan, spec.linears)
+            prediction = predict(planner, spec, tokens) if asked.dry_run else None
+        if prediction:
+            print_plan(spec, prediction, planner.surveyed)
+    finally:
+        checkpoint.close()
+
+
+def calibration_for(
+    folder: Path, options: Options, plan: str, calib: Path | None, windows: int
+) -> tuple[TokenText | None, str]:
+    """The text to calibrate on, or None, and what to tell about it.
+
+    `auto`, `corrected` and plan files always calibrate, and what chooses layers by sensitivity; other plans when asked to.
     """
-    if size is not None and bits is not None:
-        raise ConfigError("--target-size and --target-bpw: give one of them")
-    if bits is not None:
-        if not bits > 0:
-            raise ConfigError(f"--target-bpw {bits:g}: expected more than 0 bits per weight")
-        source = Checkpoint(folder)
-        source.close()
-        return int(bits * source.architecture.parameters() / 8)
-    if size is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", size.strip(), re.IGNORECASE)
-    if not found:
-        raise ConfigError(f"--target-size {size}: expected bytes such as 2.1GB, 900MB or 1200000")
-    return int(float(found[1]) * {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[(found[2] or "B").upper()])
-
-
-def calibration_for(folder: Path, plan: str, calib: Path | None, windows: int) -> tuple[TokenText | None, str]:
-    """The text to calibrate on, or None, and what to tell about it: `auto` always calibrates, other plans when asked to."""
-    if windows == 0 or plan == "dense" or (calib is None and plan not in CALIBRATED_PLANS):
+    unasked = plan not in CALIBRATED_PLANS and not plan.startswith("file:") and not options.chooses
+    if windows == 0 or plan == "dense" or (calib is None and unasked):
         return None, "fitted to the weights alone, without calibration text"
     source = Checkpoint(folder)
     tokenizer, template = read_text_files(source)

@@ -6,17 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpo_exporter.assemble import Assembly, Watch
-from mpo_exporter.budget import allocated_layers
 from mpo_exporter.build import Method
+from mpo_exporter.cache import Tell, untold
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import COUNT, cut_calibration
-from mpo_exporter.plan import Options, plan_layers
+from mpo_exporter.plan import Options
+from mpo_exporter.plans.make import Planner
+from mpo_exporter.plans.predict import remember, within_kl
 from mpo_exporter.progress import Progress, silent
-from mpo_exporter.survey import Survey, survey
+from mpo_exporter.survey import Survey
 from mpo_formats import (
     Certificate,
     Certificates,
-    ConfigError,
     LinearSpec,
     ModelSpec,
     MpoFile,
@@ -68,6 +69,7 @@ def export(
     layers: tuple[LinearSpec, ...] | None = None,
     method: Method | None = None,
     surveyed: Survey | None = None,
+    tell: Tell = untold,
     watch: Watch | None = None,
 ) -> Result:
     """Exports the Hugging Face folder `folder` to the file `target`.
@@ -80,7 +82,8 @@ def export(
         calibration: text whose activations in at most `windows` windows the layers are fitted to; None: the weights alone.
         layers: terms of every layer, in the place of the plan's.
         method: how terms are fitted to the activations.
-        surveyed: a survey of this source, in the place of a new one where `options` has a target.
+        surveyed: a survey of this source, in the place of the kept or a new one where the plan needs one.
+        tell: called with a sentence on what measurements were found, stale or made.
         watch: told of every layer's fit.
 
     Raises:
@@ -89,14 +92,8 @@ def export(
     source = Checkpoint(folder)
     try:
         require_folder(target)
-        walk = None
-        if calibration is not None:
-            ids = cut_calibration(calibration, source.architecture, count=windows)
-            walk = Calibration(source, ids, target.parent)
-        spec = compressed_spec(source, options, revision, calibration, layers)
-        if options.target_bytes is not None and layers is None:
-            surveyed = surveyed or survey_for_target(source, walk, progress)
-            spec = replace(spec, linears=allocated_layers(spec, surveyed.candidates, options.target_bytes))
+        planner = planner_for(source, calibration, windows, target.parent, surveyed, progress, tell)
+        spec = planned_spec(planner, options, revision, layers)
         comparison: list[Comparison] = []
 
         def measure(path: Path) -> Certificates:
@@ -109,10 +106,13 @@ def export(
             return Certificates(tuple(Certificate(chi, quality(result, text)) for chi, result in measured))
 
         with MpoWriter(target, spec, force=force) as writer:
-            table = surveyed.table if surveyed else None
-            Assembly(writer, source, method or Method(), progress, table, watch).run(walk)
+            table = planner.surveyed.table if planner.surveyed else None
+            Assembly(writer, source, method or method_of(options), progress, table, watch).run(planner.walk)
             writer.commit(measure)
-        return replace(result_of(target, spec, source.spec, comparison[0] if comparison else None), surveyed=surveyed)
+        if comparison:
+            remember(planner, spec, comparison[0].kl_mean)
+        result = result_of(target, spec, source.spec, comparison[0] if comparison else None)
+        return replace(result, surveyed=planner.surveyed)
     finally:
         source.close()
 
@@ -124,11 +124,37 @@ def result_of(path: Path, spec: ModelSpec, source: ModelSpec, comparison: Compar
     return Result(path, spec, source, path.stat().st_size, dense, cores, comparison)
 
 
-def survey_for_target(source: Checkpoint, walk: Calibration | None, progress: Progress) -> Survey:
-    """Measures what the layers could be stored as; raises ConfigError where there is no text to measure on."""
-    if walk is None:
-        raise ConfigError("target: a plan for a target size is made on calibration text; give one with --calib")
-    return survey(source, walk, progress=progress)
+def planner_for(
+    source: Checkpoint,
+    calibration: TokenText | None,
+    windows: int,
+    folder: Path,
+    surveyed: Survey | None = None,
+    progress: Progress = silent,
+    tell: Tell = untold,
+) -> Planner:
+    """What plans of a source are made from; activations are spilled to `folder`."""
+    walk = None
+    if calibration is not None:
+        walk = Calibration(source, cut_calibration(calibration, source.architecture, count=windows), folder)
+    return Planner(source, calibration, walk, progress, tell, surveyed)
+
+
+def planned_spec(
+    planner: Planner,
+    options: Options,
+    revision: str | None,
+    layers: tuple[LinearSpec, ...] | None = None,
+) -> ModelSpec:
+    """The spec of the file to write, complete before anything is fitted; `layers` take the place of the plan's."""
+    spec = file_spec(planner.source, options, revision, planner.text)
+    planned = planner.layers(spec, within_kl(planner, options)) if layers is None else layers
+    return replace(spec, linears=planned)
+
+
+def method_of(options: Options) -> Method:
+    """How a plan's terms are fitted: key projections may keep their matrix's norm."""
+    return Method(norm=options.plan == "k-proj" and options.keys.norm)
 
 
 def require_folder(target: Path) -> None:
@@ -137,16 +163,11 @@ def require_folder(target: Path) -> None:
         raise OutputError(f"{target}: cannot write (No such file or directory); give another folder with --out")
 
 
-def compressed_spec(
-    source: Checkpoint, options: Options, revision: str | None, calibration: TokenText | None,
-    layers: tuple[LinearSpec, ...] | None,
-) -> ModelSpec:  # fmt: skip
-    """The spec of the file to write: the plan's layers, the source's vectors, files and provenance."""
+def file_spec(source: Checkpoint, options: Options, revision: str | None, calibration: TokenText | None) -> ModelSpec:
+    """The spec of the file to write, its layers still the source's: vectors, files and provenance."""
     from mpo_runtime import __version__
 
-    chosen = {"plan": options.plan, "chi": str(options.chi), "cores": str(options.cores)}
-    if options.target_bytes is not None:
-        chosen["target_bytes"] = str(options.target_bytes)
+    chosen = options.recorded()
     if calibration is not None:
         chosen["calibration"] = calibration.name
     provenance = Provenance(
@@ -157,9 +178,7 @@ def compressed_spec(
         options=chosen,
         calibration_sha256=None if calibration is None else calibration.sha256,
     )
-    spec = source.spec
-    planned = plan_layers(spec, options) if layers is None else layers
-    return ModelSpec(spec.architecture, planned, spec.vectors, spec.files, provenance)
+    return replace(source.spec, provenance=provenance)
 
 
 def measure_file(

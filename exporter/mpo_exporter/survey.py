@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mpo_exporter.allocate import Candidate
 from mpo_exporter.build import widen
 from mpo_exporter.calibrate.fisher import LOOKUP, output_fisher
 from mpo_exporter.calibrate.moments import Calibration
-from mpo_exporter.fit.shapes import low_rank_shape
+from mpo_exporter.fit.common import cholesky_root, unfold
+from mpo_exporter.fit.search import EXACT_SIZE, whiten
+from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
 from mpo_exporter.plan import operator
 from mpo_exporter.progress import Progress, silent
 from mpo_exporter.quantize.gptq import Grid, expected_residuals
-from mpo_formats import ConfigError, Dense, LinearSpec, Quantized
-from mpo_formats.architecture import EMBEDDING
+from mpo_formats import ConfigError, Dense, LinearSpec, Quantized, Term
+from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.layout import linear_tensors
 from mpo_runtime.weights import Weights
 
@@ -31,6 +34,11 @@ GRIDS = (
     *(Grid(bits, group) for bits in (5, 6) for group in (64, 128)),
     Grid(8, 128),
 )
+# For rows that no larger group divides.
+NARROW = tuple(Grid(bits, 16) for bits in (2, 3, 4, 5, 6, 8))
+# Cores are tried beside these, in int8 and with these bonds: one decomposition gives all of them, so any χ can be planned.
+CORED = (*(Grid(bits, 64) for bits in (2, 3)), Grid(4, 32), Grid(4, 128))
+LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # What descent after the compensated rounding leaves of the expected error, by bits (measured on the embedded model).
 DESCENT = {2: 0.85, 3: 0.9}
 FINER = 0.91
@@ -53,6 +61,10 @@ class Sensitivity:
         """The expected loss of rounding errors r [O, I] whose R H Rᵀ is Σ_j weight_j r_j² in each row."""
         return float(self.rows @ (np.square(residual) @ weight)) / 2
 
+    def total(self, matrix: Matrix) -> float:
+        """The expected loss of leaving a matrix [O, I] out."""
+        return float(self.rows @ ((matrix @ self.hessian) * matrix).sum(1)) / 2
+
 
 def table_sensitivity(
     frequency: Vector, lookup: Vector, moment: Matrix | None = None, fisher: Vector | None = None
@@ -72,11 +84,23 @@ def table_sensitivity(
 
 
 @dataclass(frozen=True, slots=True)
+class Alone:
+    """The expected losses of cores in the place of a matrix, for each χ of the ladder: (O,1)×(1,I), and balanced factors."""
+
+    low_rank: tuple[tuple[int, float], ...]
+    balanced: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
-    """Every layer's candidates, in the order of the file, and the second moment to round the embedding's rows with."""
+    """Every layer's candidates, in the order of the file, and the second moment to round the embedding's rows with.
+
+    `alone` is there for the attention and MLP matrices.
+    """
 
     candidates: dict[str, list[Candidate]]
     table: Matrix
+    alone: dict[str, Alone] = field(default_factory=dict)
 
 
 def survey(
@@ -84,7 +108,7 @@ def survey(
     calibration: Calibration,
     *,
     grids: Sequence[Grid] = GRIDS,
-    chis: Sequence[int] = (),
+    chis: Sequence[int] = LADDER,
     fisher_windows: int = FISHER_WINDOWS,
     progress: Progress = silent,
 ) -> Survey:
@@ -93,25 +117,30 @@ def survey(
     Rows of a width that no group divides stay in bf16.
 
     Args:
-        chis: bond dimensions of int8 cores beside the integers, each one more candidate; none by default.
+        chis: bond dimensions of cores, beside the integers and alone.
 
     Raises:
         ConfigError: naming the layer whose values are not finite.
     """
     found: dict[str, list[Candidate]] = {}
+    cores: dict[str, Alone] = {}
     table = None
     for name, sensitivity in sensitivities(source, calibration, fisher_windows, progress):
         matrix = dense_matrix(source, name)
         try:
             found[name] = candidates(source.spec.linear(name), matrix, sensitivity, grids, chis)
+            if name not in (EMBEDDING, HEAD):
+                cores[name] = alone(matrix, sensitivity, chis)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
         if name == EMBEDDING:
-            table = sensitivity.hessian
+            # Single precision, as it is kept in the cache: an export is the same with and without one.
+            table = sensitivity.hessian.astype(np.float32).astype(np.float64)
         progress("surveying", len(found), len(source.spec.linears))
     if table is None:
         raise ConfigError("survey: the embedding was not measured")
-    return Survey({linear.name: found[linear.name] for linear in source.spec.linears}, table)
+    names = [linear.name for linear in source.spec.linears]
+    return Survey({name: found[name] for name in names}, table, {name: cores[name] for name in names if name in cores})
 
 
 def sensitivities(
@@ -144,28 +173,68 @@ def candidates(
     matrix: Matrix,
     sensitivity: Sensitivity,
     grids: Sequence[Grid] = GRIDS,
-    chis: Sequence[int] = (),
+    chis: Sequence[int] = LADDER,
 ) -> list[Candidate]:
-    """The candidates of one layer with the loss that compensated rounding is expected to leave."""
+    """The candidates of one layer with the loss that compensated rounding is expected to leave; the last is lossless."""
+
+    def candidate(loss: float, *terms: Term) -> Candidate:
+        return Candidate(stored_bytes(replace(linear, terms=terms)), loss, terms)
+
+    if grids is GRIDS and linear.in_features % 32:
+        grids = NARROW
     fitting = [grid for grid in grids if linear.in_features % grid.group == 0]
+    lossless = candidate(0.0, *linear.terms)
     if not fitting:
-        dense = replace(linear, terms=(Dense("dense", "bf16"),))
-        return [Candidate(stored_bytes(dense), 0.0, dense.terms)]
+        narrow = candidate(0.0, Dense("dense", "bf16"))
+        return [narrow] if narrow.bytes >= lossless.bytes else [narrow, lossless]
     residuals, weight = expected_residuals(matrix, sensitivity.hessian, fitting)
     result = []
     for grid, residual in zip(fitting, residuals, strict=True):
         base = Quantized("quantized", grid.bits, grid.group, grid.zeros)
         share = DESCENT.get(grid.bits, FINER)
-        loss = share * sensitivity.loss(residual, weight)
-        result.append(Candidate(stored_bytes(replace(linear, terms=(base,))), loss, (base,)))
-        if chis and linear.name != EMBEDDING:
+        result.append(candidate(share * sensitivity.loss(residual, weight), base))
+        if chis and linear.name not in (EMBEDDING, HEAD) and grid in CORED:
             rows = np.sqrt(sensitivity.rows * share / 2)[:, None]
-            tail = np.square(np.linalg.svd(rows * residual * np.sqrt(weight), compute_uv=False))
-            for chi in chis:
-                terms = (base, operator(*low_rank_shape(*matrix.shape), chi, "int8"))
-                size = stored_bytes(replace(linear, terms=terms))
-                result.append(Candidate(size, float(tail[chi:].sum()), terms))
-    return result
+            for chi, loss in tails(rows * residual * np.sqrt(weight), chis):
+                result.append(candidate(loss, base, operator(*low_rank_shape(*matrix.shape), chi, "int8")))
+    return [*result, lossless]
+
+
+def alone(matrix: Matrix, sensitivity: Sensitivity, chis: Sequence[int] = LADDER) -> Alone:
+    """What cores in the place of a matrix are expected to cost: the squares that a truncation of the whitened one drops.
+
+    For balanced factors the moment's partial traces stand in for it, and the sum is scaled to the moment's own.
+    """
+    rows = np.sqrt(sensitivity.rows / 2)[:, None]
+    low_rank = tails(rows * (matrix @ cholesky_root(sensitivity.hessian)), chis)
+    out_dims, in_dims = balanced_shape(matrix.shape[0], matrix.shape[1], 2)
+    turned = unfold(whiten(rows * matrix, sensitivity.hessian, (in_dims[0], in_dims[1])), out_dims, in_dims)
+    folded = turned.reshape(out_dims[0] * in_dims[0], -1)
+    whole, sketched = sensitivity.total(matrix), max(float(np.vdot(folded, folded)), 1e-300)
+    balanced = tuple((chi, loss * whole / sketched) for chi, loss in tails(folded, chis))
+    return Alone(low_rank, balanced)
+
+
+def tails(matrix: Matrix, chis: Sequence[int]) -> tuple[tuple[int, float], ...]:
+    """(χ, sum of the squared singular values past the first χ) for each χ below the full rank.
+
+    Of matrices with both sides above 1,024 the leading values are those of a sketch of the subspace.
+    """
+    smallest = min(matrix.shape)
+    ranks = [chi for chi in chis if chi < smallest]
+    if not ranks:
+        return ()
+    wide = torch.from_numpy(np.ascontiguousarray(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)).float()
+    total = float(wide.square().sum(dtype=torch.float64))
+    if smallest <= EXACT_SIZE:
+        squares = torch.linalg.eigvalsh(wide @ wide.T).flip(0)
+    else:
+        start = torch.randn(wide.shape[1], min(ranks[-1] + 16, smallest), generator=torch.Generator().manual_seed(0))
+        basis = torch.linalg.qr(wide @ start).Q
+        basis = torch.linalg.qr(wide @ (wide.T @ basis)).Q
+        squares = torch.linalg.svdvals(basis.T @ wide).square()
+    kept = squares.double().clamp(min=0).cumsum(0)
+    return tuple((chi, max(total - float(kept[chi - 1]), 0.0)) for chi in ranks)
 
 
 def stored_bytes(linear: LinearSpec) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_exporter.fit.shapes import parameters
-from mpo_exporter.plan import CORE_SHARE, EMBEDDING_BITS, PLANS, Options, plan_layers
+from mpo_exporter.plan import CORE_SHARE, EMBEDDING_BITS, PLANS, KeyOptions, Options, plan_layers
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
 from tests.formats import tiny
@@ -117,17 +117,115 @@ def test_auto_uses_the_room_that_it_has() -> None:
 
 def test_a_tied_model_has_no_head() -> None:
     for plan in PLANS:
-        assert HEAD not in planned(dense_model(tied=True), plan=plan)
-        assert HEAD in planned(dense_model(tied=False), plan=plan)
+        keys = KeyOptions(min_dim=16)
+        assert HEAD not in planned(dense_model(tied=True), plan=plan, keys=keys)
+        assert HEAD in planned(dense_model(tied=False), plan=plan, keys=keys)
+
+
+def key_ranks(layers: dict[str, LinearSpec]) -> list[int]:
+    return [
+        term.bonds[0]
+        for name, layer in layers.items()
+        for term in layer.terms
+        if isinstance(term, Mpo) and name.endswith("k_proj")
+    ]
+
+
+def test_k_proj_replaces_key_projections_alone_and_spares_boundary_blocks() -> None:
+    source = dense_model(hidden=256, inner=512, blocks=4)
+    layers = planned(source, plan="k-proj", keys=KeyOptions(rank=24))
+    rows, columns = layers["model.layers.0.self_attn.k_proj"].out_features, 256
+    assert key_ranks(layers) == [36, 24, 24, 36]
+    for name, layer in layers.items():
+        if name.endswith("k_proj"):
+            [term] = layer.terms
+            assert isinstance(term, Mpo) and term.dtype == "int8" and term.out_dims == (rows, 1)
+            assert parameters(term.out_dims, term.in_dims, term.bonds) < rows * columns
+        else:
+            assert layer.terms == (BF16,)
+
+
+@given(hidden=st.sampled_from([64, 128, 256]), rank=st.integers(1, 400), bits=st.sampled_from([4, 8, 16]))
+def test_factors_of_key_projections_always_save(hidden: int, rank: int, bits: int) -> None:
+    layers = planned(dense_model(hidden=hidden, blocks=3), plan="k-proj", keys=KeyOptions(rank, bits, min_dim=16))
+    for ranks, layer in zip(key_ranks(layers), [one for name, one in layers.items() if "k_proj" in name], strict=True):
+        assert ranks >= 1 and ranks * (layer.out_features + layer.in_features) < layer.out_features * layer.in_features
+        assert layer.terms[0].dtype == {4: "int4", 8: "int8", 16: "f16"}[bits]
+
+
+def test_k_proj_without_a_matrix_to_replace_is_refused() -> None:
+    with pytest.raises(
+        PlanError, match="no key projection .* of at least --min-dim 65 .the largest smaller side is 32"
+    ):
+        planned(dense_model(), plan="k-proj", keys=KeyOptions(min_dim=65))
+    with pytest.raises(PlanError, match="the largest smaller side is 0"):
+        planned(dense_model(), plan="k-proj", pattern="q_proj", keys=KeyOptions(min_dim=1))
+
+
+@pytest.mark.parametrize("plan", ["int4", "corrected", "auto"])
+def test_a_pattern_leaves_other_layers_as_they_are(plan: str) -> None:
+    layers = planned(dense_model(blocks=3), plan=plan, pattern=r"layers\.1\..*(up|down)_proj$")
+    changed = {name for name, layer in layers.items() if layer.terms != (BF16,)}
+    assert changed == {"model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"}
+
+
+def test_a_pattern_takes_the_place_of_what_paper_spares() -> None:
+    layers = planned(dense_model(), plan="paper", chi=3, pattern="layers.0.*q_proj|embed")
+    cores = {name for name, layer in layers.items() if isinstance(layer.terms[0], Mpo)}
+    assert cores == {"model.layers.0.self_attn.q_proj"}
+    assert layers["model.layers.5.mlp.up_proj"].terms == (INT4,)
+
+
+def test_pinned_layers_keep_their_terms_in_every_plan() -> None:
+    terms = (Quantized("quantized", 2, 64, True),)
+    for plan in PLANS:
+        layers = planned(dense_model(), plan=plan, keys=KeyOptions(min_dim=16), pinned=((EMBEDDING, terms),))
+        assert layers[EMBEDDING].terms == terms
+    with pytest.raises(PlanError, match="mine: other is no layer of this model"):
+        planned(dense_model(), plan="int4", file="mine", pinned=(("other", terms),))
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"plan": "best"}, "--plan best: expected one of auto, paper, int4, dense"),
+    ({"plan": "best"}, "--plan best: expected one of auto, paper, k-proj, corrected, int4, dense, or file:PLAN.json"),
     ({"chi": 0}, "--chi 0: the bond dimension must be at least 1"),
     ({"chi": -1}, "--chi -1: the bond dimension must be at least 1"),
     ({"cores": 1}, "--cores 1: expected 2 to 8"),
     ({"cores": 9}, "--cores 9: expected 2 to 8"),
+    ({"plan": "int4", "max_kl": 0.1}, "--max-kl 0.1: expected more than 0 nats a token, and the plan auto"),
+    ({"max_kl": -1.0}, "--max-kl -1: expected more than 0"),
+    ({"max_kl": 0.1, "target_bytes": 5}, "--max-kl and a target in bytes: give one of them"),
+    ({"plan": "paper", "for_speed": True}, "--for-speed: expected the plan auto, found paper"),
+    ({"sensitivity": "exact"}, "--sensitivity exact: expected one of fast, full"),
+    ({"pattern": "("}, r"--layers \(: not a regular expression"),
+    ({"top_k": 3}, "expected the plan paper, k-proj, corrected, int4, found auto"),
+    ({"plan": "paper", "top_k": 0}, "--top-k 0: expected at least 1"),
+    ({"plan": "paper", "share": 1.5}, "--compression-ratio 1.5: expected more than 0 and at most 1"),
+    ({"plan": "paper", "share": 0.5, "top_k": 1}, "--top-k and --compression-ratio: give one of them"),
 ])  # fmt: skip
-def test_options_that_cannot_be_honoured(options: dict[str, object], words: str) -> None:
+def test_options_that_cannot_be_honoured_are_named(options: dict[str, object], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         Options(**options)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"rank": 0}, "--rank 0"), ({"bits": 5}, "--quant-bits 5: expected one of 4, 8, 16"), ({"min_dim": 0}, "--min-dim 0"),
+])  # fmt: skip
+def test_key_options_that_cannot_be_honoured(options: dict[str, object], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        KeyOptions(**options)
+
+
+def test_a_pattern_that_matches_nothing_names_an_example() -> None:
+    with pytest.raises(
+        PlanError, match="--layers nothing: matches no layer of this model, whose names are like model."
+    ):
+        planned(dense_model(), plan="int4", pattern="nothing")
+
+
+def test_only_what_was_given_is_recorded() -> None:
+    assert Options("auto", chi=4).recorded() == {"plan": "auto", "chi": "4", "cores": "2"}
+    found = Options("auto", max_kl=0.05, for_speed=True, pattern="mlp").recorded()
+    assert found == {
+        "plan": "auto", "chi": "32", "cores": "2", "max_kl": "0.05", "for_speed": "True", "pattern": "mlp",
+    }  # fmt: skip
+    assert Options("k-proj", keys=KeyOptions(rank=7)).recorded()["keys.rank"] == "7"

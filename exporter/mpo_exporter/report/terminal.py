@@ -9,12 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mpo_exporter.export import Result
 from mpo_exporter.report.facts import Measured, Memory, Report, Sizes, Speed, Texts, WithoutCores
 from mpo_exporter.report.folder import JSON, PAGE
-from mpo_exporter.report.subject import measured, sizes_of
 from mpo_runtime.cli.console import size_text
-from mpo_runtime.texts import TokenText
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +26,6 @@ class Rows:
     memory: Memory | None = None
     texts: Texts | None = None
     plain: WithoutCores | None = None
-
-
-def print_report(result: Result, text: TokenText | None, reason: str) -> None:
-    """Prints sizes and quality before and after.
-
-    Args:
-        text: what was measured on, None where nothing was.
-        reason: why nothing was measured.
-    """
-    quality = measured(result.comparison, text) if result.comparison and text else None
-    sizes = sizes_of(result.spec, result.source, result.file_bytes)
-    console = Console()
-    console.print(table(Rows(sizes, quality, result.core_layers, len(result.spec.linears))))
-    say(console, measured_on(quality, reason))
-    say(console, f"wrote {result.path}; talk to it: mpo-run chat {result.path}")
 
 
 def print_whole(report: Report, folder: Path) -> None:

@@ -1,0 +1,153 @@
+"""Measurements kept between runs: one file each, whole or not at all, and checked before it is believed.
+
+A file is a safetensors container: a header tensor (JSON: what was measured, and a digest of the rest), the content as JSON
+and any arrays. Its name tells model and text; its key tells everything else that the measurement depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from mpo_formats import FormatError
+from mpo_formats.codec import describe, parse_json
+
+HEADER, CONTENT = "mpo.header", "mpo.content"
+SUFFIX = ".measured"
+Tell = Callable[[str], None]
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def untold(message: str) -> None:
+    """Tells nobody."""
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: MPO_CACHE, else `cache` in MPO_HOME, else mpo-runtime in the user's cache folder.
+
+    The user's cache folder is XDG_CACHE_HOME, or ~/.cache where that is unset or relative.
+    """
+    if chosen := os.environ.get("MPO_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if home := os.environ.get("MPO_HOME"):
+        return Path(home).expanduser().absolute() / "cache"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "mpo-runtime"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a cache file holds: plain data and arrays by name."""
+
+    content: Any
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """The place of one measurement.
+
+    `name` and `parts` make the file's name: what is measured in words, and the digests of model and text. `key` is all that
+    the measurement depends on besides, as plain JSON data: a file with another key is stale.
+    """
+
+    kind: str
+    name: str
+    parts: tuple[str, ...]
+    key: dict[str, Any]
+
+    @property
+    def stem(self) -> str:
+        """The name's start that all measurements of this kind and name share."""
+        return f"{self.kind}-{re.sub(r'[^A-Za-z0-9._-]', '_', self.name)[:60]}-"
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return cache_folder() / f"{self.stem}{'-'.join(part[:16] for part in self.parts)}{SUFFIX}"
+
+    def read(self, tell: Tell = untold) -> Kept | None:
+        """What is kept, or None; tells why where something is there that cannot be used."""
+        try:
+            raw = self.path.read_bytes()
+        except FileNotFoundError:
+            if any(self.path.parent.glob(f"{self.stem}*{SUFFIX}")):
+                tell(f"{self.kind}: what is kept of {self.name} is of other weights or another text; measuring again")
+            return None
+        except OSError as error:
+            tell(f"{self.kind}: {self.path} cannot be read ({error.strerror}); measuring again")
+            return None
+        try:
+            header, kept = unpack(raw)
+        except (SafetensorError, FormatError, KeyError, TypeError, ValueError):
+            tell(f"{self.kind}: {self.path} is damaged; measuring again")
+            return None
+        if header != self.key:
+            tell(f"{self.kind}: {self.path} is stale ({difference(header, self.key)}); measuring again")
+            return None
+        return kept
+
+    def write(self, kept: Kept, tell: Tell = untold) -> None:
+        """Keeps a measurement; where that fails it is told, and nothing else is lost."""
+        path = self.path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=SUFFIX, delete=False) as file:
+                try:
+                    file.write(pack(self.key, kept))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(file.name, path)
+                except BaseException:
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            tell(f"{self.kind}: cannot be kept in {path.parent} ({error.strerror}); set MPO_CACHE to another folder")
+
+
+def pack(key: dict[str, Any], kept: Kept) -> bytes:
+    """The bytes of a cache file."""
+    content = json.dumps(kept.content, allow_nan=False).encode()
+    header = json.dumps({"key": key, "sha256": digest(key, content, kept.arrays)}).encode()
+    plain = {HEADER: np.frombuffer(header, np.uint8), CONTENT: np.frombuffer(content, np.uint8)}
+    return save({**plain, **{name: np.ascontiguousarray(array) for name, array in kept.arrays.items()}})
+
+
+def unpack(raw: bytes) -> tuple[dict[str, Any], Kept]:
+    """The key and what is kept under it; raises ValueError and the like for damaged bytes."""
+    tensors = load(raw)
+    header = parse_json(tensors.pop(HEADER).tobytes(), "header")
+    content = tensors.pop(CONTENT).tobytes()
+    if header["sha256"] != digest(header["key"], content, tensors):
+        raise ValueError("the digest differs")
+    return header["key"], Kept(json.loads(content), tensors)
+
+
+def digest(key: Any, content: bytes, arrays: Arrays) -> str:
+    """SHA-256 of the key, the content and the arrays."""
+    sum_ = hashlib.sha256(json.dumps(key).encode() + content)
+    for name in sorted(arrays):
+        sum_.update(name.encode())
+        sum_.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return sum_.hexdigest()
+
+
+def difference(found: Any, wanted: dict[str, Any]) -> str:
+    """The first thing in which two keys differ, in words."""
+    if isinstance(found, dict):
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                return f"{name} {describe(found.get(name))}, now {describe(value)}"
+    return "measured by another version"

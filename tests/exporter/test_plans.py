@@ -1,0 +1,390 @@
+"""Making plans: surveys that are kept, layers chosen by sensitivity, speed, files, and predictions against what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpo_exporter import latency as latency_module
+from mpo_exporter import surveys as surveys_module
+from mpo_exporter.budget import default_bytes, file_bytes
+from mpo_exporter.export import export, planned_spec, planner_for
+from mpo_exporter.latency import Latency
+from mpo_exporter.plan import Options, integers
+from mpo_exporter.plans import make as make_module
+from mpo_exporter.plans.asked import Asked, size_bytes
+from mpo_exporter.plans.expected import layer_loss
+from mpo_exporter.plans.file import read_plan, write_plan
+from mpo_exporter.plans.make import Planner
+from mpo_exporter.plans.predict import correction, predict, remember
+from mpo_exporter.surveys import packed, unpacked
+from mpo_formats import ConfigError, LinearSpec, ModelSpec, Mpo, MpoFile, PlanError, Quantized
+from mpo_formats.architecture import EMBEDDING
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.texts import TokenText
+from tests.helpers import granite_config, some_ids, write_folder
+
+TEXT = TokenText("calibration", np.array(some_ids(24 * 63), np.int64), 0, "1" * 64)
+HELD_OUT = TokenText("held-out", np.array(some_ids(512, 9), np.int64), 0, "2" * 64)
+# Logits small enough that the random model's distribution is no single token's.
+CONFIG = granite_config(hidden_size=64, intermediate_size=128, num_hidden_layers=3, logits_scaling=16.0,
+                        embedding_multiplier=1.0)  # fmt: skip
+WINDOWS = 12
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("source") / "model", CONFIG, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def planner(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    """One planner for all tests, so that the model is surveyed once."""
+    made = planner_for(Checkpoint(folder), TEXT, WINDOWS, tmp_path_factory.mktemp("spill"))
+    made.survey()
+    return made
+
+
+@pytest.fixture
+def spec(folder: Path) -> ModelSpec:
+    return Checkpoint(folder).spec
+
+
+def bytes_of(spec: ModelSpec, linears: tuple[LinearSpec, ...]) -> int:
+    return file_bytes(dataclasses.replace(spec, linears=linears))
+
+
+def test_another_budget_does_not_survey_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPO_CACHE", str(tmp_path / "cache"))
+    surveyed, original = [], surveys_module.survey
+
+    def counting(*arguments: object, **options: object) -> object:
+        surveyed.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(surveys_module, "survey", counting)
+    told: list[str] = []
+    sizes, files = (30_000, 40_000, 30_000), []
+    least = default_bytes(Checkpoint(folder).spec)
+    for number, more in enumerate(sizes):
+        target = tmp_path / f"{number}.mpo"
+        result = export(
+            folder, target, Options("auto", target_bytes=least + more), calibration=TEXT, windows=WINDOWS,
+            tell=told.append,
+        )  # fmt: skip
+        assert 0.985 * (least + more) < result.file_bytes <= least + more
+        files.append(target.read_bytes())
+    assert len(surveyed) == 1
+    assert "measured in" in told[0] and all("measured before" in line for line in told[1:])
+    assert files[0] == files[2] != files[1]  # read from the cache or new: the same file
+    [kept] = (tmp_path / "cache").glob("survey-*")
+    raw = bytearray(kept.read_bytes())
+    raw[-100] ^= 1
+    kept.write_bytes(raw)
+    told.clear()
+    export(folder, tmp_path / "again.mpo", Options("auto", target_bytes=least + sizes[0]), calibration=TEXT,
+           windows=WINDOWS, tell=told.append)  # fmt: skip
+    assert "is damaged; measuring again" in told[0] and len(surveyed) == 2
+    assert (tmp_path / "again.mpo").read_bytes() == files[0]
+
+
+def test_a_survey_is_kept_whole(planner: Planner) -> None:
+    found, again = planner.survey(), unpacked(packed(planner.survey(), 1.0))
+    assert again.candidates == found.candidates and again.alone == found.alone
+    np.testing.assert_array_equal(again.table, found.table)
+
+
+def test_the_least_sensitive_layers_are_chosen(planner: Planner, spec: ModelSpec) -> None:
+    losses = {linear.name: layer_loss(planner.survey(), dataclasses.replace(linear, terms=(integers(64, 4),)))
+              for linear in spec.linears if linear.in_features == 64 and linear.name != EMBEDDING}  # fmt: skip
+    order = sorted(losses, key=lambda name: losses[name] or 0.0)
+    planned = planner.layers(spec, Options("int4", top_k=3, pattern="q_proj|k_proj|v_proj|o_proj|gate|up"))
+    changed = {linear.name for linear, plain in zip(planned, spec.linears, strict=True) if linear != plain}
+    assert changed == set(order[:3])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_paper_gives_cores_to_a_share_of_the_layers(planner: Planner, spec: ModelSpec, share: float) -> None:
+    planned = planner.layers(spec, Options("paper", chi=4, share=share))
+    cores = [linear.name for linear in planned if isinstance(linear.terms[0], Mpo)]
+    assert len(cores) == round(share * 21) and EMBEDDING not in cores
+    rest = [linear for linear in planned if linear.name not in cores]
+    assert all(linear.terms == (integers(linear.in_features, 4),) for linear in rest)
+
+
+def test_measured_sensitivity_ranks_by_what_was_measured(
+    planner: Planner, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order is that of the measured KL, here given by hand: the last layers first."""
+
+    def by_hand(source: object, text: object, walk: object, layers: list[LinearSpec], **_: object) -> list[object]:
+        names = [linear.name for linear in layers]
+        return [Row(name, 1.0 / (1 + index)) for index, name in enumerate(names)]
+
+    monkeypatch.setattr(make_module, "measured_alone", by_hand)
+    planned = planner.layers(spec, Options("paper", chi=4, top_k=2, sensitivity="full"))
+    cores = [linear.name for linear in planned if isinstance(linear.terms[0], Mpo)]
+    assert cores == ["model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    layer: str
+    kl_mean: float
+
+
+def test_more_layers_than_there_are(planner: Planner, spec: ModelSpec) -> None:
+    with pytest.raises(PlanError, match="--top-k 22: the plan paper can act on 21 layers of this model"):
+        planner.layers(spec, Options("paper", top_k=22))
+
+
+def test_chi_bounds_the_cores_of_an_allocation(planner: Planner, spec: ModelSpec) -> None:
+    target = 2 * default_bytes(spec)
+    for chi in (1, 4):
+        rows = planner.candidates(Options("auto", chi=chi, target_bytes=target), spec.linears)
+        bonds = {max(term.bonds) for row in rows.values() for one in row for term in one.terms if isinstance(term, Mpo)}
+        assert bonds == {value for value in (1, 2, 4) if value <= chi}
+
+
+def test_layers_that_a_pattern_leaves_out_stay_dense_in_an_allocation(planner: Planner, spec: ModelSpec) -> None:
+    options = Options("auto", target_bytes=2 * default_bytes(spec), pattern="mlp")
+    for linear, dense in zip(planner.layers(spec, options), spec.linears, strict=True):
+        assert ".mlp." in linear.name or linear == dense
+
+
+def test_below_integers_cores_alone_and_below_these_the_minimum(planner: Planner, spec: ModelSpec) -> None:
+    integers_least = bytes_of(spec, tuple(dataclasses.replace(linear, terms=(Quantized("quantized", 2, 64, False),))
+                                          for linear in spec.linears))  # fmt: skip
+    planned = planner.layers(spec, Options("auto", chi=2, target_bytes=integers_least - 2000))
+    assert any(linear.terms[0].kind == "mpo" for linear in planned)
+    assert bytes_of(spec, planned) <= integers_least - 2000
+    with pytest.raises(PlanError, match="the smallest file of this model takes [0-9,]+; give a larger target"):
+        planner.layers(spec, Options("auto", chi=2, target_bytes=20_000))
+
+
+def test_shapes_slower_than_int4_are_not_chosen(
+    planner: Planner, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine on which 3 bits take longer than 4, 2 bits less, and cores beside a base always longer."""
+
+    def seconds(linear: LinearSpec) -> float:
+        base = linear.terms[0]
+        bits = base.bits if isinstance(base, Quantized) else 16
+        return (5.0 if bits == 3 else bits) + len(linear.terms) - 1
+
+    monkeypatch.setattr(Latency, "layer", lambda table, linear: seconds(linear))
+    monkeypatch.setattr(make_module, "open_table", lambda source, **_: Latency(source, 1 << 20, {}, {}))
+    target = round(1.1 * default_bytes(spec))
+    free = planner.layers(spec, Options("auto", target_bytes=target))
+    fast = planner.layers(spec, Options("auto", target_bytes=target, for_speed=True))
+    assert any(seconds(linear) > 4 for linear in free)
+    assert all(seconds(linear) <= 4 for linear in fast)
+    with pytest.raises(PlanError, match="are too few"):
+        planner.layers(spec, Options("auto", target_bytes=20_000, for_speed=True))
+
+
+def test_without_native_kernels_there_is_nothing_to_time(
+    planner: Planner, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_module.kernels, "native_available", lambda: False)
+    with pytest.raises(ConfigError, match="no native kernels to time here .*; plan without --for-speed"):
+        planner.layers(spec, Options("auto", target_bytes=default_bytes(spec), for_speed=True))
+
+
+def test_plans_that_need_text_say_so(folder: Path, tmp_path: Path, spec: ModelSpec) -> None:
+    blind = planner_for(Checkpoint(folder), None, WINDOWS, tmp_path)
+    for options in (Options("auto", target_bytes=10**6), Options("paper", top_k=1), Options("auto", max_kl=0.1)):
+        with pytest.raises(ConfigError, match="give one with --calib"):
+            blind.layers(spec, options)
+
+
+def test_predictions_against_what_came_out(folder: Path, planner: Planner, tmp_path: Path) -> None:
+    """Bytes exactly; KL within a factor of two before an export was measured, and nearly exactly after it."""
+    options = Options("auto", target_bytes=round(0.9 * default_bytes(planner.source.spec)))
+    spec = planned_spec(planner, options, None)
+    first = predict(planner, spec)
+    result = export(folder, tmp_path / "out.mpo", options, calibration=TEXT, windows=WINDOWS, text=HELD_OUT)
+    assert result.comparison is not None and first.kl is not None
+    assert first.file_bytes == result.file_bytes
+    assert result.spec.linears == spec.linears
+    assert 0.5 < first.kl / result.comparison.kl_mean < 2
+    second = predict(planner, spec)
+    assert second.kl == pytest.approx(result.comparison.kl_mean, rel=1e-6)
+    assert first.memory_bytes > first.file_bytes and first.export_seconds > 0
+
+
+def test_a_prediction_is_corrected_by_the_nearest_outcome(planner: Planner, spec: ModelSpec, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("MPO_CACHE", str(tmp_path))
+    assert correction(planner, 0.1) == 1
+    from mpo_exporter.plans.expected import total_loss
+
+    for bits, factor in ((4, 2.0), (2, 3.0)):
+        linears = tuple(dataclasses.replace(one, terms=(integers(one.in_features, bits, 64),)) for one in spec.linears)
+        loss = total_loss(planner.survey(), linears)
+        assert loss is not None
+        remember(planner, dataclasses.replace(spec, linears=linears), factor * loss)
+        if loss <= 1:
+            assert correction(planner, 1.01 * loss) == pytest.approx(factor)
+
+
+def test_max_kl_is_met_by_the_expected_loss(planner: Planner, spec: ModelSpec) -> None:
+    sizes = []
+    coarse = sum(
+        layer_loss(planner.survey(), dataclasses.replace(one, terms=(integers(one.in_features, 2, 64),))) or 0.0
+        for one in spec.linears
+    )
+    for most in (coarse / 100, coarse / 10, coarse):
+        planned = planner.layers(spec, Options("auto", max_kl=most))
+        losses = [layer_loss(planner.survey(), linear) for linear in planned]
+        assert sum(loss or 0.0 for loss in losses) <= most
+        sizes.append(bytes_of(spec, planned))
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_a_plan_file_overrides_single_layers(folder: Path, spec: ModelSpec, tmp_path: Path, planner: Planner) -> None:
+    path = write(tmp_path / "plan.json", {
+        "version": 1, "plan": "int4", "layers": [
+            {"layer": UP, "terms": [{"kind": "quantized", "bits": 2, "group": 64}, {"kind": "mpo", "chi": 3}]},
+            {"match": "layers.0.*q_proj", "terms": [{"kind": "mpo", "chi": 5, "shape": "balanced", "dtype": "f16"}]},
+            {"layer": EMBEDDING, "terms": [{"kind": "dense"}]},
+        ]})  # fmt: skip
+    options = read_plan(path, spec, Options())
+    result = export(folder, tmp_path / "out.mpo", options)
+    with MpoFile(result.path) as file:
+        file.verify()
+        layers = {linear.name: linear for linear in file.spec.linears}
+        assert file.spec.provenance.options["file"] == "plan.json"
+    assert [term.kind for term in layers[UP].terms] == ["quantized", "mpo"]
+    assert layers[UP].terms[0] == Quantized("quantized", 2, 64, False)
+    assert layers["model.layers.0.self_attn.q_proj"].terms[0].bonds == (5,)
+    assert layers[EMBEDDING] == spec.linear(EMBEDDING)
+    assert layers["model.layers.2.mlp.up_proj"].terms == (integers(64, 4),)
+    # Over an allocation: the rest shares what the pinned layers leave.
+    target = default_bytes(spec) + 30_000
+    mixed = planner.layers(spec, dataclasses.replace(options, plan="auto", target_bytes=target))
+    assert mixed[0] == spec.linear(EMBEDDING) and 0.97 * target < bytes_of(spec, mixed) <= target
+
+
+def test_a_saved_plan_is_read_as_it_was(spec: ModelSpec, planner: Planner, tmp_path: Path) -> None:
+    planned = planner.layers(spec, Options("auto", target_bytes=default_bytes(spec)))
+    write_plan(tmp_path / "plan.json", planned)
+    options = read_plan(tmp_path / "plan.json", spec, Options())
+    assert planner.layers(spec, options) == planned
+    with pytest.raises(Exception, match="cannot be written .File exists"):
+        write_plan(tmp_path / "plan.json", planned)
+
+
+def layer(**changes: object) -> str:
+    row = {"layer": UP, "terms": [{"kind": "quantized", "bits": 4}]} | changes
+    return json.dumps({"version": 1, "layers": [row]})
+
+
+BAD_PLANS: dict[str, tuple[str, str]] = {
+    "not JSON": ("{", "not valid JSON"),
+    "a list": ("[]", "expected a JSON object, found "),
+    "NaN": ('{"version": NaN}', "NaN is not a JSON number"),
+    "no version": ("{}", "version: expected 1, found null"),
+    "another version": ('{"version": 2}', "version: expected 1, found 2"),
+    "unknown key": ('{"version": 1, "layer": []}', "unknown key 'layer'; expected version, plan, chi, cores, layers"),
+    "unknown plan": ('{"version": 1, "plan": "best"}', "plan: expected one of auto, paper"),
+    "bad chi": ('{"version": 1, "chi": 0}', "chi: expected an integer of at least 1, found 0"),
+    "layers no list": ('{"version": 1, "layers": {}}', "layers: expected a list of objects"),
+    "unknown layer": (layer(layer="model.layers.9.mlp.up_proj"), "'model.layers.9.mlp.up_proj' is no layer"),
+    "a layer twice": (
+        json.dumps({"version": 1, "layers": [json.loads(layer())["layers"][0]] * 2}),
+        rf"layers\[1\]: {UP} is given twice; keep one entry for each layer",
+    ),
+    "by name and by match": (
+        json.dumps(
+            {
+                "version": 1,
+                "layers": [
+                    {"match": "up_proj", "terms": [{"kind": "dense"}]},
+                    {"layer": UP, "terms": [{"kind": "dense"}]},
+                ],
+            }
+        ),
+        rf"{UP} is given twice",
+    ),
+    "a JSON key twice": (
+        '{"version": 1, "layers": [{"layer": "a", "layer": "b", "terms": []}]}',
+        "the key 'layer' is given twice in one object",
+    ),
+    "the list twice": ('{"version": 1, "layers": [], "layers": []}', "the key 'layers' is given twice"),
+    "match nothing": (layer(layer=None, match="nothing"), "match: 'nothing' matches no layer of this model"),
+    "match no regex": (layer(layer=None, match="("), "match: not a regular expression"),
+    "neither name": (layer(layer=None), "expected a string under one of layer and match"),
+    "no terms": (layer(terms=[]), "terms: expected a list of at least one term"),
+    "unknown kind": (layer(terms=[{"kind": "magic"}]), "kind: expected one of dense, quantized, mpo, found 'magic'"),
+    "unknown term key": (layer(terms=[{"kind": "dense", "bits": 4}]), "unknown key 'bits'; expected kind, dtype"),
+    "7 bits": (layer(terms=[{"kind": "quantized", "bits": 7}]), "bits: expected one of 8, 6, 5, 4, 3, 2, found 7"),
+    "no bits": (layer(terms=[{"kind": "quantized"}]), "bits: missing"),
+    "a group that does not divide": (
+        layer(terms=[{"kind": "quantized", "bits": 4, "group": 128}]),
+        "group 128 does not divide the 64 inputs",
+    ),
+    "chi no integer": (layer(terms=[{"kind": "mpo", "chi": 1.5}]), "chi: expected an integer of at least 1, found 1.5"),
+    "chi and bonds": (layer(terms=[{"kind": "mpo", "chi": 2, "bonds": [2]}]), "bonds: left out where chi is given"),
+    "wrong factors": (
+        layer(terms=[{"kind": "mpo", "out_dims": [3, 3], "in_dims": [8, 8], "bonds": [2], "dtype": "f16"}]),
+        r"out_dims \[3, 3\] multiply to 9, expected 128",
+    ),
+    "a bond above full rank": (
+        layer(terms=[{"kind": "mpo", "out_dims": [128, 1], "in_dims": [1, 64], "bonds": [65], "dtype": "f16"}]),
+        "expected at most the full rank 64, found 65",
+    ),
+    "dims no integers": (
+        layer(terms=[{"kind": "mpo", "out_dims": ["128", 1], "in_dims": [1, 64], "bonds": [2], "dtype": "f16"}]),
+        "out_dims: expected an integer of at least 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PLANS)
+def test_a_bad_plan_file_is_named_with_what_is_wrong(spec: ModelSpec, tmp_path: Path, case: str) -> None:
+    content, words = BAD_PLANS[case]
+    with pytest.raises(PlanError, match=words) as caught:
+        read_plan(write(tmp_path / "mine.json", content), spec, Options())
+    assert "mine.json" in str(caught.value)
+
+
+def test_an_absent_plan_file(spec: ModelSpec, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="none.json: cannot be read .No such file or directory"):
+        read_plan(tmp_path / "none.json", spec, Options())
+
+
+@pytest.mark.parametrize(("text", "size"), [("2.1GB", 2_100_000_000), ("900 MB", 900_000_000), ("1200000", 1_200_000),
+                                            ("1.5kb", 1500), ("7B", 7)])  # fmt: skip
+def test_sizes_as_users_write_them(text: str, size: int) -> None:
+    assert size_bytes(text) == size
+
+
+def test_targets_in_bytes(spec: ModelSpec) -> None:
+    make: Callable[..., Options] = lambda **given: Asked(**given).resolved("auto", Options(), spec, True)  # noqa: E731
+    assert make(target_size="1MB").target_bytes == 10**6
+    assert make(target_bpw=3.0).target_bytes == int(3 * spec.architecture.parameters() / 8)
+    assert make(target_ratio=0.5).target_bytes == pytest.approx(
+        bytes_of(spec, spec.linears) / 2, rel=0.2
+    )  # header and certificate aside
+    assert make().target_bytes == default_bytes(spec)
+    assert Asked().resolved("auto", Options(), spec, False).target_bytes is None
+    assert make(max_kl=0.1).target_bytes is None or make(max_kl=0.1).max_kl is None
+    with pytest.raises(ConfigError, match="--target-size and --max-kl: give one of them"):
+        Asked(target_size="1MB", max_kl=0.1).options("auto", 32, 2)
+    with pytest.raises(ConfigError, match="--target-ratio 1.5: expected more than 0 and at most 1"):
+        Asked(target_ratio=1.5).options("auto", 32, 2)
+    with pytest.raises(PlanError, match="expected the plan auto, found int4"):
+        Asked(target_size="1MB").resolved("int4", Options("int4"), spec, True)
