@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heal_rows import of_parameters
+from heal_rows import of_parameters, uniform
 from machine import describe_machine
-from quality import Bench, uniform
+from quality import Bench, Kept
 from torch import Tensor, nn
 
 from mpo_exporter.build import Method
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the table, and writes it where --out says."""
     source = Checkpoint(find_source(arguments.model).folder)
     # Speed and memory do not depend on how well a file is fitted: no calibration.
-    bench = Bench(source, None, 0, None, arguments.cache)  # type: ignore[arg-type]
+    bench = Bench(source, None, 0, None, Kept(arguments.rows))  # type: ignore[arg-type]
     integer = tuple(uniform(source.spec.linears, 3, 64))
     files: dict[str, tuple[Any, bool]] = {
         "3 bits, scales and norms": (integer, False),
@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
              "recompute": False, "threads": arguments.threads or torch.get_num_threads()}  # fmt: skip
     rows = {"dense training": start(asked)}
     for number, (name, (layers, codes)) in enumerate(files.items()):
-        path = arguments.cache / f"cost-{number}.mpo"
+        path = arguments.rows.parent / f"cost-{number}.mpo"
         export(source.folder, path, Options("int4"), layers=layers, method=Method("nearest", "svd"), force=True)
         rows[name] = start(asked | {"file": str(path), "codes": codes})
         path.unlink()

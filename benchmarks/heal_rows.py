@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from quality import Bench, integers, uniform
+from quality import Bench
 
 from mpo_exporter.allocate import Candidate
 from mpo_exporter.budget import allocated_layers, file_bytes
@@ -17,8 +17,9 @@ from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
 from mpo_exporter.plan import Options, operator, plan_layers
+from mpo_exporter.quantize.rounding import fitting_group
 from mpo_exporter.survey import dense_matrix, sensitivities, stored_bytes
-from mpo_formats import LinearSpec, ModelSpec, Mpo
+from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.spec import CoreType
 
@@ -31,6 +32,28 @@ RANKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 CORE_ROUNDING = 1.05
 # Bytes that a file says more about its origin than the dense model's spec does.
 PROVENANCE = 1024
+
+
+# Bits of embedding and head beside matrices of so many bits.
+TABLE_BITS = {2: 4, 3: 5, 4: 6, 5: 6, 6: 8, 8: 8}
+
+
+def integers(linear: LinearSpec, bits: int, group: int) -> Term:
+    """A Quantized term of the largest group that fits, or bf16."""
+    fitting = fitting_group(linear.in_features, group)
+    return Dense("dense", "bf16") if fitting is None else Quantized("quantized", bits, fitting, False)
+
+
+def uniform(linears: Linears, bits: int, group: int, chi: int = 0) -> Linears:
+    """One width for all matrices and more for the tables; beside the matrices int8 cores (O,1)×(1,I) where χ is given."""
+    rows = []
+    for linear in linears:
+        table = linear.name in (EMBEDDING, HEAD)
+        terms: tuple[Term, ...] = (integers(linear, TABLE_BITS[bits] if table else bits, 64 if table else group),)
+        if chi and not table:
+            terms += (operator(*low_rank_shape(linear.out_features, linear.in_features), chi, "int8"),)
+        rows.append(replace(linear, terms=terms))
+    return tuple(rows)
 
 
 @dataclass(frozen=True, slots=True)

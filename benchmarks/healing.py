@@ -278,7 +278,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    arguments.cache.mkdir(parents=True, exist_ok=True)
+    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     if arguments.cost:
         heal_cost.run(arguments)
         return
@@ -286,7 +286,7 @@ def main() -> None:
     settings = Settings(**({"tokens": parse_tokens(arguments.heal_tokens)} | changes))
     bench = open_bench(arguments)
     text = healing_text(bench, arguments.corpus, settings.tokens or DEFAULT_TOKENS)
-    table, rows = Table(bench, settings, text, arguments.cache / "rows.jsonl"), list[dict[str, Any]]()
+    table, rows = Table(bench, settings, text, arguments.rows.parent / "healing.jsonl"), list[dict[str, Any]]()
     for row in ablation_rows() if arguments.ablation else table_rows():
         if not arguments.only or any(part in row.name for part in arguments.only):
             rows.append(table.row(row))

@@ -76,6 +76,11 @@ class Bench:
     kept: Kept
     surveyed: Survey | None = field(default=None)
 
+    @property
+    def cache(self) -> Path:
+        """The folder of the measured rows, for what else is kept beside them."""
+        return self.kept.path.parent
+
     def survey(self) -> Survey:
         """The survey of the source, made when it is first wanted."""
         if self.surveyed is None:

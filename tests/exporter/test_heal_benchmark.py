@@ -16,7 +16,7 @@ import heal_cost
 import heal_rows
 import healing
 from judge import Judge
-from quality import Bench
+from quality import Bench, Kept
 
 from mpo_exporter.build import Method
 from mpo_exporter.export import export
@@ -40,7 +40,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     config = granite_config(hidden_size=64, intermediate_size=96, max_position_embeddings=64)
     source = Checkpoint(write_folder(folder / "model", config, dtype=torch.bfloat16))
     judge = Judge.of(source, {name: text(seed, 130) for seed, name in enumerate(healing.DOMAINS, 1)})
-    return Bench(source, text(7, 700), 8, judge, folder)
+    return Bench(source, text(7, 700), 8, judge, Kept(folder / "rows.jsonl"))
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -116,7 +116,9 @@ def test_a_dense_step_trains_all_weights_and_is_the_model(bench: Bench, tmp_path
 
 def test_the_healing_text_is_the_embedded_one_without_a_corpus() -> None:
     source = Checkpoint(find_source("demo").folder)
-    found = healing.healing_text(Bench(source, text(1, 10), 1, Judge.of(source, {}), Path()), None, 1000)
+    found = healing.healing_text(
+        Bench(source, text(1, 10), 1, Judge.of(source, {}), Kept(Path("rows.jsonl"))), None, 1000
+    )
     assert found.name == "healing.jsonl" and found.ids.size > 100_000
 
 
