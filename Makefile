@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_run
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo       install, export the embedded model, answer one prompt"
+	@echo "make demo       install, export the embedded model, heal it for a minute, answer one prompt"
 	@echo "make test       install the tools, run the tests and the quality gates"
 	@echo "make test-long  the suites that take minutes"
 	@echo "make test-qemu  the native kernels on an emulated Haswell and on a CPU without AVX (needs qemu-user)"
@@ -22,7 +22,7 @@ help:
 	@echo "make clean      remove .venv, builds, caches and demo.mpo"
 
 demo: $(VENV)/.installed-export
-	$(BIN)/mpo-export demo --chi 32 --force --out demo.mpo
+	$(BIN)/mpo-export demo --chi 32 --heal-minutes 1 --force --out demo.mpo
 	@echo; echo "> I want to book a table at a restaurant."
 	@$(BIN)/mpo-run chat demo.mpo --prompt "I want to book a table at a restaurant." --seed 1
 
@@ -60,7 +60,7 @@ bench: $(VENV)/.installed-export
 	[ $$found = 1 ] || { echo "make bench: there is no benchmarks/bench_*.py" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist demo.mpo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo.mpo .demo.mpo.healing .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find mpo_runtime formats exporter benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints always go with an install: without them pip may fetch another torch, gigabytes of it.

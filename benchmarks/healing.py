@@ -1,187 +1,299 @@
 """What healing gives back, by plan: quality before and after, tokens and minutes. The README's table.
 
-    python benchmarks/healing.py [--quick] [--tokens N] [--only NAME …] [--out benchmarks/results/healing-DATE.json]
+    python benchmarks/healing.py                       # the table: 1 M tokens a row, test text
+    python benchmarks/healing.py --only auto --tokens 500k --corpus ../shared/corpus
+    python benchmarks/healing.py --split valid --corpus … # to choose settings by
+    python benchmarks/healing.py --ablation            # tokens of healing by χ
+    python benchmarks/healing.py --cost                # time and memory of a step beside a dense training step
 
-The embedded model is compressed, measured on held-out text (the embedded evaluation slice), healed on the embedded
-healing text, and measured again, at full, half and quarter χ where it has cores. `--quick` heals for 60,000 tokens and
-measures on 8,000.
+Every row is a file that the exporter writes, measured on held-out text of three domains, healed, and measured again; files
+with cores also at half and quarter χ. The same settings heal every row. A row is appended to build/healing/rows.jsonl as
+soon as it is done and is not run again; a healing that was stopped goes on from its checkpoint. The text healed on is the
+embedded one, or the corpus's train split with --corpus.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import heal_cost
+import numpy as np
 import torch
+from heal_rows import PAPER_BITS, Row, auto, based, of_bytes, of_parameters, planned, smallest
+from judge import DOMAINS, domain_texts, figures
 from machine import describe_machine
+from numpy.typing import NDArray
+from quality import Bench, add_options, open_bench, without_folder
 
-from mpo_exporter.export import export, measure_file
+from mpo_exporter.build import Method
+from mpo_exporter.export import export
 from mpo_exporter.heal.progress import shown
-from mpo_exporter.heal.run import heal
-from mpo_exporter.heal.settings import Settings
-from mpo_exporter.plan import Options
-from mpo_exporter.sources import data_folder, find_source
-from mpo_formats import LinearSpec, ModelSpec, MpoFile, Quantized
-from mpo_formats.architecture import EMBEDDING
+from mpo_exporter.heal.run import Healed, heal
+from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings, parse_tokens
+from mpo_exporter.plan import PLANS, Options
+from mpo_exporter.sources import data_folder
+from mpo_formats import MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.checkpoint import Checkpoint
-from mpo_runtime.measure import Comparison
+from mpo_runtime.measure import compare, cut_windows
 from mpo_runtime.model import read_text_files
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.texts import TokenText, read_tokens
 
-Layers = Callable[[ModelSpec], tuple[LinearSpec, ...] | None]
-QUICK_TOKENS, QUICK_MEASURE = 60_000, 8_000
+# Multiply-adds a second that the first row's duration is guessed with; later ones are by what was measured.
+GUESSED_SPEED = 5e10
+LENGTHS = (0, 100_000, 500_000, 1_000_000, 4_000_000)
+CHIS = (0, 8, 32)
+SVD = Method(cores="whitened")
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A compressed file and how to heal it."""
-
-    name: str
-    options: Options
-    settings: Settings
-    layers: Layers = lambda spec: None
-
-
-def bits(matrices: int, embedding: int) -> Layers:
-    """Integers of so many bits in groups of 32, rounded to the nearest."""
-
-    def layers(spec: ModelSpec) -> tuple[LinearSpec, ...]:
-        return tuple(
-            replace(
-                linear, terms=(Quantized("quantized", embedding if linear.name == EMBEDDING else matrices, 32, False),)
-            )
-            for linear in spec.linears
-        )
-
-    return layers
+def table_rows() -> Iterator[Row]:
+    """The rows of the README's table."""
+    for bits in (4.25, 3.3, 3.0, 2.5):
+        yield Row(f"auto, {bits} bits", auto(bits))
+    yield Row("integers and int4 cores, 2.0 bits", smallest(2.0))
+    yield Row("paper, 30 % of the parameters", of_parameters(0.3, balanced=True))
+    yield Row("whitened SVD, 30 % of the parameters", of_parameters(0.3, balanced=False), SVD)
+    yield Row("paper, file 93 % below fp32", of_bytes(PAPER_BITS, balanced=True))
+    yield Row("whitened SVD, file 93 % below fp32", of_bytes(PAPER_BITS, balanced=False), SVD)
+    if "k-proj" in PLANS:
+        yield Row("k-proj", planned("k-proj"))
+    yield Row("2 bits g64, χ = 32", based(2, 64, 32))
+    yield Row("2 bits g64, χ = 32, healed with χ-dropout", based(2, 64, 32), chi_dropout=0.5)
 
 
-PLAIN = Settings()
-CASES = (
-    Case("3 bits, embedding 4", Options("int4"), PLAIN, bits(3, 4)),
-    Case("3 bits, embedding 4, codes trained", Options("int4"), replace(PLAIN, train_codes=True), bits(3, 4)),
-    Case("2 bits, embedding 4", Options("int4"), PLAIN, bits(2, 4)),
-    Case("2 bits, embedding 4, codes trained", Options("int4"), replace(PLAIN, train_codes=True), bits(2, 4)),
-    Case("int4", Options("int4"), PLAIN),
-    Case("auto, χ ≤ 4", Options("auto", chi=4), PLAIN),
-    Case("paper, χ = 128", Options("paper", chi=128), PLAIN),
-    Case("paper, χ = 32", Options("paper", chi=32), PLAIN),
-    Case("paper, χ = 32, χ-dropout 0.5", Options("paper", chi=32), replace(PLAIN, chi_dropout=0.5)),
-)
+def ablation_rows() -> Iterator[Row]:
+    """Tokens of healing by χ of int8 cores beside 2 bits."""
+    for chi in CHIS:
+        for tokens in LENGTHS:
+            yield Row(f"2 bits g64, χ = {chi}, healed on {tokens:,}", based(2, 64, chi), tokens=tokens)
 
 
-def figures(comparison: Comparison) -> dict[str, float]:
-    """What the table shows of a comparison."""
-    return {
-        "kl_mean": comparison.kl_mean,
-        "perplexity": comparison.model.perplexity,
-        "dense_perplexity": comparison.reference.perplexity,
-        "same_top1": comparison.same_top1,
-    }
+class Noting(GraniteModel):
+    """A model that notes the most likely token after each token of what it is run on."""
+
+    def __init__(self, weights: MpoFile, chi: int | None) -> None:
+        super().__init__(weights.spec.architecture, ReferenceOps(weights, chi=chi))
+        self.tops: list[NDArray[np.int64]] = []
+
+    def logits(self, hidden: Any) -> Any:
+        """The logits of hidden states [B, S, E]."""
+        found = super().logits(hidden)
+        self.tops.append(found.argmax(-1).reshape(-1).numpy())
+        return found
 
 
-def measured(path: Path, dense: GraniteModel, text: TokenText) -> dict[str, dict[str, float]]:
-    """The file at full, half and quarter χ."""
+def accuracy(tops: list[NDArray[np.int64]], windows: list[NDArray[np.int64]]) -> float:
+    """The share of tokens that were the most likely ones."""
+    hits = np.concatenate([top == window[1:] for top, window in zip(tops, windows, strict=True)])
+    return float(hits.mean())
+
+
+def measured(bench: Bench, path: Path) -> dict[str, dict[str, float]]:
+    """A file at full, half and quarter χ: figures over all domains, KL of each, and next-token accuracy."""
+    result = {}
     with MpoFile(path) as file:
         largest = file.spec.largest_bond()
-    prefixes = {"full": None, "half": largest // 2, "quarter": largest // 4} if largest > 3 else {"full": None}
-    return {
-        name: figures(measure_file(path, chi, dense, text, "cpu", lambda stage, done, total: None))
-        for name, chi in prefixes.items()
-    }
+        prefixes = {"full": None} | ({"half": largest // 2, "quarter": largest // 4} if largest > 3 else {})
+        for name, chi in prefixes.items():
+            model = Noting(file, chi)
+            parts = {
+                domain: compare(model, bench.judge.reference, text.ids) for domain, text in bench.judge.texts.items()
+            }
+            windows = [window for text in bench.judge.texts.values() for window in cut_windows(text.ids, model, None)]
+            dense = [bench.judge.reference(window).argmax(-1) for window in windows]
+            result[name] = figures(list(parts.values())) | {
+                "accuracy": accuracy(model.tops, windows),
+                "dense_accuracy": accuracy(dense, windows),
+                **{f"kl_{domain}": part.kl_mean for domain, part in parts.items()},
+            }
+    return result
 
 
-def run(case: Case, settings: Settings, text: TokenText, folder: Path, work: Path) -> dict[str, Any]:
-    """One row of the table."""
-    source = find_source("demo")
-    opened = Checkpoint(source.folder)
-    rough, target = folder / "rough.mpo", folder / "healed.mpo"
-    export(source.folder, rough, case.options, layers=case.layers(opened.spec), force=True)
-    dense = GraniteModel(opened.architecture, ReferenceOps(opened))
-    before = measured(rough, dense, text)
-    with shown(case.name) as update:
-        result = heal(rough, source.folder, target, settings, work=work, force=True, progress=update)
-    after = measured(target, dense, text)
-    opened.close()
-    return {
-        "plan": case.name,
-        "bytes": rough.stat().st_size,
-        "bits_per_weight": 8 * rough.stat().st_size / opened.architecture.parameters(),
-        "before": before,
-        "after": after,
-        "tokens": result.tokens,
-        "minutes": result.minutes,
-        "settings": asdict(settings),
-        "curve": result.curve,
-    }
+def healing_text(bench: Bench, corpus: Path | None, tokens: int) -> TokenText:
+    """The embedded healing text, or as many tokens of each domain of the corpus's train split."""
+    if corpus is None:
+        return read_tokens(data_folder() / "healing.jsonl", *read_text_files(bench.source))
+    parts = domain_texts(bench.source, corpus, "train", -(-tokens // len(DOMAINS)))
+    digest = hashlib.sha256("".join(part.sha256 for part in parts.values()).encode()).hexdigest()
+    ids = np.concatenate([part.ids for part in parts.values()])
+    return TokenText("train split of the corpus", ids, 0, digest)
+
+
+class Table:
+    """The rows that were measured, in a file of JSON lines, and how long such rows take."""
+
+    def __init__(self, bench: Bench, settings: Settings, text: TokenText, path: Path) -> None:
+        self.bench, self.settings, self.text, self.path = bench, settings, text, path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+
+    def file_key(self, row: Row) -> str:
+        """What a row's file depends on besides the code; the plan of its layers follows from that."""
+        parts = [row.name.split(", healed")[0], asdict(row.method), self.bench.source.sha256(),
+                 self.bench.calibration.sha256, int(self.bench.calibration.ids.size), self.bench.windows]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def row(self, row: Row) -> dict[str, Any]:
+        """Makes, measures, heals and measures a row, or takes it from the file."""
+        settings = replace(self.settings, chi_dropout=row.chi_dropout, tokens=row.tokens or self.settings.tokens)
+        heals, file_key = row.tokens != 0, self.file_key(row)
+        texts = [(name, text.sha256, int(text.ids.size)) for name, text in self.bench.judge.texts.items()]
+        parts = [file_key, asdict(settings) if heals else None, texts, self.text.sha256, int(self.text.ids.size)]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        if key in self.done:
+            return self.done[key]
+        print(f"{row.name}: {self.expected(settings.tokens if heals and settings.tokens else 0)}", flush=True)
+        begin = time.perf_counter()
+        rough = self.bench.cache / f"{file_key}.mpo"
+        if not rough.exists():
+            export(
+                self.bench.source.folder, rough, Options("int4"), layers=row.layers(self.bench), method=row.method,
+                calibration=self.bench.calibration, windows=self.bench.windows, surveyed=self.bench.survey(),
+            )  # fmt: skip
+        before = measured(self.bench, rough)
+        exported = time.perf_counter() - begin
+        after, result = self.healed(row.name, rough, settings) if heals else (before, None)
+        entry = {
+            "key": key,
+            "plan": row.name,
+            "file_bytes": rough.stat().st_size,
+            "bits_per_weight": 8 * rough.stat().st_size / self.bench.source.spec.architecture.parameters(),
+            "parameters": stored(rough),
+            "before": before,
+            "after": after,
+            "tokens": result.tokens if result else 0,
+            "minutes": result.minutes if result else 0.0,
+            "export_minutes": exported / 60,
+            "all_minutes": (time.perf_counter() - begin) / 60,
+            "settings": asdict(settings),
+            "curve": thinned(result.curve) if result else [],
+            "machine": describe_machine().cpu,
+            "threads": torch.get_num_threads(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.done[key] = entry
+        return entry
+
+    def healed(self, name: str, rough: Path, settings: Settings) -> tuple[dict[str, dict[str, float]], Healed]:
+        """Heals a file and measures it; the teacher's scores are kept for the next row."""
+        target = rough.with_suffix(".healed.mpo")
+        with shown(name) as update:
+            result = heal(
+                rough, self.bench.source.folder, target, settings, text=self.text, force=True, others=True,
+                work=self.bench.cache / "work", progress=update,
+            )  # fmt: skip
+        found = measured(self.bench, target)
+        return found, result
+
+    def expected(self, tokens: int) -> str:
+        """How long a row will take, by the last ones, or by the model's size."""
+        known = [row for row in self.done.values() if row["tokens"] and row["threads"] == torch.get_num_threads()]
+        if known:
+            last = known[-1]
+            minutes = last["all_minutes"] - last["minutes"] + last["minutes"] * tokens / last["tokens"]
+            return f"about {minutes:.0f} minutes, by the row before"
+        measured_tokens = sum(text.ids.size for text in self.bench.judge.texts.values())
+        work = self.bench.source.spec.architecture.parameters() * (4 * tokens + 6 * measured_tokens)
+        return f"about {work / GUESSED_SPEED / 60:.0f} minutes of healing and measuring, by the model's size; and the export"
+
+
+def stored(path: Path) -> int:
+    """Numbers that a file stores, codes and scales of integers counting as one each weight."""
+    from mpo_runtime.cli.inspect import stored_parameters
+
+    with MpoFile(path) as file:
+        return stored_parameters(file.spec)
+
+
+def thinned(curve: list[float], points: int = 200) -> list[float]:
+    """At most so many means of neighbouring losses."""
+    parts = np.array_split(np.array(curve), min(points, len(curve)))
+    return [round(float(part.mean()), 5) for part in parts]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table; perplexity and top token of the whole file, KL at full, half and quarter χ."""
+    """The rows as a Markdown table; KL at full, half and quarter χ."""
     lines = [
-        "| plan | MB | KL before | KL healed | perplexity before | healed | same top token before | healed | tokens | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| plan | MB | bits | KL before | KL healed | left | perplexity before | healed | next token before | healed "
+        "| tokens | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for item in rows:
         before, after = item["before"], item["after"]
         kl = [" / ".join(f"{part['kl_mean']:.4f}" for part in side.values()) for side in (before, after)]
         ours, theirs = before["full"], after["full"]
         lines.append(
-            f"| {item['plan']} | {item['bytes'] / 1e6:.2f} | {kl[0]} | {kl[1]} | {ours['perplexity']:.2f} | "
-            f"{theirs['perplexity']:.2f} | {100 * ours['same_top1']:.1f} % | {100 * theirs['same_top1']:.1f} % | "
-            f"{item['tokens']:,} | {item['minutes']:.1f} |"
+            f"| {item['plan']} | {item['file_bytes'] / 1e6:.2f} | {item['bits_per_weight']:.2f} | {kl[0]} | {kl[1]} | "
+            f"{theirs['kl_mean'] / ours['kl_mean']:.2f} | {ours['perplexity']:.2f} | {theirs['perplexity']:.2f} | "
+            f"{100 * ours['accuracy']:.2f} % | {100 * theirs['accuracy']:.2f} % | {item['tokens']:,} | {item['minutes']:.1f} |"
         )
+    if rows:
+        dense = rows[0]["before"]["full"]
+        lines += [
+            "",
+            f"Dense: perplexity {dense['dense_perplexity']:.2f}, next token {100 * dense['dense_accuracy']:.2f} %.",
+        ]
     return "\n".join(lines)
+
+
+def save(arguments: argparse.Namespace, bench: Bench, text: TokenText, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows and what they were measured with."""
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python healing.py {shlex.join(map(without_folder, sys.argv[1:]))}".strip(),
+        "machine": asdict(describe_machine()),
+        "torch": torch.__version__,
+        "source_sha256": bench.source.sha256(),
+        "healing_text": {"name": text.name, "sha256": text.sha256, "tokens": int(text.ids.size)},
+        "texts": {name: {"sha256": one.sha256, "tokens": int(one.ids.size)} for name, one in bench.judge.texts.items()},
+        "split": arguments.split,
+        "rows": [{key: value for key, value in row.items() if key != "key"} for row in rows],
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--measure-tokens", type=int, default=40_000)
+    add_options(parser)
+    parser.set_defaults(cache=Path("build/healing"))
+    parser.add_argument("--heal-tokens", default=str(DEFAULT_TOKENS), help="of each row, such as 500k or 2M")
     parser.add_argument("--only", nargs="*", help="parts of the names of the rows to run")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--ablation", action="store_true", help="tokens of healing by χ, in the place of the table")
+    parser.add_argument("--cost", action="store_true", help="time and memory of a step, in the place of the table")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of the healing")
     arguments = parser.parse_args()
-    tokens = QUICK_TOKENS if arguments.quick else arguments.tokens
-    count = QUICK_MEASURE if arguments.quick else arguments.measure_tokens
-    checkpoint = Checkpoint(find_source("demo").folder)
-    text = read_tokens(data_folder() / "evaluation.jsonl", *read_text_files(checkpoint))
-    checkpoint.close()
-    text = replace(text, ids=text.ids[:count])
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder) / "work"  # one for all: the teacher's logits are computed once
-        for case in CASES:
-            if not arguments.only or any(part in case.name for part in arguments.only):
-                rows.append(run(case, replace(case.settings, tokens=tokens), text, Path(folder), work))
-                print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-                save(arguments.out, rows, text)
-    print(markdown(rows))
-
-
-def save(path: Path | None, rows: list[dict[str, Any]], text: TokenText) -> None:
-    """Writes what was measured so far."""
-    if path is None:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    if arguments.cost:
+        heal_cost.run(arguments)
         return
-    facts = {
-        "date": datetime.date.today().isoformat(),
-        "machine": asdict(describe_machine()),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "text_sha256": text.sha256,
-        "measured_tokens": int(text.ids.size),
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    changes = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.set)}
+    settings = Settings(**({"tokens": parse_tokens(arguments.heal_tokens)} | changes))
+    bench = open_bench(arguments)
+    text = healing_text(bench, arguments.corpus, settings.tokens or DEFAULT_TOKENS)
+    table, rows = Table(bench, settings, text, arguments.cache / "rows.jsonl"), list[dict[str, Any]]()
+    for row in ablation_rows() if arguments.ablation else table_rows():
+        if not arguments.only or any(part in row.name for part in arguments.only):
+            rows.append(table.row(row))
+            print(markdown(rows[-1:]).splitlines()[2], flush=True)
+            if arguments.out:
+                save(arguments, bench, text, rows)
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

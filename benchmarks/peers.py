@@ -6,15 +6,17 @@ DIR of --llama-source is a source tree of llama.cpp (for its converter), --llama
 llama-quantize; neither is part of this repository. The model is converted to GGUF, its importance matrix taken on the same
 calibration text that our files are fitted to, quantised to each type, dequantised with the `gguf` package, and evaluated in
 this runtime, so that only the weights differ. Beside each type: our file with as many bytes of tensors; with --whole-file
-also one as large as their whole file (ours carries a larger tokenizer). Needs `pip install gguf transformers`.
+also one as large as their whole file (ours carries a larger tokenizer). Files in --work and rows in --rows are kept: a run
+that was stopped goes on when the command is repeated. Needs `pip install gguf transformers`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ import numpy as np
 import torch
 from judge import Judge
 from numpy.typing import NDArray
-from quality import COMPENSATED, Bench, Row, add_options, allocated_bytes, markdown, open_bench, write_results
+from quality import Bench, add_options, open_bench, write_results
+from rows import COMPENSATED, Row, allocated, allocated_bytes
+from verdict import markdown
 
-from mpo_exporter.budget import allocated_layers
-from mpo_formats import LinearSpec
+from mpo_formats import LinearSpec, PlanError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.checkpoint import Checkpoint
@@ -37,8 +40,6 @@ from mpo_runtime.texts import TokenText
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XS")
 # The most that our KL may be of theirs at the same bytes (issue 5).
 BARS = {"Q4_K_M": 0.8, "Q3_K_M": 0.8, "Q2_K": 0.8, "IQ3_XXS": 1.0, "IQ2_XS": 0.85}
-# What the header of a row's file may say more than the source's own, in bytes.
-PROVENANCE = 512
 PARTS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
@@ -82,24 +83,39 @@ def calibration_file(source: Checkpoint, text: TokenText, path: Path) -> None:
     path.write_text("".join(pieces), encoding="utf-8")
 
 
+def require_same(path: Path, marker: str) -> None:
+    """Stops where the files of a folder were made of another model or calibration text."""
+    if path.exists() and path.read_text(encoding="utf-8") != marker:
+        raise SystemExit(f"{path.parent}: made of another model or calibration text; give another --work")
+    path.write_text(marker, encoding="utf-8")
+
+
 def make_files(bench: Bench, arguments: argparse.Namespace) -> dict[str, Path]:
     """Converts, takes the importance matrix and quantises; what is there already is kept."""
     work, binaries = arguments.work, arguments.llama_bin
     work.mkdir(parents=True, exist_ok=True)
+    marker = f"{bench.source.sha256()} {bench.calibration.sha256}"
+    require_same(work / "source.txt", marker)
     dense, matrix, text = work / "f32.gguf", work / "importance.gguf", work / "calibration.txt"
     if not dense.exists():
+        part = work / "part.gguf"
         call(sys.executable, "-c", CONVERT, arguments.llama_source, bench.source.folder, "--outtype", "f32", "--outfile",
-             dense)  # fmt: skip
+             part)  # fmt: skip
+        part.replace(dense)
     if not matrix.exists():
         calibration_file(bench.source, bench.calibration, text)
         context = str(min(512, bench.source.architecture.max_position_embeddings))
-        call(binaries / "llama-imatrix", "-m", dense, "-f", text, "-o", matrix, "-c", context, "--parse-special",
+        part = work / "part-importance.gguf"
+        call(binaries / "llama-imatrix", "-m", dense, "-f", text, "-o", part, "-c", context, "--parse-special",
              "--process-output", "-t", str(arguments.threads))  # fmt: skip
+        part.replace(matrix)
     files = {"F32": dense}
     for kind in TYPES:
         files[kind] = work / f"{kind}.gguf"
         if not files[kind].exists():
-            call(binaries / "llama-quantize", "--imatrix", matrix, dense, files[kind], kind, str(arguments.threads))
+            part = work / "part.gguf"
+            call(binaries / "llama-quantize", "--imatrix", matrix, dense, part, kind, str(arguments.threads))
+            part.replace(files[kind])
     return files
 
 
@@ -139,13 +155,56 @@ def measure_file(path: Path, source: Checkpoint, judge: Judge) -> tuple[dict[str
     return judge.ops(ops), size
 
 
+def theirs(bench: Bench, kind: str, path: Path) -> dict[str, Any]:
+    """The row of a GGUF file, measured or kept."""
+    with path.open("rb") as file:
+        key = bench.key("llama.cpp", kind, hashlib.file_digest(file, "sha256").hexdigest())
+    if key in bench.kept.rows:
+        return bench.kept.rows[key]
+    measured, size = measure_file(path, bench.source, bench.judge)
+    parameters = bench.source.architecture.parameters()
+    return bench.kept.add(key, {
+        "family": "llama.cpp", "size": kind, "chi": 0, "tensor_bytes": size, "file_bytes": path.stat().st_size,
+        "bits_per_weight": 8 * path.stat().st_size / parameters, "tensor_bits_per_weight": 8 * size / parameters,
+        "layers_with_cores": 0, "measured": measured,
+    })  # fmt: skip
+
+
 def same_bytes(
     bench: Bench, tensor_bytes: int, file_bytes: int, whole_file: bool
 ) -> Iterator[tuple[str, tuple[LinearSpec, ...]]]:
     """Our layers for as many bytes of tensors, and for a whole file, tokenizer and all, as large as theirs."""
     yield "tensor bytes", allocated_bytes(bench.source, bench.survey(), tensor_bytes)
     if whole_file:
-        yield "file bytes", allocated_layers(bench.source.spec, bench.survey().candidates, file_bytes - PROVENANCE)
+        try:
+            yield "file bytes", allocated(bench.source.spec, bench.survey(), file_bytes)
+        except PlanError as error:
+            print(f"no file of ours is as small: {error}")
+
+
+def compare_types(
+    bench: Bench, files: dict[str, Path], arguments: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of all types and of ours at their bytes, and the lines of the table that sets them against each other."""
+    rows, summary = [], []
+    until = time.monotonic() + 60 * arguments.minutes
+    for kind, path in files.items():
+        if time.monotonic() > until:
+            print(f"{kind} was not begun in time: run the command again")
+            continue
+        other = theirs(bench, kind, path)
+        rows.append(other)
+        for what, layers in same_bytes(bench, other["tensor_bytes"], other["file_bytes"], arguments.whole_file):
+            ours = bench.measure(Row("compensated", f"{what} of {kind}", 0, layers, COMPENSATED))
+            rows.append(ours)
+            mine, its = ours["measured"]["all"], other["measured"]["all"]
+            ratio, change = mine["kl_mean"] / its["kl_mean"], mine["perplexity"] - its["perplexity"]
+            met = ratio <= BARS[kind] and change <= 0
+            summary.append(f"| {what} of {kind} | {ours['tensor_bytes'] / 1e6:.3f} / {other['tensor_bytes'] / 1e6:.3f} | "
+                           f"{ours['file_bytes'] / 1e6:.3f} / {other['file_bytes'] / 1e6:.3f} | {ratio:.2f} | "
+                           f"{BARS[kind]} | {change:+.2f} | {'yes' if met else 'no'} |")  # fmt: skip
+            print(summary[-1], flush=True)
+    return rows, summary
 
 
 def main() -> None:
@@ -159,31 +218,16 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = open_bench(arguments)
     files = make_files(bench, arguments)
-    faithful, _ = measure_file(files.pop("F32"), bench.source, bench.judge)
-    if faithful["all"]["kl_mean"] > 1e-6:
-        raise SystemExit(f"the converted model differs from its source: KL {faithful['all']['kl_mean']:.2e}")
-    rows, summary = [], []
-    for kind, path in files.items():
-        measured, size = measure_file(path, bench.source, bench.judge)
-        theirs = {"family": "llama.cpp", "label": kind, "tensor_bytes": size, "file_bytes": path.stat().st_size,
-                  "bits_per_weight": 8 * size / bench.source.architecture.parameters(), "layers_with_cores": 0,
-                  "measured": measured}  # fmt: skip
-        rows.append(theirs)
-        for what, layers in same_bytes(bench, size, path.stat().st_size, arguments.whole_file):
-            ours = bench.measure(Row("allocated", f"{what} of {kind}", layers, COMPENSATED, True))
-            rows.append(ours)
-            ratio = ours["measured"]["all"]["kl_mean"] / measured["all"]["kl_mean"]
-            change = ours["measured"]["all"]["perplexity"] - measured["all"]["perplexity"]
-            met = ratio <= BARS[kind] and change <= 0
-            summary.append(
-                f"| {what} of {kind} | {ratio:.2f} | {BARS[kind]} | {change:+.2f} | {'yes' if met else 'no'} |"
-            )
-            print(summary[-1], flush=True)
+    dense = theirs(bench, "F32", files.pop("F32"))["measured"]["all"]["kl_mean"]
+    if dense > 1e-6:
+        raise SystemExit(f"the converted model differs from its source: KL {dense:.2e}")
+    rows, summary = compare_types(bench, files, arguments)
     print(markdown(rows))
-    print("\n| at the bytes of | our KL over theirs | bar | our perplexity less theirs | met |\n|---|---|---|---|---|")
+    print("\n| at the | MB of tensors, ours / theirs | MB of the file, ours / theirs | our KL over theirs | bar | "
+          "our perplexity less theirs | met |\n|---|---|---|---|---|---|---|")  # fmt: skip
     print("\n".join(summary))
     if arguments.out:
-        write_results(arguments, bench, json.loads(json.dumps(rows)))
+        write_results(arguments, bench, rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/nano/evaluate.py --corpus ../shared/corpus --model exporter/mpo_exporter/data/granite-nano
 
 Bits of all tokens, role and end markers included, over the UTF-8 bytes of the content alone. xz sees the content alone.
+With --transformers the same windows also go through that library's own model: the two columns must agree.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
 from corpus import DOMAINS, chat_rows, content_bytes, documents, text_documents
 
-from mpo_runtime.measure import perplexity
+from mpo_runtime.measure import cut_windows, perplexity
 from mpo_runtime.model import load_network, read_text_files
 from mpo_runtime.weights import open_weights
 
@@ -28,10 +30,25 @@ def content(corpus: Path, domain: str) -> bytes:
     return "\n".join(text_documents(corpus / domain / "test.txt.gz")).encode()
 
 
+def transformers_bits(folder: Path, windows: list[np.ndarray]) -> float:
+    """Bits of every predicted token of `windows` under transformers, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    nats = 0.0
+    with torch.no_grad():
+        for window in windows:
+            ids = torch.from_numpy(window)[None]
+            nats += float(F.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+    return nats / math.log(2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--transformers", action="store_true", help="a column for the same model under transformers")
     arguments = parser.parse_args()
     weights = open_weights(arguments.model)
     tokenizer, _ = read_text_files(weights)
@@ -39,7 +56,8 @@ def main() -> None:
         raise SystemExit(f"{arguments.model}: has no tokenizer")
     network = load_network(weights)
     total_bits = total_bytes = 0.0
-    print("| domain | tokens | bits per byte | xz -9 |\n|---|---|---|---|", flush=True)
+    peer = " under transformers |" if arguments.transformers else ""
+    print(f"| domain | tokens | bits per byte |{peer} xz -9 |\n|---|---|---|{'---|' if peer else ''}---|", flush=True)
     for domain in DOMAINS:
         texts = documents(arguments.corpus, domain, "test")
         ids = np.array([token for text in texts for token in tokenizer.encode(text, parse_special=True)])
@@ -47,9 +65,11 @@ def main() -> None:
         result = perplexity(network, ids)
         bits = result.nats * result.tokens / math.log(2)
         packed = len(lzma.compress(content(arguments.corpus, domain), preset=9)) * 8 / size
-        print(f"| {domain} | {result.tokens:,} | {bits / size:.4f} | {packed:.3f} |", flush=True)
+        if peer:
+            peer = f" {transformers_bits(arguments.model, cut_windows(ids, network, None)) / size:.4f} |"
+        print(f"| {domain} | {result.tokens:,} | {bits / size:.4f} |{peer} {packed:.3f} |", flush=True)
         total_bits, total_bytes = total_bits + bits, total_bytes + size
-    print(f"| all |  | {total_bits / total_bytes:.4f} |  |")
+    print(f"| all |  | {total_bits / total_bytes:.4f} |{' |' if peer else ''}  |")
 
 
 if __name__ == "__main__":

@@ -112,9 +112,11 @@ class Nano(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                # Unit residual stream after the embedding multiplier; query and key wider because their
-                # product is scaled by 1/head_dim and not by its root.
+                # Unit residual stream after the embedding multiplier; queries and keys wider because their product is
+                # scaled by 1/head_dim and not by its root: without that, attention stays uniform for a million tokens.
                 std = 1 / config.embedding_multiplier if "embed" in name else parameter.shape[1] ** -0.5
+                if "q_proj" in name or "k_proj" in name:
+                    std *= config.head_dim**0.25
                 nn.init.normal_(parameter, std=std)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Writes a trained model in Hugging Face layout, as it ships inside the exporter.
 
-python benchmarks/nano/package.py --data work/nano --preset nano --out exporter/mpo_exporter/data/granite-nano
+python benchmarks/nano/package.py --data work/nano --out exporter/mpo_exporter/data/granite-nano
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from network import Nano
+from network import Nano, NanoConfig
 from safetensors.torch import save_file
-from train import PRESETS
 
 # The role tokens of Granite 3, without its default system message: a model of this size cannot follow one.
 CHAT_TEMPLATE = """{%- for message in messages %}
@@ -28,12 +27,11 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of tokens.py and train.py")
-    parser.add_argument("--preset", choices=PRESETS, default="nano")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    config, _ = PRESETS[arguments.preset]
+    config = NanoConfig()
     model = Nano(config)
-    saved = torch.load(arguments.data / f"{arguments.preset}.pt", map_location="cpu", weights_only=True)
+    saved = torch.load(arguments.data / "nano.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(saved["model"])
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)

@@ -35,12 +35,12 @@ class Recipe:
     little to gain from far back: `windows` gives (share of the steps, tokens of a window); a step has `tokens` in all.
     """
 
-    steps: int = 1500
+    steps: int = 1050
     warmup_steps: int = 40
     decay: float = 0.6
     tokens: int = 8192
-    windows: tuple[tuple[float, int], ...] = ((0.55, 256), (0.88, 512), (1.0, 1024))
-    learning_rate: float = 3e-3
+    windows: tuple[tuple[float, int], ...] = ((0.60, 256), (0.94, 512), (1.0, 1024))
+    learning_rate: float = 4e-3
     momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1

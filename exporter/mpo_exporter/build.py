@@ -81,7 +81,8 @@ def build_linear(
         return Built({f"{linear.name}.0.weight": raw}, matrix)
     try:
         if moment is not None:
-            matrix = target(matrix, moment.second, moment.cross, moment.drift)
+            group = next((term.group for term in linear.terms if isinstance(term, Quantized)), 1)
+            matrix = target(matrix, moment.second, moment.cross, moment.drift, group=group)
         return _fit(linear, matrix, None if moment is None else moment.second, method or Method())
     except ConfigError as error:
         raise ConfigError(f"{linear.name}: {error}") from None

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mpo_exporter import options as given
+from mpo_exporter.heal.cli import HealEpochs, HealMinutes, HealTokens
 from mpo_runtime.cli import console
 
 # Kept here so that --help need not import torch; a test compares it with the calibration's own default.
@@ -58,6 +59,11 @@ def export(
     text: given.EvalText = None,
     measure_tokens: given.MeasureTokens = None,
     certify_chi: given.Certify = None,
+    heal: given.Heal = False,
+    heal_tokens: HealTokens = None,
+    heal_epochs: HealEpochs = None,
+    heal_minutes: HealMinutes = None,
+    heal_text: given.HealText = None,
     device: given.Device = "cpu",
     threads: given.Threads = None,
     version: Annotated[
@@ -66,6 +72,7 @@ def export(
 ) -> None:
     """Compress a decoder model into one .mpo file and report what that cost."""
     from mpo_exporter.command import run_export
+    from mpo_exporter.heal.exported import heal_settings
     from mpo_exporter.plans.asked import Asked
 
     asked = Asked(target_size, target_bpw, target_ratio, max_kl, for_speed, layers, top_k, compression_ratio,
@@ -73,6 +80,7 @@ def export(
     run_export(
         model, plan, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads,
         calib=calib, calib_windows=calib_windows, asked=asked,
+        heal=heal_settings(heal, heal_tokens, heal_epochs, heal_minutes), heal_text=heal_text,
     )  # fmt: skip
 
 

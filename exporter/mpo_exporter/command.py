@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT, calibration_text
 from mpo_exporter.export import Result, export, planned_spec, planner_for
+from mpo_exporter.heal.exported import check_healing, heal_exported
+from mpo_exporter.heal.settings import Settings
 from mpo_exporter.plan import Options
 from mpo_exporter.plans.asked import Asked
 from mpo_exporter.plans.file import write_plan
@@ -48,8 +50,10 @@ def run_export(
     calib: Path | None = None,
     calib_windows: int = COUNT,
     asked: Asked | None = None,
+    heal: Settings | None = None,
+    heal_text: Path | None = None,
 ) -> Result | None:
-    """Exports a model and prints the report, or only its plan where that is all that was asked for."""
+    """Exports a model, heals the file where `heal` is given, and prints the report; a plan alone with --dry-run."""
     asked = asked or Asked()
     options = asked.options(plan, chi, cores)
     check_device(device)
@@ -66,6 +70,8 @@ def run_export(
     if not force and not asked.dry_run and os.path.lexists(target) and not target.is_dir():
         # The writer asks too (and names a folder as one), but only after the whole source was read.
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
+    if heal:
+        check_healing(source.folder, heal, heal_text)
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
     calibration, told = calibration_for(source.folder, options, plan, calib, calib_windows)
     options = for_model(asked, plan, options, source, calibration)
@@ -92,7 +98,8 @@ def run_export(
             )
         if not misses(result, options, number + 1 < MOST_EXPORTS):
             break
-    print_report(result, held_out, reason)
+    healed = heal_exported(target, source.folder, heal, heal_text, held_out, device) if heal else None
+    print_report(result, held_out, reason, healed)
     return result
 
 

@@ -85,3 +85,8 @@ Certify = Annotated[
 ]
 Device = Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")]
+Heal = Annotated[bool, typer.Option("--heal", help="Retrain the file briefly afterwards; the bounds below imply it.")]
+HealText = Annotated[
+    Path | None,
+    typer.Option(help="Text to heal on: .jsonl (chat rows or text), .txt, .u16, .npy.", show_default="embedded"),
+]

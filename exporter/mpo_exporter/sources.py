@@ -29,6 +29,11 @@ def data_folder() -> Path:
     return Path(str(importlib.resources.files("mpo_exporter") / "data"))
 
 
+def embedded_model() -> Path:
+    """The folder of the embedded model, in Hugging Face layout."""
+    return data_folder() / "granite-stand-in"
+
+
 def find_source(model: str) -> Source:
     """Resolves `demo`, `granite`, `granite-2b`, a folder or a hub id `owner/name`, downloading the last if needed.
 
@@ -36,7 +41,7 @@ def find_source(model: str) -> Source:
         CheckpointError: when there is no such folder and nothing can be downloaded.
     """
     if model == "demo":
-        return Source(data_folder() / "granite-stand-in", "demo", None)
+        return Source(embedded_model(), "demo", None)
     folder = Path(model)
     if model not in ALIASES and folder.is_dir():
         return Source(folder, folder.resolve().name, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import judge
 import quality
+import rows
+import verdict
 
-from mpo_exporter.sources import data_folder
-from mpo_exporter.survey import stored_bytes
-from mpo_formats import Mpo, Quantized
+from mpo_exporter.allocate import Candidate
+from mpo_exporter.budget import file_bytes
+from mpo_exporter.sources import embedded_model
+from mpo_exporter.survey import Survey, stored_bytes
+from mpo_formats import Mpo, PlanError, Quantized
 from mpo_formats.architecture import EMBEDDING
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import Comparison, summarise
@@ -27,23 +32,77 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(write_folder(tmp_path_factory.mktemp("source") / "model"))
 
 
-def test_cores_alone_fill_the_bytes_that_they_are_given(source: Checkpoint) -> None:
-    for balanced in (False, True):
-        for linear in quality.alone(source.spec.linears, balanced, 5.0):
+def surveyed(source: Checkpoint) -> Survey:
+    """Widths of 2 to 8 bits for every layer, of losses that fall with the bits."""
+    found = {}
+    for linear in source.spec.linears:
+        terms = [(Quantized("quantized", bits, 16, False),) for bits in (2, 3, 4, 6, 8)]
+        found[linear.name] = [
+            Candidate(stored_bytes(replace(linear, terms=part)), 4.0 ** -part[0].bits, part) for part in terms
+        ]
+    return Survey(found, np.eye(1))
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_cores_alone_fill_the_file_that_they_are_given(source: Checkpoint, balanced: bool) -> None:
+    least = file_bytes(replace(source.spec, linears=rows.alone(source.spec, balanced, 10**9)))
+    for target in (least, least - 4000):
+        layers = rows.alone(source.spec, balanced, target)
+        assert file_bytes(replace(source.spec, linears=layers)) <= target - rows.PROVENANCE
+        for linear in layers:
             [term] = linear.terms
             if linear.name == EMBEDDING:
                 assert isinstance(term, Quantized)
-                continue
-            assert isinstance(term, Mpo) and (term.out_dims[1] > 1) == balanced
-            room = 5.0 * linear.out_features * linear.in_features / 8
-            assert stored_bytes(linear) <= room or term.bonds == (1,)
+            else:
+                assert isinstance(term, Mpo) and (term.out_dims[1] > 1) == balanced
+    with pytest.raises(PlanError, match="not even one bond"):
+        rows.alone(source.spec, balanced, 1000)
 
 
-def test_one_width_with_more_for_the_table(source: Checkpoint) -> None:
-    for linear in quality.uniform(source.spec.linears, 2, 16, 4):
-        base, *cores = linear.terms
-        assert isinstance(base, Quantized) and base.bits == (4 if linear.name == EMBEDDING else 2)
-        assert bool(cores) == (linear.name != EMBEDDING)
+def test_cores_take_their_bytes_from_the_widths(source: Checkpoint) -> None:
+    target = file_bytes(replace(source.spec, linears=rows.allocated(source.spec, surveyed(source), 10**9, 2)))
+    bare, cores = (rows.allocated(source.spec, surveyed(source), target, chi) for chi in (0, 2))
+    for layers, chi in ((bare, 0), (cores, 2)):
+        assert file_bytes(replace(source.spec, linears=layers)) <= target - rows.PROVENANCE
+        for linear in layers:
+            assert len(linear.terms) == (2 if chi and linear.name != EMBEDDING else 1)
+    assert sum(linear.terms[0].bits for linear in cores) < sum(linear.terms[0].bits for linear in bare)
+    with pytest.raises(PlanError):
+        rows.make_row(source, surveyed(source), "compensated", 0.5, 8)
+
+
+def test_the_plan_has_every_row_once_and_the_quick_one_is_part_of_it() -> None:
+    whole, quick = (list(rows.planned_rows(short)) for short in (False, True))
+    assert len(set(whole)) == len(whole) and set(quick) < set(whole)
+    assert {size for _, size, _ in whole} == set(rows.SIZES)
+
+
+def test_rows_are_kept_and_a_torn_line_is_not(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "rows.jsonl"
+    kept = quality.Kept(place)
+    kept.add("one", {"chi": 1})
+    kept.add("two", {"chi": 2})
+    assert quality.Kept(place).rows == {"one": {"chi": 1}, "two": {"chi": 2}}
+    place.write_text(place.read_text()[:-5])
+    again = quality.Kept(place)
+    assert again.rows == {"one": {"chi": 1}}
+    again.add("three", {"chi": 3})
+    assert quality.Kept(place).rows == {"one": {"chi": 1}, "three": {"chi": 3}}
+
+
+def entry(family: str, size: float, chi: int, kl: float) -> dict[str, object]:
+    return {"family": family, "size": size, "chi": chi, "measured": {"all": {"kl_mean": kl}}}
+
+
+def test_where_cores_help_is_said_from_the_rows() -> None:
+    table = [entry("compensated", 2.3, 0, 0.1), entry("compensated", 2.3, 8, 0.05), entry("compensated", 2.3, 16, 0.2),
+             entry("compensated", 4.8, 0, 0.01), entry("compensated", 4.8, 8, 0.02),
+             entry("compensated", 8.0, 0, 0.01), entry("compensated", 8.0, 8, 0.0101),
+             entry("naive MPO", 2.3, 0, 3.0)]  # fmt: skip
+    words = verdict.where_cores_help(table)
+    assert "| 2.3 | 0.50 | 2.00 |" in words and "| 4.8 | 2.00 | does not fit |" in words
+    assert "lowers the KL at 2.3 bits; even the best χ raises it at 4.8 bits; the best χ changes it by less" in words
+    assert "naive MPO alone: KL 30× at 2.3 bits that of compensated integers; never better." in words
 
 
 def test_figures_of_several_texts_are_those_of_one_long_text() -> None:
@@ -57,7 +116,7 @@ def test_figures_of_several_texts_are_those_of_one_long_text() -> None:
 
 
 def test_domains_of_the_embedded_text() -> None:
-    source = Checkpoint(data_folder() / "granite-stand-in")
+    source = Checkpoint(embedded_model())
     texts = judge.domain_texts(source, None, "test", 500)
     assert list(texts) == list(judge.DOMAINS) and {text.ids.size for text in texts.values()} == {500}
     only = judge.calibration_tokens(source, None, "web")

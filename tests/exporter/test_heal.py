@@ -24,6 +24,7 @@ from mpo_exporter.heal import session as session_module
 from mpo_exporter.heal.checkpoint import NAME, load_checkpoint
 from mpo_exporter.heal.run import Healed, heal, out_of_memory
 from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.student import fits
 from mpo_exporter.heal.train import LAST_RATE, chosen_chi, chosen_windows, learning_rate
 from mpo_exporter.heal.train import Trainer as RealTrainer
 from mpo_exporter.plan import Options
@@ -38,7 +39,15 @@ from tests.helpers import BOS, granite_config, some_ids, write_folder
 CONFIG = granite_config()
 # 30 windows of 31 new tokens; a step takes 4 of them.
 SETTINGS = Settings(
-    tokens=1200, window=32, batch=4, micro_batch=4, checkpoint_steps=3, core_rate=1e-2, scale_rate=1e-2, cross_entropy=0
+    tokens=1200,
+    window=32,
+    batch=4,
+    micro_batch=4,
+    checkpoint_steps=3,
+    core_rate=1e-2,
+    scale_rate=1e-2,
+    cross_entropy=0,
+    train_codes=False,
 )
 STEPS = 9
 
@@ -281,6 +290,11 @@ def test_minutes_bound_the_training(file: Path, teacher: Path, text: Path, tmp_p
     assert result.curve and 0.03 <= result.minutes < 0.3
 
 
+def test_codes_train_where_their_memory_is_small() -> None:
+    assert Settings().moves_codes(20_000_000) and not Settings().moves_codes(8_000_000_000)
+    assert Settings(train_codes=True).moves_codes(8_000_000_000) and not Settings(train_codes=False).moves_codes(1)
+
+
 def test_every_window_is_seen_once_an_epoch() -> None:
     order = np.concatenate([chosen_windows(10, 4, step, 0) for step in range(5)])
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
@@ -379,3 +393,29 @@ def test_the_literature_s_name(file: Path, teacher: Path, text: Path, tmp_path: 
     assert result.path == target and len(result.curve) == 2
     with MpoFile(target) as written:
         assert written.spec.provenance.options["healed_text"] == "given"
+
+
+def test_blocks_are_run_again_only_where_memory_is_short(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
+    """And the losses are the same."""
+    curves = []
+    for again in (False, True):
+        settings = replace(SETTINGS, tokens=600, recompute=again)
+        curves.append(healed(file, teacher, text, tmp_path / f"{again}.mpo", settings=settings).curve)
+    np.testing.assert_allclose(*curves, rtol=1e-5)
+    with MpoFile(file) as opened:
+        assert fits(opened.spec.architecture, 4, 31, "cpu") and not fits(opened.spec.architecture, 10**9, 31, "cpu")
+
+
+def test_the_teacher_s_scores_serve_shorter_healings(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
+    """Of the same text in the same folder; a longer one needs more of them."""
+    curves = {}
+    for tokens in (600, 300, 900):
+        target = tmp_path / f"{tokens}.mpo"
+        settings = replace(SETTINGS, tokens=tokens)
+        curves[tokens] = healed(
+            file, teacher, text, target, settings=settings, work=tmp_path / "kept", others=True
+        ).curve
+        [done] = (tmp_path / "kept").glob("teacher-*-done.npy")
+        assert int(np.load(done)) == {600: 16, 300: 16, 900: 28}[tokens]
+        alone = healed(file, teacher, text, target, settings=settings, force=True).curve
+        np.testing.assert_array_equal(curves[tokens], alone)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpo_exporter.heal.data import HealingText, pack_windows, read_healing_text, recognise
-from mpo_exporter.sources import data_folder
+from mpo_exporter.sources import embedded_model
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.chat_template import ChatTemplate
 from mpo_runtime.checkpoint import Checkpoint
@@ -28,8 +28,8 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def stand_in() -> tuple[Tokenizer, ChatTemplate, Architecture]:
-    checkpoint = Checkpoint(data_folder() / "granite-stand-in")
+def embedded() -> tuple[Tokenizer, ChatTemplate, Architecture]:
+    checkpoint = Checkpoint(embedded_model())
     tokenizer, template = read_text_files(checkpoint)
     assert tokenizer is not None and template is not None
     return tokenizer, template, checkpoint.architecture
@@ -52,29 +52,29 @@ def test_other_layouts() -> None:
     "row", [[], {"prompt": "x"}, {"messages": [{"role": "user"}]}, {"conversations": ["x"]}, {"data": [1]}, {"text": 1}]
 )
 def test_unknown_layouts_are_named_by_line(
-    row: Any, tmp_path: Path, stand_in: tuple[Tokenizer, ChatTemplate, Architecture]
+    row: Any, tmp_path: Path, embedded: tuple[Tokenizer, ChatTemplate, Architecture]
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n' + json.dumps(row) + "\n")
     with pytest.raises(ConfigError, match=r"rows\.jsonl: line 2: expected `text`, `messages`"):
-        read_healing_text(path, *stand_in[:2])
+        read_healing_text(path, *embedded[:2])
 
 
 def test_rows_are_tokenised_as_everywhere_else(
-    tmp_path: Path, stand_in: tuple[Tokenizer, ChatTemplate, Architecture]
+    tmp_path: Path, embedded: tuple[Tokenizer, ChatTemplate, Architecture]
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in ({"text": "Once upon a time"}, {"messages": CHAT})))
-    found = read_healing_text(path, *stand_in[:2])
-    expected = read_tokens(path, *stand_in[:2])
+    found = read_healing_text(path, *embedded[:2])
+    expected = read_tokens(path, *embedded[:2])
     np.testing.assert_array_equal(found.ids, expected.ids)
     assert found.sha256 == expected.sha256 and found.counts.all()
 
 
 def test_only_the_assistant_counts_where_asked(
-    tmp_path: Path, stand_in: tuple[Tokenizer, ChatTemplate, Architecture]
+    tmp_path: Path, embedded: tuple[Tokenizer, ChatTemplate, Architecture]
 ) -> None:
-    tokenizer, template, _ = stand_in
+    tokenizer, template, _ = embedded
     path = tmp_path / "rows.jsonl"
     turns = [*CHAT, {"role": "user", "content": "And you?"}, {"role": "assistant", "content": "There, of course."}]
     path.write_text(json.dumps({"text": "Not this."}) + "\n" + json.dumps({"messages": turns}) + "\n")
@@ -83,8 +83,8 @@ def test_only_the_assistant_counts_where_asked(
     assert counted == "Here.<|end_of_text|>\nThere, of course.<|end_of_text|>\n"
 
 
-def test_windows_are_led_and_hold_the_text_in_order(stand_in: tuple[Tokenizer, ChatTemplate, Architecture]) -> None:
-    architecture = stand_in[2]
+def test_windows_are_led_and_hold_the_text_in_order(embedded: tuple[Tokenizer, ChatTemplate, Architecture]) -> None:
+    architecture = embedded[2]
     ids = np.arange(1, 101)
     counts = ids > 40
     windows, kept = pack_windows(HealingText("t", ids, counts, ""), architecture, 11, 2)
@@ -105,10 +105,10 @@ def test_windows_are_led_and_hold_the_text_in_order(stand_in: tuple[Tokenizer, C
     ],
 )
 def test_texts_that_cannot_be_packed(
-    ids: Any, window: int, message: str, stand_in: tuple[Tokenizer, ChatTemplate, Architecture]
+    ids: Any, window: int, message: str, embedded: tuple[Tokenizer, ChatTemplate, Architecture]
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        pack_windows(HealingText("t", ids, np.ones(ids.size, np.bool_), ""), stand_in[2], window, 4)
+        pack_windows(HealingText("t", ids, np.ones(ids.size, np.bool_), ""), embedded[2], window, 4)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,22 @@ def test_texts_that_cannot_be_packed(
 )
 def test_texts_that_cannot_be_read(
     name: str, content: bytes | None, only: bool, message: str, tmp_path: Path,
-    stand_in: tuple[Tokenizer, ChatTemplate, Architecture],
+    embedded: tuple[Tokenizer, ChatTemplate, Architecture],
 ) -> None:  # fmt: skip
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        read_healing_text(path, *stand_in[:2], assistant_only=only)
+        read_healing_text(path, *embedded[:2], assistant_only=only)
+
+
+def test_a_row_that_the_template_refuses_is_named(
+    tmp_path: Path, embedded: tuple[Tokenizer, ChatTemplate, Architecture]
+) -> None:
+    strict = ChatTemplate("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+                          "{{ m.content }}{% endfor %}", isolated=False)  # fmt: skip
+    rows = [{"messages": CHAT}, {"messages": []}, {"messages": [*CHAT, {"role": "tool", "content": "1"}]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: line 3: .*no tools here"):
+        read_healing_text(path, embedded[0], strict)

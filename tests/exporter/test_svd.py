@@ -115,6 +115,20 @@ def test_a_sketched_range_is_within_a_hundredth_of_the_exact_one(monkeypatch: py
     assert fit.error == pytest.approx(np.linalg.norm(matrix - contract(fit.cores)), rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(90, 120), (120, 90)])
+def test_a_large_share_of_a_large_spectrum_comes_from_the_gram_matrix(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = np.random.default_rng(0).standard_normal(shape)
+    exact = np.linalg.svd(matrix, full_matrices=False)
+    monkeypatch.setattr(svd, "SKETCH_SIZE", 50)
+    monkeypatch.setattr(np.linalg, "svd", refuse_large(np.linalg.svd, 1))
+    u, s, vt = truncated_svd(matrix, 40)
+    np.testing.assert_allclose(s, exact[1][:40], rtol=1e-9)
+    np.testing.assert_allclose(u * s @ vt, exact[0][:, :40] * exact[1][:40] @ exact[2][:40], atol=1e-9)
+    np.testing.assert_allclose(vt @ vt.T, np.eye(40), atol=1e-9)
+
+
 def refuse_large(function, limit):
     """numpy's SVD, for matrices with a side of at most `limit`: proof that the sketch was taken."""
 

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-from mpo_exporter.fit import svd, sweep, whitened
+from mpo_exporter.fit import als, common, svd, sweep, whitened
 from mpo_exporter.fit.bonds import order_bonds
 from mpo_exporter.fit.common import activation_error, check_fit, cholesky_root, contract, factor_moments
 from mpo_formats import ConfigError
@@ -118,14 +118,35 @@ def test_large_matrices_take_the_gram_matrix_or_a_sketch(monkeypatch: pytest.Mon
     rng = np.random.default_rng(0)
     for shape in ((40, 60), (60, 40)):
         matrix = rng.standard_normal(shape) @ np.diag(0.8 ** np.arange(shape[1]))
-        exact = whitened.dominant_subspace(matrix, 10, exact=True)
+        exact = whitened.dominant_subspace(matrix, 10)
         with monkeypatch.context() as patch:
             patch.setattr(whitened, "SKETCH_SIZE", 8)
-            gram = whitened.dominant_subspace(matrix, 10, exact=True)
-            sketch = whitened.dominant_subspace(matrix, 10, exact=False)
+            gram = whitened.dominant_subspace(matrix, 10)
         np.testing.assert_allclose(gram @ gram.T, exact @ exact.T, atol=1e-6)
-        best = np.linalg.norm(matrix - exact @ (exact.T @ matrix))
-        assert np.linalg.norm(matrix - sketch @ (sketch.T @ matrix)) < 1.05 * best
+
+
+@pytest.mark.parametrize("dims", [((60, 1), (1, 80)), ((20, 3), (1, 80)), ((1, 60), (80, 1))])
+def test_a_sketch_of_a_large_matrix_is_nearly_as_good(dims: tuple[Dims, Dims], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the root of the moment nor the whitened matrix is formed; the error told is the true one."""
+    matrix, moment = case(60, 80)
+    best = whitened.fit(matrix, moment, *dims, 2)
+    monkeypatch.setattr(whitened, "SKETCH_SIZE", 8)
+    monkeypatch.setattr(whitened, "cholesky_root", None)
+    fit = whitened.fit(matrix, moment, *dims, 2)
+    assert best.error * (1 - 1e-9) <= fit.error <= 1.001 * best.error
+    assert fit.error == pytest.approx(true_error(matrix, fit, moment), rel=1e-6)
+
+
+def test_the_error_of_large_matrices_is_told_to_six_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single precision is enough, also where what is left avoids the strongest directions of the input."""
+    for method in (whitened.fit, als.fit):
+        matrix, moment = case(60, 80)
+        exact = method(matrix, moment, (6, 10), (8, 10), 5)
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "DOUBLE_WORK", 1 << 10)
+            patch.setattr(common, "PANEL", 16)
+            told = activation_error(matrix - contract(exact.cores), moment)
+        assert told == pytest.approx(true_error(matrix, exact, moment), rel=1e-6)
 
 
 def test_partial_traces_multiply_to_a_moment_that_is_a_product() -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpo_exporter.export import export
 from mpo_exporter.plan import Options
-from mpo_exporter.sources import data_folder
+from mpo_exporter.sources import embedded_model
 from mpo_formats import ConfigError
 from mpo_runtime import kernels, load
 from mpo_runtime.engine import Engine
@@ -32,7 +32,7 @@ from tests.runtime.native_cases import LEVELS, level, needs_native
 
 pytestmark = needs_native
 GREEDY = SamplingOptions(temperature=0)
-STAND_IN = data_folder() / "granite-stand-in"
+EMBEDDED = embedded_model()
 PLANS = {
     "dense": Options("dense"),
     "int4": Options("int4"),
@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("native")
     names = {name: folder / f"{index}.mpo" for index, name in enumerate(PLANS)}
     for name, options in PLANS.items():
-        export(STAND_IN, names[name], options)
+        export(EMBEDDED, names[name], options)
     return names
 
 
@@ -68,7 +68,7 @@ def test_float_activations_give_the_tokens_of_the_reference(files: dict[str, Pat
 
 
 def windows(path: Path, count: int) -> NDArray[np.int64]:
-    content = (STAND_IN / "tokenizer.json").read_bytes()
+    content = (EMBEDDED / "tokenizer.json").read_bytes()
     ids = read_tokens(BUILT_IN_TEXT, Tokenizer.from_bytes(content, None), None).ids
     return np.resize(ids, count)
 

@@ -25,6 +25,7 @@ from mpo_runtime.layers.linear import widen
 from mpo_runtime.weights import Weights
 
 Matrix = NDArray[np.float64]
+Single = NDArray[np.float32]
 # Layers whose output is added to the residual stream.
 TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
 # Rows of a product computed at a time: the single-precision part then takes little memory beside the sums.
@@ -42,9 +43,9 @@ class Moment:
     """
 
     second: Matrix
-    cross: Matrix | None
+    cross: Single | None
     tokens: int
-    drift: Matrix | None = None
+    drift: Single | None = None
 
 
 class Sums:
@@ -85,14 +86,15 @@ class Sums:
 class Calibration:
     """Walks a dense model over windows of token ids [N, W], its residual stream spilled to disk.
 
-    Memory: the matrices of one block in float32, the moments asked for, and a batch of activations. For 8 billion
-    parameters (E 4096, inner 12800) that is 0.8 GB of matrices and 1.7 GB of moments in `dense`; in `compress` at most
-    2.6 GB of moments (the two of the down projection) when matrices are built, and 0.8 GB of matrices beside it while
-    they are measured. Compressed matrices of the block stay in mapped files.
+    In `compress` both upstreams go through a block input by input, each linear once: the last input is kept in a file.
+
+    Memory: the matrices of one block in float32, the moments asked for, and a batch of activations. Compressed matrices of
+    the block stay in mapped files. benchmarks/memory.py measures it for the geometry of 8 billion parameters.
 
     Args:
         source: the dense model.
-        folder: where states are spilled, N · W · E · 4 bytes for each upstream; what is written there is removed.
+        folder: where states are spilled, N · W · E · 4 bytes for each upstream, in `compress` the inputs of a block's last
+            two groups of layers beside them; what is written there is removed.
         batch: windows run at a time.
 
     Raises:
@@ -159,8 +161,9 @@ class Calibration:
     def _compress_block(self, dense: Upstream, ours: Upstream, block: int, build: Build, work: Path) -> None:
         originals = dict(ours.ops.linears)
         mapped = []
-        for number, names in enumerate(input_groups(dense, block)):
-            moment = moment_of(names, *measure_input(dense, ours, block, number))
+        before: tuple[str, ...] = ()
+        for names in input_groups(dense, block):
+            moment = moment_of(names, *measure_input(dense, ours, block, before))
             for name in names:
                 built = build(name, dense_matrix(self.source, name), moment)
                 spec = originals[name].spec
@@ -169,8 +172,14 @@ class Calibration:
                                       f"{spec.in_features}, found {list(built.shape)}")  # fmt: skip
                 mapped.append(work / f"{name}.matrix")
                 ours.ops.replace(name, spill(mapped[-1], built))
+            del moment  # before the next one takes its memory
+            before = names
         for upstream in (dense, ours):
-            upstream.advance(block)
+            with upstream.ops.holding(block, before):
+                for rows in upstream.batches:
+                    upstream.step(rows, block, before)
+            for name in list(upstream.inputs):
+                upstream.forget(name)
         ours.ops.linears.update(originals)
         for file in mapped:
             file.unlink()
@@ -221,14 +230,21 @@ def measure_block(upstream: Upstream, block: int) -> dict[tuple[str, ...], Sums]
     return sums
 
 
-def measure_input(dense: Upstream, ours: Upstream, block: int, number: int) -> tuple[Sums, Sums, Sums | None]:
-    """Sums the moments of the input of that number in a block: on the compressed upstream, across the two, and the drift."""
+def measure_input(
+    dense: Upstream, ours: Upstream, block: int, before: tuple[str, ...]
+) -> tuple[Sums, Sums, Sums | None]:
+    """Sums the moments of the input that follows the linears `before`, whose matrices are as they will stay.
+
+    Gives those on the compressed upstream, across the two, and the drift.
+    """
     second, cross, drift = Sums(), Sums(), Sums()
     scale = ours.model.architecture.residual_multiplier
     residual = False
-    with dense.ops.holding(block), ours.ops.holding(block):
+    with dense.ops.holding(block, before), ours.ops.holding(block, before):
         for rows in ours.batches:
-            theirs, mine = (upstream.run(rows, block, number)[0][number] for upstream in (dense, ours))
+            theirs, mine = (upstream.step(rows, block, before) for upstream in (dense, ours))
+            if theirs is None or mine is None:
+                raise ConfigError(f"calibration: block {block} has no linears after {', '.join(before)}")
             second.add(mine.x)
             cross.add(theirs.x, mine.x)
             residual = mine.names[0].endswith(TO_STREAM)
@@ -244,7 +260,10 @@ def moment_of(names: tuple[str, ...], second: Sums, cross: Sums | None, drift: S
         ConfigError: naming the first layer, when the input was not finite.
     """
     tokens = second.tokens
-    across, drifted = (None if sums is None else sums.mean(symmetric=False) for sums in (cross, drift))
+    # Only differences of these are used, and they are large: in single precision they take half the memory.
+    across, drifted = (
+        None if sums is None else sums.mean(symmetric=False).astype(np.float32) for sums in (cross, drift)
+    )
     moment = Moment(second.mean(symmetric=True), across, tokens, drifted)
     for part in (moment.second, moment.cross, moment.drift):
         if part is not None and not np.isfinite(part).all():

@@ -55,21 +55,63 @@ class Record:
             raise Enough
 
 
+@dataclass(slots=True)
+class Resume:
+    """Where a run begins: at the linears `names`, with their input x; until they are called no op does anything."""
+
+    names: tuple[str, ...]
+    x: Tensor
+    reached: bool = False
+
+
 class RecordingOps(ReferenceOps):
-    """The reference ops, whose matrices stay in the mapped file, and that note what linears are given."""
+    """The reference ops, whose matrices stay in the mapped file, and that note what linears are given.
+
+    With a `resume` the ops before its linears are passed over: they give back what they were given, which nobody uses but
+    the residual stream.
+    """
 
     def __init__(self, source: Weights) -> None:
         super().__init__(source, held=False)
         self.record: Record | None = None
+        self.resume: Resume | None = None
+
+    @property
+    def passing(self) -> bool:
+        """Whether the run has not yet come to where it begins."""
+        return self.resume is not None and not self.resume.reached
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """Σ_t term_t(x) + bias, noted."""
+        name = layer.spec.name
+        if self.resume is not None and name in self.resume.names:
+            self.resume.reached, x = True, self.resume.x
+        if self.passing:
+            return x
         if self.record is not None:
-            self.record.see(layer.spec.name, x)
+            self.record.see(name, x)
         return super().linear(layer, x)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / √(mean x² + eps) · weight."""
+        return x if self.passing else super().rms_norm(x, weight, eps)
+
+    def rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache, block: int) -> Tensor:
+        """Rotates q and k, appends k and v to the cache; returns q."""
+        return q if self.passing else super().rope_and_append(q, k, v, cache, block)
+
+    def attention(self, q: Tensor, cache: TorchCache, block: int, scale: float) -> Tensor:
+        """Causal grouped-query attention of q over the cache."""
+        return q if self.passing else super().attention(q, cache, block, scale)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) · up."""
+        return gate if self.passing else super().swiglu(gate, up)
 
     def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
         """x + scale · y, the residual stream from now on."""
+        if self.passing:
+            return x
         stream = super().add_scaled(x, y, scale)
         if self.record is not None:
             self.record.stream = stream
@@ -82,10 +124,11 @@ class RecordingOps(ReferenceOps):
         self.linears[name] = Linear(layer.spec, [term], layer.bias)
 
     @contextmanager
-    def holding(self, block: int) -> Iterator[None]:
-        """Keeps the matrices of a block in memory, in float32."""
+    def holding(self, block: int, only: tuple[str, ...] | None = None) -> Iterator[None]:
+        """Keeps the matrices of a block in memory, in float32; of `only` these layers where they are given."""
         prefix = f"model.layers.{block}."
-        layers = [layer for name, layer in self.linears.items() if name.startswith(prefix)]
+        layers = [layer for name, layer in self.linears.items()
+                  if (name.startswith(prefix) if only is None else name in only)]  # fmt: skip
         terms = [term for layer in layers for term in layer.terms if isinstance(term, MatrixTerm) and term.held is None]
         for term in terms:
             term.held = term.rebuild()
@@ -123,10 +166,11 @@ class Upstream:
     def __init__(self, source: Weights, windows: NDArray[np.int64], file: Path, batch: int) -> None:
         self.ops = RecordingOps(source)
         self.model = GraniteModel(source.spec.architecture, self.ops)
-        self.windows = windows
+        self.windows, self.file = windows, file
         shape = (*windows.shape, self.model.architecture.hidden_size)
         require_disk(file.parent, 4 * math.prod(shape))
         self.states = np.memmap(file, np.float32, "w+", shape=shape)
+        self.inputs: dict[str, NDArray[np.float32]] = {}
         self.batches = [slice(start, start + batch) for start in range(0, windows.shape[0], batch)]
 
     @torch.no_grad()
@@ -145,27 +189,63 @@ class Upstream:
             self.states[rows] = x.numpy()
 
     @torch.no_grad()
-    def run(self, rows: slice, block: int, last: int | None = None) -> tuple[list[Input], Tensor | None]:
+    def run(
+        self, rows: slice, block: int, last: int | None = None, resume: Resume | None = None
+    ) -> tuple[list[Input], Tensor | None]:
         """Runs a block on a batch; gives its linears' inputs and its output [B, W, E].
 
         Args:
             last: ends the run at the block's input of that number; there is no output then.
+            resume: begins there, not at the block's first op; its input is then the first one.
         """
         x = self.read(rows)
         cache = block_cache(self.model.architecture, x.shape[0], x.shape[1], x.device)
-        self.ops.record = record = Record(last, stream=x)
+        self.ops.record, self.ops.resume = Record(last, stream=x), resume
+        record = self.ops.record
         try:
             return record.inputs, self.model.block(x, cache, block)
         except Enough:
             return record.inputs, None
         finally:
-            self.ops.record = None
+            self.ops.record = self.ops.resume = None
 
-    def advance(self, block: int) -> None:
-        """Replaces the residual stream by what a block makes of it."""
-        with self.ops.holding(block):
-            for rows in self.batches:
-                self.write(rows, self.run(rows, block)[1])
+    def step(self, rows: slice, block: int, before: tuple[str, ...]) -> Input | None:
+        """Goes on through a block to the next input that linears are given, or to its end: gives that input, or None.
+
+        The residual stream in the file is brought up to there, and the input is kept for the next step.
+
+        Args:
+            before: the linears of the step before, whose input was kept; none at the block's begin.
+        """
+        if before:
+            resume = Resume(before, torch.from_numpy(np.array(self.kept(before[0])[rows])))
+            inputs, output = self.run(rows, block, 1, resume)
+            found = inputs[1] if output is None else None
+        else:
+            [found], output = self.run(rows, block, 0)
+        self.write(rows, output if found is None else found.stream)
+        if found is not None:
+            self.kept(found.names[0])[rows] = found.x.numpy()
+        return found
+
+    def kept(self, name: str) -> NDArray[np.float32]:
+        """The input [N, W, I] of the layer `name`, in a file; of two others the older one is removed."""
+        if name not in self.inputs:
+            for other in list(self.inputs)[:-1]:
+                self.forget(other)
+            shape = (*self.windows.shape, self.ops.linears[name].spec.in_features)
+            require_disk(self.file.parent, 4 * math.prod(shape))
+            self.inputs[name] = np.memmap(self.input_file(name), np.float32, "w+", shape=shape)
+        return self.inputs[name]
+
+    def input_file(self, name: str) -> Path:
+        """Where a layer's input is kept."""
+        return self.file.with_name(f"{self.file.name}.{name}")
+
+    def forget(self, name: str) -> None:
+        """Removes the file of a layer's input."""
+        del self.inputs[name]
+        self.input_file(name).unlink()
 
     @torch.no_grad()
     def normed(self, rows: slice) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mpo_exporter.fit.remember import Remembered
 from mpo_formats import ConfigError
 from mpo_formats.architecture import full_rank
 
@@ -23,6 +24,9 @@ Dims = tuple[int, ...]
 log = logging.getLogger(__name__)
 # A singular moment is loaded by this share of its mean diagonal, and by ten times more until it has a root.
 LEAST_LOAD = 1e-10
+# Products of more multiply-adds than this are taken in single precision, so many rows at a time.
+DOUBLE_WORK = 1 << 29
+PANEL = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +99,34 @@ def contract(cores: Sequence[Matrix]) -> Matrix:
 
 
 def activation_error(residual: Matrix, moment: Matrix | None) -> float:
-    """√tr(R C Rᵀ) of a residual R [O, I] and a moment C [I, I]; ‖R‖_F without a moment."""
-    weighted = residual if moment is None else residual @ moment
-    # Rounding may leave a tiny negative sum where R lies in the null space of C.
-    return math.sqrt(max(float(np.vdot(weighted, residual)), 0.0))
+    """√tr(R C Rᵀ) of a residual R [O, I] and a moment C [I, I]; ‖R‖_F without a moment.
+
+    Products of more than DOUBLE_WORK multiply-adds are taken in single precision, their sum in double.
+    """
+    if moment is None:
+        return float(np.linalg.norm(residual))
+    if residual.size * len(moment) <= DOUBLE_WORK:
+        # Rounding may leave a tiny negative sum where R lies in the null space of C.
+        return math.sqrt(max(float(np.vdot(residual @ moment, residual)), 0.0))
+    small, total = moment.astype(np.float32), 0.0
+    for start in range(0, len(residual), PANEL):
+        part = residual[start : start + PANEL]
+        total += float(np.vdot((part.astype(np.float32) @ small).astype(np.float64), part))
+    return math.sqrt(max(total, 0.0))
 
 
 def cholesky_root(moment: Matrix) -> Matrix:
-    """L with L Lᵀ = C; a singular C is loaded on its diagonal until it has such a root, and the load is logged."""
+    """L with L Lᵀ = C; a singular C is loaded on its diagonal until it has such a root, and the load is logged.
+
+    It is remembered as long as the array lives, as layers with one input share their moment.
+    """
+    return _roots.get(moment, None, lambda: _root(moment))
+
+
+_roots: Remembered[Matrix] = Remembered()
+
+
+def _root(moment: Matrix) -> Matrix:
     size = moment.shape[0]
     mean = float(np.trace(moment)) / size
     if mean <= 0:
@@ -129,7 +153,8 @@ def factor_moments(moment: Matrix | None, in_dims: Dims) -> list[Matrix]:
     result = []
     for k, size in enumerate(in_dims):
         before, after = math.prod(in_dims[:k]), math.prod(in_dims[k + 1 :])
-        part = np.einsum("aibajb->ij", moment.reshape(before, size, after, before, size, after))
+        whole = before == after == 1
+        part = moment if whole else np.einsum("aibajb->ij", moment.reshape(before, size, after, before, size, after))
         mean = float(np.trace(part)) / size
         result.append(part / mean if mean > 0 else np.eye(size))
     return result

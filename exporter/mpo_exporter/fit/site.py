@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from mpo_exporter.fit.bonds import left_grams
-from mpo_exporter.fit.common import Dims, Matrix, factor_moments
+from mpo_exporter.fit.common import DOUBLE_WORK, Dims, Matrix, factor_moments
 
-# Products of more multiply-adds than this are taken in single precision; errors are always computed in double.
-DOUBLE_WORK = 1 << 29
 # Share of the mean diagonal that is added to what the preconditioner inverts.
 LOAD = 1e-4
 
@@ -34,12 +32,12 @@ class Target:
 
 def make_target(matrix: Matrix, moment: Matrix | None, in_dims: Dims) -> Target:
     """What sites fit; in single precision where the products with C are large."""
-    product = matrix if moment is None else matrix @ moment
-    square = float(np.vdot(matrix, product))
     weights = factor_moments(moment, in_dims)
+    wanted = matrix
     if moment is not None and matrix.size * moment.shape[0] > DOUBLE_WORK:
-        moment, product = moment.astype(np.float32), product.astype(np.float32)
-    return Target(moment, product, square, weights)
+        moment, wanted = moment.astype(np.float32), matrix.astype(np.float32)
+    product = wanted if moment is None else wanted @ moment
+    return Target(moment, product, float(np.vdot(matrix, product)), weights)
 
 
 class Site:

@@ -30,13 +30,22 @@ def fit(matrix: Matrix, moment: Matrix | None, out_dims: Dims, in_dims: Dims, ch
 def truncated_svd(matrix: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
     """The `rank` largest singular triplets U [m, r], s [r], Vᵀ [r, n].
 
-    Exact, except for large matrices of which less than an eighth of the spectrum is wanted: there the range is found by
-    a seeded random sketch with 16 extra columns and three power iterations (Halko, Martinsson & Tropp 2011).
+    Exact, except for large matrices: where less than an eighth of the spectrum is wanted the range is found by a seeded
+    random sketch with 16 extra columns and three power iterations (Halko, Martinsson & Tropp 2011), else from the
+    eigenvectors of the smaller Gram matrix, which leaves of the values below 1e-8 of the largest nothing but noise.
     """
     smallest = min(matrix.shape)
-    if smallest <= SKETCH_SIZE or rank * 8 > smallest:
+    if smallest <= SKETCH_SIZE:
         u, s, vt = np.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vt[:rank]
+    if rank * 8 > smallest:
+        if matrix.shape[0] > matrix.shape[1]:
+            v, s, ut = truncated_svd(np.ascontiguousarray(matrix.T), rank)
+            return ut.T, s, v.T
+        u = np.linalg.eigh(matrix @ matrix.T)[1][:, : -rank - 1 : -1]
+        rest = u.T @ matrix
+        s = np.linalg.norm(rest, axis=1)
+        return u, s, rest / np.maximum(s, 1e-30)[:, None]
     sketch = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + 16))
     basis = np.linalg.qr(matrix @ sketch)[0]
     for _ in range(3):

@@ -23,6 +23,10 @@ from mpo_exporter.fit.common import (
 from mpo_exporter.fit.svd import SKETCH_SIZE, truncated_svd
 from mpo_formats import ConfigError
 
+# Columns of a sketch beyond the rank, at least, and its power iterations.
+EXTRA = 16
+POWERS = 6
+
 
 def fit(matrix: Matrix, moment: Matrix | None, out_dims: Dims, in_dims: Dims, chi: int) -> Cores:
     """Fits two cores by a singular value decomposition of the whitened, rearranged matrix.
@@ -56,14 +60,23 @@ def project_whitened(
         turned = None if moment is None else swap_factors(moment, i1, i2)
         pair = project_whitened(swapped, turned, (o2, o1), (i2, i1), rank, exact=exact)
         return [core.transpose(3, 1, 2, 0) for core in reversed(pair)]
-    first, second = (cholesky_root(part) for part in factor_moments(moment, in_dims))
     tensor = unfold(matrix, out_dims, in_dims)
-    half = (tensor.transpose(0, 2, 3, 1) @ first).transpose(0, 3, 1, 2).reshape(o1 * i1, o2, i2)  # rows whitened
-    frame = dominant_subspace((half @ second).reshape(o1 * i1, o2 * i2), rank, exact)
-    behind = (frame.T @ half.reshape(o1 * i1, o2 * i2)).reshape(rank, o2, i2, 1)
-    # first is lower triangular: A = U L⁻¹ on the input axis.
-    front = np.asarray(np.linalg.solve(first.T, frame.reshape(o1, i1, rank)), np.float64).reshape(1, o1, i1, rank)
-    return [front, behind]
+    # Where the second core takes the whole input, C itself: its scale does not matter here.
+    first, second = factor_moments(moment, in_dims) if i1 > 1 or moment is None else (np.eye(1), moment)
+    if i1 > 1:
+        first = cholesky_root(first)
+        tensor = (tensor.transpose(0, 2, 3, 1) @ first).transpose(0, 3, 1, 2)  # rows whitened
+    half = np.ascontiguousarray(tensor).reshape(o1 * i1, o2 * i2)
+    if min(half.shape) > SKETCH_SIZE and rank * (8 if exact else 2) <= min(half.shape):
+        frame = sketched_frame(half, second, rank)
+    else:
+        whitened = half.reshape(-1, i2) @ cholesky_root(second)
+        frame = dominant_subspace(whitened.reshape(half.shape), rank)
+    behind = (frame.T @ half).reshape(rank, o2, i2, 1)
+    front = frame.reshape(o1, i1, rank)
+    if i1 > 1:  # first is lower triangular: A = U L⁻¹ on the input axis
+        front = np.asarray(np.linalg.solve(first.T, front), np.float64)
+    return [front.reshape(1, o1, i1, rank), behind]
 
 
 def swap_factors(moment: Matrix, first: int, second: int) -> Matrix:
@@ -72,20 +85,32 @@ def swap_factors(moment: Matrix, first: int, second: int) -> Matrix:
     return moment.reshape(first, second, first, second).transpose(1, 0, 3, 2).reshape(size, size)
 
 
-def dominant_subspace(matrix: Matrix, rank: int, exact: bool) -> Matrix:
-    """The `rank` leading left singular vectors [m, r] of a matrix [m, n].
+def sketched_frame(half: Matrix, moment: Matrix, rank: int) -> Matrix:
+    """The `rank` leading left singular vectors [m, r] of M (1 ⊗ L), M [m, o · i] and L Lᵀ = C [i, i], from a seeded sketch.
 
-    Large matrices: from the eigenvectors of the smaller Gram matrix, or from a seeded sketch with one power iteration
-    (Halko, Martinsson & Tropp 2011) where that is good enough or far smaller.
+    Subspace iteration on M (1 ⊗ C) Mᵀ (Halko, Martinsson & Tropp 2011) in single precision: neither the root of C nor the
+    whitened matrix is formed.
     """
-    smallest = min(matrix.shape)
-    if smallest <= SKETCH_SIZE or rank * 8 <= smallest:
+    rows, columns = half.shape[0], moment.shape[0]
+    small, weight = half.astype(np.float32), moment.astype(np.float32)
+
+    def apply(frame: Matrix) -> Matrix:
+        state = (small.T @ frame.astype(np.float32)).reshape(-1, columns, frame.shape[1])  # [o, i, r]
+        state = np.matmul(weight, state).reshape(-1, frame.shape[1])
+        return np.asarray(small @ state, np.float64)
+
+    extra = max(EXTRA, rank // 4)
+    frame = np.random.default_rng(0).standard_normal((rows, min(rank + extra, rows)))
+    for _ in range(POWERS):
+        frame = np.linalg.qr(apply(frame))[0]
+    turn = leading_eigenvectors(frame.T @ apply(frame), rank)
+    return np.asarray(frame @ turn, np.float64)
+
+
+def dominant_subspace(matrix: Matrix, rank: int) -> Matrix:
+    """The `rank` leading left singular vectors [m, r] of a matrix [m, n]; of a large one by the smaller Gram matrix."""
+    if min(matrix.shape) <= SKETCH_SIZE:
         return truncated_svd(matrix, rank)[0]
-    if not exact and rank * 2 <= smallest:
-        sketch = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + 16))
-        basis = np.linalg.qr(matrix @ (matrix.T @ np.linalg.qr(matrix @ sketch)[0]))[0]
-        part = basis.T @ matrix
-        return np.asarray(basis @ leading_eigenvectors(part @ part.T, rank), np.float64)
     if matrix.shape[0] <= matrix.shape[1]:
         return leading_eigenvectors(matrix @ matrix.T, rank)
     return np.asarray(np.linalg.qr(matrix @ leading_eigenvectors(matrix.T @ matrix, rank))[0], np.float64)
@@ -93,4 +118,4 @@ def dominant_subspace(matrix: Matrix, rank: int, exact: bool) -> Matrix:
 
 def leading_eigenvectors(gram: Matrix, count: int) -> Matrix:
     """The eigenvectors [n, count] of the largest eigenvalues of a symmetric matrix, the largest first."""
-    return np.asarray(np.linalg.eigh(gram)[1][:, : -count - 1 : -1], np.float64)
+    return np.asarray(np.linalg.eigh((gram + gram.T) / 2)[1][:, : -count - 1 : -1], np.float64)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.heal.student import run_block
+from mpo_exporter.heal.ops import compute, run_block
 from mpo_formats import OutputError
 from mpo_runtime.models.granite import GraniteModel
 
@@ -49,7 +49,8 @@ class Stream:
         """Replaces the stream by what a block makes of it."""
         for rows in self._batches():
             x = self.read(rows).to(self.device)
-            self.states[rows] = self.model.ops.to_numpy(run_block(self.model, x, block))
+            with compute(self.device):
+                self.states[rows] = self.model.ops.to_numpy(run_block(self.model, x, block))
 
 
 def block_names(block: int, names: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.fit.bonds import order_bonds
-from mpo_exporter.heal.student import HealingOps, run_block
+from mpo_exporter.heal.ops import HealingOps, run_block
 from mpo_exporter.heal.trainable import Cores, IntegerCore, Trainables
 from mpo_runtime.models.granite import GraniteModel
 

@@ -60,8 +60,11 @@ def save_checkpoint(folder: Path, record: Record, tensors: Mapping[str, Tensor])
         raise OutputError(f"{folder / NAME}: cannot be written ({error}); free some space") from None
 
 
-def load_checkpoint(folder: Path, digest: str) -> tuple[Record, dict[str, Tensor]] | None:
+def load_checkpoint(folder: Path, digest: str, *, others: bool = False) -> tuple[Record, dict[str, Tensor]] | None:
     """The folder's checkpoint, None where there is none.
+
+    Args:
+        others: passes over a checkpoint of another healing, which the next one will replace.
 
     Raises:
         ConfigError: when it belongs to another healing, or is damaged.
@@ -76,6 +79,8 @@ def load_checkpoint(folder: Path, digest: str) -> tuple[Record, dict[str, Tensor
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: is damaged ({error}); remove {folder} to start over") from None
     if record.digest != digest:
+        if others:
+            return None
         raise ConfigError(f"{path}: is of a healing with other settings, data or models; "
                           f"give those, or remove {folder} to start over")  # fmt: skip
     return record, tensors

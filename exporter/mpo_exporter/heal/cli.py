@@ -11,6 +11,14 @@ from mpo_runtime.cli import console
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
+# What bounds a healing; mpo-export takes the same options.
+HealTokens = Annotated[
+    str | None, typer.Option("--heal-tokens", help="Tokens to train on, such as 500k or 2M.", show_default="1M")
+]
+HealEpochs = Annotated[
+    float | None, typer.Option("--heal-epochs", help="Times to see the healing text.", show_default=False)
+]
+HealMinutes = Annotated[float | None, typer.Option("--heal-minutes", help="Minutes to train.", show_default=False)]
 EvalText = Annotated[
     Path | None, typer.Option(help="Held-out text to measure on.", show_default="a small built-in one")
 ]
@@ -40,15 +48,9 @@ def heal(
             show_default=False,
         ),
     ],
-    tokens: Annotated[
-        int | None, typer.Option("--heal-tokens", help="Tokens to train on.", show_default="1000000")
-    ] = None,
-    epochs: Annotated[
-        float | None, typer.Option("--heal-epochs", help="Times to see the text.", show_default=False)
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option("--heal-minutes", help="Minutes to train.", show_default=False)
-    ] = None,
+    tokens: HealTokens = None,
+    epochs: HealEpochs = None,
+    minutes: HealMinutes = None,
     text: TrainingText = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="FILE-healed.mpo")
@@ -62,8 +64,13 @@ def heal(
     cross_entropy: Annotated[float, typer.Option(help="Weight of the text's cross entropy beside the KL.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Logits of the teacher to keep a token.")] = 64,
     train_codes: Annotated[
-        bool, typer.Option("--train-codes", help="Train the integers too, not only scales.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--train-codes/--freeze-codes",
+            help="Train the integers too, or only scales, cores and norms.",
+            show_default="train in models of at most 500 M weights",
+        ),
+    ] = None,
     assistant_only: Annotated[
         bool, typer.Option("--assistant-only", help="Only what the assistant says counts in the loss.")
     ] = False,
@@ -82,10 +89,11 @@ def heal(
 ) -> None:
     """Retrain a compressed model briefly, so that it gives again what the dense model gives."""
     from mpo_exporter.heal.command import run_heal
-    from mpo_exporter.heal.settings import Settings
+    from mpo_exporter.heal.settings import Settings, parse_tokens
 
     settings = Settings(
-        tokens=tokens, epochs=epochs, minutes=minutes, window=window, batch=batch, micro_batch=micro_batch,
+        tokens=None if tokens is None else parse_tokens(tokens), epochs=epochs, minutes=minutes,
+        window=window, batch=batch, micro_batch=micro_batch,
         block_share=block_share, train_codes=train_codes, top_k=top_k, cross_entropy=cross_entropy,
         assistant_only=assistant_only, chi_dropout=chi_dropout, seed=seed,
     ).faster(rate)  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_exporter.sources import data_folder
-from mpo_formats import Architecture, ConfigError
+from mpo_formats import Architecture, ConfigError, MpoError
 from mpo_runtime.chat_template import ChatTemplate, encode_chat
 from mpo_runtime.texts import TokenText, read_tokens
 from mpo_runtime.tokenizer import Tokenizer
@@ -82,9 +82,12 @@ def read_healing_text(
         raw = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a text or .jsonl file") from None
-    documents = [
-        _document(row, tokenizer, template, assistant_only) for row in _rows(raw, path) if isinstance(row, str) or row
-    ]
+    documents = []
+    for number, row in _rows(raw, path):
+        try:
+            documents.append(_document(row, tokenizer, template, assistant_only))
+        except MpoError as error:  # a template may refuse roles or their order
+            raise ConfigError(f"{path}: line {number}: {error}") from None
     ids = np.array([token for tokens, _ in documents for token in tokens], np.int64)
     counts = np.array([flag for _, flags in documents for flag in flags], np.bool_)
     if not counts.any():
@@ -92,7 +95,7 @@ def read_healing_text(
     return HealingText(path.name, ids, counts, hashlib.sha256(raw).hexdigest())
 
 
-def _rows(raw: bytes, path: Path) -> Iterator[str | list[Message]]:
+def _rows(raw: bytes, path: Path) -> Iterator[tuple[int, str | list[Message]]]:
     try:
         lines = raw.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -107,7 +110,8 @@ def _rows(raw: bytes, path: Path) -> Iterator[str | list[Message]]:
         content = recognise(row)
         if content is None:
             raise ConfigError(f"{path}: line {number}: expected {LAYOUTS}")
-        yield content
+        if content:
+            yield number, content
 
 
 def recognise(row: Any) -> str | list[Message] | None:

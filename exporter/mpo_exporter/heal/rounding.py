@@ -30,18 +30,29 @@ class _Rounded(torch.autograd.Function):
         return gradients[0], None
 
 
-class _Integers(torch.autograd.Function):
-    """Rounds to the integers 0 … top; the gradient passes, but not past the ends."""
+class _Cells(torch.autograd.Function):
+    """scale · (q − zero) [R, C] where q are the integers 0 … top nearest to the latent numbers [R, C].
+
+    The gradient passes straight through the rounding, but not past its ends; only the latent numbers are kept for it.
+    """
 
     @staticmethod
-    def forward(context: Any, values: Tensor, top: int) -> Tensor:
-        context.save_for_backward((values > -0.5) & (values < top + 0.5))
-        return values.round().clamp_(0, top)
+    def forward(context: Any, latent: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+        context.save_for_backward(latent, scale, zero)
+        context.top = top
+        codes = latent.round().clamp_(0, top).view(*scale.shape, -1)
+        return codes.sub_(zero[..., None]).mul_(scale[..., None]).view(latent.shape)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (inside,) = context.saved_tensors
-        return gradients[0] * inside, None
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        latent, scale, zero = context.saved_tensors
+        gradient = gradients[0].reshape(*scale.shape, -1)
+        codes = latent.round().clamp_(0, context.top).view(gradient.shape)
+        total = gradient.sum(-1)
+        by_code = codes.mul_(gradient).sum(-1)
+        inside = (latent > -0.5) & (latent < context.top + 0.5)
+        passed = (gradient * scale[..., None]).view(latent.shape).mul_(inside)
+        return passed, by_code - zero * total, -scale * total, None
 
 
 class _Dequantized(torch.autograd.Function):
@@ -50,21 +61,21 @@ class _Dequantized(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         context.save_for_backward(codes, scale, zero)
-        grouped = codes.view(*scale.shape, -1) - zero[..., None]
-        return (grouped * scale[..., None]).view(codes.shape)
+        grouped = codes.to(scale.dtype).view(*scale.shape, -1)
+        return grouped.sub_(zero[..., None]).mul_(scale[..., None]).view(codes.shape)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor]:
         codes, scale, zero = context.saved_tensors
         gradient = gradients[0].reshape(*scale.shape, -1)
         total = gradient.sum(-1)
-        by_code = (gradient * codes.view(*scale.shape, -1)).sum(-1)
+        by_code = codes.to(gradient.dtype).view(gradient.shape).mul_(gradient).sum(-1)
         return None, by_code - zero * total, -scale * total
 
 
 _round: Callable[[Tensor, torch.dtype], Tensor] = _Rounded.apply
-# (values, top): the integers 0 … top nearest to the values.
-to_integers: Callable[[Tensor, int], Tensor] = _Integers.apply
+# (latent [R, C], scale [R, groups], zero [R, groups], top): scale · (q − zero) [R, C], q the integers nearest to latent.
+cells: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _Cells.apply
 # (codes [R, C], scale [R, groups], zero [R, groups]): scale · (codes − zero) [R, C].
 dequantize: Callable[[Tensor, Tensor, Tensor], Tensor] = _Dequantized.apply
 

@@ -47,6 +47,7 @@ def heal(
     work: Path | None = None,
     workers: Workers | None = None,
     progress: Progress = silent,
+    others: bool = False,
 ) -> Healed:
     """Retrains the file `path` against the dense model `teacher` and writes the result to `target`.
 
@@ -58,6 +59,7 @@ def heal(
         held_out: what to measure the result on; None measures nothing.
         work: a folder for checkpoints and the teacher's logits, which is kept; where None, one beside the target, which
             is removed at the end.
+        others: begins anew where the folder holds a checkpoint of another healing, which is refused otherwise.
         workers: the processes that share the work; all of them must call this with the same arguments.
 
     Raises:
@@ -75,7 +77,7 @@ def heal(
     file, source = MpoFile(path), Checkpoint(teacher)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        session = Session(file, source, settings, text, folder, workers, progress)
+        session = Session(file, source, settings, text, folder, workers, progress, others=others)
         comparison = None
         with saying_what_to_lower(session):
             trainables = session.run()

@@ -23,14 +23,14 @@ from mpo_exporter.heal.checkpoint import (
 )
 from mpo_exporter.heal.data import pack_windows, read_healing_text
 from mpo_exporter.heal.distributed import Workers
+from mpo_exporter.heal.ops import HealingOps, WindowOps
 from mpo_exporter.heal.progress import Progress
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings
-from mpo_exporter.heal.student import Batch, BlockStudent, HealingOps, Student
+from mpo_exporter.heal.student import Batch, BlockStudent, Student, fits
 from mpo_exporter.heal.teacher import TeacherScores, check_teacher
 from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import MpoFile
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
 from mpo_runtime.models.granite import GraniteModel
@@ -73,10 +73,13 @@ class Session:
         folder: Path,
         workers: Workers,
         progress: Progress,
+        *,
+        others: bool = False,
     ) -> None:
         self.file, self.source, self.settings, self.folder = file, source, settings, folder
         self.workers, self.progress = workers, progress
         self.place = "its start"
+        self.codes = settings.moves_codes(file.spec.architecture.parameters())
         tokenizer, template = read_text_files(file)
         check_teacher(
             source.folder.name,
@@ -91,7 +94,7 @@ class Session:
         self.teacher_sha256 = source.sha256()
         contents = hashlib.sha256(file.array("mpo.checksums").tobytes()).hexdigest()
         digest = settings.digest(contents, self.teacher_sha256, words.sha256)
-        found = load_checkpoint(folder, digest)
+        found = load_checkpoint(folder, digest, others=others)
         self.record, self.saved = found or (Record(digest), {})
         self.saved_step = None if found is None else self.record.step
         self.clock = Clock(self.record.seconds)
@@ -149,19 +152,19 @@ class Session:
         vocabulary = self.file.spec.architecture.vocab_size
         kept = min(self.settings.top_k, vocabulary)
         shape = (len(self.data.windows), self.data.span, kept)
-        asked = (self.teacher_sha256, self.data.sha256, self.settings.assistant_only, self.settings.seed, *shape)
+        asked = (self.teacher_sha256, self.data.sha256, self.settings.assistant_only, self.settings.seed, *shape[1:])
         key = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
         scores = TeacherScores(self.folder, key, shape, vocabulary)
         seconds = self._seconds()
 
         def enough() -> bool:
-            return seconds is not None and self.clock.seconds() > TEACHER_SHARE * seconds
+            return self.clock.seconds() > TEACHER_SHARE * (seconds or 0)
 
         done = 0
         if self.workers.first:
             done = scores.write(
                 self.source, self.data.windows, batch=self.settings.micro_batch, device=self.workers.device,
-                progress=self.progress, enough=enough,
+                progress=self.progress, enough=None if seconds is None else enough,
             )  # fmt: skip
         self._keep(int(self.workers.agree(done)))
         return scores
@@ -180,7 +183,7 @@ class Session:
         here = self.folder / f"process-{self.workers.rank}"
         here.mkdir(exist_ok=True)
         dense = GraniteModel(
-            self.source.spec.architecture, ReferenceOps(self.source, held=False, device=self.workers.device)
+            self.source.spec.architecture, WindowOps(self.source, held=False, device=self.workers.device)
         )
         ours, theirs = (
             Stream(model, inputs, here / name, self.settings.micro_batch, self.workers.device)
@@ -192,7 +195,7 @@ class Session:
         ours.embed()
         theirs.embed()
         for block in range(blocks):
-            parts = Trainables(self.file, block_names(block, self.names), moving=self.settings.train_codes)
+            parts = Trainables(self.file, block_names(block, self.names), moving=self.codes)
             parts.aim(self.source)
             parts.to(self.workers.device)
             self.ops.trainables, self.ops.chi = parts, None
@@ -236,13 +239,14 @@ class Session:
 
     def _heal_whole(self, scores: TeacherScores) -> Trainables:
         settings, record = self.settings, self.record
-        everything = Trainables(self.file, self.names, moving=settings.train_codes)
+        everything = Trainables(self.file, self.names, moving=self.codes)
         everything.aim(self.source)
         everything.load_state_dict(self.learned, strict=False)
         everything.to(self.workers.device)
-        student = Student(
-            self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=settings.recompute
-        )
+        recompute = settings.recompute
+        if recompute is None:
+            recompute = not fits(self.model.architecture, settings.micro_batch, self.data.span, self.workers.device)
+        student = Student(self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute)
         trainer = Trainer(student, everything, settings, self.workers)
         if record.step:
             trainer.set_rates(record.rates)
@@ -311,7 +315,7 @@ class Session:
             "healed_teacher_sha256": self.teacher_sha256,
             "healed_text": self.data.name,
             "healed_text_sha256": self.data.sha256,
-            "healed_codes": "trained" if settings.train_codes else "frozen",
+            "healed_codes": "trained" if self.codes else "frozen",
         }
         if settings.chi_dropout:
             facts["healed_chi_dropout"] = str(settings.chi_dropout)

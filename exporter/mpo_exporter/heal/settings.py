@@ -5,12 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 
 from mpo_formats import ConfigError
 
 # Tokens of training if the user names neither tokens, epochs nor minutes.
 DEFAULT_TOKENS = 1_000_000
+CODES_UP_TO = 500_000_000
+POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens, written 2M, 1.5M, 500k or 1000000.
+
+    Raises:
+        ConfigError: for anything else, and for less than one token.
+    """
+    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?|\.\d+)\s*([kmb]?)", text.strip(), re.IGNORECASE)
+    tokens = 0 if found is None else round(float(re.sub("[_,]", "", found[1])) * POWERS[found[2].lower()])
+    if tokens < 1:
+        raise ConfigError(f"--heal-tokens {text}: expected a number of tokens such as 500k, 2M, 1.5M or 1000000")
+    return tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +42,15 @@ class Settings:
         block_share: share of the tokens that go to the reconstruction of single blocks.
         core_rate, code_rate: learning rates relative to the root mean square of each core or matrix of codes.
         scale_rate, norm_rate: relative learning rates of scales (and zeros, in steps), and of norms and biases.
-        train_codes: moves the integers of quantised matrices too, straight through their rounding.
+        train_codes: moves the integers of quantised matrices too, straight through their rounding; None: in models of at
+            most CODES_UP_TO weights, since that takes 16 bytes a weight.
         top_k: logits of the teacher kept a token; the rest of its mass is one bucket.
         cross_entropy: λ, the weight of the cross entropy of the text beside the divergence from the teacher.
         assistant_only: only what the assistant says counts in the loss.
         chi_dropout: chance that a step runs on a random prefix of the bonds.
         checkpoint_steps: optimizer steps between checkpoints.
-        recompute: gradient checkpointing: each block is run again in the backward pass instead of kept.
+        recompute: gradient checkpointing: each block is run again in the backward pass instead of kept; None: where
+            what would be kept takes too much of the memory that is free. The results are the same.
     """
 
     tokens: int | None = None
@@ -43,16 +61,16 @@ class Settings:
     micro_batch: int = 4
     block_share: float = 0.1
     core_rate: float = 2e-2
-    code_rate: float = 3e-3
+    code_rate: float = 1e-2
     scale_rate: float = 3e-3
     norm_rate: float = 1e-3
-    train_codes: bool = False
+    train_codes: bool | None = None
     top_k: int = 64
     cross_entropy: float = 0.0
     assistant_only: bool = False
     chi_dropout: float = 0.0
     checkpoint_steps: int = 100
-    recompute: bool = True
+    recompute: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +88,10 @@ class Settings:
         for name in ("block_share", "chi_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"healing: {name}: expected 0 to 1, found {getattr(self, name)}")
+
+    def moves_codes(self, parameters: int) -> bool:
+        """Whether the integers of a model of so many weights are trained."""
+        return parameters <= CODES_UP_TO if self.train_codes is None else self.train_codes
 
     def faster(self, factor: float) -> Settings:
         """The same settings with all learning rates times `factor`."""

@@ -7,49 +7,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mpo_exporter.calibrate.upstream import block_cache
+from mpo_exporter.heal.loss import head_loss
+from mpo_exporter.heal.ops import HealingOps, run_block
 from mpo_exporter.heal.trainable import Trainables
-from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.layers.linear import Linear
+from mpo_formats import Architecture
+from mpo_runtime.memory import available_memory
 from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.weights import Weights
 
-# Tokens whose logits are held at a time.
-HEAD_TOKENS = 1024
-# No bucket of probabilities is taken to be smaller: the logarithm of a rounding error says nothing.
-LEAST_MASS = 1e-6
+# Logits that are held at a time.
+HEAD_LOGITS = 1 << 26
+# The most of the free memory that the backward pass may keep instead of running blocks again.
+KEPT_SHARE = 0.4
 
 
-class HealingOps(ReferenceOps):
-    """The reference ops, whose layers and vectors are those in training where there are such.
+def head_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(HEAD_LOGITS // vocabulary, 1)
 
-    `chi` cuts the bonds of the layers in training; `record` sees every layer's name and input [..., I].
+
+def kept_bytes(architecture: Architecture, windows: int, length: int) -> int:
+    """About the bytes that the backward pass keeps of `windows` windows of `length` tokens, and of the matrices.
+
+    A token's states and products in a block: 40 bytes for each hidden number, 16 for each inner one of the MLP, 8 for each
+    attention score (counted on the ops; bf16 beside float32). Matrices are kept in bf16.
     """
+    token = 40 * architecture.hidden_size + 16 * architecture.intermediate_size
+    token += 8 * architecture.num_attention_heads * length
+    return windows * length * architecture.num_hidden_layers * token + 2 * architecture.parameters()
 
-    def __init__(self, weights: Weights, device: str = "cpu") -> None:
-        super().__init__(weights, held=False, device=device)
-        self.trainables: Trainables | None = None
-        self.chi: int | None = None
-        self.record: Callable[[str, Tensor], None] | None = None
 
-    def weights(self, layer: str) -> Linear | Tensor:
-        """The layer or vector of that name, with its present parameters."""
-        if self.trainables is not None:
-            if layer in self.trainables.layers:
-                return self.trainables.layers[layer].linear(self.chi)
-            if layer in self.trainables.vectors:
-                return self.trainables.vectors[layer].value()
-        return super().weights(layer)
-
-    def linear(self, layer: Linear, x: Tensor) -> Tensor:
-        """Σ_t term_t(x) + bias, seen by `record`."""
-        if self.record is not None:
-            self.record(layer.spec.name, x)
-        return super().linear(layer, x)
+def fits(architecture: Architecture, windows: int, length: int, device: str) -> bool:
+    """Whether all that the backward pass wants may be kept."""
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
+    return kept_bytes(architecture, windows, length) <= KEPT_SHARE * free
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,34 +62,11 @@ class Batch:
     chosen: Tensor
 
 
-def run_block(model: GraniteModel, x: Tensor, block: int) -> Tensor:
-    """One block on x [B, S, E], from the beginning of the text."""
-    y: Tensor = model.block(x, block_cache(model.architecture, x.shape[0], x.shape[1], x.device), block)
-    return y
-
-
 def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Runs a function that will be run again in the backward pass, so that nothing inside it is kept."""
     # The pass is deterministic: there is no state of a random generator to put back.
     result: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return result
-
-
-def divergence(scores: Tensor, logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher ‖ student) [T] where the teacher is known by its K largest log-probabilities, and log q [T, V].
-
-    The rest of the mass is one bucket: Σ_k p_k (log p_k − log q_k) + p_rest (log p_rest − log q_rest). That is the
-    divergence itself where K is the whole vocabulary, and a lower bound of it otherwise.
-    """
-    log_q = logits.log_softmax(-1)
-    kept = log_q.gather(-1, chosen)
-    p = scores.exp()
-    result = (p * (scores - kept)).sum(-1)
-    if chosen.shape[-1] < logits.shape[-1]:
-        p_rest = (1 - p.sum(-1)).clamp_min(LEAST_MASS)
-        q_rest = (1 - kept.exp().sum(-1)).clamp_min(LEAST_MASS)
-        result = result + p_rest * (p_rest.log() - q_rest.log())
-    return result, log_q
 
 
 class Student(nn.Module):
@@ -125,17 +95,14 @@ class Student(nn.Module):
             x = recomputed(run_block, self.model, x, block) if self.recompute else run_block(self.model, x, block)
         x = self.model.normed(x).flatten(0, 1)
         flat = [part.flatten(0, 1) for part in (batch.labels, batch.weight, batch.scores, batch.chosen)]
-        pieces = []
-        for start in range(0, x.shape[0], HEAD_TOKENS):
-            part = slice(start, start + HEAD_TOKENS)
-            pieces.append(recomputed(self._loss, x[part], *(tensor[part] for tensor in flat)))
+        pieces, size = [], head_tokens(self.model.architecture.vocab_size)
+        for start in range(0, x.shape[0], size):
+            part = [tensor[start : start + size] for tensor in (x, *flat)]
+            pieces.append(recomputed(self._loss, *part) if self.recompute else self._loss(*part))
         return torch.stack(pieces).sum(0)
 
     def _loss(self, x: Tensor, labels: Tensor, weight: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
-        logits = self.model.logits(x).float()
-        kl, log_q = divergence(scores, logits, chosen)
-        nll = F.nll_loss(log_q, labels, reduction="none")
-        return torch.stack((((kl + self.cross_entropy * nll) * weight).sum(), (kl * weight).sum().detach()))
+        return torch.stack(head_loss(self.model.logits(x), labels, weight, scores, chosen, self.cross_entropy))
 
 
 class BlockStudent(nn.Module):

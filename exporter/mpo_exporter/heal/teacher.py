@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mpo_exporter.heal.ops import WindowOps, compute, run_block
 from mpo_exporter.heal.progress import Progress
-from mpo_exporter.heal.student import HEAD_TOKENS, run_block
+from mpo_exporter.heal.student import head_tokens
 from mpo_formats import Architecture, CheckpointError, OutputError
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.tokenizer import Tokenizer
 from mpo_runtime.weights import Weights
@@ -50,7 +50,7 @@ def check_teacher(
 class TeacherScores:
     """The K largest log-probabilities [N, S, K] of each prediction and their token ids, in mapped files.
 
-    `key` tells those of one teacher and text from others in the same folder.
+    `key` tells those of one teacher and text from others in the same folder; those of more windows serve fewer as well.
     """
 
     def __init__(self, folder: Path, key: str, shape: tuple[int, int, int], vocabulary: int) -> None:
@@ -66,15 +66,18 @@ class TeacherScores:
         return int(np.load(self.done, allow_pickle=False))
 
     def write(self, teacher: Weights, windows: NDArray[np.int64], *, batch: int, device: str, progress: Progress,
-              enough: Callable[[], bool] = lambda: False) -> int:  # fmt: skip
+              enough: Callable[[], bool] | None = None) -> int:  # fmt: skip
         """Runs the teacher on windows [N, W] until all are done or it is `enough`; returns how many are done.
+
+        Those of an earlier run are taken where they suffice: where there is no `enough`, as many as are wanted.
 
         Raises:
             OutputError: when they would not fit on the disk.
         """
-        count = self.complete()
-        if count:
-            return count
+        count, total = self.complete(), len(windows)
+        if count >= total or (count and enough):
+            return min(count, total)
+        self.done.unlink(missing_ok=True)
         needed = sum(int(np.prod(self.shape)) * np.dtype(kind).itemsize for kind in self.types)
         folder = self.done.parent
         free = shutil.disk_usage(folder).free
@@ -83,15 +86,15 @@ class TeacherScores:
                               "free some, or lower --top-k or the tokens of the text")  # fmt: skip
         files = [np.lib.format.open_memmap(path, "w+", kind, self.shape)
                  for path, kind in zip(self.paths, self.types, strict=True)]  # fmt: skip
-        model = GraniteModel(teacher.spec.architecture, ReferenceOps(teacher, device=device))
-        total = windows.shape[0]
+        model = GraniteModel(teacher.spec.architecture, WindowOps(teacher, device=device))
         for start in range(0, total, batch):
-            scores, chosen = largest(model, windows[start : start + batch, :-1], self.shape[2])
+            with compute(device):
+                scores, chosen = largest(model, windows[start : start + batch, :-1], self.shape[2])
             for file, array in zip(files, (scores, chosen), strict=True):
                 file[start : start + batch] = array
             count = min(start + batch, total)
             progress("teacher", count / total, f"{count * self.shape[1]:,} tokens")
-            if enough():
+            if enough and enough():
                 break
         for file in files:
             file.flush()
@@ -113,9 +116,10 @@ def largest(model: GraniteModel, inputs: NDArray[np.int64], count: int) -> tuple
     for block in range(model.architecture.num_hidden_layers):
         x = run_block(model, x, block)
     flat = model.normed(x).flatten(0, 1)
+    size = head_tokens(model.architecture.vocab_size)
     parts = [
-        model.logits(flat[start : start + HEAD_TOKENS]).log_softmax(-1).topk(count, -1)
-        for start in range(0, flat.shape[0], HEAD_TOKENS)
+        model.logits(flat[start : start + size]).float().log_softmax(-1).topk(count, -1)
+        for start in range(0, flat.shape[0], size)
     ]
     shape = (*inputs.shape, count)
     scores = torch.cat([part.values for part in parts]).reshape(shape)

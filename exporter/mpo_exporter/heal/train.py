@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpo_exporter.heal.distributed import Workers
+from mpo_exporter.heal.ops import compute
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import ConfigError
@@ -68,13 +69,6 @@ def chosen_chi(settings: Settings, largest: int, step: int) -> int | None:
     return max(1, round(math.exp(generator.uniform(0, math.log(largest)))))
 
 
-def compute(device: str) -> AbstractContextManager[Any]:
-    """bf16 products on CUDA devices that have them; float32 elsewhere, also on processors that only emulate bf16."""
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
-
-
 class Trainer:
     """AdamW over a student's parameters, the student being a module (batch, χ) -> [loss, figure to show]."""
 
@@ -96,7 +90,7 @@ class Trainer:
         ]
         if not groups:
             raise ConfigError("healing: the file has nothing to train: no cores, integers or norms")
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
 
     def rates(self) -> list[float]:
         """The learning rates of the groups before the schedule, which a checkpoint must put back."""

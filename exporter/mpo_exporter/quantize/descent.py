@@ -1,7 +1,12 @@
-"""Descent on E = tr[(W − Ŵ) C (W − Ŵ)ᵀ] over codes (one column after another) and over scales and zeros (least squares)."""
+"""Descent on E = tr[(W − Ŵ) C (W − Ŵ)ᵀ] over codes, and over the scale and zero of each group, one after another.
+
+The gradient (W − Ŵ) H is kept up to date along the way, block by block, so that a pass over a matrix [O, I] costs one product
+of O · I² multiply-adds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,12 +14,11 @@ from torch import Tensor
 
 from mpo_exporter.quantize.grid import Levels, encode, half, inverse
 
-# Columns between two updates of the whole gradient.
-BLOCK = 64
-# Added to the normal equations of the scales, as a share of their diagonal.
-RIDGE = 1e-4
-# Bytes of normal equations solved at once.
-SOLVE_BYTES = 1 << 28
+# Columns between two updates of the whole gradient, and between two of the block's.
+BLOCK = 128
+INNER = 32
+# A group whose codes and ones are closer to parallel than this keeps its zero.
+PARALLEL = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,11 @@ class State:
         grouped = self.codes.reshape(groups, group, rows)
         return (self.scale[:, None] * (grouped - self.zero[:, None])).reshape(-1, rows)
 
+    def part(self, groups: slice) -> State:
+        """Some groups, as views."""
+        group = len(self.codes) // len(self.scale)
+        return State(self.codes[groups.start * group : groups.stop * group], self.scale[groups], self.zero[groups])
+
 
 def errors(problem: Problem, wanted: Tensor, state: State) -> Tensor:
     """(w − ŵ) H (w − ŵ)ᵀ of each row [R]."""
@@ -47,73 +56,93 @@ def errors(problem: Problem, wanted: Tensor, state: State) -> Tensor:
     return (residual * (problem.hessian @ residual)).sum(0)
 
 
-def descend(problem: Problem, wanted: Tensor, state: State) -> State:
-    """One pass of coordinate descent: every code in turn becomes the best one, all others as they are; E never rises."""
-    hessian, group, levels = problem.hessian, problem.group, problem.levels
-    columns = len(hessian)
-    codes, scale, zero = state.codes.clone(), state.scale, state.zero
-    gradient = hessian @ (wanted - state.matrix(group))  # [I, R]
-    pulls = hessian.diagonal().reciprocal().tolist()
-    inverse_scale = inverse(scale)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        before = codes[start:stop].clone()
-        local, inner = gradient[start:stop], hessian[start:stop, start:stop]
-        for column in range(start, stop):
-            at, index = column // group, column - start
-            step, now = scale[at], codes[column]
-            wish = torch.addcmul(local[index] * pulls[column], step, now - zero[at])
-            best = encode(wish, inverse_scale[at], zero[at], levels)
-            local.addr_(inner[:, index], step * (best - now), alpha=-1)
-            codes[column] = best
-        grouped = scale.repeat_interleave(group, 0)[start:stop] if group < columns else scale
-        change = grouped * (codes[start:stop] - before)
-        gradient[:start].addmm_(hessian[:start, start:stop], change, alpha=-1)
-        gradient[stop:].addmm_(hessian[stop:, start:stop], change, alpha=-1)
-    return State(codes, scale, zero)
+def gradient_of(problem: Problem, wanted: Tensor, state: State) -> Tensor:
+    """H (w − ŵ)ᵀ [I, R]."""
+    return problem.hessian @ (wanted - state.matrix(problem.group))
 
 
-def refit(problem: Problem, wanted: Tensor, state: State) -> State:
-    """The scales (and stored zeros) that leave the least error for these codes, where rounding them keeps it lower."""
-    unknowns = len(state.scale) * (2 if problem.levels.zeros else 1)
-    step = max(1, SOLVE_BYTES // (8 * unknowns * unknowns))
-    rows = wanted.shape[1]
-    parts = []
-    for start in range(0, rows, step):
-        inside = slice(start, start + step)
-        part = State(state.codes[:, inside], state.scale[:, inside], state.zero[:, inside])
-        scale, zero = _solve(problem, wanted[:, inside], part)
-        fitted = State(part.codes, half(scale), half(zero))
-        better = errors(problem, wanted[:, inside], fitted) < errors(problem, wanted[:, inside], part)
-        better &= torch.isfinite(fitted.scale).all(0) & torch.isfinite(fitted.zero).all(0)
-        parts.append((torch.where(better, fitted.scale, part.scale), torch.where(better, fitted.zero, part.zero)))
-    return State(state.codes, torch.cat([scale for scale, _ in parts], 1), torch.cat([zero for _, zero in parts], 1))
+def blocks(columns: int, group: int) -> Iterator[slice]:
+    """Blocks of about BLOCK columns, of whole groups."""
+    size = max(group, BLOCK // group * group)
+    return (slice(start, min(start + size, columns)) for start in range(0, columns, size))
 
 
-def _solve(problem: Problem, wanted: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    """Normal equations of ŵ = Σ_G scale_G · basis_G (+ shift_G · 1_G), one system per row."""
+def inner_blocks(block: slice, group: int) -> Iterator[slice]:
+    """Parts of a block of about INNER columns, either of whole groups or within one."""
+    size = min(group, INNER) if group > INNER else INNER // group * group
+    return (slice(start, min(start + size, block.stop)) for start in range(block.start, block.stop, size))
+
+
+def descend(problem: Problem, state: State, gradient: Tensor) -> State:
+    """One pass of coordinate descent; no row's E ever rises but for rounding.
+
+    Group by group, scale (and zero) become the best for the codes, all other groups as they are, and then each code in turn
+    the best one with all others as they are.
+
+    Args:
+        gradient: H (w − ŵ)ᵀ [I, R], changed in place to that of the result.
+    """
     hessian, group = problem.hessian, problem.group
-    groups, rows = state.scale.shape
-    basis = state.codes - state.zero.repeat_interleave(group, 0)  # [I, R]
-    pull = (hessian @ wanted).reshape(groups, group, rows)
-    grouped = basis.reshape(groups, group, rows)
-    kinds = [grouped, torch.ones_like(grouped[..., :1])] if problem.levels.zeros else [grouped]
-    system = wanted.new_empty(rows, len(kinds) * groups, len(kinds) * groups)
-    for right, columns in enumerate(kinds):
-        for at in range(groups):
+    found = State(state.codes.clone(), state.scale.clone(), state.zero.clone())
+    for block in blocks(len(hessian), group):
+        groups = slice(block.start // group, block.stop // group)
+        part = found.part(groups)
+        before = part.matrix(group)
+        local, inner = gradient[block], hessian[block, block]
+        for at in range(groups.start, groups.stop):
+            _refit(problem, found, at, local, inner, block.start)
             inside = slice(at * group, (at + 1) * group)
-            image = (hessian[:, inside] @ columns[at]).reshape(groups, group, -1)  # [groups, group, R or 1]
-            for left, others in enumerate(kinds):
-                entries = (others * image).sum(1)  # [groups, R or 1]
-                system[:, left * groups : (left + 1) * groups, right * groups + at] = entries.T
-    right_side = torch.cat([(columns * pull).sum(1) for columns in kinds]).T.double()  # [R, unknowns]
-    system = system.double()
-    now = torch.cat([state.scale, torch.zeros_like(state.scale)][: len(kinds)]).T.double()
-    ridge = RIDGE * system.diagonal(dim1=1, dim2=2) + 1e-12
-    system = system + torch.diag_embed(ridge)
-    found = torch.linalg.solve_ex(system, (right_side + ridge * now)[..., None]).result[..., 0].T.float()
-    scale = found[:groups]
-    if not problem.levels.zeros:
-        return scale, state.zero
-    shift = torch.where(scale != 0, found[groups:] / scale, torch.zeros_like(scale))
-    return scale, state.zero - shift
+            for columns in inner_blocks(inside, group):
+                _recode(problem, found, columns, local, inner, block.start)
+        change = part.matrix(group) - before
+        gradient[: block.start].addmm_(hessian[: block.start, block], change, alpha=-1)
+        gradient[block.stop :].addmm_(hessian[block.stop :, block], change, alpha=-1)
+    return found
+
+
+def _refit(problem: Problem, state: State, at: int, local: Tensor, inner: Tensor, start: int) -> None:
+    """Sets scale and zero of group `at` by least squares given its codes, for the rows where E is lower once they are rounded."""
+    group, levels = problem.group, problem.levels
+    inside = slice(at * group - start, (at + 1) * group - start)
+    codes, scale, zero = state.codes[at * group : (at + 1) * group], state.scale[at], state.zero[at]
+    own, pull = inner[inside, inside], local[inside]
+    basis = codes - zero
+    now = scale * basis
+    square, along = (basis * (own @ basis)).sum(0), (basis * pull).sum(0)
+    if levels.zeros:
+        ones = own.sum(1)
+        total, mixed, shift = ones.sum(), ones @ basis, pull.sum(0)
+        determinant = square * total - mixed * mixed
+        usable = determinant > PARALLEL * square * total
+        step = torch.where(usable, (along * total - shift * mixed) / determinant, 0)
+        fitted = half(scale + step)
+        moved = torch.where(usable, (square * shift - mixed * along) / determinant, 0)
+        middle = half(zero - torch.where(fitted != 0, moved / fitted, 0))
+    else:
+        fitted, middle = half(scale + torch.where(square > 0, along / square, 0)), zero
+    change = fitted * (codes - middle) - now
+    gain = (change * (2 * pull - own @ change)).sum(0)
+    better = (gain > 0) & torch.isfinite(fitted) & torch.isfinite(middle)
+    state.scale[at] = torch.where(better, fitted, scale)
+    state.zero[at] = torch.where(better, middle, zero)
+    local.addmm_(inner[:, inside], torch.where(better, change, 0), alpha=-1)
+
+
+def _recode(problem: Problem, state: State, columns: slice, local: Tensor, inner: Tensor, start: int) -> None:
+    """Sets the codes of some columns of one group, one after another, and brings the block's gradient up to date."""
+    levels, at = problem.levels, columns.start // problem.group
+    scale, zero = state.scale[at], state.zero[at]
+    inverse_scale = inverse(scale)
+    inside = slice(columns.start - start, columns.stop - start)
+    near, own = local[inside], inner[inside, inside]
+    before = state.codes[columns].clone()
+    pulls = own.diagonal().reciprocal().tolist()
+    for index, column in enumerate(range(columns.start, columns.stop)):
+        now = state.codes[column]
+        wish = torch.addcmul(near[index] * pulls[index], scale, now - zero)
+        best = encode(wish, inverse_scale, zero, levels)
+        near.addr_(own[:, index], scale * (best - now), alpha=-1)
+        state.codes[column] = best
+    change = scale * (state.codes[columns] - before)
+    local[: inside.start].addmm_(inner[: inside.start, inside], change, alpha=-1)
+    local[inside.stop :].addmm_(inner[inside.stop :, inside], change, alpha=-1)

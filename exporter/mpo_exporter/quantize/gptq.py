@@ -7,8 +7,8 @@ improved in turns as long as that lowers E (`descent.py`). Rows do not depend on
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,58 +17,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.fit.common import require_finite
-from mpo_exporter.quantize.descent import Problem, State, descend, refit
+from mpo_exporter.quantize.descent import Problem, State, blocks, descend, gradient_of, inner_blocks
 from mpo_exporter.quantize.grid import Levels, encode, inverse, search
+from mpo_exporter.quantize.hessian import DAMPING, Hessian, hessian_of
 from mpo_exporter.quantize.rounding import Integers
 from mpo_formats import ConfigError
 
 Matrix = NDArray[np.float64]
+Single = NDArray[np.float32] | NDArray[np.float64]
 Vector = NDArray[np.float64]
-log = logging.getLogger(__name__)
 
-# Added to the diagonal of C, as a share of its mean.
-DAMPING = 0.01
-# Columns whose compensation is applied to the rest at once, and rows worked on at once (both for the caches' sake).
-BLOCK = 64
+# Rows worked on at once, for the caches' sake.
 ROWS = 2048
-# Turns of coordinate descent over the codes and least squares over the scales.
-TURNS = 4
-
-
-def loaded(moment: Matrix, damping: float = DAMPING) -> Tensor:
-    """C / mean(diag C) + damping · I in float64, with more of it where that is still singular (which is logged).
-
-    Raises:
-        ConfigError: when C has values that are not finite.
-    """
-    if not np.isfinite(moment).all():
-        raise ConfigError("second moment: has values that are not finite; check the source model and the text")
-    mean = float(np.trace(moment)) / len(moment)
-    matrix = torch.from_numpy(moment / mean if mean > 0 else np.zeros_like(moment))
-    identity = torch.eye(len(moment), dtype=torch.float64)
-    load = damping
-    while True:
-        candidate = matrix + load * identity
-        if not int(torch.linalg.cholesky_ex(candidate).info):
-            if load > damping:
-                log.warning("second moment of %d inputs is singular; its diagonal was raised by %g", len(moment), load)
-            return candidate
-        load = max(10 * load, 1e-6)
+# Turns of descent over scales and codes, at most; they end when one lowers E by less than this share.
+TURNS = 5
+TOLERANCE = 0.01
 
 
 def target(
-    matrix: Matrix, moment: Matrix, cross: Matrix | None, drift: Matrix | None = None, damping: float = DAMPING
-) -> Matrix:
+    matrix: Matrix, moment: Matrix, cross: Single | None, drift: Single | None = None, damping: float = DAMPING,
+    group: int = 1,
+) -> Matrix:  # fmt: skip
     """The matrix to fit: W, or (W E[x x̂ᵀ] + D) C⁻¹ where the inputs x̂ differ from the dense model's x.
 
     That is the least-squares map from x̂ to W x, so errors of earlier layers are made up for as far as a linear map can, and
     with D = E[(h − ĥ) x̂ᵀ] / m (`Moment.drift`) also the error of the residual stream that the output is added to.
+
+    Args:
+        group: that the result is rounded in afterwards: the Hessian is then the same one.
     """
     if cross is None:
         return matrix
-    load = np.diag(np.full(len(moment), damping * float(np.trace(moment)) / len(moment)))
-    wanted = matrix @ (cross + load) + (0 if drift is None else drift)
-    result: Matrix = np.linalg.solve(moment + load, wanted.T).T.astype(np.float64, copy=False)
+    # W (cross + load) + D = (W + Δ) (C + load): only the change Δ is solved for, so single precision is enough.
+    known = hessian_of(moment, group, damping)
+    change = torch.from_numpy(matrix).float() @ torch.from_numpy(np.subtract(cross, moment, dtype=np.float32))
+    if drift is not None:
+        change += torch.from_numpy(drift).float()
+    change = known.solve(change / (known.mean if known.mean > 0 else 1.0))
+    result: Matrix = matrix + change.numpy()
     return result
 
 
@@ -89,22 +75,18 @@ def compensated(
 
     Args:
         zeros: stores a zero per group (asymmetric); else it is 2^(bits − 1).
-        turns: of descent after the compensated rounding; 0 is plain GPTQ.
+        turns: of descent after the compensated rounding, at most; 0 is plain GPTQ.
         damping: added to the diagonal of C, as a share of its mean.
 
     Raises:
         ConfigError: for values that are not finite or exceed half precision, or a group that does not divide a row.
     """
     check(matrix, moment, group)
-    levels = Levels(bits, zeros)
-    hessian = loaded(moment, damping)
-    order = processing_order(hessian.diagonal(), group)
-    hessian = hessian[order][:, order]
-    factor = root_of_inverse(hessian).float()
+    hessian = hessian_of(moment, group, damping)
+    problem, order = Problem(hessian.matrix, group, Levels(bits, zeros)), hessian.order
     wanted = torch.from_numpy(matrix).float()
-    problem = Problem(hessian.float(), group, levels)
     parts = [
-        _rows(problem, factor, wanted[start : start + ROWS, order].T.contiguous(), turns)
+        _rows(problem, hessian, wanted[start : start + ROWS, order].T.contiguous(), turns)
         for start in range(0, len(wanted), ROWS)
     ]
     codes = torch.cat([part.codes for part in parts], 1)
@@ -121,33 +103,38 @@ def compensated(
     )  # fmt: skip
 
 
-def expected_residuals(matrix: Matrix, moment: Matrix, grids: Sequence[Grid]) -> tuple[list[Matrix], Vector]:
+def expected_residuals(matrix: Matrix, moment: Matrix, grids: Sequence[Grid]) -> tuple[Iterator[Matrix], Vector]:
     """What compensated rounding is expected to leave, without carrying it out, for several grids of one matrix.
 
     Rounding the columns in order leaves Σ_j r_j² d_j of each row, where r_j is the rounding error of the updated value and
-    d_j = 1 / U_jj², U the factor of the damped C⁻¹. The updates hardly change the spread of the values, so r is taken as the
-    error of rounding W itself on its searched grids.
+    d_j = R_jj², R the triangular root of the damped C. The updates hardly change the spread of the values, so r is taken as
+    the error of rounding W itself on its searched grids.
 
     Returns:
-        The residuals r [O, I], one for each grid, and d [I].
+        The residuals r [O, I], one for each grid and made as they are asked for, and d [I].
 
     Raises:
         ConfigError: as `compensated` does.
     """
-    hessian = loaded(moment, DAMPING)
-    weight = root_of_inverse(hessian).diagonal().square().reciprocal()
-    values = torch.from_numpy(matrix.T.astype(np.float32))
-    residuals = []
     for grid in grids:
         check(matrix, moment, grid.group)
-        levels = Levels(grid.bits, grid.zeros)
-        rest = torch.empty_like(values)
-        for start in range(0, len(values), grid.group):
-            inside = slice(start, start + grid.group)
-            scale, zero = search(values[inside], weight[inside].float(), levels)
-            rest[inside] = values[inside] - scale * (encode(values[inside], inverse(scale), zero, levels) - zero)
-        residuals.append(rest.T.double().numpy())
-    return residuals, weight.numpy() * float(np.trace(moment)) / len(moment)
+    hessian = hessian_of(moment, max((grid.group for grid in grids), default=1))
+    weight = torch.empty_like(hessian.weight)
+    weight[hessian.order] = hessian.weight
+    values = torch.from_numpy(matrix.T.astype(np.float32))
+    residuals = (_residual(values, weight, grid) for grid in grids)
+    return residuals, weight.double().numpy() * float(np.trace(moment)) / len(moment)
+
+
+def _residual(values: Tensor, weight: Tensor, grid: Grid) -> Matrix:
+    """The error [O, I] of rounding values [I, O] to nearest on searched grids."""
+    levels, rest = Levels(grid.bits, grid.zeros), torch.empty_like(values)
+    for start in range(0, len(values), grid.group):
+        inside = slice(start, start + grid.group)
+        scale, zero = search(values[inside], weight[inside], levels)
+        rest[inside] = values[inside] - scale * (encode(values[inside], inverse(scale), zero, levels) - zero)
+    result: Matrix = rest.T.double().numpy()
+    return result
 
 
 def check(matrix: Matrix, moment: Matrix, group: int) -> None:
@@ -158,51 +145,48 @@ def check(matrix: Matrix, moment: Matrix, group: int) -> None:
         raise ConfigError(f"quantise: {shapes} do not fit together")
 
 
-def root_of_inverse(hessian: Tensor) -> Tensor:
-    """The upper triangular U with H⁻¹ = Uᵀ U."""
-    inverted = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    root: Tensor = torch.linalg.cholesky(inverted, upper=True)
-    return root
-
-
-def processing_order(diagonal: Tensor, group: int) -> Tensor:
-    """Columns by falling C_jj, but groups stay together: whole groups by their sum, and columns inside each."""
-    grouped = diagonal.reshape(-1, group)
-    inside = grouped.argsort(dim=1, descending=True, stable=True)
-    outside = grouped.sum(1).argsort(dim=0, descending=True, stable=True)
-    return (inside[outside] + outside[:, None] * group).reshape(-1)
-
-
-def _rows(problem: Problem, factor: Tensor, wanted: Tensor, turns: int) -> State:
+def _rows(problem: Problem, hessian: Hessian, wanted: Tensor, turns: int) -> State:
     """Rounds wanted [I, R], both in processing order."""
-    state = sweep(problem, factor, wanted)
+    state = sweep(problem, hessian, wanted)
+    if not turns:
+        return state
+    gradient = gradient_of(problem, wanted, state)
+    last = math.inf
     for _ in range(turns):
-        state = descend(problem, wanted, refit(problem, wanted, state))
+        state = descend(problem, state, gradient)
+        error = float(torch.sum((wanted - state.matrix(problem.group)).mul_(gradient), dtype=torch.float64))
+        if last - error <= TOLERANCE * error:
+            break
+        last = error
     return state
 
 
-def sweep(problem: Problem, factor: Tensor, wanted: Tensor) -> State:
-    """GPTQ's pass over the columns of wanted [I, R] with the factor U of H⁻¹ = Uᵀ U."""
-    group, levels = problem.group, problem.levels
+def sweep(problem: Problem, hessian: Hessian, wanted: Tensor) -> State:
+    """GPTQ's pass over the columns of wanted [I, R].
+
+    With H = R Rᵀ the error of the columns up to j is least, whatever the later ones become, when column j is rounded from
+    w_j + Σ_{i<j} (w_i − ŵ_i) R_ij / R_jj: the same as GPTQ's updates by the root of H⁻¹, without the inverse (Chee et al.
+    2023, arXiv 2307.13304, theorem 6).
+    """
+    group, levels, feedback = problem.group, problem.levels, hessian.feedback
     columns, rows = wanted.shape
     rest = wanted.clone()
-    codes = torch.empty_like(wanted)
-    scale = wanted.new_empty(columns // group, rows)
-    zero = torch.empty_like(scale)
-    block = max(group, BLOCK)
-    pivots = factor.diagonal().tolist()
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = wanted.new_empty(stop - start, rows)
-        for column in range(start, stop):
-            at = column // group
-            if column % group == 0:
-                inside = slice(column, column + group)
-                importance = factor.diagonal()[inside].square().reciprocal()
-                scale[at], zero[at] = search(rest[inside], importance, levels)
-                step, middle, inverse_step = scale[at], zero[at], inverse(scale[at])
-            code = codes[column] = encode(rest[column], inverse_step, middle, levels)
-            error = errors[column - start] = (rest[column] - step * (code - middle)) / pivots[column]
-            rest[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return State(codes, scale, zero)
+    state = State(
+        torch.empty_like(wanted), wanted.new_empty(columns // group, rows), wanted.new_empty(columns // group, rows)
+    )
+    for block in blocks(columns, group):
+        errors = wanted.new_empty(block.stop - block.start, rows)
+        for near in inner_blocks(block, group):
+            for column in range(near.start, near.stop):
+                at = column // group
+                if column % group == 0:
+                    inside = slice(column, column + group)
+                    state.scale[at], state.zero[at] = search(rest[inside], hessian.weight[inside], levels)
+                    step, middle, inverse_step = state.scale[at], state.zero[at], inverse(state.scale[at])
+                code = state.codes[column] = encode(rest[column], inverse_step, middle, levels)
+                error = errors[column - block.start] = wanted[column] - step * (code - middle)
+                rest[column + 1 : near.stop].addr_(feedback[column, column + 1 : near.stop], error)
+            done = errors[near.start - block.start : near.stop - block.start]
+            rest[near.stop : block.stop].addmm_(feedback[near, near.stop : block.stop].T, done)
+        rest[block.stop :].addmm_(feedback[block, block.stop :].T, errors)
+    return state

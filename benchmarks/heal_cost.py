@@ -1,0 +1,168 @@
+"""Time and memory of one healing step of compressed models beside a training step of the dense one, at the same batch.
+
+Each is measured in a process of its own: the peak is that of the whole process, from which what it held before the model
+was built is taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from heal_rows import of_parameters
+from machine import describe_machine
+from quality import Bench, uniform
+from torch import Tensor, nn
+
+from mpo_exporter.build import Method
+from mpo_exporter.export import export
+from mpo_exporter.heal.distributed import Workers
+from mpo_exporter.heal.ops import HealingOps
+from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.student import Batch, Student
+from mpo_exporter.heal.train import Trainer
+from mpo_exporter.heal.trainable import Trainables, Vector
+from mpo_exporter.plan import Options
+from mpo_exporter.sources import find_source
+from mpo_formats import MpoFile
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor
+from mpo_runtime.memory import peak_memory
+from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.weights import Weights
+
+STEPS = 5
+TOP_K = 64
+
+
+class DenseLayer(nn.Module):
+    """A matrix that trains, in float32."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        super().__init__()
+        self.spec = weights.spec.linear(name)
+        self.values = nn.Parameter(float_tensor(weights, f"{name}.0.weight").clone())
+
+    def linear(self, chi: int | None) -> Linear:
+        """The layer with its present weights."""
+        return Linear(self.spec, [MatrixTerm(self.values, self.values.clone, lambda ids: self.values[ids])], None)
+
+
+class DenseTrainables(nn.Module):
+    """Every weight of the dense model, with the interface of what healing trains."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        spec = weights.spec
+        self.layers = {one.name: DenseLayer(weights, one.name) for one in spec.linears}
+        self.vectors = {one.name: Vector(weights, f"{one.name}.weight", one.dtype) for one in spec.vectors}
+        self.parts = nn.ModuleList([*self.layers.values(), *self.vectors.values()])
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields (kind, parameter, unit of its learning rate)."""
+        for layer in self.layers.values():
+            yield "core", layer.values, 1e-3
+        for vector in self.vectors.values():
+            yield from vector.learning()
+
+
+def measure(weights: Weights, trainables: Any, batch: int, window: int, recompute: bool) -> dict[str, float]:
+    """The median time of a step [s], the peak memory over what was held before [bytes], and what trains."""
+    ops = HealingOps(weights)
+    model = GraniteModel(weights.spec.architecture, ops)
+    student = Student(model, ops, trainables, cross_entropy=0.0, recompute=recompute)
+    trainer = Trainer(student, trainables, Settings(), Workers())
+    source, vocabulary = torch.Generator().manual_seed(0), weights.spec.architecture.vocab_size
+    ids = torch.randint(0, vocabulary, (batch, window), generator=source)
+    chosen = torch.stack([torch.randperm(vocabulary, generator=source)[:TOP_K] for _ in range(window - 1)])
+    scores = (torch.randn(batch, window - 1, TOP_K, generator=source).log_softmax(-1) - 0.2).float()
+    weight = torch.full((batch, window - 1), 1 / (batch * (window - 1)))
+    part = Batch(ids[:, :-1], ids[:, 1:], weight, scores, chosen.expand(batch, -1, -1).contiguous())
+    seconds = []
+    for _ in range(STEPS + 1):
+        begin = time.perf_counter()
+        trainer.step([part], 0.5, None, "a step")
+        seconds.append(time.perf_counter() - begin)
+    count = sum(parameter.numel() for _, parameter, _ in trainables.learning())
+    return {"seconds": statistics.median(seconds[1:]), "trained": count}
+
+
+def child(asked: dict[str, Any]) -> dict[str, float]:
+    """Measures one model in this process."""
+    torch.set_num_threads(asked["threads"])
+    held = peak_memory()
+    sizes = asked["batch"], asked["window"], asked["recompute"]
+    if asked["file"] is None:
+        source = Checkpoint(Path(asked["model"]))
+        result = measure(source, DenseTrainables(source), *sizes)
+    else:
+        with MpoFile(Path(asked["file"])) as file:
+            names = [one.name for one in (*file.spec.linears, *file.spec.vectors)]
+            result = measure(file, Trainables(file, names, moving=asked["codes"]), *sizes)
+    return result | {"peak_bytes": float(peak_memory() - held)}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the table, and writes it where --out says."""
+    source = Checkpoint(find_source(arguments.model).folder)
+    # Speed and memory do not depend on how well a file is fitted: no calibration.
+    bench = Bench(source, None, 0, None, arguments.cache)  # type: ignore[arg-type]
+    integer = tuple(uniform(source.spec.linears, 3, 64))
+    files: dict[str, tuple[Any, bool]] = {
+        "3 bits, scales and norms": (integer, False),
+        "3 bits, codes too": (integer, True),
+        "fp16 cores (balanced), 30 % of the parameters": (of_parameters(0.3, balanced=True)(bench), False),
+        "fp16 cores (O,1)×(1,I), 30 % of the parameters": (of_parameters(0.3, balanced=False)(bench), False),
+    }
+    asked = {"model": str(source.folder), "file": None, "codes": False, "batch": 4, "window": 256,
+             "recompute": False, "threads": arguments.threads or torch.get_num_threads()}  # fmt: skip
+    rows = {"dense training": start(asked)}
+    for number, (name, (layers, codes)) in enumerate(files.items()):
+        path = arguments.cache / f"cost-{number}.mpo"
+        export(source.folder, path, Options("int4"), layers=layers, method=Method("nearest", "svd"), force=True)
+        rows[name] = start(asked | {"file": str(path), "codes": codes})
+        path.unlink()
+    print(markdown(rows))
+    if arguments.out:
+        facts = {"machine": vars_of(describe_machine()), "asked": asked | {"model": source.folder.name}, "rows": rows}
+        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def vars_of(machine: Any) -> dict[str, Any]:
+    """A slotted dataclass as a dictionary."""
+    return {name: getattr(machine, name) for name in machine.__slots__}
+
+
+def start(asked: dict[str, Any]) -> dict[str, float]:
+    """Measures in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(asked)], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def markdown(rows: dict[str, dict[str, float]]) -> str:
+    """The rows as a Markdown table, beside the first one."""
+    lines = ["| | numbers trained | seconds a step | of dense | peak MB | of dense |", "|---|---|---|---|---|---|"]
+    dense = next(iter(rows.values()))
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {int(row['trained']):,} | {row['seconds']:.3f} | {row['seconds'] / dense['seconds']:.2f} | "
+            f"{row['peak_bytes'] / 1e6:.0f} | {row['peak_bytes'] / dense['peak_bytes']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(json.dumps(child(json.loads(sys.argv[1]))))

@@ -1,0 +1,126 @@
+"""What the rows of benchmarks/quality.py say: the table, where cores help and where they do not, and the figure."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from judge import DOMAINS
+from rows import ALONE, METHODS
+
+Entry = dict[str, Any]
+# Relative differences of KL below this are called none.
+NOISE = 0.05
+
+
+def markdown(rows: list[Entry]) -> str:
+    """The rows as a Markdown table, by size."""
+    lines = [
+        "| bits a weight | MB file | MB tensors | family | χ | perplexity | KL to dense | stories / web / chat | 99.9 % | "
+        "same top token |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        whole = row["measured"]["all"]
+        parts = " / ".join(f"{row['measured'][name]['kl_mean']:.4f}" for name in DOMAINS)
+        lines.append(
+            f"| {row['bits_per_weight']:.2f} | {row['file_bytes'] / 1e6:.3f} | {row['tensor_bytes'] / 1e6:.3f} | "
+            f"{row['family']}{', ' + row['size'] if isinstance(row['size'], str) else ''} | {row['chi'] or ''} | "
+            f"{whole['perplexity']:.2f} ± {whole['perplexity_error']:.2f} | {whole['kl_mean']:.4f} | {parts} | "
+            f"{whole['kl_999']:.3f} | {100 * whole['same_top1']:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def divergence(row: Entry) -> float:
+    """KL to the dense model over all domains."""
+    return float(row["measured"]["all"]["kl_mean"])
+
+
+def where_cores_help(rows: list[Entry]) -> str:
+    """For every method the KL with cores over that without, at the same bytes; and cores alone over integers."""
+    found = {(row["family"], row["size"], row["chi"]): divergence(row) for row in rows}
+    lines = ["Cores beside integers: KL over that of the same bytes without cores (below 1 they help)."]
+    for family in METHODS:
+        chis = sorted({chi for name, _, chi in found if name == family and chi})
+        sizes = sorted({size for name, size, chi in found if name == family and chi and (name, size, 0) in found})
+        if not sizes:
+            continue
+        lines += [
+            "",
+            f"| {family}, bits | " + " | ".join(f"χ={chi}" for chi in chis) + " |",
+            "|---" * (len(chis) + 1) + "|",
+        ]
+        best = {}
+        for size in sizes:
+            ratios = {
+                chi: found[family, size, chi] / found[family, size, 0] for chi in chis if (family, size, chi) in found
+            }
+            best[size] = min(ratios.values())
+            cells = (f"{ratios[chi]:.2f}" if chi in ratios else "does not fit" for chi in chis)
+            lines.append(f"| {size} | " + " | ".join(cells) + " |")
+        lines += ["", f"{family.capitalize()}: {sentence(best)}"]
+    lines += ["", *cores_alone(found)]
+    return "\n".join(lines)
+
+
+def sentence(best: dict[float, float]) -> str:
+    """Where the best χ of each size helps, hurts, or makes no difference."""
+    helps = [f"{size}" for size, ratio in best.items() if ratio < 1 - NOISE]
+    hurts = [f"{size}" for size, ratio in best.items() if ratio > 1 + NOISE]
+    level = [f"{size}" for size in best if str(size) not in helps + hurts]
+    parts = [
+        f"{words} at {', '.join(sizes)} bits"
+        for words, sizes in (
+            ("the best χ lowers the KL", helps),
+            ("even the best χ raises it", hurts),
+            (f"the best χ changes it by less than {NOISE:.0%}", level),
+        )
+        if sizes
+    ]
+    return "; ".join(parts) + "."
+
+
+def cores_alone(found: dict[tuple[str, float, int], float]) -> list[str]:
+    """Cores in the place of integers, against error-compensated integers of the same bytes."""
+    lines = []
+    for family in ALONE:
+        ratios = {size: value / found["compensated", size, 0]
+                  for (name, size, _), value in sorted(found.items(), key=lambda item: str(item[0]))
+                  if name == family and ("compensated", size, 0) in found}  # fmt: skip
+        if ratios:
+            words = ", ".join(f"{ratio:.0f}× at {size}" for size, ratio in sorted(ratios.items()))
+            better = [size for size, ratio in ratios.items() if ratio < 1]
+            lines.append(f"{family} alone: KL {words} bits that of compensated integers; "
+                         f"{'better at ' + str(better) if better else 'never better'}.")  # fmt: skip
+    return lines
+
+
+def plot(rows: list[Entry], path: Path) -> None:
+    """KL against the bytes of the file, one line for each family and χ."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "mpo"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    lines = dict.fromkeys((row["family"], row["chi"] if row["family"] in METHODS else 0) for row in rows)
+    for family, chi in lines:
+        chosen = [row for row in rows if row["family"] == family and (family not in METHODS or row["chi"] == chi)]
+        points = sorted((row["file_bytes"] / 1e6, divergence(row)) for row in chosen)
+        style = "k*" if family == "llama.cpp" else "o-" if family in METHODS and not chi else "x--" if chi else "s:"
+        axes.plot(*zip(*points, strict=True), style, label=f"{family}{f' + χ={chi}' if chi else ''}",
+                  markersize=9 if style == "k*" else 4, linewidth=1.6 if style == "o-" else 0.9)  # fmt: skip
+        for row in chosen if family == "llama.cpp" else ():
+            axes.annotate(row["size"], (row["file_bytes"] / 1e6, divergence(row)), fontsize=7, xytext=(4, 4),
+                          textcoords="offset points")  # fmt: skip
+    axes.set(yscale="log", xlabel="MB, the whole file", ylabel="KL to the dense model, nats a token")
+    if min(map(divergence, rows)) > 0:
+        axes.set_ylim(10 ** math.floor(math.log10(min(map(divergence, rows)))), None)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,57 @@
+"""Healing as the last stage of an export: the file that was written is replaced by its healed form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpo_exporter.heal.data import pack_windows, read_healing_text
+from mpo_exporter.heal.distributed import Workers
+from mpo_exporter.heal.progress import shown
+from mpo_exporter.heal.run import Healed, heal
+from mpo_exporter.heal.settings import Settings, parse_tokens
+from mpo_formats import MpoError
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.model import read_text_files
+from mpo_runtime.texts import TokenText
+
+
+def heal_settings(wanted: bool, tokens: str | None, epochs: float | None, minutes: float | None) -> Settings | None:
+    """What `--heal`, `--heal-tokens`, `--heal-epochs` and `--heal-minutes` ask for; each of the others implies `--heal`.
+
+    Raises:
+        ConfigError: for two bounds at once, or one that cannot be read.
+    """
+    if not wanted and tokens is None and epochs is None and minutes is None:
+        return None
+    return Settings(tokens=None if tokens is None else parse_tokens(tokens), epochs=epochs, minutes=minutes)
+
+
+def check_healing(folder: Path, settings: Settings, text: Path | None) -> None:
+    """Refuses, before the export begins, a healing text that could not be learned from at its end.
+
+    Raises:
+        ConfigError: naming file and line of what cannot be read, or for a text that is too short.
+    """
+    source = Checkpoint(folder)
+    tokenizer, template = read_text_files(source)
+    source.close()
+    words = read_healing_text(text, tokenizer, template, assistant_only=settings.assistant_only)
+    pack_windows(words, source.architecture, settings.window, settings.batch)
+
+
+def heal_exported(
+    path: Path, folder: Path, settings: Settings, text: Path | None, held_out: TokenText | None, device: str
+) -> Healed:
+    """Heals a file that was just exported from the Hugging Face folder `folder`, in its place.
+
+    The healed file and its certificate are complete before they replace the file, which stays whole if healing fails.
+
+    Raises:
+        MpoError: as mpo_exporter.heal.run.heal, and what became of the file.
+    """
+    try:
+        with shown("heal") as update:
+            return heal(path, folder, path, settings, text=text, held_out=held_out, force=True,
+                        others=True, workers=Workers(device=device), progress=update)  # fmt: skip
+    except MpoError as error:
+        raise type(error)(f"{error}; {path} is the file before healing") from None
