@@ -1,0 +1,209 @@
+"""auto against one width for all at equal bytes, the default against plain int4, and predictions against what came out.
+
+    python benchmarks/allocation.py --model demo --out benchmarks/results/allocation-DATE.json
+    python benchmarks/allocation.py --bits 2.5,3,3.5 --tokens 8192 --corpus CORPUS --split valid
+
+Every row is a real file. The uniform ones give all matrices and tables one width and group, whichever of those within the
+bytes is best on the measured text (the embedding may have more bits): what somebody would choose by hand. Bits are of the
+whole file per weight, as in --target-bpw. Bars: at 2.5, 3 and 3.5 bits `auto` reaches at most 0.9 of uniform's KL; the
+default is within 2 % of the dense perplexity and not worse than int4 at int4's bytes. Exit code 1 where one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from judge import Judge, calibration_tokens, domain_texts
+from machine import describe_machine
+
+from mpo_exporter.budget import default_bytes, file_bytes
+from mpo_exporter.export import export, planned_spec, planner_for
+from mpo_exporter.plan import Options, integers
+from mpo_exporter.plans.predict import predict
+from mpo_exporter.sources import find_source
+from mpo_exporter.survey import stored_bytes
+from mpo_formats import LinearSpec, MpoFile, Quantized
+from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_runtime import kernels
+from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.engine import Engine
+from mpo_runtime.model import load_network
+from mpo_runtime.texts import TokenText
+from mpo_runtime.weights import open_weights
+
+BAR, DEFAULT_BAR = 0.9, 1.02
+# Widths and groups that somebody would give all matrices, and more bits for the tables.
+WIDTHS = tuple((bits, group, zeros) for bits in (2, 3, 4) for group in (32, 64, 128) for zeros in (False, True))
+TABLES = (0, 1, 2, 3)
+# The candidates nearest to the bytes from below that are measured.
+TRIED = 3
+STEPS, ROUNDS = 32, 5
+
+
+@dataclass(slots=True)
+class Bench:
+    """The source, its calibration text and judge, and a folder for files."""
+
+    source: Checkpoint
+    calibration: TokenText
+    windows: int
+    judge: Judge
+    folder: Path
+
+    def file(self, options: Options, layers: tuple[LinearSpec, ...] | None = None) -> dict[str, Any]:
+        """Makes a file and measures it: its layers, sizes, seconds and quality."""
+        start = time.perf_counter()
+        result = export(self.source.folder, self.folder / "row.mpo", options, force=True, layers=layers,
+                        calibration=self.calibration, windows=self.windows)  # fmt: skip
+        seconds = time.perf_counter() - start
+        with MpoFile(result.path) as file:
+            measured = self.judge.weights(file)
+        return {
+            "bytes": result.file_bytes,
+            "bits_per_weight": result.bits_per_weight,
+            "layers_with_cores": result.core_layers,
+            "seconds": seconds,
+            **{key: measured["all"][key] for key in ("kl_mean", "perplexity", "dense_perplexity", "same_top1")},
+        }
+
+    def uniform(self, target: int) -> dict[str, Any]:
+        """The best of the uniform files that come nearest to the target from below."""
+        spec = self.source.spec
+        plans = [one_width(spec.linears, *width, more) for width in WIDTHS for more in TABLES]
+        sizes = sorted(
+            ((file_bytes(replace(spec, linears=layers)), index) for index, layers in enumerate(plans)), reverse=True
+        )
+        fitting = [(size, index) for size, index in sizes if size <= target][:TRIED]
+        if not fitting:
+            raise SystemExit(f"no uniform file is as small as {target:,} bytes")
+        rows = [self.file(Options("int4"), plans[index]) | {"terms": terms_text(plans[index])} for _, index in fitting]
+        return min(rows, key=lambda row: row["kl_mean"])
+
+
+def one_width(linears: tuple[LinearSpec, ...], bits: int, group: int, zeros: bool, more: int) -> tuple[LinearSpec, ...]:
+    """All matrices in one width, the tables in `more` bits more."""
+    planned = []
+    for linear in linears:
+        wide = min(bits + more, 6) if linear.name in (EMBEDDING, HEAD) else bits
+        term = integers(linear.in_features, wide, group)
+        if isinstance(term, Quantized) and zeros:
+            term = replace(term, zeros=True)
+        planned.append(replace(linear, terms=(term,)))
+    return tuple(planned)
+
+
+def terms_text(layers: tuple[LinearSpec, ...]) -> str:
+    """Such as `3/64z, tables 5`."""
+    table, body = layers[0].terms[0], layers[1].terms[0]
+    if not isinstance(table, Quantized) or not isinstance(body, Quantized):
+        return "dense"
+    return f"{body.bits}/{body.group}{'z' if body.zeros else ''}, tables {table.bits}"
+
+
+def at_equal_bytes(bench: Bench, bits: float) -> dict[str, Any]:
+    """auto and the best uniform file within so many bits of the whole file per weight; auto gets the uniform's bytes."""
+    target = int(bits * bench.source.spec.architecture.parameters() / 8)
+    uniform = bench.uniform(target)
+    ours = bench.file(Options("auto", target_bytes=uniform["bytes"]))
+    ratio = ours["kl_mean"] / uniform["kl_mean"]
+    return {"bits": bits, "auto": ours, "uniform": uniform, "kl_ratio": ratio, "holds": ratio <= BAR}
+
+
+def default_row(bench: Bench) -> dict[str, Any]:
+    """The default plan with its predictions, and int4 in groups of 32 against auto at its bytes."""
+    spec = bench.source.spec
+    options = Options("auto", target_bytes=default_bytes(spec))
+    planner = planner_for(bench.source, bench.calibration, bench.windows, bench.folder)
+    planned = planned_spec(planner, options, None)
+    predicted = asdict(predict(planner, planned))
+    row = bench.file(options)
+    row["tokens_per_second"] = tokens_per_second(bench.folder / "row.mpo")
+    int4 = bench.file(Options("int4"))
+    same = bench.file(Options("auto", target_bytes=int4["bytes"]))
+    row |= {"predicted": predicted, "perplexity_ratio": row["perplexity"] / row["dense_perplexity"]}
+    row |= {"tensor_bytes": sum(stored_bytes(linear) for linear in planned.linears)}
+    holds = row["perplexity_ratio"] <= DEFAULT_BAR and same["kl_mean"] <= int4["kl_mean"]
+    return {"default": row, "int4": int4, "auto_at_int4_bytes": same, "holds": holds}
+
+
+def tokens_per_second(path: Path) -> float | None:
+    """The fastest of some stretches of decoding in the native backend."""
+    if not kernels.native_available():
+        return None
+    engine = Engine(load_network(open_weights(path), backend="native"), context=128)
+    best = 0.0
+    for _ in range(ROUNDS):
+        engine.prefill([1] * 56)
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            engine._advance([1])
+        best = max(best, STEPS / (time.perf_counter() - start))
+    return best
+
+
+def markdown(rows: list[dict[str, Any]], default: dict[str, Any]) -> str:
+    """The tables."""
+    lines = [
+        "| bits | uniform | MB | KL uniform | KL auto | auto / uniform | bar 0.9 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours, other = row["auto"], row["uniform"]
+        lines.append(f"| {row['bits']} | {other['terms']} | {other['bytes'] / 1e6:.2f} | {other['kl_mean']:.4f} | "
+                     f"{ours['kl_mean']:.4f} | {row['kl_ratio']:.2f} | {'met' if row['holds'] else 'missed'} |")  # fmt: skip
+    lines += ["", "| file | MB | bits | KL | perplexity / dense |", "|---|---|---|---|---|"]
+    for name in ("default", "int4", "auto_at_int4_bytes"):
+        row = default[name]
+        lines.append(f"| {name.replace('_', ' ')} | {row['bytes'] / 1e6:.2f} | {row['bits_per_weight']:.2f} | "
+                     f"{row['kl_mean']:.4f} | {row['perplexity'] / row['dense_perplexity']:.4f} |")  # fmt: skip
+    row, predicted = default["default"], default["default"]["predicted"]
+    pairs = (("bytes", predicted["file_bytes"], row["bytes"]), ("KL", predicted["kl"], row["kl_mean"]),
+             ("tokens/s", predicted["tokens_per_second"], row["tokens_per_second"]),
+             ("seconds of the export", predicted["export_seconds"], row["seconds"]))  # fmt: skip
+    lines += ["", "| of the default | predicted | found |", "|---|---|---|"]
+    lines += [f"| {name} | {before:.6g} | {after:.6g} |" for name, before, after in pairs if before and after]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="as mpo-export takes it")
+    parser.add_argument("--bits", default="2.5,3,3.5")
+    parser.add_argument(
+        "--corpus", type=Path, help="folder of the corpus; the embedded evaluation text where not given"
+    )
+    parser.add_argument("--split", default="test", choices=["valid", "test"])
+    parser.add_argument("--tokens", type=int, default=8192, help="of each domain")
+    parser.add_argument("--calib", type=Path)
+    parser.add_argument("--windows", type=int, default=96)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    source = Checkpoint(find_source(arguments.model).folder)
+    judge = Judge.of(source, domain_texts(source, arguments.corpus, arguments.split, arguments.tokens))
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = calibration_tokens(source, arguments.calib, None)
+        bench = Bench(source, calibration, arguments.windows, judge, Path(folder))
+        rows = []
+        for bits in map(float, arguments.bits.split(",")):
+            rows.append(at_equal_bytes(bench, bits))
+            print(f"{bits} bits: auto / uniform {rows[-1]['kl_ratio']:.3f}", flush=True)
+        default = default_row(bench)
+    print("\n" + markdown(rows, default))
+    if arguments.out:
+        facts = {"date": datetime.date.today().isoformat(), "command": shlex.join(["python", *sys.argv]),
+                 "machine": asdict(describe_machine()), "kernels": kernels.active(), "rows": rows, **default}  # fmt: skip
+        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    sys.exit(not (default["holds"] and all(row["holds"] for row in rows)))
+
+
+if __name__ == "__main__":
+    main()
