@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT
 from mpo_exporter.command import calibration_for, held_out_text
+from mpo_exporter.plan import Options
 from mpo_exporter.report.facts import Report
 from mpo_exporter.report.folder import prepare
 from mpo_exporter.report.gather import Job
@@ -40,7 +41,7 @@ def run_report(
     earlier = prepare(out, force)
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
     windows = COUNT if calib_windows is None else calib_windows
-    calibration, _ = calibration_for(source.folder, "auto", calib, windows)
+    calibration, _ = calibration_for(source.folder, Options(), "auto", calib, windows)
     print(f"measuring {file} beside {source.name} into {out}", flush=True)
     return make_report(
         Job(

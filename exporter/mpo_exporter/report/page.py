@@ -80,12 +80,12 @@ def cards(report: Report) -> Markup:
         card("Parameters stored", ratios.parameters, f"{sizes.dense_parameters:,} → {sizes.parameters:,}"),
         card("File size", ratios.bytes, f"{size_text(sizes.dense_bytes)} → {size_text(sizes.file_bytes)}"),
         card(
-            "Memory, peak of the process", ratios.memory,
+            "Peak memory", ratios.memory,
             f"{size_text(memory.dense_peak)} → {size_text(memory.peak)}, of which {size_text(memory.base)} before loading"
             if memory else report.missing.get("memory", ""),
         ),
         card(
-            "Decoding speed, measured", ratios.speed,
+            "Decoding speed", ratios.speed,
             f"{speed.dense_median:.1f} → {speed.median:.1f} tokens/s, {measured.backend} backend"
             + (", slower than dense" if speed.slower else "")
             if speed else report.missing.get("speed", ""),

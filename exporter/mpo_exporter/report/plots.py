@@ -131,7 +131,10 @@ def spectrum_panel(matrix: str, found: Sequence[tuple[Layer, Spectrum]], blocks:
     largest = max(term.chi for layer, _ in found for term in layer.terms)
     if largest:
         at = x(largest)
-        drawn += [line(at, top, at, bottom, "chi"), text(at + 3, top + 9, f"χ {largest}", "note", "start")]
+        drawn += [
+            line(at, top, at, bottom, "chi"),
+            text(at - 3, bottom - 5, f"χ {largest}", "note", "end" if at > left + 40 else "start"),
+        ]
     return figure(200, 158, f"Singular values of {short(matrix)}", drawn)
 
 

@@ -130,7 +130,7 @@ def heat_cell(
         share = math.log(found / low) / math.log(high / low)
     else:
         share = (found - low) / (high - low)
-    return element("td", write(found), style=f"--v:{8 + 84 * share:.0f}%", class_="deep" if share > 0.5 else None,
+    return element("td", write(found), style=f"--v:{8 + 84 * share:.0f}%", class_="deep" if share > 0.62 else None,
                    title=f"{layer.name}: {terms(layer)}")  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def heat_maps(report: Report) -> Markup:
         maps.append(heat_map("Bond dimension χ of the cores", "chi", report.layers, chi, "{:.0f}".format))
     if any(layer.error is not None for layer in report.layers):
         maps.append(heat_map("Relative error (%)", "error", report.layers, lambda layer: layer.error,
-                             lambda share: compact(100 * share, 2 if share < 0.1 else 3), log=True))  # fmt: skip
+                             lambda share: f"{100 * share:.{2 if share < 0.01 else 1}f}", log=True))  # fmt: skip
     return element("div", maps, class_="heats")
 
 
