@@ -93,8 +93,8 @@ void* Buffer::reserve(std::size_t bytes) {
   return data_;
 }
 
-void Activations::allocate(std::size_t batch, std::size_t columns, bool tiles) {
-  const std::size_t padded = (columns + kChunk - 1) / kChunk * kChunk;
+void Activations::allocate(std::size_t batch, std::size_t columns, bool tiles, bool pairs) {
+  const std::size_t unit = pairs ? 2 * kChunk : kChunk, padded = (columns + unit - 1) / unit * unit;
   view_ = {};
   view_.batch = batch;
   view_.columns = columns;
@@ -103,10 +103,14 @@ void Activations::allocate(std::size_t batch, std::size_t columns, bool tiles) {
   for (int p = 0; p < 4; ++p) view_.codes[p] = codes + static_cast<std::size_t>(p) * batch * padded;
 
   const std::size_t blocks = batch * padded / kScaleBlock;
-  auto* next = static_cast<float*>(floats_.reserve(4 * blocks * sizeof(float)));
+  auto* next = static_cast<float*>(floats_.reserve((pairs ? 10 : 4) * blocks * sizeof(float)));
   view_.scales = next;
   view_.sums = next + blocks;
   view_.half_sums = next + 2 * blocks;
+  for (std::size_t p = 0; pairs && p < 3; ++p) {
+    view_.pair_scales[p] = next + (4 + 2 * p) * blocks;
+    view_.pair_sums[p] = view_.pair_scales[p] + blocks;
+  }
   if (!tiles) return;
   const std::size_t tile_blocks = (batch + kTileRows - 1) / kTileRows * (padded / kScaleBlock);
   view_.tiles = static_cast<std::int8_t*>(tiles_.reserve(tile_blocks * kTileRows * (kScaleBlock + 2 * sizeof(float))));
@@ -119,9 +123,10 @@ void Activations::prepare(const float* x, std::size_t batch, std::size_t columns
   input_ = x;
   isa_ = active_isa();
   const Layout& layout = kernels_of(isa_).layout;
-  allocate(batch, columns, layout.tiles && batch >= kTileBatch);
+  allocate(batch, columns, layout.tiles && batch >= kTileBatch, layout.pairs && batch == 1);
   for (std::size_t row = 0; row < batch; ++row) arrange_row(row, layout);
   if (view_.tiles) arrange_tiles();
+  if (view_.pair_sums[0]) arrange_pairs();
 }
 
 void Activations::arrange_row(std::size_t row, const Layout& layout) {
@@ -149,6 +154,20 @@ void Activations::arrange_row(std::size_t row, const Layout& layout) {
     halves[2 * b] = scales[b] * static_cast<float>(sum[0]);
     halves[2 * b + 1] = scales[b] * static_cast<float>(sum[1]);
     sums[b] = scales[b] * static_cast<float>(sum[0] + sum[1]);
+  }
+}
+
+void Activations::arrange_pairs() {
+  constexpr std::size_t kPairBlocks = 2 * kChunk / kScaleBlock;
+  for (int p = 0; p < 3; ++p) {
+    auto* scales = const_cast<float*>(view_.pair_scales[p]);
+    auto* sums = const_cast<float*>(view_.pair_sums[p]);
+    for (std::size_t start = 0; start < view_.padded / kScaleBlock; start += kPairBlocks)
+      for (std::size_t lane = 0; lane < kPairBlocks; ++lane) {
+        const auto block = start + static_cast<std::size_t>(paired_block(kPlaneBits[p], static_cast<int>(lane)));
+        scales[start + lane] = view_.scales[block];
+        sums[start + lane] = view_.sums[block];
+      }
   }
 }
 

@@ -43,9 +43,10 @@ class Activations {
   const ActivationView& view() const { return view_; }
 
  private:
-  void allocate(std::size_t batch, std::size_t columns, bool tiles);
+  void allocate(std::size_t batch, std::size_t columns, bool tiles, bool pairs);
   void arrange_row(std::size_t row, const Layout& layout);
   void arrange_tiles();
+  void arrange_pairs();
 
   const float* input_ = nullptr;
   Isa isa_ = Isa::generic;

@@ -21,7 +21,8 @@ struct IntegerBody {
   static MPO_INLINE void row(const QuantizedMatrix& w, const ActivationView& x, std::size_t first, std::size_t r,
                              float* y, std::size_t stride, bool accumulate) {
     constexpr std::size_t kPlaces = scales_per_chunk(G), kHalves = kChunk / G;
-    const std::size_t padded = x.padded, chunks = padded / kChunk, whole = w.columns / kChunk, groups = w.columns / G;
+    const std::size_t padded = x.padded, chunks = (w.columns + kChunk - 1) / kChunk, whole = w.columns / kChunk;
+    const std::size_t groups = w.columns / G, places = padded / kChunk * kPlaces;
     const std::uint8_t* low = w.low + r * w.columns / 8 * Low;
     const std::uint8_t* high = High ? w.high + r * w.columns / 8 * High : nullptr;
     const std::uint16_t* scale = w.scale + r * groups;
@@ -29,7 +30,7 @@ struct IntegerBody {
     const std::int8_t* low_codes = x.codes[plane_index(Low)] + first * padded;
     const std::int8_t* high_codes = x.codes[plane_index(High ? High : 1)] + first * padded;
     const float* blocks = x.scales + first * padded / kScaleBlock;
-    const float* group_sums = (G == 16 ? x.half_sums : x.sums) + first * chunks * kPlaces;
+    const float* group_sums = (G == 16 ? x.half_sums : x.sums) + first * places;
 
     F sums[T], offsets[T];
     for (int t = 0; t < T; ++t) sums[t] = offsets[t] = X::nothing();
@@ -66,7 +67,7 @@ struct IntegerBody {
       }
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t)
-        offsets[t] = X::template add_offsets<G>(shifts, group_sums + static_cast<std::size_t>(t) * chunks * kPlaces,
+        offsets[t] = X::template add_offsets<G>(shifts, group_sums + static_cast<std::size_t>(t) * places,
                                                 offsets[t]);
       low += 32 * Low;
       low_codes += kChunk;

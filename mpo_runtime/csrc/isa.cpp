@@ -20,7 +20,7 @@
 namespace mpo {
 namespace {
 
-constexpr Isa kAll[] = {Isa::amx, Isa::avx512, Isa::avx2, Isa::neon, Isa::generic};
+constexpr Isa kAll[] = {Isa::amx, Isa::vbmi, Isa::avx512, Isa::avx2, Isa::neon, Isa::generic};
 
 #if defined(MPO_EMULATED_INTRINSICS)
 Isa best_of_cpu() { return Isa::amx; }  // tests: the kernels above the compiler's level are emulated
@@ -55,8 +55,9 @@ Isa best_of_cpu() {
   if ((states & kYmm) != kYmm || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) || !has(b7, 5)) return Isa::generic;
   const bool avx512 = has(b7, 16) && has(b7, 17) && has(b7, 30) && has(b7, 31) && has(c7, 11);
   if (!avx512 || (states & kZmm) != kZmm) return Isa::avx2;
+  if (!has(c7, 1)) return Isa::avx512;
   const bool amx = has(d7, 24) && has(d7, 25) && (states & kTile) == kTile;
-  return amx && tiles_permitted() ? Isa::amx : Isa::avx512;
+  return amx && tiles_permitted() ? Isa::amx : Isa::vbmi;
 }
 #elif MPO_ARM_KERNELS
 Isa best_of_cpu() {
@@ -111,6 +112,7 @@ std::atomic<int> chosen{kUnset};
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::amx: return "amx";
+    case Isa::vbmi: return "vbmi";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     case Isa::neon: return "neon";

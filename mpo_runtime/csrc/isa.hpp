@@ -6,9 +6,9 @@
 
 namespace mpo {
 
-// avx2 = AVX2 + FMA + F16C; avx512 = F + BW + DQ + VL + VNNI; amx = avx512 + AMX-INT8 with the kernel's permission;
-// neon = AArch64 with dot products.
-enum class Isa { generic, neon, avx2, avx512, amx };
+// avx2 = AVX2 + FMA + F16C; avx512 = F + BW + DQ + VL + VNNI; vbmi = avx512 + VBMI; amx = vbmi + AMX-INT8 with the
+// kernel's permission; neon = AArch64 with dot products.
+enum class Isa { generic, neon, avx2, avx512, vbmi, amx };
 
 const char* isa_name(Isa isa);
 

@@ -44,15 +44,26 @@ struct Layout {
   std::size_t width[4];  // bytes of a vector of each plane, by plane_index
   bool split_ones;       // a 1-bit vector (32 bytes) is used twice side by side: k = 0, 4, 1, 5, 2, 6, 3, 7
   bool tiles;            // also as AMX tiles, see amx_tiles()
+  bool pairs;            // a single row is multiplied two chunks at a time, see paired_block()
 };
 
-// Quantised activations as the kernels read them; all rows are padded with zeros to a multiple of kChunk columns.
+// The block of two chunks (16 blocks) whose sum of products stands in `lane`, where the low plane has `low` bits.
+constexpr int paired_block(int low, int lane) {
+  const int part = lane / 4, place = lane % 4;
+  return low == 8   ? part / 2 * 8 + 2 * place + part % 2
+         : low == 4 ? part + 4 * place
+                    : place / 2 * 8 + 2 * part + place % 2;
+}
+
+// Quantised activations as the kernels read them; all rows are padded with zeros to `padded` columns.
 struct ActivationView {
-  std::size_t batch, columns, padded;
+  std::size_t batch, columns, padded;  // padded to whole chunks, or whole pairs of them
   const std::int8_t* codes[4];  // by plane_index: [batch, padded] in the order of Layout
   const float* scales;          // [batch, padded / 32]
   const float* sums;            // of scale * code over a block, [batch, padded / 32]
   const float* half_sums;       // and over half a block, [batch, padded / 16]
+  const float* pair_scales[3];  // Layout::pairs, for a single row: scales and sums in the order of paired_block(), by
+  const float* pair_sums[3];    // plane_index of the low plane; else null
   // AMX, for batch >= kTileBatch: blocks of 32 columns, [batch / 16, padded / 32, 8, 16, 4], and the scale of each
   // block [batch / 16, padded / 32, 16] and sums as above but with 16 rows of x innermost.
   const std::int8_t* tiles;
@@ -83,7 +94,12 @@ struct Kernels {
 
 extern const Kernels kGenericKernels;
 #if MPO_X86_KERNELS
-extern const Kernels kAvx2Kernels, kAvx512Kernels, kAmxKernels;
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+// What the levels above AVX-512 do differently.
+void multiply_vbmi(const QuantizedMatrix&, const ActivationView&, std::size_t first, std::size_t count,
+                   std::size_t begin, std::size_t end, float* y, std::size_t stride, bool accumulate);
+void multiply_amx(const QuantizedMatrix&, const ActivationView&, std::size_t first, std::size_t count,
+                  std::size_t begin, std::size_t end, float* y, std::size_t stride, bool accumulate);
 #endif
 #if MPO_ARM_KERNELS
 extern const Kernels kNeonKernels;

@@ -1,4 +1,4 @@
-// AMX-INT8, for 8 rows of x or more: 16 rows of w times 16 rows of x in one tile. All else is AVX-512's.
+// AMX-INT8, for 8 rows of x or more: 16 rows of w times 16 rows of x in one tile. All else is VBMI's.
 #include "kernels.hpp"
 
 #if MPO_X86_KERNELS
@@ -111,8 +111,10 @@ TileKernel kernel_of(int bits) {
   }
 }
 
-void multiply(const QuantizedMatrix& w, const ActivationView& x, std::size_t first, std::size_t count,
-              std::size_t begin, std::size_t end, float* y, std::size_t stride, bool accumulate) {
+}  // namespace
+
+void multiply_amx(const QuantizedMatrix& w, const ActivationView& x, std::size_t first, std::size_t count,
+                  std::size_t begin, std::size_t end, float* y, std::size_t stride, bool accumulate) {
   std::size_t done = first;
   if (x.tiles && first == 0 && w.group >= kScaleBlock) {
     const std::size_t blocks = x.padded / kScaleBlock, all = (x.batch + kTileRows - 1) / kTileRows * blocks;
@@ -128,34 +130,8 @@ void multiply(const QuantizedMatrix& w, const ActivationView& x, std::size_t fir
     }
   }
   if (done < first + count)
-    kAvx512Kernels.multiply(w, x, done, first + count - done, begin, end, y, stride, accumulate);
+    multiply_vbmi(w, x, done, first + count - done, begin, end, y, stride, accumulate);
 }
-
-void multiply_exact(const QuantizedMatrix& w, const float* x, std::size_t batch, std::size_t begin, std::size_t end,
-                    float* y, std::size_t stride, bool accumulate) {
-  kAvx512Kernels.multiply_exact(w, x, batch, begin, end, y, stride, accumulate);
-}
-
-void multiply_dense(const DenseMatrix& w, const float* x, std::size_t batch, std::size_t begin, std::size_t end,
-                    float* y, std::size_t stride, bool accumulate) {
-  kAvx512Kernels.multiply_dense(w, x, batch, begin, end, y, stride, accumulate);
-}
-
-void add_transposed(const QuantizedMatrix& w, const float* s, std::size_t batch, std::size_t s_stride,
-                    std::size_t begin, std::size_t end, float* y, std::size_t stride) {
-  kAvx512Kernels.add_transposed(w, s, batch, s_stride, begin, end, y, stride);
-}
-
-void add_transposed_dense(const DenseMatrix& w, const float* s, std::size_t batch, std::size_t s_stride,
-                          std::size_t begin, std::size_t end, float* y, std::size_t stride) {
-  kAvx512Kernels.add_transposed_dense(w, s, batch, s_stride, begin, end, y, stride);
-}
-
-}  // namespace
-
-const Kernels kAmxKernels = {
-    {{64, 64, 64, 32}, true, true}, multiply, multiply_exact, multiply_dense, add_transposed, add_transposed_dense,
-};
 
 }  // namespace mpo
 

@@ -287,7 +287,7 @@ struct Avx2 : Avx2Floats {
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    {{32, 32, 32, 32}, false, false}, IntegerBody<Avx2, 4>::multiply, FloatBody<Avx2>::multiply_exact,
+    {{32, 32, 32, 32}, false, false, false}, IntegerBody<Avx2, 4>::multiply, FloatBody<Avx2>::multiply_exact,
     FloatBody<Avx2>::multiply_dense,  TransposedBody<Avx2>::add,   TransposedBody<Avx2>::add_dense,
 };
 

@@ -19,16 +19,25 @@
 #endif
 #endif
 
-#include "avx512_vectors.hpp"
+#include "avx512_pairs.hpp"
 #include "float_body.hpp"
 #include "integer_body.hpp"
 #include "transposed_body.hpp"
 
 namespace mpo {
+namespace {
+
+void multiply(const QuantizedMatrix& w, const ActivationView& x, std::size_t first, std::size_t count,
+              std::size_t begin, std::size_t end, float* y, std::size_t stride, bool accumulate) {
+  if (PairedChunks<false>::takes(w, x)) PairedChunks<false>::multiply(w, x, begin, end, y, accumulate);
+  else IntegerBody<Avx512>::multiply(w, x, first, count, begin, end, y, stride, accumulate);
+}
+
+}  // namespace
 
 const Kernels kAvx512Kernels = {
-    {{64, 64, 64, 32}, true, false},    IntegerBody<Avx512>::multiply, FloatBody<Avx512>::multiply_exact,
-    FloatBody<Avx512>::multiply_dense,  TransposedBody<Avx512>::add,   TransposedBody<Avx512>::add_dense,
+    {{64, 64, 64, 32}, true, false, true}, multiply,                    FloatBody<Avx512>::multiply_exact,
+    FloatBody<Avx512>::multiply_dense,     TransposedBody<Avx512>::add, TransposedBody<Avx512>::add_dense,
 };
 
 }  // namespace mpo

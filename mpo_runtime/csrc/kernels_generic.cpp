@@ -136,7 +136,7 @@ void multiply(const QuantizedMatrix& w, const ActivationView& x, std::size_t fir
 }  // namespace
 
 const Kernels kGenericKernels = {
-    {{16, 16, 16, 16}, false, false},   multiply, FloatBody<Generic>::multiply_exact,
+    {{16, 16, 16, 16}, false, false, false},   multiply, FloatBody<Generic>::multiply_exact,
     FloatBody<Generic>::multiply_dense, TransposedBody<Generic>::add,   TransposedBody<Generic>::add_dense,
 };
 

@@ -228,7 +228,7 @@ struct Neon {
 }  // namespace
 
 const Kernels kNeonKernels = {
-    {{16, 16, 16, 16}, false, false}, IntegerBody<Neon>::multiply, FloatBody<Neon>::multiply_exact,
+    {{16, 16, 16, 16}, false, false, false}, IntegerBody<Neon>::multiply, FloatBody<Neon>::multiply_exact,
     FloatBody<Neon>::multiply_dense,  TransposedBody<Neon>::add,   TransposedBody<Neon>::add_dense,
 };
 

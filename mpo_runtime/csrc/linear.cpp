@@ -165,13 +165,22 @@ void apply(const std::vector<Product>& products, const float* x, std::size_t tok
   compute_middles(products, x, tokens, exact, work, pool);
   work.jobs.clear();
   std::vector<std::size_t> middles(products.size());
-  std::size_t offset = 0;
+  std::size_t offset = 0, left = 0;
+  const std::size_t shares = 2 * static_cast<std::size_t>(pool.threads());
+  for (const Product& product : products) left += product.layer->rows * product.layer->row_bytes;
   for (std::size_t p = 0; p < products.size(); ++p) {
     const Linear& layer = *products[p].layer;
-    const std::size_t wanted = std::max(kSmallestChunk, kChunkBytes / std::max<std::size_t>(layer.row_bytes, 1));
-    const std::size_t chunk = round_up(wanted, std::max(kSmallestChunk, layer.row_step));
-    for (std::size_t begin = 0; begin < layer.rows; begin += chunk)
-      work.jobs.push_back({p, begin, std::min(begin + chunk, layer.rows)});
+    const std::size_t row_bytes = std::max<std::size_t>(layer.row_bytes, 1);
+    const std::size_t step = std::max(kSmallestChunk, layer.row_step);
+    for (std::size_t begin = 0; begin < layer.rows;) {
+      // A single row of x reads each weight once, so chunks are as long as can be: the memory is fast in long streams
+      // only. They grow shorter toward the end, so that all threads end together.
+      const std::size_t bytes = tokens > 1 ? kChunkBytes : std::max(kChunkBytes, left / shares);
+      const std::size_t end = std::min(begin + round_up(std::max(kSmallestChunk, bytes / row_bytes), step), layer.rows);
+      work.jobs.push_back({p, begin, end});
+      left -= (end - begin) * layer.row_bytes;
+      begin = end;
+    }
     middles[p] = offset;
     for (const Operator& term : layer.operators)
       if (term.is_low_rank()) offset += term.first().rows() * tokens;

@@ -35,12 +35,28 @@ void check_dense(const char* what, const DenseMatrix& w) {
   if (!w.data) throw std::invalid_argument(std::string(what) + ": expected data");
 }
 
+#if MPO_X86_KERNELS
+Kernels above_avx512(Multiply multiply, bool tiles) {
+  Kernels kernels = kAvx512Kernels;
+  kernels.multiply = multiply;
+  kernels.layout.tiles = tiles;
+  return kernels;
+}
+#endif
+
 }  // namespace
 
 const Kernels& kernels_of(Isa isa) {
   switch (isa) {
 #if MPO_X86_KERNELS
-    case Isa::amx: return kAmxKernels;
+    case Isa::amx: {
+      static const Kernels amx = above_avx512(multiply_amx, true);
+      return amx;
+    }
+    case Isa::vbmi: {
+      static const Kernels vbmi = above_avx512(multiply_vbmi, false);
+      return vbmi;
+    }
     case Isa::avx512: return kAvx512Kernels;
     case Isa::avx2: return kAvx2Kernels;
 #endif

@@ -112,6 +112,7 @@ const Ops& active_ops() {
 #if MPO_X86_OPS
   switch (active_isa()) {
     case Isa::amx:
+    case Isa::vbmi:
     case Isa::avx512: return kAvx512Ops;
     case Isa::avx2: return kAvx2Ops;
     default: break;

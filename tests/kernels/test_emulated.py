@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "mpo_runtime" / "csrc"
-KERNELS = ("kernels_generic", "kernels_avx2", "kernels_avx512", "kernels_amx", "kernels_neon", "isa", "activations")
+KERNELS = ("kernels_generic", "kernels_avx2", "kernels_avx512", "kernels_vbmi", "kernels_amx", "kernels_neon", "isa", "activations")
 FLAGS = ("-std=c++17", "-w", "-ffp-contract=off", f"-I{SOURCES}")
 
 
@@ -55,7 +55,7 @@ def test_avx512_and_amx_emulated(tmp_path: Path) -> None:
         pytest.skip("SIMDe is absent; install libsimde-dev to test the AVX-512 and AMX kernels on any CPU")
     emulation = f'-DMPO_EMULATED_INTRINSICS="{HERE / "emulation.hpp"}"'
     program = build(compiler, ("-O0", *cpu_flags(), emulation), tmp_path)
-    assert lines_of([str(program), "1"]) == ["120 cases, 0 differences; amx avx512 avx2 generic"]
+    assert lines_of([str(program), "1"]) == ["120 cases, 0 differences; amx vbmi avx512 avx2 generic"]
 
 
 @pytest.mark.long
