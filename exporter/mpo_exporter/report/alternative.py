@@ -82,8 +82,8 @@ def without_operators(row: Sequence[Candidate]) -> list[Candidate]:
 
 
 def predicted_curve(surveyed: Survey, spec: ModelSpec, file_bytes: int) -> tuple[Predicted, ...]:
-    """The loss that the survey expects of its best plans, over sizes of the whole file, the smallest first."""
-    fronts = {name: front(row) for name, row in surveyed.candidates.items()}
+    """The loss that the survey expects of its best plans of integers, over sizes of the whole file, the smallest first."""
+    fronts = {name: front(without_operators(row)) for name, row in surveyed.candidates.items()}
     least = sum(row[0].bytes for row in fronts.values())
     most = sum(row[-1].bytes for row in fronts.values())
     rest = file_bytes - sum(stored_bytes(linear) for linear in spec.linears)

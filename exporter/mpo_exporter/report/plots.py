@@ -41,7 +41,8 @@ def quality_plot(report: Report) -> Markup | None:
         return None
     largest = max(point.bytes for point in points)
     smallest = min(point.bytes for point in points)
-    expected = [one for one in report.predicted if smallest * 0.8 <= one.bytes <= largest and one.loss > 0]
+    least = min(point.kl_mean for point in lossy) / 100  # below, the curve would squeeze what was measured
+    expected = [one for one in report.predicted if smallest * 0.8 <= one.bytes <= largest and one.loss >= least]
     unit, name = byte_unit(largest)
     x = Scale(
         *padded([*(point.bytes for point in points), *(one.bytes for one in expected)], log=True), LEFT, RIGHT, True
