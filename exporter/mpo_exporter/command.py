@@ -61,15 +61,7 @@ def run_export(
     """Exports a model, heals the file where `heal` is given, and prints the report; a plan alone with --dry-run."""
     asked = asked or Asked()
     options = asked.options(plan, chi, cores)
-    check_device(device)
-    if measure_tokens is not None and measure_tokens < 0:
-        raise ConfigError(f"--measure-tokens {measure_tokens}: expected 0 or more")
-    if calib_windows < 0:
-        raise ConfigError(f"--calib-windows {calib_windows}: expected 0 or more")
-    set_threads(threads)
-    for prefix in prefixes:
-        if not 1 <= prefix < chi:
-            raise ConfigError(f"--certify-chi {prefix}: expected 1 to {chi - 1}, below --chi")
+    check_asked(chi, measure_tokens, calib_windows, prefixes, device, threads)
     source = find_source(model)
     target = out or Path(f"{source.name}.mpo")
     if not force and not asked.dry_run and os.path.lexists(target) and not target.is_dir():
@@ -120,6 +112,21 @@ def run_export(
         )
     )  # fmt: skip
     return result
+
+
+def check_asked(
+    chi: int, measure_tokens: int | None, windows: int, prefixes: tuple[int, ...], device: str, threads: int | None
+) -> None:
+    """Raises ConfigError for numbers out of range or a device that is not there; sets the threads."""
+    check_device(device)
+    if measure_tokens is not None and measure_tokens < 0:
+        raise ConfigError(f"--measure-tokens {measure_tokens}: expected 0 or more")
+    if windows < 0:
+        raise ConfigError(f"--calib-windows {windows}: expected 0 or more")
+    set_threads(threads)
+    for prefix in prefixes:
+        if not 1 <= prefix < chi:
+            raise ConfigError(f"--certify-chi {prefix}: expected 1 to {chi - 1}, below --chi")
 
 
 def tell(message: str) -> None:
