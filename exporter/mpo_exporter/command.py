@@ -82,20 +82,10 @@ def run_export(
         with console.progress("export") as update:
             recorder = Recorder(update)
             result = export(
-                source.folder,
-                target,
-                options,
-                force=force or number > 0,
-                revision=source.revision,
-                text=held_out,
-                prefixes=prefixes,
-                device=device,
-                progress=recorder.progress,
-                watch=recorder.watch if report else None,
-                calibration=calibration,
-                windows=calib_windows,
-                tell=tell,
-            )
+                source.folder, target, options, force=force or number > 0, revision=source.revision, text=held_out,
+                prefixes=prefixes, device=device, progress=recorder.progress, watch=recorder.watch if report else None,
+                calibration=calibration, windows=calib_windows, tell=tell,
+            )  # fmt: skip
         if not misses(result, options, number + 1 < MOST_EXPORTS):
             break
     healed = heal_exported(target, source.folder, heal, heal_text, held_out, device) if heal else None
@@ -107,8 +97,7 @@ def run_export(
         Job(
             file=target, teacher=source.folder, name=source.name, folder=report, text=held_out, why_no_text=reason,
             calibration=calibration, fit_windows=calib_windows, device=device, threads=threads,
-            comparison=last, surveyed=result.surveyed, compression=recorder.compression(),
-            earlier=earlier,
+            comparison=last, surveyed=result.surveyed, compression=recorder.compression(), earlier=earlier,
         )
     )  # fmt: skip
     return result

@@ -75,16 +75,14 @@ def export(
     """Exports the Hugging Face folder `folder` to the file `target`.
 
     Args:
-        force: overwrites an existing target, once the new file is complete.
-        text: held-out text on which the result is compared with the dense model; None measures nothing.
+        force: overwrites an existing target once the new file is complete; text: held-out text on which the result is compared with the dense model; None measures nothing.
         prefixes: values of χ at which the file's prefixes are measured too.
         progress: called with a stage, the steps done and the steps in all.
         calibration: text whose activations in at most `windows` windows the layers are fitted to; None: the weights alone.
         layers: terms of every layer, in the place of the plan's.
         method: how terms are fitted to the activations.
         surveyed: a survey of this source, in the place of the kept or a new one where the plan needs one.
-        tell: called with a sentence on what measurements were found, stale or made.
-        watch: told of every layer's fit.
+        tell, watch: called with a sentence on what measurements were found, stale or made; told of every layer's fit.
 
     Raises:
         MpoError: for a damaged source, a plan that cannot be carried out, or a target that cannot be written.
