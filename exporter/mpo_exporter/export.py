@@ -75,7 +75,7 @@ def export(
     """Exports the Hugging Face folder `folder` to the file `target`.
 
     Args:
-        force: overwrites an existing target once the new file is complete; text: held-out text on which the result is compared with the dense model; None measures nothing.
+        force: overwrites an existing target; text: held-out text to compare with the dense model on, or None.
         prefixes: values of χ at which the file's prefixes are measured too.
         progress: called with a stage, the steps done and the steps in all.
         calibration: text whose activations in at most `windows` windows the layers are fitted to; None: the weights alone.

@@ -12,7 +12,16 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "mpo_runtime" / "csrc"
-KERNELS = ("kernels_generic", "kernels_avx2", "kernels_avx512", "kernels_vbmi", "kernels_amx", "kernels_neon", "isa", "activations")
+KERNELS = (
+    "kernels_generic",
+    "kernels_avx2",
+    "kernels_avx512",
+    "kernels_vbmi",
+    "kernels_amx",
+    "kernels_neon",
+    "isa",
+    "activations",
+)
 FLAGS = ("-std=c++17", "-w", "-ffp-contract=off", f"-I{SOURCES}")
 
 
