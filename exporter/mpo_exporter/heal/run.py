@@ -57,15 +57,13 @@ def heal(
         teacher: the Hugging Face folder that the file was made from.
         text: what to train on; the embedded healing text where None.
         held_out: what to measure the result on; None measures nothing.
-        work: a folder for checkpoints and the teacher's logits, which is kept; where None, one beside the target, which
-            is removed at the end.
+        work: a folder for checkpoints and the teacher's logits, kept; None: one beside the target, removed at the end.
         others: begins anew where the folder holds a checkpoint of another healing, which is refused otherwise.
         workers: the processes that share the work; all of them must call this with the same arguments.
 
     Raises:
         CheckpointError: for a teacher of another architecture or vocabulary.
-        ConfigError: for a text that is too short, settings that cannot be honoured, a loss that is not finite, or too
-            little memory.
+        ConfigError: for a text too short, settings that cannot be honoured, a loss that is not finite, or no memory.
         OutputError: when the target exists and `force` is not given, or the disk is full.
     """
     workers = workers or Workers()
