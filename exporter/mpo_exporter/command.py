@@ -59,13 +59,11 @@ def run_export(
     report: Path | None = None,
 ) -> Result | None:
     """Exports a model, heals the file where `heal` is given, and prints the report; a plan alone with --dry-run."""
-    asked = asked or Asked()
-    options = asked.options(plan, chi, cores)
+    options = (asked := asked or Asked()).options(plan, chi, cores)
     check_asked(chi, measure_tokens, calib_windows, prefixes, device, threads)
     source = find_source(model)
     target = out or Path(f"{source.name}.mpo")
     if not force and not asked.dry_run and os.path.lexists(target) and not target.is_dir():
-        # The writer asks too (and names a folder as one), but only after the whole source was read.
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
     earlier = None if report is None or asked.dry_run else prepare(report, force)
     if heal:
@@ -92,12 +90,11 @@ def run_export(
     if report is None:
         print_report(result, held_out, reason, healed)
         return result
-    last = healed.comparison if healed else result.comparison
     make_report(
         Job(
             file=target, teacher=source.folder, name=source.name, folder=report, text=held_out, why_no_text=reason,
             calibration=calibration, fit_windows=calib_windows, device=device, threads=threads,
-            comparison=last, surveyed=result.surveyed, compression=recorder.compression(), earlier=earlier,
+            comparison=(healed or result).comparison, surveyed=result.surveyed, compression=recorder.compression(), earlier=earlier,
         )
     )  # fmt: skip
     return result
