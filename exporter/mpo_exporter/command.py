@@ -93,8 +93,8 @@ def run_export(
     make_report(
         Job(
             file=target, teacher=source.folder, name=source.name, folder=report, text=held_out, why_no_text=reason,
-            calibration=calibration, fit_windows=calib_windows, device=device, threads=threads,
-            comparison=(healed or result).comparison, surveyed=result.surveyed, compression=recorder.compression(), earlier=earlier,
+            calibration=calibration, fit_windows=calib_windows, device=device, threads=threads, earlier=earlier,
+            comparison=(healed or result).comparison, surveyed=result.surveyed, compression=recorder.compression(),
         )
     )  # fmt: skip
     return result
