@@ -239,9 +239,14 @@ struct PairedChunks {
     const __m512 offsets = _mm512_mul_ps(middle, x_sums);
 #pragma GCC unroll 4
     for (std::size_t r = 0; r < R; ++r) {
-      const __m512 own = Zeros ? _mm512_mul_ps(scales<Low, G>(w.zero + r * w.groups), x_sums) : offsets;
+      const __m512 factor = scales<Low, G>(w.scale + r * w.groups);
+      __m512 own = offsets;
+      if constexpr (Zeros) {
+        const __m512 zeros = scales<Low, G>(w.zero + r * w.groups);
+        own = _mm512_mul_ps(zeros, x_sums);
+      }
       const __m512 sums = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[r]), x_scales, own);
-      totals[r] = _mm512_fmadd_ps(scales<Low, G>(w.scale + r * w.groups), sums, totals[r]);
+      totals[r] = _mm512_fmadd_ps(factor, sums, totals[r]);
     }
   }
 
