@@ -31,6 +31,8 @@ from mpo_exporter.calibrate.windows import COUNT, calibration_text, cut_calibrat
 from mpo_exporter.fit import als, search, svd, sweep, whitened
 from mpo_exporter.fit.common import Cores, activation_error
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape, parameters
+from mpo_exporter.quantize.gptq import compensated
+from mpo_exporter.quantize.rounding import round_to_nearest
 from mpo_exporter.sources import find_source
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
 from mpo_runtime.checkpoint import Checkpoint
@@ -49,6 +51,12 @@ TIMED: dict[str, tuple[Fit, int | None]] = {
     "whitened SVD": (whitened.fit, None),
     "ALS": (als.fit, 2),
     "sweeps, 3 cores": (sweep.fit, 3),
+}
+# Integers: bits, group, whether error-compensated.
+ROUNDED = {
+    "nearest, 4 bits g32": (4, 32, False),
+    "compensated, 4 bits g32": (4, 32, True),
+    "compensated, 2 bits g64": (2, 64, True),
 }
 
 
@@ -122,61 +130,72 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def synthetic(rows: int, columns: int) -> tuple[Matrix, Matrix]:
-    """A matrix and a moment with a few strong directions; of the right size, of no model."""
+    """A matrix and a moment of decaying spectra; of the right size, of no model."""
     source = np.random.default_rng(0)
-    factor = source.standard_normal((columns, 64))
+    decay = 1 / np.arange(1.0, 257)
+    factor = source.standard_normal((columns, 256)) * np.sqrt(64 * decay)
     moment = factor @ factor.T / 64
     moment[np.diag_indices(columns)] += 0.1
-    return source.standard_normal((rows, columns)) / columns**0.5, moment
+    matrix = source.standard_normal((rows, columns))
+    matrix += (source.standard_normal((rows, 256)) * 8 * decay) @ source.standard_normal((256, columns))
+    return matrix / columns**0.5, moment
 
 
 def time_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[str, object]:
     """Runs one fit in this process; seconds, peak bytes above the inputs, and whether the clock ended it."""
-    fit, cores = TIMED[name]
     matrix, moment = synthetic(rows, columns)
-    shape = shape_of(rows, columns, cores)
+    options = {"seconds": cap / 2} if name in ("ALS", "sweeps, 3 cores") else {}
     before, start, worked = peak_memory(), time.monotonic(), time.process_time()
-    options = {"seconds": cap / 2} if fit in (als.fit, sweep.fit) else {}
-    result = fit(matrix, moment, *shape, chi or largest_chi(*shape, matrix.size // 2), **options)
+    if name in ROUNDED:
+        bits, group, whole = ROUNDED[name]
+        (compensated(matrix, moment, bits, group) if whole else round_to_nearest(matrix, bits, group))
+    else:
+        fit, cores = TIMED[name]
+        shape = shape_of(rows, columns, cores)
+        fit(matrix, moment, *shape, chi or largest_chi(*shape, matrix.size // 2), **options)
     taken = time.monotonic() - start
     return {
         "seconds": taken,
         "cpu_seconds": time.process_time() - worked,
         "peak_bytes": max(0, peak_memory() - before),
-        "bonds": result.bonds,
         "clock": bool(options) and taken > cap / 2,
     }
 
 
+def run_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[str, object] | None:
+    """`time_one` in a process of its own; None where it takes longer than one and a half times the cap."""
+    command = [sys.executable, __file__, "--one", name, str(rows), str(columns), str(chi), "--cap", str(cap)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=cap * 1.5 + 30)
+    except subprocess.TimeoutExpired:
+        return None
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
 def measure_sizes(arguments: argparse.Namespace) -> dict[str, object]:
-    """Times every fit on every size; what would pass the cap or the budget is left out and said."""
+    """Times every fit and quantiser on every size; what would pass the cap or the budget is left out and said."""
     results, until = [], time.monotonic() + arguments.budget
     given_up: set[tuple[str, int]] = set()
     print("| fit | matrix | χ | seconds | of all threads | peak MB beside the inputs |\n|---|---|---|---|---|---|")
     for chi in (32, 0):
         for rows, columns in SIZES:
-            for name in TIMED:
-                label = f"| {name} | {rows}×{columns} | {chi or 'half'} | "
+            for name in [*(ROUNDED if chi else ()), *TIMED]:
+                words = "" if name in ROUNDED else chi or "half"
+                label = f"| {name} | {rows}×{columns} | {words} | "
                 if (name, chi) in given_up or time.monotonic() > until:
-                    print(
-                        f"{label}skipped: {'a smaller one passed the cap' if (name, chi) in given_up else 'budget'} | |"
-                    )
+                    why = "a smaller one passed the cap" if (name, chi) in given_up else "the budget is spent"
+                    print(f"{label}left out: {why} | | |", flush=True)
                     continue
-                command = [sys.executable, __file__, "--one", name, str(rows), str(columns), str(chi)]
-                try:
-                    run = subprocess.run([*command, "--cap", str(arguments.cap)], capture_output=True, text=True,
-                                         check=True, timeout=arguments.cap * 1.5)  # fmt: skip
-                except subprocess.TimeoutExpired:
+                row = run_one(name, rows, columns, chi, arguments.cap)
+                if row is None:
                     given_up.add((name, chi))
                     print(f"{label}over {arguments.cap * 1.5:.0f} | | |", flush=True)
                     continue
-                row = json.loads(run.stdout)
                 clock = " (ended by the clock)" if row["clock"] else ""
-                print(
-                    f"{label}{row['seconds']:.1f}{clock} | {row['cpu_seconds']:.1f} | {row['peak_bytes'] / 1e6:.0f} |",
-                    flush=True,
-                )
-                results.append({"fit": name, "rows": rows, "columns": columns, "half": not chi, **row})
+                print(f"{label}{row['seconds']:.1f}{clock} | {row['cpu_seconds']:.1f} | {row['peak_bytes'] / 1e6:.0f} |",
+                      flush=True)  # fmt: skip
+                results.append({"fit": name, "rows": rows, "columns": columns, "chi": words, **row})
     return {"cap": arguments.cap, "budget": arguments.budget, "runs": results}
 
 

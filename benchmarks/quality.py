@@ -223,10 +223,10 @@ def main() -> None:
     print(f"\n{markdown(rows)}\n\n{where_cores_help(rows)}")
     if missing:
         print(f"\nNo such file is that small: {'; '.join(missing)}.")
-    if arguments.plot and rows:
-        plot(rows, arguments.plot)
     if arguments.out:
         write_results(arguments, bench, rows, no_such_file=missing, verdict=where_cores_help(rows))
+    if arguments.plot and rows:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":
