@@ -40,7 +40,8 @@ class Settings:
         batch: windows of an optimizer step, over all devices.
         micro_batch: windows that a device runs at a time; the rest of its share is accumulated.
         block_share: share of the tokens that go to the reconstruction of single blocks.
-        core_rate, code_rate: learning rates relative to the root mean square of each core or matrix of codes.
+        core_rate: learning rate relative to the root mean square of each core.
+        code_rate: learning rate of integers, in steps of their grids.
         scale_rate, norm_rate: relative learning rates of scales (and zeros, in steps), and of norms and biases.
         train_codes: moves the integers of quantised matrices too, straight through their rounding; None: in models of at
             most CODES_UP_TO weights, since that takes 16 bytes a weight.

@@ -109,7 +109,7 @@ class Grid(nn.Module):
         if self.shift is not None:
             yield "scale", self.shift, 1.0
         if self.latent is not None:
-            yield "code", self.latent, root_mean_square(self.latent - (1 << (self.bits - 1)))
+            yield "code", self.latent, 1.0  # in steps of the grid, at every width
 
     def arrays(self) -> Arrays:
         """The tensors of the file."""
@@ -215,7 +215,10 @@ class IntegerCore(nn.Module):
     def learning(self) -> Iterator[tuple[str, Tensor, float]]:
         """Yields (kind, parameter, unit of its learning rate)."""
         for kind, parameter, unit in self.grid.learning():
-            yield "core" if kind == "code" else kind, parameter, unit
+            if kind == "code":
+                yield "core", parameter, root_mean_square(parameter - (1 << (self.grid.bits - 1)))
+            else:
+                yield kind, parameter, unit
 
     def arrays(self) -> Arrays:
         """The tensors of the file."""
