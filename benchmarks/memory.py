@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.quantize.gptq import compensated, target
+from mpo_formats.architecture import EMBEDDING
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.memory import peak_memory
 
@@ -69,7 +70,7 @@ def walk(folder: Path, windows: int) -> list[dict[str, object]]:
 
     def build(name: str, matrix: NDArray[np.float64], moment: Moment) -> NDArray[np.float32]:
         before = time.monotonic()
-        if matrix.shape[0] == VOCABULARY:
+        if name == EMBEDDING:
             return matrix.astype(np.float32)
         wanted = target(matrix, moment.second, moment.cross, moment.drift, group=GROUP)
         found = compensated(wanted, moment.second, 4, GROUP, turns=1).matrix().astype(np.float32)
