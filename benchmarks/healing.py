@@ -268,7 +268,7 @@ def save(arguments: argparse.Namespace, bench: Bench, text: TokenText, rows: lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.set_defaults(cache=Path("build/healing"))
+    parser.set_defaults(rows=Path("build/healing/quality.jsonl"))
     parser.add_argument("--heal-tokens", default=str(DEFAULT_TOKENS), help="of each row, such as 500k or 2M")
     parser.add_argument("--only", nargs="*", help="parts of the names of the rows to run")
     parser.add_argument("--ablation", action="store_true", help="tokens of healing by χ, in the place of the table")

@@ -74,7 +74,7 @@ def test_the_smallest_file_has_cores_alone(bench: Bench) -> None:
 
 def test_a_row_is_measured_once(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = Settings(tokens=300, window=32, batch=4)
-    own = replace(bench, cache=tmp_path)
+    own = replace(bench, kept=Kept(tmp_path / "quality.jsonl"))
     row = heal_rows.Row("4 bits", heal_rows.based(4, 16, 4), Method("nearest", "svd"))
     table = healing.Table(own, settings, text(9, 600), tmp_path / "rows.jsonl")
     first = table.row(row)

@@ -90,8 +90,48 @@ inline __m512 to_float(__m512i in) {
   return _mm512_loadu_ps(to);
 }
 
+inline __m512 widened(__m256i in) {
+  __m128i halves[2];
+  float to[16];
+  std::memcpy(halves, &in, sizeof halves);
+  for (int i = 0; i < 2; ++i) _mm256_storeu_ps(to + 8 * i, _mm256_cvtph_ps(halves[i]));
+  return _mm512_loadu_ps(to);
+}
+
+// The 64 / sizeof(To) lanes of `in`, each unsigned, as lanes of type To.
+template <class From, class To, class Vector>
+inline __m512i widened_lanes(Vector in) {
+  constexpr std::size_t count = 64 / sizeof(To);
+  static_assert(sizeof in == count * sizeof(From));
+  From from[count];
+  To to[count];
+  std::memcpy(from, &in, sizeof from);
+  for (std::size_t i = 0; i < count; ++i) to[i] = from[i];
+  __m512i out;
+  std::memcpy(&out, to, sizeof out);
+  return out;
+}
+
+inline __m256 upper_or_lower(__m512 in, int half) {
+  __m256 out;
+  std::memcpy(&out, reinterpret_cast<const char*>(&in) + 32 * half, sizeof out);
+  return out;
+}
+
 }  // namespace emulated
 
+#undef _mm512_cvtepu8_epi16
+#undef _mm512_cvtepu8_epi32
+#undef _mm512_cvtepu16_epi64
+#undef _mm512_cvtepu32_epi64
+#undef _mm512_extractf32x8_ps
+#define _mm512_cvtepu8_epi16(in) emulated::widened_lanes<std::uint8_t, std::uint16_t>(in)
+#define _mm512_cvtepu8_epi32(in) emulated::widened_lanes<std::uint8_t, std::uint32_t>(in)
+#define _mm512_cvtepu16_epi64(in) emulated::widened_lanes<std::uint16_t, std::uint64_t>(in)
+#define _mm512_cvtepu32_epi64(in) emulated::widened_lanes<std::uint32_t, std::uint64_t>(in)
+#define _mm512_extractf32x8_ps(in, half) emulated::upper_or_lower(in, half)
+#undef _mm512_cvtph_ps
+#define _mm512_cvtph_ps(in) emulated::widened(in)
 #define _mm512_cvtepi32_ps(in) emulated::to_float(in)
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
