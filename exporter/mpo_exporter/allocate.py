@@ -3,7 +3,7 @@
 The loss of a candidate is ½ Σ_o F_o (w − ŵ)_o C (w − ŵ)_oᵀ (METHOD.md), in nats a token, so losses of layers add up. The
 choice is Lagrangian: each layer goes down its convex hull of (bytes, loss), the steepest step of all layers first
 (Shoham & Gersho 1988), until no step fits; what bytes are left then go to whatever single change lowers the loss most,
-and to exchanges between two layers.
+and to exchanges between two layers. The largest layer, a table mostly, is also set to each of its candidates beforehand.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpo_formats import PlanError, Term
+
+# Choices with the largest layer set beforehand that are worked out in full.
+TRIED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,33 @@ def choose(candidates: Mapping[str, Sequence[Candidate]], budget_bytes: int) -> 
     if least > budget_bytes:
         raise PlanError(f"target: {budget_bytes:,} bytes for the layers are too few, the smallest plan takes {least:,}; "
                         "give a larger target")  # fmt: skip
-    chosen = descend_hulls(fronts, budget_bytes)
-    use_leftover(fronts, chosen, budget_bytes)
+    return min((improved(fronts, start, budget_bytes) for start in starts(fronts, budget_bytes)), key=total_loss)
+
+
+def starts(fronts: Mapping[str, Sequence[Candidate]], budget: int) -> list[dict[str, Candidate]]:
+    """Choices to improve: the descent of all hulls, and the best of those in which the largest layer is set beforehand.
+
+    A step of a table may take more bytes than are left once small layers took theirs, and no exchange of two then makes
+    room for it.
+    """
+    largest = max(fronts, key=lambda name: fronts[name][-1].bytes - fronts[name][0].bytes)
+    rest = sum(row[0].bytes for name, row in fronts.items() if name != largest)
+    fitting = [one for one in fronts[largest] if rest + one.bytes <= budget]
+    set_beforehand = (descend_hulls({**fronts, largest: [one]}, budget) for one in fitting)
+    return [descend_hulls(fronts, budget), *sorted(set_beforehand, key=total_loss)[:TRIED]]
+
+
+def improved(
+    fronts: Mapping[str, Sequence[Candidate]], chosen: dict[str, Candidate], budget: int
+) -> dict[str, Candidate]:
+    """The choice with its leftover bytes used."""
+    use_leftover(fronts, chosen, budget)
     return chosen
+
+
+def total_loss(chosen: Mapping[str, Candidate]) -> float:
+    """The summed loss of a choice."""
+    return sum(one.loss for one in chosen.values())
 
 
 def front(row: Sequence[Candidate]) -> list[Candidate]:

@@ -26,6 +26,8 @@ FLOOR = 1 / 2
 ATTEMPTS = 40
 # A plan that leaves less than this share of the target unused is not improved any more.
 SLACK = 1 / 2000
+# What an allocation is tried with on top of the bytes that the charge allows it.
+MARGINS = (64, 192, 448)
 # Bytes of one tensor's entry in the header besides its name and shape, and the precision of a target for `--max-kl`.
 ENTRY = 60
 PRECISION = 1 / 500
@@ -73,9 +75,13 @@ def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int)
     high, budget = target_bytes, low + target_bytes - least
     best = with_choice(spec, {name: min(row, key=lambda one: one.bytes) for name, row in charged.items()})
     most = 0
-    for _ in range(ATTEMPTS):
+
+    def planned_within(budget: int) -> tuple[ModelSpec, int]:
         planned = with_choice(spec, choose(floored(charged, weights, budget), budget))
-        size = file_bytes(planned)
+        return planned, file_bytes(planned)
+
+    for _ in range(ATTEMPTS):
+        planned, size = planned_within(budget)
         left = target_bytes - size
         if left < 0:
             high = budget
@@ -85,7 +91,10 @@ def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int)
         if 0 <= left <= SLACK * target_bytes or high - low < ENTRY:
             break
         budget = budget + left if low < budget + left < high else (low + high) // 2
-    return best.linears
+    # The charge is off by some bytes: a plan that would just not fit by it may fit, and lose less.
+    tries = [planned_within(low + extra) for extra in MARGINS]
+    fitting = [best, *(planned for planned, size in tries if most <= size <= target_bytes)]
+    return min(fitting, key=lambda planned: expected_loss(planned.linears, candidates) or 0.0).linears
 
 
 def charge(linear: LinearSpec, candidate: Candidate) -> Candidate:

@@ -76,6 +76,18 @@ def test_optimal_at_budgets_that_lie_on_the_hull(seed: int, steps: int) -> None:
     assert found == pytest.approx(best(candidates, budget), abs=1e-12)
 
 
+def test_a_large_layer_gets_its_step_where_small_ones_would_have_eaten_the_room() -> None:
+    """Twenty small steps are each a little steeper than the one of the table, which then no longer fits."""
+    small = {f"{index}": [Candidate(10, 1.0, TERM), Candidate(15, 0.75, TERM)] for index in range(20)}
+    table = [Candidate(100, 20.0, TERM), Candidate(200, 16.0, TERM)]
+    candidates = {**small, "table": table}
+    budget = 20 * 10 + 200
+    chosen = choose({**candidates, "table": [Candidate(100, 20.0, TERM), Candidate(200, 10.0, TERM)]}, budget)
+    assert chosen["table"].bytes == 200
+    found = sum(one.loss for one in choose(candidates, budget).values())
+    assert found == pytest.approx(min(20 * 1.0 + 16.0, 20 * 0.75 + 20.0))
+
+
 def test_a_generous_budget_takes_the_least_loss_of_every_layer() -> None:
     candidates = layers(1, 5, 6)
     chosen = choose(candidates, 10**6)

@@ -83,7 +83,7 @@ def test_the_header_grows_with_the_plan_and_still_the_target_holds() -> None:
     spec, rows = surveyed(0, cores=True, blocks=8, hidden=64)
     least = least_bytes(spec, rows)
     headers = set()
-    for target in range(least, 2 * least, least // 97):
+    for target in range(least, 2 * least, least // 29):
         linears = allocated_layers(spec, rows, target)
         found = size_of(spec, linears)
         headers.add(found - sum(stored_bytes(linear) for linear in linears))
