@@ -16,11 +16,11 @@ from mpo_exporter.plans.asked import Asked
 from mpo_exporter.plans.file import write_plan
 from mpo_exporter.plans.predict import predict
 from mpo_exporter.plans.show import print_plan
-from mpo_exporter.report.exported import print_report
 from mpo_exporter.report.folder import prepare
 from mpo_exporter.report.gather import Job
 from mpo_exporter.report.make import make_report
 from mpo_exporter.report.record import Recorder
+from mpo_exporter.report.terminal import print_report
 from mpo_exporter.sources import Source, find_source
 from mpo_formats import ConfigError, OutputError
 from mpo_runtime.checkpoint import Checkpoint

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from mpo_exporter.heal.checkpoint import NAME, load_checkpoint
 from mpo_exporter.heal.run import Healed, heal, out_of_memory
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import fits
-from mpo_exporter.heal.train import LAST_RATE, chosen_chi, chosen_windows, learning_rate
 from mpo_exporter.heal.train import Trainer as RealTrainer
 from mpo_exporter.plan import Options
 from mpo_formats import CheckpointError, ConfigError, LinearSpec, Mpo, MpoFile, OutputError, Quantized
@@ -270,48 +268,10 @@ def test_targets_and_texts_that_do_not_fit(file: Path, teacher: Path, text: Path
     assert target.read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokens": 10, "minutes": 1}, "tokens and minutes were both given"),
-        ({"tokens": 0}, "tokens: expected more than 0, found 0"),
-        ({"block_share": 2.0}, "block_share: expected 0 to 1, found 2.0"),
-        ({"core_rate": float("nan")}, "core_rate: expected at least 0, found nan"),
-    ],
-)
-def test_settings_that_cannot_be_honoured(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Settings(**changes)
-
-
 def test_minutes_bound_the_training(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, tokens=None, minutes=0.03)
     result = healed(file, teacher, text, tmp_path / "healed.mpo", settings=settings)
     assert result.curve and 0.03 <= result.minutes < 0.3
-
-
-def test_codes_train_where_their_memory_is_small() -> None:
-    assert Settings().moves_codes(20_000_000) and not Settings().moves_codes(8_000_000_000)
-    assert Settings(train_codes=True).moves_codes(8_000_000_000) and not Settings(train_codes=False).moves_codes(1)
-
-
-def test_every_window_is_seen_once_an_epoch() -> None:
-    order = np.concatenate([chosen_windows(10, 4, step, 0) for step in range(5)])
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
-    assert order[:10].tolist() != order[10:].tolist()
-
-
-def test_rates_rise_then_fall() -> None:
-    rates = [learning_rate(done) for done in np.linspace(0, 1, 101)]
-    assert max(rates) == pytest.approx(1) and rates[0] == pytest.approx(0.1) and rates[-1] == pytest.approx(LAST_RATE)
-    assert rates.index(max(rates)) == 3 and all(a >= b for a, b in pairwise(rates[3:]))
-
-
-def test_dropped_bonds_are_prefixes_of_all_sizes() -> None:
-    settings = Settings(chi_dropout=0.5)
-    found = [chosen_chi(settings, 16, step) for step in range(400)]
-    assert 150 < found.count(None) < 250
-    assert {chi for chi in found if chi is not None} == set(range(1, 17))
 
 
 @pytest.fixture

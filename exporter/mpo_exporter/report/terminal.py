@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mpo_exporter.export import Result
+from mpo_exporter.heal.run import Healed
 from mpo_exporter.report.facts import Measured, Memory, Report, Sizes, Speed, Texts, WithoutCores
 from mpo_exporter.report.folder import JSON, PAGE
+from mpo_exporter.report.subject import measured, sizes_of
 from mpo_runtime.cli.console import size_text
+from mpo_runtime.texts import TokenText
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the table shows; what was not measured has no row."""
+    """What the table shows; what was not measured has no row, what was not healed no column."""
 
     sizes: Sizes
     quality: Measured | None
@@ -26,6 +31,29 @@ class Rows:
     memory: Memory | None = None
     texts: Texts | None = None
     plain: WithoutCores | None = None
+    healed: bool = False
+    healed_quality: Measured | None = None
+
+
+def print_report(result: Result, text: TokenText | None, reason: str, healed: Healed | None = None) -> None:
+    """Prints sizes and quality before and after, and after healing where there was one.
+
+    Args:
+        text: what was measured on, None where nothing was.
+        reason: why nothing was measured.
+    """
+    quality = measured(result.comparison, text) if result.comparison and text else None
+    again = measured(healed.comparison, text) if healed and healed.comparison and text else None
+    rows = Rows(
+        sizes_of(result.spec, result.source, result.file_bytes), quality, result.core_layers, len(result.spec.linears),
+        healed=healed is not None, healed_quality=again,
+    )  # fmt: skip
+    console = Console()
+    console.print(table(rows))
+    say(console, measured_on(quality, reason))
+    if healed:
+        say(console, f"healed on {healed.tokens:,} tokens in {healed.minutes:.1f} minutes")
+    say(console, f"wrote {result.path}; talk to it: mpo-run chat {result.path}")
 
 
 def print_whole(report: Report, folder: Path) -> None:
@@ -69,55 +97,56 @@ def measured_on(quality: Measured | None, reason: str) -> str:
 
 def table(rows: Rows) -> Table:
     """The table of sizes, quality and what else was measured."""
-    result = Table("", "dense", "compressed", "change")
+    result = Table("", "dense", "compressed", *["healed"] * rows.healed, "change")
     for column in result.columns[1:]:
         column.justify = "right"
+
+    def add(name: str, dense: str, ours: str, change: str = "", healed: str | None = None) -> None:
+        # Healing changes neither sizes nor layers: what it did not measure anew stands as it was.
+        result.add_row(name, dense, ours, *[ours if healed is None else healed] * rows.healed, change)
+
     sizes = rows.sizes
-    result.add_row(
-        "parameters", f"{sizes.dense_parameters:,}", f"{sizes.parameters:,}",
-        change(sizes.parameters, sizes.dense_parameters),
-    )  # fmt: skip
-    result.add_row(
-        "file bytes", size_text(sizes.dense_bytes), size_text(sizes.file_bytes),
-        change(sizes.file_bytes, sizes.dense_bytes),
-    )  # fmt: skip
+    add("parameters", f"{sizes.dense_parameters:,}", f"{sizes.parameters:,}",
+        change(sizes.parameters, sizes.dense_parameters))  # fmt: skip
+    add("file bytes", size_text(sizes.dense_bytes), size_text(sizes.file_bytes),
+        change(sizes.file_bytes, sizes.dense_bytes))  # fmt: skip
     before, after = sizes.dense_bits_per_weight, sizes.bits_per_weight
-    result.add_row("bits per weight", f"{before:.2f}", f"{after:.2f}", change(after, before))
+    add("bits per weight", f"{before:.2f}", f"{after:.2f}", change(after, before))
     if rows.memory:
         peak, dense = rows.memory.peak, rows.memory.dense_peak
-        result.add_row("memory, peak of the process", size_text(dense), size_text(peak), change(peak, dense))
+        add("memory, peak of the process", size_text(dense), size_text(peak), change(peak, dense))
     if rows.speed:
         rate, dense_rate = rows.speed.median, rows.speed.dense_median
-        result.add_row("decoding, tokens/s", f"{dense_rate:.1f}", f"{rate:.1f}", change(rate, dense_rate))
+        add("decoding, tokens/s", f"{dense_rate:.1f}", f"{rate:.1f}", change(rate, dense_rate))
     if rows.quality:
-        quality_rows(result, rows.quality, full=rows.speed is not None or rows.texts is not None)
+        quality_rows(add, rows.quality, rows.healed_quality, full=rows.speed is not None or rows.texts is not None)
     if rows.texts:
         texts = rows.texts
-        before_share = "" if texts.dense_repeated is None else f"{100 * texts.dense_repeated:.1f} %"
-        result.add_row("repeated 4-grams in its texts", before_share, f"{100 * texts.repeated:.1f} %", "")
+        share = "" if texts.dense_repeated is None else f"{100 * texts.dense_repeated:.1f} %"
+        add("repeated 4-grams in its texts", share, f"{100 * texts.repeated:.1f} %")
         stops = "" if texts.dense_early is None else str(texts.dense_early)
-        result.add_row("early stops", stops, f"{texts.early} of {len(texts.prompts)}", "")
-    result.add_row("layers with cores", "0", f"{rows.core_layers} of {rows.layers}", "")
+        add("early stops", stops, f"{texts.early} of {len(texts.prompts)}")
+    add("layers with cores", "0", f"{rows.core_layers} of {rows.layers}")
     if rows.plain:
-        plain = rows.plain
-        result.add_row("KL without cores, same bytes", "", f"{plain.kl_mean:.4f}", f"{size_text(plain.file_bytes)}")
+        add("KL without cores, same bytes", "", f"{rows.plain.kl_mean:.4f}", size_text(rows.plain.file_bytes))
     return result
 
 
-def quality_rows(result: Table, quality: Measured, *, full: bool) -> None:
+def quality_rows(add: Callable[..., None], before: Measured, healed: Measured | None, *, full: bool) -> None:
     """The rows of quality; logits only where the whole report is shown."""
-    result.add_row(
-        "perplexity",
-        f"{quality.dense_perplexity:.2f} ± {quality.dense_error:.2f}",
-        f"{quality.perplexity:.2f} ± {quality.error:.2f}",
-        change(quality.perplexity, quality.dense_perplexity),
-    )
-    result.add_row("KL to dense, mean", "0", f"{quality.kl_mean:.4f}", "")
-    result.add_row("KL to dense, 99.9 %", "0", f"{quality.kl_999:.4f}", "")
-    result.add_row("same top token", "100 %", f"{100 * quality.same_top1:.1f} %", "")
+    last = healed or before
+
+    def each(name: str, dense: str, form: Callable[[Measured], str], change: str = "") -> None:
+        add(name, dense, form(before), change, form(last))
+
+    each("perplexity", f"{before.dense_perplexity:.2f} ± {before.dense_error:.2f}",
+         lambda one: f"{one.perplexity:.2f} ± {one.error:.2f}", change(last.perplexity, before.dense_perplexity))  # fmt: skip
+    each("KL to dense, mean", "0", lambda one: f"{one.kl_mean:.4f}")
+    each("KL to dense, 99.9 %", "0", lambda one: f"{one.kl_999:.4f}")
+    each("same top token", "100 %", lambda one: f"{100 * one.same_top1:.1f} %")
     if full:
-        result.add_row("logits, cosine", "1", f"{quality.cosine:.5f}", "")
-        result.add_row("logits, mean squared error", "0", f"{quality.mse:.4f}", "")
+        each("logits, cosine", "1", lambda one: f"{one.cosine:.5f}")
+        each("logits, mean squared error", "0", lambda one: f"{one.mse:.4f}")
 
 
 def change(after: float, before: float) -> str:

@@ -1,0 +1,51 @@
+"""The settings of healing: what they refuse, the order of the windows, the rates, dropped bonds."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.train import LAST_RATE, chosen_chi, chosen_windows, learning_rate
+from mpo_formats import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 10, "minutes": 1}, "tokens and minutes were both given"),
+        ({"tokens": 0}, "tokens: expected more than 0, found 0"),
+        ({"block_share": 2.0}, "block_share: expected 0 to 1, found 2.0"),
+        ({"core_rate": float("nan")}, "core_rate: expected at least 0, found nan"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Settings(**changes)
+
+
+def test_codes_train_where_their_memory_is_small() -> None:
+    assert Settings().moves_codes(20_000_000) and not Settings().moves_codes(8_000_000_000)
+    assert Settings(train_codes=True).moves_codes(8_000_000_000) and not Settings(train_codes=False).moves_codes(1)
+
+
+def test_every_window_is_seen_once_an_epoch() -> None:
+    order = np.concatenate([chosen_windows(10, 4, step, 0) for step in range(5)])
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10].tolist() != order[10:].tolist()
+
+
+def test_rates_rise_then_fall() -> None:
+    rates = [learning_rate(done) for done in np.linspace(0, 1, 101)]
+    assert max(rates) == pytest.approx(1) and rates[0] == pytest.approx(0.1) and rates[-1] == pytest.approx(LAST_RATE)
+    assert rates.index(max(rates)) == 3 and all(a >= b for a, b in pairwise(rates[3:]))
+
+
+def test_dropped_bonds_are_prefixes_of_all_sizes() -> None:
+    settings = Settings(chi_dropout=0.5)
+    found = [chosen_chi(settings, 16, step) for step in range(400)]
+    assert 150 < found.count(None) < 250
+    assert {chi for chi in found if chi is not None} == set(range(1, 17))
