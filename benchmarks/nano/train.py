@@ -3,9 +3,8 @@
     python benchmarks/nano/tokens.py --corpus ../shared/corpus --out work/nano
     python benchmarks/nano/train.py --data work/nano
 
-Resumes from the last checkpoint in the folder. A window's place in the order depends on the seed and the step alone, and
-the learning rate is constant until the decay, so a run that was stopped, or whose --steps was raised before its
-decay began, ends where an uninterrupted run ends.
+Resumes from the last checkpoint in the folder. A window's place in the order depends on the seed and the step alone, so
+a run that was stopped ends where an uninterrupted run ends.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +27,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Hyper-parameters: warm-up, constant, then linear decay to zero over the last `decay` of the steps.
+class Cycle:
+    """One rise and fall of the learning rate: warm-up, constant, then linear decay to zero over the last `decay` of it.
 
-    Muon trains the matrices of the blocks, AdamW the rest. Windows are short first, when a step is cheap and there is
-    little to gain from far back: `windows` gives (share of the steps, tokens of a window); a step has `tokens` in all.
+    Windows are short first, when a step is cheap and there is little to gain from far back: `windows` gives
+    (share of the steps, tokens of a window). `shares` of the domains (stories, web, chat) hold before the decay begins,
+    `decay_shares` after.
     """
 
-    steps: int = 1050
+    steps: int
+    learning_rate: float
+    decay: float
+    windows: tuple[tuple[float, int], ...]
+    shares: tuple[float, ...]
+    decay_shares: tuple[float, ...]
     warmup_steps: int = 40
-    decay: float = 0.6
-    tokens: int = 8192
-    windows: tuple[tuple[float, int], ...] = ((0.60, 256), (0.94, 512), (1.0, 1024))
-    learning_rate: float = 4e-3
-    momentum: float = 0.95
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 20261125
-    shares: tuple[float, ...] = (0.40, 0.38, 0.22)  # stories, web, chat
-    decay_shares: tuple[float, ...] = (0.36, 0.34, 0.30)
 
     @property
     def decay_start(self) -> int:
@@ -59,6 +53,49 @@ class Recipe:
 
     def window(self, step: int) -> int:
         return next(length for share, length in self.windows if step < share * self.steps)
+
+    def mixture(self, step: int) -> tuple[float, ...]:
+        return self.decay_shares if step >= self.decay_start else self.shares
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters. Muon trains the matrices of the blocks, AdamW the rest; a step has `tokens` tokens in all.
+
+    Two cycles, because the first (one session of the machine) ended before the corpus did: the second goes on from it
+    with text that the first had not seen, at a lower rate.
+    """
+
+    cycles: tuple[Cycle, ...] = (
+        Cycle(1050, 4e-3, 0.6, ((0.60, 256), (0.94, 512), (1.0, 1024)), (0.40, 0.38, 0.22), (0.36, 0.34, 0.30)),
+        Cycle(1400, 2.8e-3, 1.0, ((0.80, 512), (1.0, 1024)), (0.40, 0.37, 0.23), (0.40, 0.37, 0.23)),
+    )
+    tokens: int = 8192
+    momentum: float = 0.95
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 20261125
+
+    @property
+    def steps(self) -> int:
+        return sum(cycle.steps for cycle in self.cycles)
+
+    @property
+    def longest_window(self) -> int:
+        return max(length for cycle in self.cycles for _, length in cycle.windows)
+
+    def place(self, step: int) -> tuple[Cycle, int]:
+        """The cycle that `step` falls into, and its number within it."""
+        for cycle in self.cycles:
+            if step < cycle.steps:
+                return cycle, step
+            step -= cycle.steps
+        raise ValueError("a step after the last cycle")
+
+    def rate(self, step: int) -> float:
+        cycle, step = self.place(step)
+        return cycle.rate(step)
 
 
 class Windows:
@@ -76,13 +113,13 @@ class Windows:
     def batch(self, step: int) -> Tensor:
         """The ids [batch, window + 1] of one step; must be called for every step in order."""
         recipe = self.recipe
-        length = recipe.window(step)
-        shares = recipe.decay_shares if step >= recipe.decay_start else recipe.shares
-        domains = self.random.choice(len(DOMAINS), recipe.tokens // length, p=shares)
+        cycle, place = recipe.place(step)
+        length = cycle.window(place)
+        domains = self.random.choice(len(DOMAINS), recipe.tokens // length, p=cycle.mixture(place))
         return torch.from_numpy(np.stack([self.draw(int(domain), length) for domain in domains]).astype(np.int64))
 
     def draw(self, domain: int, length: int) -> np.ndarray:
-        tokens, piece = self.tokens[domain], self.recipe.windows[-1][1]
+        tokens, piece = self.tokens[domain], self.recipe.longest_window
         used = -(-self.used[domain] // length) * length  # windows of every length lie within one piece
         self.used[domain] = used + length
         count = (tokens.size - 1) // piece - 1  # one less: every epoch starts at another offset
@@ -101,8 +138,8 @@ def optimizers_for(model: Nano, recipe: Recipe, kind: torch.dtype) -> list[torch
         {"params": [model.embed_tokens.weight], "weight_decay": recipe.weight_decay},
     ]
     return [
-        torch.optim.AdamW(plain, lr=recipe.learning_rate, betas=recipe.betas, fused=True),
-        Muon(matrices, recipe.learning_rate, recipe.momentum, recipe.weight_decay, kind),
+        torch.optim.AdamW(plain, lr=recipe.rate(0), betas=recipe.betas, fused=True),
+        Muon(matrices, recipe.rate(0), recipe.momentum, recipe.weight_decay, kind),
     ]
 
 
@@ -131,7 +168,7 @@ def has_bf16_units(device: str) -> bool:
     return device == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def train(folder: Path, recipe: Recipe, device: str, compile_model: bool) -> None:
+def train(folder: Path, recipe: Recipe, last: int, device: str, compile_model: bool) -> None:
     checkpoint = folder / "nano.pt"
     saved = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else None
     torch.manual_seed(recipe.seed)
@@ -149,7 +186,7 @@ def train(folder: Path, recipe: Recipe, device: str, compile_model: bool) -> Non
     loss_of = torch.compile(model.loss, dynamic=False) if compile_model else model.loss
     log = (folder / "nano.jsonl").open("a", encoding="utf-8")
     clock, running = time.monotonic() - elapsed, []
-    for step in range(first, recipe.steps):
+    for step in range(first, last):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = recipe.rate(step)
         ids = windows.batch(step).to(device)
@@ -162,7 +199,7 @@ def train(folder: Path, recipe: Recipe, device: str, compile_model: bool) -> Non
         model.zero_grad(set_to_none=True)
         running.append(loss.detach())
         done = step + 1
-        if done % 20 == 0 or done == recipe.steps:
+        if done % 20 == 0 or done == last:
             row: dict[str, Any] = {
                 "step": done,
                 "tokens": done * recipe.tokens,
@@ -171,10 +208,10 @@ def train(folder: Path, recipe: Recipe, device: str, compile_model: bool) -> Non
                 "seconds": round(time.monotonic() - clock, 1),
             }
             running = []
-            if done % 250 == 0 or done == recipe.steps:
+            if done % 250 == 0 or done == last:
                 with torch.autocast(device, torch.bfloat16, enabled=bf16):
                     row["valid_bits_per_token"] = bits_per_token(model, folder, "valid", 24, 512)
-            if done % 100 == 0 or done == recipe.steps:
+            if done % 100 == 0 or done == last:
                 content = {"model": model.state_dict(), "optimizers": [part.state_dict() for part in optimizers]}
                 save(checkpoint, {**content, "step": done, "seconds": time.monotonic() - clock})
             print(json.dumps(row), file=log, flush=True)
@@ -184,7 +221,7 @@ def train(folder: Path, recipe: Recipe, device: str, compile_model: bool) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder that tokens.py wrote")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--steps", type=int, help="stop after so many, the schedule unchanged")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads, if not all")
     parser.add_argument("--no-compile", action="store_true")
@@ -192,8 +229,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     recipe = Recipe()
-    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
-    train(arguments.data, recipe, arguments.device, not arguments.no_compile)
+    last = min(arguments.steps or recipe.steps, recipe.steps)
+    train(arguments.data, recipe, last, arguments.device, not arguments.no_compile)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from mpo_exporter.allocate import Candidate
 from mpo_exporter.build import widen
 from mpo_exporter.calibrate.fisher import LOOKUP, output_fisher
 from mpo_exporter.calibrate.moments import Calibration
-from mpo_exporter.fit.common import cholesky_root, unfold
+from mpo_exporter.fit.common import cholesky_root, require_finite, unfold
 from mpo_exporter.fit.search import EXACT_SIZE, whiten
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
 from mpo_exporter.plan import operator
@@ -42,6 +42,8 @@ LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # What descent after the compensated rounding leaves of the expected error, by bits (measured on the embedded model).
 DESCENT = {2: 0.85, 3: 0.9}
 FINER = 0.91
+# Rows of a large matrix that stand for all of them where no spectrum is needed.
+SAMPLED_ROWS = 1024
 # Windows whose gradients are taken: the Fisher information needs less text than the moments.
 FISHER_WINDOWS = 32
 
@@ -64,6 +66,19 @@ class Sensitivity:
     def total(self, matrix: Matrix) -> float:
         """The expected loss of leaving a matrix [O, I] out."""
         return float(self.rows @ ((matrix @ self.hessian) * matrix).sum(1)) / 2
+
+    def sample(self, matrix: Matrix, count: int = SAMPLED_ROWS) -> tuple[Matrix, Sensitivity]:
+        """Rows of `matrix` [O, I] whose expected loss is about that of all, `count` of them where there are far more.
+
+        A row is taken as often as its share of `rows` says, evenly along them, so each counts the same afterwards: the
+        estimate is off only as far as errors differ between rows that matter alike.
+        """
+        total = float(self.rows.sum())
+        if len(matrix) <= 2 * count or not total > 0:
+            return matrix, self
+        ends = np.cumsum(self.rows) / total
+        picks = np.searchsorted(ends, (np.arange(count) + 0.5) / count).clip(max=len(matrix) - 1)
+        return matrix[picks], Sensitivity(self.hessian, np.full(count, total / count))
 
 
 def table_sensitivity(
@@ -187,16 +202,21 @@ def candidates(
     if not fitting:
         narrow = candidate(0.0, Dense("dense", "bf16"))
         return [narrow] if narrow.bytes >= lossless.bytes else [narrow, lossless]
-    residuals, weight = expected_residuals(matrix, sensitivity.hessian, fitting)
+    cored = {grid for grid in fitting if chis and linear.name not in (EMBEDDING, HEAD) and grid in CORED}
+    require_finite(matrix, "matrix")
     result = []
-    for grid, residual in zip(fitting, residuals, strict=True):
-        base = Quantized("quantized", grid.bits, grid.group, grid.zeros)
-        share = DESCENT.get(grid.bits, FINER)
-        result.append(candidate(share * sensitivity.loss(residual, weight), base))
-        if chis and linear.name not in (EMBEDDING, HEAD) and grid in CORED:
-            rows = np.sqrt(sensitivity.rows * share / 2)[:, None]
-            for chi, loss in tails(rows * residual * np.sqrt(weight), chis):
-                result.append(candidate(loss, base, operator(*low_rank_shape(*matrix.shape), chi, "int8")))
+    for part in (cored, set(fitting) - cored):
+        picked = [grid for grid in fitting if grid in part]
+        rows, counted = (matrix, sensitivity) if part is cored else sensitivity.sample(matrix)
+        residuals, weight = expected_residuals(rows, sensitivity.hessian, picked, max(grid.group for grid in fitting))
+        for grid, residual in zip(picked, residuals, strict=True):
+            base = Quantized("quantized", grid.bits, grid.group, grid.zeros)
+            share = DESCENT.get(grid.bits, FINER)
+            result.append(candidate(share * counted.loss(residual, weight), base))
+            if grid in cored:
+                scale = np.sqrt(counted.rows * share / 2)[:, None]
+                for chi, loss in tails(scale * residual * np.sqrt(weight), chis):
+                    result.append(candidate(loss, base, operator(*low_rank_shape(*matrix.shape), chi, "int8")))
     return [*result, lossless]
 
 

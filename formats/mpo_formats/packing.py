@@ -57,14 +57,19 @@ def unpack(planes: list[Codes], bits: int) -> Codes:
     return codes
 
 
+def implicit_zero(bits: int) -> float:
+    """The zero of groups that store none: 2^(bits − 1), and 1.5 at 2 bits, whose four levels are then symmetric."""
+    return 1.5 if bits == 2 else float(1 << (bits - 1))
+
+
 def dequantize(
     planes: list[Codes], bits: int, scale: NDArray[np.float16], zero: NDArray[np.float16] | None
 ) -> NDArray[np.float64]:
-    """Computes w = scale · (q − zero) [rows, columns] in float64; zero is 2^(bits−1) where it is None."""
+    """Computes w = scale · (q − zero) [rows, columns] in float64; zero is `implicit_zero` where it is None."""
     codes = unpack(planes, bits).astype(np.float64)
     rows, groups = scale.shape
     grouped = codes.reshape(rows, groups, -1)
-    offset = float(1 << (bits - 1)) if zero is None else zero.astype(np.float64)[..., None]
+    offset = implicit_zero(bits) if zero is None else zero.astype(np.float64)[..., None]
     return (scale.astype(np.float64)[..., None] * (grouped - offset)).reshape(rows, -1)
 
 

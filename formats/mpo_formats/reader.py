@@ -25,7 +25,7 @@ from mpo_formats.provenance import Certificates, Provenance
 from mpo_formats.spec import FileSpec, Layouts, LinearSpec, VectorSpec
 
 FORMAT = "mpo"
-VERSION = "0.1"
+VERSION = "0.2"
 METADATA_KEYS = ("format", "version", "layouts", "architecture", "layers", "vectors", "files", "provenance")
 # How numpy holds each element type, little-endian; bf16 as its raw bits.
 NUMPY: dict[str, Any] = {

@@ -67,7 +67,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """Group-wise integers: w = scale · (q − zero), zero stored per group or 2^(bits−1)."""
+    """Group-wise integers: w = scale · (q − zero), zero stored per group, or that of its width (`packing.implicit_zero`)."""
 
     kind: Literal["quantized"]
     bits: int
@@ -232,7 +232,7 @@ class FileSpec:
 
 @dataclass(frozen=True, slots=True)
 class Layouts:
-    """How the bytes of integers and cores are laid out (SPEC.md, sections 5 and 6); version 0.1 knows one way."""
+    """How the bytes of integers and cores are laid out (SPEC.md, sections 5 and 6); version 0.2 knows one way."""
 
     integers: Literal["blocks-low-plane-first"] = "blocks-low-plane-first"
     cores: Literal["right-left-out-in"] = "right-left-out-in"

@@ -269,7 +269,7 @@ struct PairedChunks {
   static MPO_INLINE void some(const QuantizedMatrix& w, Input x, std::size_t r, std::size_t apart, __m512* totals) {
     constexpr std::size_t kPair = 2 * kChunk;
     const std::size_t pairs = w.columns / kPair, left = w.columns % kPair, groups = w.columns / G;
-    const __m512 middle = _mm512_set1_ps(static_cast<float>(1 << (Low + High - 1)));
+    const __m512 middle = _mm512_set1_ps(implicit_zero(Low + High));
     const std::size_t low = w.columns / 8 * Low, high = w.columns / 8 * High;  // bytes of a row
     Place at{{w.low + r * low, apart * low}, {High ? w.high + r * high : nullptr, apart * high},
              w.scale + r * groups, Zeros ? w.zero + r * groups : nullptr, apart * groups};

@@ -26,7 +26,7 @@ struct FloatBody {
       const std::size_t group = (at + done) / w.group;
       const std::size_t size = w.group < columns - done ? w.group : columns - done;
       const F scale = X::broadcast(X::half(w.scale + group));
-      const F zero = X::broadcast(w.zero ? X::half(w.zero + group) : static_cast<float>(1 << (Low + High - 1)));
+      const F zero = X::broadcast(w.zero ? X::half(w.zero + group) : implicit_zero(Low + High));
       for (std::size_t i = 0; i < size; i += kLanes)
         X::store(out + done + i, X::multiply(scale, X::subtract(X::widen(codes + done + i), zero)));
       done += size;

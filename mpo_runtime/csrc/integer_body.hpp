@@ -76,7 +76,7 @@ struct IntegerBody {
       scale += kHalves;
       group_sums += kPlaces;
     }
-    const float middle = w.zero ? 1.0f : static_cast<float>((1 << (Low + High - 1)) - (Low == 8 ? X::kBias8 : 0));
+    const float middle = w.zero ? 1.0f : implicit_zero(Low + High) - static_cast<float>(Low == 8 ? X::kBias8 : 0);
     for (int t = 0; t < T; ++t) {
       const float value = X::total(sums[t]) - middle * X::total(offsets[t]);
       float* place = y + (first + static_cast<std::size_t>(t)) * stride + r;
@@ -103,7 +103,7 @@ struct IntegerBody {
     const std::int8_t* low_codes = x.codes[plane_index(Low)] + first * x.padded;
     const float* blocks = x.scales + first * x.padded / kScaleBlock;
     const float* block_sums = x.sums + first * x.padded / kScaleBlock;
-    const F middle = X::broadcast(-static_cast<float>((1 << (Low + High - 1)) - (Low == 8 ? X::kBias8 : 0)));
+    const F middle = X::broadcast(static_cast<float>(Low == 8 ? X::kBias8 : 0) - implicit_zero(Low + High));
     // What the next rows need, in the order of memory, which its own prefetching follows; a bit more than R rows ahead.
     const std::uint8_t* next_low = low + R * low_step + kLead;
     const std::uint8_t* next_high = High ? high + R * high_step + kLead : nullptr;

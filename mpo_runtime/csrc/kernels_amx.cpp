@@ -81,7 +81,7 @@ void multiply_tile(const QuantizedMatrix& w, const std::int8_t* tiles, const flo
       for (std::size_t i = 0; i < count; ++i) {
         const std::size_t group = ((r + i) * w.columns + c + b) / w.group;
         const float scale = Avx2Floats::half(w.scale + group);
-        const float zero = w.zero ? Avx2Floats::half(w.zero + group) : static_cast<float>(1 << (Low + High - 1));
+        const float zero = w.zero ? Avx2Floats::half(w.zero + group) : implicit_zero(Low + High);
         const __m512 dot = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(dots[i])), scale_x);
         const __m512 shifted = _mm512_fmadd_ps(_mm512_set1_ps(-zero), sum_x, dot);
         sums.of[i] = _mm512_fmadd_ps(_mm512_set1_ps(scale), shifted, sums.of[i]);

@@ -94,7 +94,7 @@ void multiply_row(const QuantizedMatrix& w, const ActivationView& x, std::size_t
     for (std::size_t i = 0; i < columns; i += kHalf) {
       const std::size_t group = (at + i) / w.group;
       const float scale = Generic::half(w.scale + group);
-      const float zero = w.zero ? Generic::half(w.zero + group) - kMiddle : 0.0f;
+      const float zero = w.zero ? Generic::half(w.zero + group) - kMiddle : implicit_zero(Low + High) - kMiddle;
       for (std::size_t t = 0; t < count; ++t) {
         const std::int8_t* from = x.codes[0] + (first + t) * x.padded + c + i;
         std::int32_t dot = 0, sum = 0;

@@ -31,7 +31,7 @@ struct TransposedBody {
       for (std::size_t j = 0; j < kSubs; ++j) {
         const std::size_t group = (at + j * Sub) / w.group;
         const float scale = X::half(w.scale + group);
-        const float zero = w.zero ? X::half(w.zero + group) : static_cast<float>(1 << (Low + High - 1));
+        const float zero = w.zero ? X::half(w.zero + group) : implicit_zero(Low + High);
         for (int t = 0; t < T; ++t) {
           const float factor = scale * s[static_cast<std::size_t>(t) * s_stride + r];
           offsets[t][j] += factor * zero;

@@ -59,7 +59,7 @@ struct Job {
   const std::uint8_t* low;
   const std::uint8_t* high;  // null where one plane holds all bits
   const std::uint16_t* scale;
-  const std::uint16_t* zero;  // null: 2^(bits - 1)
+  const std::uint16_t* zero;  // null: implicit_zero(bits)
   float* out;
 };
 
@@ -106,7 +106,7 @@ MPO_INLINE void dequantize_planes(const Job& job) {
                       (stop - start) * (job.group / 8), levels);
     for (std::size_t block = start; block < stop; ++block) {
       const float scale = half_to_float(job.scale[block]);
-      const float zero = job.zero ? half_to_float(job.zero[block]) : static_cast<float>(1u << (Low + High - 1));
+      const float zero = job.zero ? half_to_float(job.zero[block]) : implicit_zero(Low + High);
       convert(levels + (block - start) * job.group, job.group, scale, zero, job.out + block * job.group);
     }
   }

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mpo_formats.errors import ConfigError
 from mpo_formats.layout import PLANES
-from mpo_formats.packing import unpack
+from mpo_formats.packing import implicit_zero, unpack
 from mpo_formats.spec import GROUPS
 
 try:
@@ -77,7 +77,7 @@ def dequantize(
 
     ``planes`` are bit planes [rows, groups, bytes], the low one first (6 bits = 4 + 2, 5 = 4 + 1, 3 = 2 + 1); in a
     plane of p bits element j of its group sits in byte ``j * p // 8`` at bit ``j * p % 8``. ``scale`` and ``zero`` are
-    [rows, groups]; without ``zero`` it is ``2**(bits - 1)``. Raises ValueError on anything that does not fit together.
+    [rows, groups]; without ``zero`` it is ``implicit_zero(bits)``. Raises ValueError on anything that does not fit together.
     """
     group = _checked_group(planes, bits, scale, zero)
     rows, groups = scale.shape
@@ -108,7 +108,7 @@ def dequantize_numpy(
     for start in range(0, rows if groups else 0, step):
         part = slice(start, start + step)
         levels = unpack([plane[part] for plane in planes], bits).reshape(-1, groups, group)
-        offset = np.float32(2 ** (bits - 1)) if zero is None else zero[part, :, None].astype(np.float32)
+        offset = np.float32(implicit_zero(bits)) if zero is None else zero[part, :, None].astype(np.float32)
         np.subtract(levels, offset, out=out[part], dtype=np.float32)
         out[part] *= scale[part, :, None].astype(np.float32)
     return out.reshape(rows, groups * group)

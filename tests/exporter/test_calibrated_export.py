@@ -18,8 +18,8 @@ from mpo_exporter.export import export
 from mpo_exporter.fit.common import activation_error
 from mpo_exporter.plan import Options, plan_layers
 from mpo_exporter.quantize.gptq import Grid
-from mpo_exporter.survey import Survey, candidates, stored_bytes, survey, table_sensitivity
-from mpo_formats import ConfigError, LinearSpec, Mpo, MpoFile, OutputError, PlanError, Quantized, Term
+from mpo_exporter.survey import Sensitivity, Survey, candidates, stored_bytes, survey, table_sensitivity
+from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, OutputError, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.checkpoint import Checkpoint
@@ -177,6 +177,30 @@ def test_a_width_without_a_group_stays_dense() -> None:
     linear = LinearSpec("layer", 4, 32, None, (Quantized("quantized", 4, 32, False),))
     found = candidates(linear, np.ones((4, 32)), table_sensitivity(np.ones(4) / 4, np.ones(32)), (Grid(4, 128),))
     assert [one.terms[0].kind for one in found] == ["dense"] and found[0].loss == 0
+
+
+def test_rows_of_a_large_matrix_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row norms and their weights both spread over orders of magnitude, as a vocabulary's do."""
+    generator = np.random.default_rng(4)
+    size = np.exp(generator.standard_normal(3000))[:, None]
+    matrix = size * generator.standard_normal((3000, 32))
+    sensitivity = Sensitivity(moment_of(32), np.exp(2 * generator.standard_normal(3000)))
+    linear = LinearSpec("layer", 3000, 32, None, (Dense("dense", "bf16"),))
+    quick = candidates(linear, matrix, sensitivity, GRIDS, ())
+    monkeypatch.setattr(Sensitivity, "sample", lambda self, matrix: (matrix, self))
+    full = candidates(linear, matrix, sensitivity, GRIDS, ())
+    assert [(one.bytes, one.terms) for one in quick] == [(one.bytes, one.terms) for one in full]
+    ratios = [one.loss / other.loss for one, other in zip(quick[:-1], full[:-1], strict=True)]
+    assert all(0.8 < ratio < 1.25 for ratio in ratios) and max(ratios) < 1.1 * min(ratios)
+    assert any(ratio != 1 for ratio in ratios)
+
+
+def test_a_sampled_matrix_is_checked_in_full() -> None:
+    matrix = np.ones((3000, 32))
+    matrix[7, 3] = np.nan
+    linear = LinearSpec("layer", 3000, 32, None, (Dense("dense", "bf16"),))
+    with pytest.raises(ConfigError, match="not finite"):
+        candidates(linear, matrix, Sensitivity(moment_of(32), np.r_[np.zeros(2999), 1.0]), GRIDS, ())
 
 
 class Listening(ReferenceOps):

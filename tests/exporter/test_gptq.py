@@ -112,12 +112,13 @@ def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_close_to_the_best_of_all_codes_on_a_tiny_row(seed: int) -> None:
     """All 4^8 codes of a row, with the scales that were found: brute force may do a little better, never much."""
-    moment = np.kron(np.eye(2), moment_of(8, seed))  # two independent halves; the second one's weights are 0
+    moment = np.kron(np.eye(2), moment_of(8, seed))  # two independent halves; the second one's codes stay as found
     matrix = np.concatenate([weights(1, 8, seed), np.zeros((1, 8))], 1)
     ours = compensated(matrix, moment, 2, 16, turns=8)
     codes = np.array(list(itertools.product(range(4), repeat=8)), np.float64)
     scale = float(ours.scale[0, 0])
-    candidates = np.concatenate([scale * (codes - 2), np.zeros((len(codes), 8))], 1)
+    rest = np.broadcast_to(ours.matrix()[:, 8:], (len(codes), 8))
+    candidates = np.concatenate([scale * (codes - 1.5), rest], 1)
     residual = matrix - candidates
     best = np.sqrt(np.einsum("ki,ij,kj->k", residual, moment, residual).min())
     found = activation_error(matrix - ours.matrix(), moment)

@@ -26,12 +26,12 @@ def random_matrix(rows: int, columns: int, seed: int, spread: float = 1.0) -> Ma
 
 def plain(matrix: Matrix, bits: int, group: int) -> Matrix:
     """The plain rule: the value of largest magnitude lies on the lowest code; a scale in half precision, no search."""
-    half = 1 << (bits - 1)
+    half = 1.5 if bits == 2 else 1 << (bits - 1)
     grouped = matrix.reshape(matrix.shape[0], -1, group)
     extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(-1)[..., None], -1)
     scale = (-extreme / half).astype(np.float16).astype(np.float64)
     codes = np.divide(grouped, scale, out=np.zeros_like(grouped), where=scale != 0)
-    return (scale * np.clip(np.rint(codes), -half, half - 1)).reshape(matrix.shape)
+    return (scale * (np.clip(np.rint(codes + half), 0, (1 << bits) - 1) - half)).reshape(matrix.shape)
 
 
 @given(

@@ -63,7 +63,7 @@ def test_values_equal_scale_times_code_minus_zero(
     assert found.dtype == np.float64
     for row in range(codes.shape[0]):
         for column in range(codes.shape[1]):
-            offset = 2.0 ** (bits - 1) if zero is None else float(zero[row, column // group])
+            offset = (1.5 if bits == 2 else 2.0 ** (bits - 1)) if zero is None else float(zero[row, column // group])
             expected = float(scale[row, column // group]) * (float(codes[row, column]) - offset)
             assert found[row, column] == expected
 

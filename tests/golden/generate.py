@@ -115,7 +115,7 @@ def integer_tensors(
     shape = (rows, columns // group)
     codes = integers(f"{prefix} codes", rows * columns, 0, (1 << bits) - 1)
     scale = np.array(integers(f"{prefix} scale", shape[0] * shape[1], -31, 31), np.float64).reshape(shape) / 64
-    zero = np.full(shape, float(1 << (bits - 1)))
+    zero = np.full(shape, 1.5 if bits == 2 else float(1 << (bits - 1)))
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for number, plane in enumerate(PLANES[bits]):
         packed = np.zeros((rows, columns // group, group * plane // 8), np.uint8)

@@ -90,7 +90,7 @@ METADATA = [
     Case("other-format", "R14", lambda s: (s.metadata.update(format="pt"), s.bytes())[1]),
     Case("no-format", "R14", lambda s: (s.metadata.pop("format"), s.bytes())[1]),
     Case("major-from-the-future", "R15", lambda s: (s.metadata.update(version="1.0"), s.bytes())[1]),
-    Case("minor-from-the-future", "R15", lambda s: (s.metadata.update(version="0.2"), s.bytes())[1]),
+    Case("minor-from-the-future", "R15", lambda s: (s.metadata.update(version="0.3"), s.bytes())[1]),
     Case("version-with-escapes", "R15", lambda s: (s.metadata.update(version="\x1b[2J" * 50), s.bytes())[1]),
     Case("no-version", "R15", lambda s: (s.metadata.pop("version"), s.bytes())[1]),
     Case(

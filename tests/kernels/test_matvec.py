@@ -187,7 +187,7 @@ def test_extreme_codes_do_not_overflow(bits: int, level: str) -> None:
             x = np.full((5, columns), value, np.float32)
             y = np.empty((5, 3), np.float32)
             native.multiply(handle, native.quantize_activations(x), y, 0, 3)
-            np.testing.assert_array_equal(y, value * columns * (code - 2 ** (bits - 1)))
+            np.testing.assert_array_equal(y, value * columns * (code - (1.5 if bits == 2 else 2 ** (bits - 1))))
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -66,7 +66,9 @@ def by_hand(case: Case) -> NDArray[np.float64]:
             byte = int(plane[row, block, j * width // 8])
             level |= (byte >> (j * width % 8) & (2**width - 1)) << shift
             shift += width
-        zero = 2.0 ** (case.bits - 1) if case.zero is None else float(case.zero[row, block])
+        zero = (
+            (1.5 if case.bits == 2 else 2.0 ** (case.bits - 1)) if case.zero is None else float(case.zero[row, block])
+        )
         out[row, block, j] = float(case.scale[row, block]) * (level - zero)
     return out.reshape(rows, groups * group)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mpo_exporter.heal.rounding import TYPES, cells, dequantize, rounded, stored
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, VectorSpec
 from mpo_formats.layout import PLANES
-from mpo_formats.packing import pack, unpack
+from mpo_formats.packing import implicit_zero, pack, unpack
 from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, float_tensor
 from mpo_runtime.weights import Weights
 
@@ -48,7 +48,7 @@ class Grid(nn.Module):
         codes = torch.from_numpy(unpack(planes, bits))
         scale = torch.from_numpy(weights.array(f"{prefix}.scale").astype(np.float32))
         self.group = codes.shape[1] // scale.shape[1]
-        zero = torch.full_like(scale, 1 << (bits - 1))
+        zero = torch.full_like(scale, implicit_zero(bits))
         if zeros:
             zero = torch.from_numpy(weights.array(f"{prefix}.zero").astype(np.float32))
         self.register_buffer("base", scale, persistent=moving)  # a moving grid may be set anew
@@ -216,7 +216,7 @@ class IntegerCore(nn.Module):
         """Yields (kind, parameter, unit of its learning rate)."""
         for kind, parameter, unit in self.grid.learning():
             if kind == "code":
-                yield "core", parameter, root_mean_square(parameter - (1 << (self.grid.bits - 1)))
+                yield "core", parameter, root_mean_square(parameter - implicit_zero(self.grid.bits))
             else:
                 yield kind, parameter, unit
 

@@ -74,7 +74,7 @@ def compensated(
     """Quantises W [O, I] for inputs of second moment C [I, I], in groups of `group` columns.
 
     Args:
-        zeros: stores a zero per group (asymmetric); else it is 2^(bits − 1).
+        zeros: stores a zero per group (asymmetric); else it is `implicit_zero(bits)`.
         turns: of descent after the compensated rounding, at most; 0 is plain GPTQ.
         damping: added to the diagonal of C, as a share of its mean.
 
@@ -103,12 +103,17 @@ def compensated(
     )  # fmt: skip
 
 
-def expected_residuals(matrix: Matrix, moment: Matrix, grids: Sequence[Grid]) -> tuple[Iterator[Matrix], Vector]:
+def expected_residuals(
+    matrix: Matrix, moment: Matrix, grids: Sequence[Grid], group: int | None = None
+) -> tuple[Iterator[Matrix], Vector]:
     """What compensated rounding is expected to leave, without carrying it out, for several grids of one matrix.
 
     Rounding the columns in order leaves Σ_j r_j² d_j of each row, where r_j is the rounding error of the updated value and
     d_j = R_jj², R the triangular root of the damped C. The updates hardly change the spread of the values, so r is taken as
     the error of rounding W itself on its searched grids.
+
+    Args:
+        group: that orders the columns, the largest of the grids' if not given.
 
     Returns:
         The residuals r [O, I], one for each grid and made as they are asked for, and d [I].
@@ -118,7 +123,7 @@ def expected_residuals(matrix: Matrix, moment: Matrix, grids: Sequence[Grid]) ->
     """
     for grid in grids:
         check(matrix, moment, grid.group)
-    hessian = hessian_of(moment, max((grid.group for grid in grids), default=1))
+    hessian = hessian_of(moment, group or max((grid.group for grid in grids), default=1))
     weight = torch.empty_like(hessian.weight)
     weight[hessian.order] = hessian.weight
     values = torch.from_numpy(matrix.T.astype(np.float32))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpo_formats import ConfigError
+from mpo_formats.packing import implicit_zero
 
 # A group's range may shrink by this much where that lowers its weighted error: few bits clip more of a long tail.
 SHRINK = torch.linspace(0.40, 1.05, 14)
@@ -31,7 +32,7 @@ class Levels:
     @property
     def middle(self) -> float:
         """The zero of groups that store none."""
-        return float(1 << (self.bits - 1))
+        return implicit_zero(self.bits)
 
 
 def half(values: Tensor) -> Tensor:

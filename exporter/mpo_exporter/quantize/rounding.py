@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mpo_exporter.quantize.grid import Levels, encode, inverse, search
 from mpo_formats import ConfigError
-from mpo_formats.packing import pack
+from mpo_formats.packing import implicit_zero, pack
 from mpo_formats.spec import GROUPS
 
 Matrix = NDArray[np.float64]
@@ -23,7 +23,7 @@ BLOCK = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Integers:
-    """A quantised matrix: codes [rows, columns], scales [rows, groups] and zeros, or None for 2^(bits−1)."""
+    """A quantised matrix: codes [rows, columns], scales [rows, groups] and zeros, or None for `implicit_zero`."""
 
     codes: NDArray[np.uint8]
     scale: NDArray[np.float16]
@@ -35,7 +35,7 @@ class Integers:
         """scale · (q − zero) in float64."""
         rows, groups = self.scale.shape
         grouped = self.codes.reshape(rows, groups, -1).astype(np.float64)
-        zero = float(1 << (self.bits - 1)) if self.zero is None else self.zero.astype(np.float64)[..., None]
+        zero = implicit_zero(self.bits) if self.zero is None else self.zero.astype(np.float64)[..., None]
         return (self.scale.astype(np.float64)[..., None] * (grouped - zero)).reshape(rows, -1)
 
     def planes(self) -> list[NDArray[np.uint8]]:
@@ -57,8 +57,8 @@ def round_to_nearest(
 ) -> Integers:
     """Quantises [rows, columns], every value to its nearest code: w ≈ scale · (q − zero).
 
-    Without stored zeros, zero is 2^(bits−1): each group's scale puts its value of largest magnitude at the end of the code
-    range, −2^(bits−1), times the shrink factor that leaves the smallest squared error.
+    Without stored zeros, each group's scale puts its value of largest magnitude on code 0, times the shrink factor that
+    leaves the smallest squared error.
 
     Args:
         zeros: stores a zero per group, searched along with its scale.
@@ -95,30 +95,35 @@ def _round_searched(matrix: Matrix, levels: Levels, group: int, weight: NDArray[
 
 def _round_rows(matrix: Matrix, bits: int, group: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     rows, columns = matrix.shape
-    half = 1 << (bits - 1)
+    middle, top = np.float32(implicit_zero(bits)), np.float32((1 << bits) - 1)
     # Single precision: the search is bound by memory, and codes are far coarser.
     grouped = matrix.reshape(rows, columns // group, group).astype(np.float32)
     index = np.abs(grouped).argmax(-1)[..., None]
     extreme = np.take_along_axis(grouped, index, -1).astype(np.float64)  # [rows, groups, 1]
-    if not np.abs(extreme).max(initial=0.0) / half <= LARGEST_SCALE:
+    if not np.abs(extreme).max(initial=0.0) / middle <= LARGEST_SCALE:
         raise ConfigError("matrix: values exceed the range of half-precision scales; store this layer dense")
     best = np.full(extreme.shape, np.inf, np.float32)
     scale = np.zeros(extreme.shape, np.float16)
     for shrink in SHRINK:
         # A factor above 1 must not push the scale over the edge of half precision.
-        candidate = np.clip(-extreme / half * shrink, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16)
-        error = _codes(grouped, candidate, half)
+        candidate = np.clip(-extreme / middle * shrink, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16)
+        error = _codes(grouped, candidate, middle, top)
+        error -= middle
         error *= candidate.astype(np.float32)
         error -= grouped
         squared = np.einsum("rgi,rgi->rg", error, error)[..., None]
         better = squared < best
         scale, best = np.where(better, candidate, scale), np.where(better, squared, best)
-    codes = (_codes(grouped, scale, half) + np.float32(half)).astype(np.uint8).reshape(rows, columns)
+    codes = _codes(grouped, scale, middle, top).astype(np.uint8).reshape(rows, columns)
     return codes, scale[..., 0]
 
 
-def _codes(grouped: NDArray[np.float32], scale: NDArray[np.float16], half: int) -> NDArray[np.float32]:
+def _codes(
+    grouped: NDArray[np.float32], scale: NDArray[np.float16], middle: np.float32, top: np.float32
+) -> NDArray[np.float32]:
     wide = scale.astype(np.float32)
     inverse = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
-    codes = np.rint(grouped * inverse)
-    return np.clip(codes, -half, half - 1, out=codes)
+    codes = grouped * inverse
+    codes += middle
+    np.rint(codes, out=codes)
+    return np.clip(codes, 0, top, out=codes)
