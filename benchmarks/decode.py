@@ -6,7 +6,8 @@
 Weights are random (benchmarks/synthetic.py); a `+` between widths mixes them block by block, `/chi32` adds int8 cores.
 Every round times each contestant once and the read bandwidth of this machine beside it, so that a busy moment hits all of
 them; the table gives medians over rounds. GB/s counts the bytes of the weights that a step reads, which is the file
-without its embedding where that is not the head.
+without its embedding where that is not the head. Afterwards each of our files is started a few times in a process of its own
+(benchmarks/launch.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from launch import launch
 from machine import describe_machine, read_bandwidth
 from synthetic import SyntheticPlan, granite, write_synthetic
 
@@ -42,6 +44,7 @@ class Contestant:
     bytes: int
     decode: Callable[[], float]
     prompt: Callable[[], float] | None
+    path: Path | None = None
     decoded: list[float] = field(default_factory=list)
     prompted: list[float] = field(default_factory=list)
 
@@ -69,7 +72,7 @@ def ours(path: Path, name: str, arguments: argparse.Namespace) -> Contestant:
         engine.prefill(ids)
         return arguments.prompt / (time.perf_counter() - start)
 
-    return Contestant(name, path.stat().st_size, decode, prompt if arguments.prompt else None)
+    return Contestant(name, path.stat().st_size, decode, prompt if arguments.prompt else None, path)
 
 
 def llama_cpp(path: Path, arguments: argparse.Namespace) -> Contestant:
@@ -172,6 +175,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "prompt_tokens_per_second": statistics.median(entrant.prompted) if entrant.prompted else None,
                 "gigabytes_per_second": speed * entrant.bytes / 1e9,
                 "share_of_bandwidth": statistics.median(shares),
+                "launch": asdict(launch(entrant.path, arguments.threads)) if entrant.path else None,
             }
         )
     return {
@@ -192,6 +196,7 @@ def markdown(result: dict[str, Any]) -> str:
     dense = next((row for row in rows if row["name"] == "mpo dense"), None)
     peers = [row for row in rows if row["name"].startswith("llama.cpp")]
     head = ["file", "GB", "decode tok/s", "GB/s", "of bandwidth", "prompt tok/s", "over dense"]
+    head += ["opens in ms", "first token s", "peak MB beyond file and KV cache"]
     head += [f"over {row['name'].removeprefix('llama.cpp ')}, at equal bytes" for row in peers]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
@@ -200,6 +205,9 @@ def markdown(result: dict[str, Any]) -> str:
         cells += [f"{row['share_of_bandwidth']:.2f}"]
         cells += [f"{row['prompt_tokens_per_second']:.1f}" if row["prompt_tokens_per_second"] else ""]
         cells += [f"{speed / dense['decode_tokens_per_second']:.2f}" if dense else ""]
+        started = row["launch"]
+        cells += [f"{started['open_ms']:.0f}", f"{started['first_token_s']:.2f}"] if started else ["", ""]
+        cells += [f"{started['over_file_and_cache'] / 1e6:.0f}"] if started else [""]
         for peer in peers:
             cells.append(f"{row['gigabytes_per_second'] / peer['gigabytes_per_second']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")

@@ -117,19 +117,19 @@ void Activations::allocate(std::size_t batch, std::size_t columns, bool tiles, b
   view_.tile_scales = reinterpret_cast<const float*>(view_.tiles + tile_blocks * kTileRows * kScaleBlock);
 }
 
-void Activations::prepare(const float* x, std::size_t batch, std::size_t columns) {
+void Activations::prepare(const float* x, std::size_t batch, std::size_t columns, unsigned planes) {
   if (columns % 16)
     throw std::invalid_argument("activations: expected columns to be a multiple of 16, found " + std::to_string(columns));
   input_ = x;
   isa_ = active_isa();
   const Layout& layout = kernels_of(isa_).layout;
   allocate(batch, columns, layout.tiles && batch >= kTileBatch, layout.pairs && batch == 1);
-  for (std::size_t row = 0; row < batch; ++row) arrange_row(row, layout);
+  for (std::size_t row = 0; row < batch; ++row) arrange_row(row, layout, planes);
   if (view_.tiles) arrange_tiles();
-  if (view_.pair_sums[0]) arrange_pairs();
+  if (view_.pair_sums[0]) arrange_pairs(planes);
 }
 
-void Activations::arrange_row(std::size_t row, const Layout& layout) {
+void Activations::arrange_row(std::size_t row, const Layout& layout, unsigned planes) {
   const std::size_t padded = view_.padded, blocks = padded / kScaleBlock;
   const auto codes = [&](int p) { return const_cast<std::int8_t*>(view_.codes[p]) + row * padded; };
   std::int8_t* natural = codes(0);
@@ -143,7 +143,7 @@ void Activations::arrange_row(std::size_t row, const Layout& layout) {
     scales[b] = quantize_block(rest, natural + b * kScaleBlock);
   }
   for (int p = 1; p < 4; ++p)
-    for (std::size_t c = 0; c < padded; c += kChunk)
+    for (std::size_t c = 0; planes >> p & 1 && c < padded; c += kChunk)
       arrange_chunk(natural + c, kPlaneBits[p], layout.width[p], layout.split_ones, codes(p) + c);
 
   auto* sums = const_cast<float*>(view_.sums) + row * blocks;
@@ -157,9 +157,10 @@ void Activations::arrange_row(std::size_t row, const Layout& layout) {
   }
 }
 
-void Activations::arrange_pairs() {
+void Activations::arrange_pairs(unsigned planes) {
   constexpr std::size_t kPairBlocks = 2 * kChunk / kScaleBlock;
   for (int p = 0; p < 3; ++p) {
+    if (!(planes >> p & 1)) continue;
     auto* scales = const_cast<float*>(view_.pair_scales[p]);
     auto* sums = const_cast<float*>(view_.pair_sums[p]);
     for (std::size_t start = 0; start < view_.padded / kScaleBlock; start += kPairBlocks)

@@ -33,8 +33,9 @@ class Activations {
   Activations(const Activations&) = delete;
   Activations& operator=(const Activations&) = delete;
 
-  // Throws std::invalid_argument where columns is not a multiple of 16.
-  void prepare(const float* x, std::size_t batch, std::size_t columns);
+  // Arranged for planes of the widths in `planes` only, a set of bits by plane_index. Throws std::invalid_argument where
+  // columns is not a multiple of 16.
+  void prepare(const float* x, std::size_t batch, std::size_t columns, unsigned planes = kAllPlanes);
 
   const float* input() const { return input_; }  // x as given to prepare(), for the exact kernels
   std::size_t batch() const { return view_.batch; }
@@ -44,9 +45,9 @@ class Activations {
 
  private:
   void allocate(std::size_t batch, std::size_t columns, bool tiles, bool pairs);
-  void arrange_row(std::size_t row, const Layout& layout);
+  void arrange_row(std::size_t row, const Layout& layout, unsigned planes);
   void arrange_tiles();
-  void arrange_pairs();
+  void arrange_pairs(unsigned planes);
 
   const float* input_ = nullptr;
   Isa isa_ = Isa::generic;

@@ -40,14 +40,14 @@ Linear::Linear(std::string name_, std::size_t rows_, std::size_t columns_, std::
   for (const Matrix& matrix : matrices) {
     expect(matrix.rows() == rows && matrix.columns() == columns, name, "a matrix" + size);
     row_bytes += matrix.row_bytes();
-    needs_codes = needs_codes || matrix.is_integer();
+    planes |= matrix.planes();
   }
   for (const Operator& term : operators) {
     expect(term.rows() == rows && term.columns() == columns, name, "an operator" + size);
     row_bytes += term.row_bytes();
     if (!term.is_low_rank()) continue;
     row_step = std::max(row_step, term.first().column_step());  // powers of two: the largest is a multiple of the others
-    needs_codes = needs_codes || term.second().is_integer();
+    planes |= term.second().planes();
   }
   expect(bias.empty() || bias.size() == rows, name, "the bias has " + std::to_string(bias.size()) + " values, expected " +
                                                         std::to_string(rows));
@@ -153,13 +153,13 @@ void compute_rows(const Product& product, const float* middle, const float* x, s
 void apply(const std::vector<Product>& products, const float* x, std::size_t tokens, bool exact, Workspace& work,
            Pool& pool) {
   const std::size_t columns = products[0].layer->columns, tiles = tiles_of(tokens);
-  bool needs_codes = false;
-  for (const Product& product : products) needs_codes = needs_codes || product.layer->needs_codes;
-  if (needs_codes && !exact) {
+  unsigned planes = 0;
+  for (const Product& product : products) planes |= product.layer->planes;
+  if (planes && !exact) {
     work.codes(tiles - 1);
     pool.run(tiles, 1, [&](std::size_t first, std::size_t last) {
       for (std::size_t tile = first; tile < last; ++tile)
-        work.codes(tile).prepare(x + tile * kTileTokens * columns, tile_size(tile, tokens), columns);
+        work.codes(tile).prepare(x + tile * kTileTokens * columns, tile_size(tile, tokens), columns, planes);
     });
   }
   compute_middles(products, x, tokens, exact, work, pool);

@@ -32,6 +32,7 @@ class Matrix {
                         const std::vector<Bytes>& planes, const Bytes& scale, const Bytes& zero);
 
   bool is_integer() const { return integer_; }
+  unsigned planes() const { return integer_ ? planes_of(quantized_.bits) : 0; }
   std::size_t rows() const { return integer_ ? quantized_.rows : dense_.rows; }
   std::size_t columns() const { return integer_ ? quantized_.columns : dense_.columns; }
   std::size_t row_bytes() const;
@@ -115,7 +116,7 @@ struct Linear {
   std::vector<Operator> operators;
   std::vector<float> bias;
   std::size_t row_bytes = 0, row_step = 1;
-  bool needs_codes = false;  // of x, outside exact mode
+  unsigned planes = 0;  // widths that int8 copies of x are needed for, outside exact mode
 };
 
 // One of the layers that take the same input.
