@@ -24,7 +24,7 @@ help:
 demo: $(VENV)/.installed-export
 	$(BIN)/mpo-export demo --chi 32 --heal-minutes 1 --force --out demo.mpo
 	@echo; echo "> I want to book a table at a restaurant."
-	@$(BIN)/mpo-run chat demo.mpo --prompt "I want to book a table at a restaurant." --seed 1
+	@$(BIN)/mpo-run chat demo.mpo --prompt "I want to book a table at a restaurant." --seed 2
 
 # The quality gates (make check) are tests too: tests/test_contracts.py.
 test: $(VENV)/.installed-dev

@@ -26,17 +26,18 @@ from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
 from mpo_runtime.texts import read_tokens
 
-# Each with whether it is fitted to the built-in calibration text; a target gives every layer the bits that it needs.
+# The plan `auto` at so many bits of the whole file per weight.
+BITS = (4.25, 3.5, 3.0, 2.6)
+# Each with whether it is fitted to the built-in calibration text.
 PLANS = (
     (Options("dense"), False),
-    (Options("auto", chi=32), True),
-    (Options("auto", chi=32), False),
+    (Options("corrected", chi=32), True),
+    (Options("corrected", chi=32), False),
     (Options("int4"), True),
     (Options("int4"), False),
-    (Options("auto", target_bytes=2_660_000), True),
-    (Options("auto", target_bytes=2_100_000), True),
-    (Options("auto", target_bytes=1_800_000), True),
-    (Options("paper", chi=128), False),
+    (Options("k-proj"), True),
+    (Options("paper", chi=128), True),
+    (Options("paper", chi=32), True),
     (Options("paper", chi=32), False),
 )
 
@@ -65,9 +66,7 @@ def markdown(rows: list[dict[str, object]]) -> str:
     ]
     for item in rows:
         name = f"`{item['plan']}`"
-        if item["target_bytes"]:
-            name = f"allocated, {item['target_bytes'] / 1e6:.2f} MB"
-        elif item["plan"] not in ("dense", "int4"):
+        if item["plan"] in ("corrected", "paper"):
             name += f", χ ≤ {item['chi']}"
         name += ", calibrated" if item["calibrated"] else ""
         model = item["model"]
@@ -89,13 +88,15 @@ def main() -> None:
     text = replace(text, ids=text.ids[: arguments.tokens])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for options, calibrated in PLANS:
+        parameters = Checkpoint(source.folder).architecture.parameters()
+        allocated = ((Options("auto", target_bytes=int(bits * parameters / 8)), True) for bits in BITS)
+        for options, calibrated in (*PLANS, *allocated):
             calibration = calibration_text(None, tokenizer, template) if calibrated else None
             target = Path(folder) / "plan.mpo"
             result = export(source.folder, target, options, force=True, text=text, calibration=calibration)
             rows.append(row(options, calibrated, result))
             print(f"measured {options.plan}", flush=True)
-    print(markdown(rows))
+    print(markdown(sorted(rows, key=lambda item: -float(str(item["bits_per_weight"])))))
     if arguments.out:
         machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         facts = {

@@ -31,7 +31,7 @@ def data_folder() -> Path:
 
 def embedded_model() -> Path:
     """The folder of the embedded model, in Hugging Face layout."""
-    return data_folder() / "granite-stand-in"
+    return data_folder() / "granite-nano"
 
 
 def find_source(model: str) -> Source:

@@ -113,7 +113,7 @@ def test_healing_helps_and_the_file_says_so(file: Path, teacher: Path, text: Pat
 
 
 def test_blocks_learn(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, tokens=8000, block_share=0.9, core_rate=3e-3)
+    settings = replace(SETTINGS, tokens=16000, block_share=0.9, core_rate=1e-2)
     result = healed(file, teacher, text, tmp_path / "healed.mpo", settings=settings)
     for curve in result.block_curves:
         assert np.mean(curve[-8:]) < 0.95 * np.mean(curve[:8])

@@ -99,8 +99,8 @@ def test_windows_are_led_and_hold_the_text_in_order(embedded: tuple[Tokenizer, C
     ("ids", "window", "message"),
     [
         (np.arange(1, 30), 16, r"t: 29 tokens fill 1 windows of 16, expected at least 4"),
-        (np.arange(1, 30), 1, r"--window 1: expected 2 to 512"),
-        (np.arange(1, 30), 1024, r"--window 1024: expected 2 to 512"),
+        (np.arange(1, 30), 1, r"--window 1: expected 2 to 1024"),
+        (np.arange(1, 30), 1025, r"--window 1025: expected 2 to 1024"),
         (np.array([1, 5000, 2]), 16, r"t: token id 5000 lies outside the vocabulary of 4096"),
     ],
 )
