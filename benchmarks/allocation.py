@@ -110,11 +110,11 @@ def terms_text(layers: tuple[LinearSpec, ...]) -> str:
     return f"{body.bits}/{body.group}{'z' if body.zeros else ''}, tables {table.bits}"
 
 
-def at_equal_bytes(bench: Bench, bits: float) -> dict[str, Any]:
+def at_equal_bytes(bench: Bench, bits: float, by_hand: bool = True) -> dict[str, Any]:
     """The best uniform file and the best by hand within so many bits of the whole file per weight, and auto at their bytes."""
     target = int(bits * bench.source.spec.architecture.parameters() / 8)
     found: dict[str, Any] = {"bits": bits}
-    for name, tables in (("uniform", (0,)), ("by_hand", TABLES)):
+    for name, tables in (("uniform", (0,)), ("by_hand", TABLES))[: 1 + by_hand]:
         other = bench.uniform(target, tables)
         ours = bench.file(Options("auto", target_bytes=other["bytes"]))
         found[name] = {"other": other, "auto": ours, "kl_ratio": ours["kl_mean"] / other["kl_mean"]}
@@ -157,7 +157,7 @@ def markdown(rows: list[dict[str, Any]], default: dict[str, Any]) -> str:
     """The tables."""
     lines = ["| bits | one width | MB | KL | KL auto | auto / it | bar 0.9 |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        for name in ("uniform", "by_hand"):
+        for name in ("uniform", "by_hand")[: 1 + ("by_hand" in row)]:
             ours, other = row[name]["auto"], row[name]["other"]
             bar = "" if name == "by_hand" else "met" if row["holds"] else "missed"
             lines.append(f"| {row['bits']} | {other['terms']} | {other['bytes'] / 1e6:.2f} | {other['kl_mean']:.4f} | "
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of each domain")
     parser.add_argument("--calib", type=Path)
     parser.add_argument("--windows", type=int, default=96)
+    parser.add_argument("--uniform-only", action="store_true", help="leave out the files made by hand")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     source = Checkpoint(find_source(arguments.model).folder)
@@ -196,7 +197,7 @@ def main() -> None:
         bench = Bench(source, calibration, arguments.windows, judge, Path(folder))
         rows = []
         for bits in map(float, arguments.bits.split(",")):
-            rows.append(at_equal_bytes(bench, bits))
+            rows.append(at_equal_bytes(bench, bits, not arguments.uniform_only))
             print(f"{bits} bits: auto / uniform {rows[-1]['uniform']['kl_ratio']:.3f}", flush=True)
         default = default_row(bench)
     print("\n" + markdown(rows, default))
