@@ -41,8 +41,10 @@ class Settings:
         micro_batch: windows that a device runs at a time; the rest of its share is accumulated.
         block_share: share of the tokens that go to the reconstruction of single blocks.
         core_rate: learning rate relative to the root mean square of each core.
-        code_rate: learning rate of integers, in steps of their grids.
-        scale_rate, norm_rate: relative learning rates of scales (and zeros, in steps), and of norms and biases.
+        code_rate: learning rate of integers, in steps of their grids, at 2 bits; half of it for each further bit.
+        scale_rate: relative learning rate of scales (and of zeros, in steps), at 2 bits and falling likewise; of integer
+            cores' scales at every width.
+        norm_rate: relative learning rate of norms and biases.
         train_codes: moves the integers of quantised matrices too, straight through their rounding; None: in models of at
             most CODES_UP_TO weights, since that takes 16 bytes a weight.
         top_k: logits of the teacher kept a token; the rest of its mass is one bucket.

@@ -104,12 +104,17 @@ class Grid(nn.Module):
                 held.copy_(held[rows])
 
     def learning(self) -> Iterator[tuple[str, Tensor, float]]:
-        """Yields (kind, parameter, unit of its learning rate)."""
-        yield "scale", self.change, 1.0
+        """Yields (kind, parameter, unit of its learning rate).
+
+        Rates are those of 2 bits and halve with each further bit: the wider, the less there is to gain, while the noise of a
+        step stays the same share of the grid's step.
+        """
+        unit = 2.0 ** (2 - self.bits)
+        yield "scale", self.change, unit
         if self.shift is not None:
-            yield "scale", self.shift, 1.0
+            yield "scale", self.shift, unit
         if self.latent is not None:
-            yield "code", self.latent, 1.0  # in steps of the grid, at every width
+            yield "code", self.latent, unit  # in steps of the grid
 
     def arrays(self) -> Arrays:
         """The tensors of the file."""
@@ -214,11 +219,11 @@ class IntegerCore(nn.Module):
 
     def learning(self) -> Iterator[tuple[str, Tensor, float]]:
         """Yields (kind, parameter, unit of its learning rate)."""
-        for kind, parameter, unit in self.grid.learning():
+        for kind, parameter, _ in self.grid.learning():
             if kind == "code":
                 yield "core", parameter, root_mean_square(parameter - implicit_zero(self.grid.bits))
             else:
-                yield kind, parameter, unit
+                yield kind, parameter, 1.0
 
     def arrays(self) -> Arrays:
         """The tensors of the file."""
