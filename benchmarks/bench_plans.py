@@ -83,13 +83,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     source = find_source("demo")
-    tokenizer, template = read_text_files(Checkpoint(source.folder))
+    dense = Checkpoint(source.folder)
+    tokenizer, template = read_text_files(dense)
     text = read_tokens(data_folder() / "evaluation.jsonl", tokenizer, template)
     text = replace(text, ids=text.ids[: arguments.tokens])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        parameters = Checkpoint(source.folder).architecture.parameters()
-        allocated = ((Options("auto", target_bytes=int(bits * parameters / 8)), True) for bits in BITS)
+        weights = dense.architecture.parameters()
+        allocated = ((Options("auto", target_bytes=int(bits * weights / 8)), True) for bits in BITS)
         for options, calibrated in (*PLANS, *allocated):
             calibration = calibration_text(None, tokenizer, template) if calibrated else None
             target = Path(folder) / "plan.mpo"

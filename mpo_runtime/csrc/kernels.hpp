@@ -32,6 +32,11 @@ constexpr std::size_t kScaleBlock = 32;  // columns of x that share a scale
 
 // Index of a plane width in the tables below: 8, 4, 2, 1 bits.
 constexpr int plane_index(int bits) { return bits == 8 ? 0 : bits == 4 ? 1 : bits == 2 ? 2 : 3; }
+// The planes of a matrix of so many bits as a set of bits by plane_index.
+inline unsigned planes_of(int bits) {
+  return 1u << plane_index(low_bits(bits)) | (high_bits(bits) ? 1u << plane_index(high_bits(bits)) : 0u);
+}
+constexpr unsigned kAllPlanes = 15;
 // Which codes of each block of 32 a dot product takes: all, or (groups of 16) the first (0) or second (1) half.
 constexpr int kWhole = -1;
 

@@ -32,13 +32,6 @@ constexpr float implicit_zero(int bits) { return bits == 2 ? 1.5f : static_cast<
 inline int low_bits(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : 2; }
 inline int high_bits(int bits) { return bits - low_bits(bits); }
 
-// The planes of a width as a set of bits by plane_index, see kernels.hpp.
-inline unsigned planes_of(int bits) {
-  const auto bit = [](int width) { return width == 8 ? 1u : width == 4 ? 2u : width == 2 ? 4u : width == 1 ? 8u : 0u; };
-  return bit(low_bits(bits)) | bit(high_bits(bits));
-}
-constexpr unsigned kAllPlanes = 15;
-
 inline std::size_t element_size(Float type) { return type == Float::f32 ? 4 : 2; }
 
 }  // namespace mpo

@@ -65,8 +65,8 @@ def test_what_is_evaluated_is_what_is_saved(name: str) -> None:
         source = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for kind, parameter, unit in trainables.learning():
-                step = 0.3 if kind in ("scale", "core", "norm") else 1.0
-                parameter += step * unit * torch.randn(parameter.shape, generator=source)
+                step = {"scale": 0.3, "core": 0.3 * unit, "norm": 0.3 * unit, "code": 1.0}[kind]
+                parameter += step * torch.randn(parameter.shape, generator=source)
         for linear in file.spec.linears:
             layer = trainables.layers[linear.name]
             arrays = layer.arrays()
@@ -74,6 +74,14 @@ def test_what_is_evaluated_is_what_is_saved(name: str) -> None:
             np.testing.assert_allclose(layer.linear(None).weight().detach().numpy(), expected, atol=1e-5, rtol=1e-5)
             if linear.terms[0].kind != "dense":
                 assert np.abs(expected - matrix(file, linear)).max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "unit"), [("int2", 1), ("int3", 1 / 2), ("int4", 1 / 4), ("int8", 1 / 64)])
+def test_integers_learn_slower_with_each_bit(name: str, unit: float) -> None:
+    with MpoFile(GOLDEN[0].with_name(f"{name}.mpo")) as file:
+        layer = everything(file, moving=True).layers[file.spec.linears[1].name]
+    found = {(kind, rate) for kind, _, rate in layer.learning()}
+    assert found == {("scale", unit), ("code", unit)}
 
 
 class _Arrays(MpoFile):
