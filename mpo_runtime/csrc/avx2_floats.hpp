@@ -97,9 +97,38 @@ struct Avx2Floats {
     std::memcpy(&bits, from, sizeof bits);
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
   }
-  template <int Low, int High, int Columns>
-  static MPO_INLINE void spread(const std::uint8_t* low, const std::uint8_t* high, std::uint8_t* codes) {
-    mpo::spread<Low, High>(low, high, Columns, codes);
+  // The codes of 32 columns of one plane, a byte each.
+  template <int Bits>
+  static MPO_INLINE __m256i spread_plane(const std::uint8_t* from) {
+    if constexpr (Bits == 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if constexpr (Bits == 4) {
+      const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      return _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15));
+    }
+    if constexpr (Bits == 2) {
+      __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+      wide = _mm256_or_si256(wide, _mm256_slli_epi32(wide, 12));
+      return _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi32(wide, 6)), _mm256_set1_epi8(3));
+    }
+    std::uint32_t packed;
+    std::memcpy(&packed, from, sizeof packed);
+    const __m256i order = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bits = _mm256_set1_epi64x(static_cast<std::int64_t>(0x8040201008040201));
+    const __m256i repeated = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(packed)), order);
+    return _mm256_min_epu8(_mm256_and_si256(repeated, bits), _mm256_set1_epi8(1));
+  }
+  // `columns` codes, a multiple of 8, of a Low-bit plane with those of a High-bit plane (0: none) above them.
+  template <int Low, int High>
+  static MPO_INLINE void spread(const std::uint8_t* low, const std::uint8_t* high, std::size_t columns,
+                                std::uint8_t* codes) {
+    std::size_t c = 0;
+    for (; c + 32 <= columns; c += 32) {
+      __m256i code = spread_plane<Low>(low + c / 8 * Low);
+      if constexpr (High > 0)
+        code = _mm256_or_si256(code, _mm256_slli_epi16(spread_plane<High>(high + c / 8 * High), Low));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + c), code);
+    }
+    if (c < columns) mpo::spread<Low, High>(low + c / 8 * Low, High ? high + c / 8 * High : nullptr, columns - c, codes + c);
   }
 };
 

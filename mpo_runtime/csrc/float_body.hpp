@@ -15,34 +15,21 @@ struct FloatBody {
 
   // -- quantised weights times rows of x
 
-  // `columns` (at most a chunk) of a row as float32 scale * (q - zero).
-  template <int Low, int High>
-  static MPO_INLINE void dequantize(const QuantizedMatrix& w, std::size_t r, std::size_t c, std::size_t columns,
-                                    float* out) {
-    std::uint8_t codes[kChunk];
-    const std::size_t at = r * w.columns + c;
-    spread<Low, High>(w.low + at / 8 * Low, High ? w.high + at / 8 * High : nullptr, columns, codes);
-    for (std::size_t done = 0; done < columns;) {
-      const std::size_t group = (at + done) / w.group;
-      const std::size_t size = w.group < columns - done ? w.group : columns - done;
-      const F scale = X::broadcast(X::half(w.scale + group));
-      const F zero = X::broadcast(w.zero ? X::half(w.zero + group) : implicit_zero(Low + High));
-      for (std::size_t i = 0; i < size; i += kLanes)
-        X::store(out + done + i, X::multiply(scale, X::subtract(X::widen(codes + done + i), zero)));
-      done += size;
-    }
-  }
-
+  // Adds the products of a run of columns that share a scale, as scale * (q - zero), with T rows of x.
   template <int T>
-  static MPO_INLINE void add_products(const float* w, std::size_t columns, const float* x, std::size_t step, F* sums) {
+  static MPO_INLINE void add_group(const std::uint8_t* codes, std::size_t columns, F scale, F zero, const float* x,
+                                   std::size_t step, F* sums) {
+    F parts[2 * T];
+    for (F& part : parts) part = X::nothing();
     for (std::size_t i = 0; i < columns; i += 2 * kLanes) {
-      const F even = X::load(w + i), odd = X::load(w + i + kLanes);
+      const F even = X::subtract(X::widen(codes + i), zero), odd = X::subtract(X::widen(codes + i + kLanes), zero);
       for (int t = 0; t < T; ++t) {
         const float* from = x + static_cast<std::size_t>(t) * step + i;
-        sums[2 * t] = X::fma(even, X::load(from), sums[2 * t]);
-        sums[2 * t + 1] = X::fma(odd, X::load(from + kLanes), sums[2 * t + 1]);
+        parts[2 * t] = X::fma(even, X::load(from), parts[2 * t]);
+        parts[2 * t + 1] = X::fma(odd, X::load(from + kLanes), parts[2 * t + 1]);
       }
     }
+    for (int i = 0; i < 2 * T; ++i) sums[i] = X::fma(scale, parts[i], sums[i]);
   }
 
   template <int T>
@@ -60,11 +47,21 @@ struct FloatBody {
     F sums[2 * T];
     const float rest[T] = {};
     for (F& sum : sums) sum = X::nothing();
-    float values[kChunk];
+    std::uint8_t codes[kChunk];
     for (std::size_t c = 0; c < w.columns; c += kChunk) {
-      const std::size_t columns = w.columns - c < kChunk ? w.columns - c : kChunk;
-      dequantize<Low, High>(w, r, c, columns, values);
-      add_products<T>(values, columns, x + c, w.columns, sums);
+      const std::size_t columns = w.columns - c < kChunk ? w.columns - c : kChunk, at = r * w.columns + c;
+      const std::uint8_t* low = w.low + at / 8 * Low;
+      const std::uint8_t* from = codes;
+      if constexpr (Low == 8) from = low;
+      else X::template spread<Low, High>(low, High ? w.high + at / 8 * High : nullptr, columns, codes);
+      for (std::size_t done = 0; done < columns;) {
+        const std::size_t group = (at + done) / w.group;
+        const std::size_t size = w.group < columns - done ? w.group : columns - done;
+        const F scale = X::broadcast(X::half(w.scale + group));
+        const F zero = X::broadcast(w.zero ? X::half(w.zero + group) : implicit_zero(Low + High));
+        add_group<T>(from + done, size, scale, zero, x + c + done, w.columns, sums);
+        done += size;
+      }
     }
     put<T>(sums, rest, y + r, stride, accumulate);
   }

@@ -72,9 +72,10 @@ struct Generic {
     std::memcpy(&bits, from, sizeof bits);
     return half_to_float(bits);
   }
-  template <int Low, int High, int Columns>
-  static MPO_INLINE void spread(const std::uint8_t* low, const std::uint8_t* high, std::uint8_t* codes) {
-    mpo::spread<Low, High>(low, high, Columns, codes);
+  template <int Low, int High>
+  static MPO_INLINE void spread(const std::uint8_t* low, const std::uint8_t* high, std::size_t columns,
+                                std::uint8_t* codes) {
+    mpo::spread<Low, High>(low, high, columns, codes);
   }
 };
 

@@ -219,9 +219,10 @@ struct Neon {
     std::memcpy(&bits, from, sizeof bits);
     return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))), 0);
   }
-  template <int Low, int High, int Columns>
-  static MPO_INLINE void spread(const std::uint8_t* low, const std::uint8_t* high, std::uint8_t* codes) {
-    mpo::spread<Low, High>(low, high, Columns, codes);
+  template <int Low, int High>
+  static MPO_INLINE void spread(const std::uint8_t* low, const std::uint8_t* high, std::size_t columns,
+                                std::uint8_t* codes) {
+    mpo::spread<Low, High>(low, high, columns, codes);
   }
 };
 

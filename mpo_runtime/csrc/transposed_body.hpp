@@ -27,7 +27,7 @@ struct TransposedBody {
       std::uint8_t codes[Columns];
       const std::uint8_t* from = codes;
       if constexpr (Low == 8) from = w.low + at;
-      else X::template spread<Low, High, Columns>(w.low + at / 8 * Low, High ? w.high + at / 8 * High : nullptr, codes);
+      else X::template spread<Low, High>(w.low + at / 8 * Low, High ? w.high + at / 8 * High : nullptr, Columns, codes);
       for (std::size_t j = 0; j < kSubs; ++j) {
         const std::size_t group = (at + j * Sub) / w.group;
         const float scale = X::half(w.scale + group);
