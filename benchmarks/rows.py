@@ -21,8 +21,9 @@ METHODS = {"nearest": NEAREST, "compensated": COMPENSATED}
 # Bits a weight of the whole file, tokenizer and tables included.
 SIZES = (2.3, 2.6, 3.0, 3.4, 3.8, 4.25, 4.8, 5.5, 6.5, 8.0)
 CHIS = (8, 16, 32, 64)
-# The part of the table that says most for its time: sizes; those with cores, and their χ; those of cores alone.
-QUICK_SIZES, QUICK_CORES, QUICK_CHI, QUICK_ALONE = (2.3, 2.6, 3.0, 3.8, 4.8, 6.5), (2.6, 3.0, 3.8, 4.8), 16, (2.6, 4.8)
+# The part of the table that says most for its time: integers at all sizes, with cores of each χ and cores alone at these.
+QUICK_CORES = {8: (3.0, 4.8), 16: (2.6, 3.0, 3.8, 4.8), 32: (3.0, 4.8), 64: (3.0, 4.8)}
+QUICK_ALONE = (2.6, 4.8)
 # What the header of a row's file may say more than the source's own, in bytes.
 PROVENANCE = 512
 # Name of the family: whether factors are balanced, and how the cores are fitted.
@@ -143,12 +144,11 @@ def filling(linear: LinearSpec, balanced: bool, bits: float) -> Term:
 
 def planned_rows(quick: bool) -> Iterator[tuple[str, float, int]]:
     """Family, size and χ of every row of the table: what says most for its time comes first."""
-    sizes = QUICK_SIZES if quick else SIZES
-    for size in sizes:
+    for size in SIZES:
         for family in METHODS:
             yield family, size, 0
-    for chi in (QUICK_CHI,) if quick else CHIS:
-        for size in QUICK_CORES if quick else SIZES:
+    for chi in CHIS:
+        for size in QUICK_CORES[chi] if quick else SIZES:
             for family in METHODS:
                 yield family, size, chi
     for size in QUICK_ALONE if quick else SIZES:

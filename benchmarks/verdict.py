@@ -58,7 +58,7 @@ def where_cores_help(rows: list[Entry]) -> str:
                 chi: found[family, size, chi] / found[family, size, 0] for chi in chis if (family, size, chi) in found
             }
             best[size] = min(ratios.values())
-            cells = (f"{ratios[chi]:.2f}" if chi in ratios else "does not fit" for chi in chis)
+            cells = (f"{ratios[chi]:.2f}" if chi in ratios else "–" for chi in chis)
             lines.append(f"| {size} | " + " | ".join(cells) + " |")
         lines += ["", f"{family.capitalize()}: {sentence(best)}"]
     lines += ["", *cores_alone(found)]

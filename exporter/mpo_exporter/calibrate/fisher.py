@@ -107,7 +107,7 @@ def _add_batch(
         states = [model.embed(ops.ids(windows.tolist()))]
         for block in range(architecture.num_hidden_layers):
             states.append(run(states[-1], block))
-    gradient = _head_gradient(model, squares, states.pop(), generator)
+    gradient = head_gradient(model, squares, states.pop(), generator)
     for block in reversed(range(architecture.num_hidden_layers)):
         x = states.pop().requires_grad_()
         y = run(x, block)
@@ -118,8 +118,13 @@ def _add_batch(
     squares.add(LOOKUP, (gradient * architecture.embedding_multiplier).square())
 
 
-def _head_gradient(model: GraniteModel, squares: Squares, x: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient [B, W, E] of the summed loss at the residual stream x; adds the head's Fisher information."""
+def head_gradient(model: GraniteModel, squares: Squares, x: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient [B, W, E] at the residual stream x of the summed loss of labels drawn from the model itself.
+
+    Args:
+        squares: to which the head's own Fisher information is added.
+        generator: on the device of x.
+    """
     name = EMBEDDING if model.architecture.tie_word_embeddings else HEAD
     flat = x.reshape(-1, x.shape[-1])
     gradients: list[Tensor] = []

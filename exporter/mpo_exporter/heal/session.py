@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.heal.blocks import Stream, block_names
+from mpo_exporter.heal.blocks import Stream, block_names, stream_fisher
 from mpo_exporter.heal.bonds import sort_bonds
 from mpo_exporter.heal.checkpoint import (
     Record,
@@ -41,6 +40,8 @@ TEACHER_SHARE = 0.25
 TIMED_BATCHES = 16
 # Integer cores are rounded onto new grids when bonds are sorted: after this share of the training, which heals that.
 SORT_AT = 0.8
+# Windows that the blocks' outputs are weighed by.
+FISHER_WINDOWS = 32
 # Windows whose activations weigh the bonds.
 SORT_WINDOWS = 16
 MODEL = "model."
@@ -192,31 +193,30 @@ class Session:
         seconds = self._seconds()
         each = None if seconds is None else seconds * self.settings.block_share / blocks
         self.ops.trainables = None
+        felt = stream_fisher(dense, inputs[:FISHER_WINDOWS], self.settings.micro_batch, self.workers.device)
         ours.embed()
         theirs.embed()
         for block in range(blocks):
-            parts = Trainables(self.file, block_names(block, self.names), moving=self.codes)
-            parts.aim(self.source)
+            # Integers stay: trained on one block's output they raised the divergence of the whole model (docs/log.md).
+            parts = Trainables(self.file, block_names(block, self.names), moving=False)
             parts.to(self.workers.device)
             self.ops.trainables, self.ops.chi = parts, None
-            before = theirs.read(slice(0, self.settings.batch))
             theirs.advance(block)
             if block < self.record.blocks:
                 parts.load_state_dict(self.learned, strict=False)
             else:
-                added = float((theirs.read(slice(0, self.settings.batch)) - before).square().mean())
-                self._heal_block(block, parts, ours, theirs, Extent(steps, each), added)
+                self._heal_block(block, parts, ours, theirs, Extent(steps, each), felt[block])
             self.ops.trainables = parts
             ours.advance(block)
         for name in ("healed.states", "dense.states"):
             (here / name).unlink()
 
     def _heal_block(
-        self, block: int, parts: Trainables, ours: Stream, theirs: Stream, extent: Extent, added: float
+        self, block: int, parts: Trainables, ours: Stream, theirs: Stream, extent: Extent, felt: Tensor
     ) -> None:
         settings, device = self.settings, self.workers.device
         trainer = Trainer(BlockStudent(self.model, self.ops, parts, block), parts, settings, self.workers)
-        weight = 1 / (settings.batch * math.prod(ours.states.shape[1:]) * max(added, 1e-30))
+        weight = felt / (2 * settings.batch * ours.states.shape[1])
         begin, step, curve = self.clock.seconds(), 0, list[float]()
         while (done := self.workers.agree(extent.done(step, self.clock.seconds() - begin))) < 1:
             self.place = f"step {step + 1} of block {block}"
@@ -228,7 +228,7 @@ class Session:
             loss, _ = trainer.step(batches, done, None, self.place)
             curve.append(loss)
             step += 1
-            self.progress(f"block {block}", done, f"relative error {loss:.5f}")
+            self.progress(f"block {block}", done, f"expected KL {loss:.5f}")
         self.learned.update({name: tensor.detach() for name, tensor in parts.state_dict().items()})
         self.record.blocks = block + 1
         self.record.block_curves.append(curve)

@@ -106,16 +106,16 @@ class Student(nn.Module):
 
 
 class BlockStudent(nn.Module):
-    """One block and its loss: the mean squared error of its output, over the mean square of what the block adds."""
+    """One block and its loss: the weighted squared error of its output."""
 
     def __init__(self, model: GraniteModel, ops: HealingOps, trainables: Trainables, block: int) -> None:
         super().__init__()
         self.model, self.ops = model, ops
         self.trainables, self.block = trainables, block
 
-    def forward(self, batch: tuple[Tensor, Tensor, float], chi: int | None = None) -> Tensor:
-        """Σ (y − target)² · weight of inputs x [B, S, E]; shape [2]: that, twice."""
+    def forward(self, batch: tuple[Tensor, Tensor, Tensor], chi: int | None = None) -> Tensor:
+        """Σ (y − target)² · weight [E] of inputs x [B, S, E]; shape [2]: that, twice."""
         x, target, weight = batch
         self.ops.trainables, self.ops.chi = self.trainables, chi
-        loss = (run_block(self.model, x, self.block) - target).square().sum() * weight
+        loss = ((run_block(self.model, x, self.block) - target).square() * weight).sum()
         return torch.stack((loss, loss.detach()))
