@@ -41,7 +41,7 @@ TIMED_BATCHES = 16
 # Integer cores are rounded onto new grids when bonds are sorted: after this share of the training, which heals that.
 SORT_AT = 0.8
 # Windows that the blocks' outputs are weighed by.
-FISHER_WINDOWS = 32
+FISHER_WINDOWS = 8
 # Windows whose activations weigh the bonds.
 SORT_WINDOWS = 16
 MODEL = "model."
