@@ -38,6 +38,8 @@ from mpo_runtime.texts import TokenText
 # Where minutes bound the training, the teacher may take this share of them, and blocks see so many batches of text.
 TEACHER_SHARE = 0.25
 TIMED_BATCHES = 16
+# Seconds that the whole model is trained for at least, where teacher and blocks took all of the time on a busy machine.
+SHORTEST = 1.0
 # Integer cores are rounded onto new grids when bonds are sorted: after this share of the training, which heals that.
 SORT_AT = 0.8
 # Windows that the blocks' outputs are weighed by.
@@ -255,7 +257,8 @@ class Session:
             record.began = self.clock.seconds()
         self.saved = {}
         seconds = self._seconds()
-        extent = Extent(self._whole_steps(), None if seconds is None else seconds - record.began)
+        left = None if seconds is None else max(seconds - record.began, SHORTEST)
+        extent = Extent(self._whole_steps(), left)
         largest = self.file.spec.largest_bond()
         opened = scores.open()
         begin, first = self.clock.seconds(), record.step
