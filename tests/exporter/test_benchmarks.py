@@ -100,7 +100,7 @@ def test_where_cores_help_is_said_from_the_rows() -> None:
              entry("compensated", 8.0, 0, 0.01), entry("compensated", 8.0, 8, 0.0101),
              entry("naive MPO", 2.3, 0, 3.0)]  # fmt: skip
     words = verdict.where_cores_help(table)
-    assert "| 2.3 | 0.50 | 2.00 |" in words and "| 4.8 | 2.00 | does not fit |" in words
+    assert "| 2.3 | 0.50 | 2.00 |" in words and "| 4.8 | 2.00 | – |" in words
     assert "lowers the KL at 2.3 bits; even the best χ raises it at 4.8 bits; the best χ changes it by less" in words
     assert "naive MPO alone: KL 30× at 2.3 bits that of compensated integers; never better." in words
 
