@@ -24,7 +24,6 @@ from mpo_exporter.heal.checkpoint import NAME, load_checkpoint
 from mpo_exporter.heal.run import Healed, heal, out_of_memory
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import fits
-from mpo_exporter.heal.train import Extent
 from mpo_exporter.heal.train import Trainer as RealTrainer
 from mpo_exporter.plan import Options
 from mpo_formats import CheckpointError, ConfigError, LinearSpec, Mpo, MpoFile, OutputError, Quantized
@@ -274,7 +273,6 @@ def test_no_time_left_still_ends(file: Path, teacher: Path, text: Path, tmp_path
     settings = replace(SETTINGS, tokens=None, minutes=1e-5)
     result = healed(file, teacher, text, tmp_path / "healed.mpo", settings=settings)
     assert result.curve and result.minutes < 0.3
-    assert Extent(None, -1.0).done(0, 5.0) == 1.0 and Extent(None, 2.0).done(0, -1.0) == 0.0
 
 
 def test_minutes_bound_the_training(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Extent:
         """The share of the stage that lies behind, given the steps and seconds behind."""
         if self.steps is not None:
             return step / self.steps if self.steps else 1.0
-        return min(max(seconds, 0.0) / self.seconds, 1.0) if self.seconds and self.seconds > 0 else 1.0
+        return min(seconds / self.seconds, 1.0) if self.seconds else 1.0
 
 
 def learning_rate(done: float) -> float:
