@@ -36,7 +36,8 @@ from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.export import export
 from mpo_exporter.plan import Options
 from mpo_exporter.sources import find_source
-from mpo_exporter.survey import Survey, stored_bytes, survey
+from mpo_exporter.survey import Survey, stored_bytes
+from mpo_exporter.surveys import kept_survey
 from mpo_formats import MpoFile, PlanError
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.texts import TokenText
@@ -82,13 +83,12 @@ class Bench:
         return self.kept.path.parent
 
     def survey(self) -> Survey:
-        """The survey of the source, made when it is first wanted."""
+        """The survey of the source, made when it is first wanted, or the one that is kept of it."""
         if self.surveyed is None:
-            start = time.monotonic()
             ids = cut_calibration(self.calibration, self.source.architecture, count=self.windows)
             with tempfile.TemporaryDirectory() as folder:
-                self.surveyed = survey(self.source, Calibration(self.source, ids, Path(folder)))
-            print(f"surveyed the layers in {time.monotonic() - start:.0f} s", flush=True)
+                walk = Calibration(self.source, ids, Path(folder))
+                self.surveyed = kept_survey(self.source, walk, self.calibration, tell=print)
         return self.surveyed
 
     def key(self, *facts: Any) -> str:
