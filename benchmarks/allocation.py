@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from judge import Judge, calibration_tokens, domain_texts
-from machine import describe_machine
+from machine import command_line, describe_machine
 
 from mpo_exporter.budget import default_bytes, file_bytes
 from mpo_exporter.export import export, planned_spec, planner_for
@@ -202,7 +201,7 @@ def main() -> None:
         default = default_row(bench)
     print("\n" + markdown(rows, default))
     if arguments.out:
-        facts = {"date": datetime.date.today().isoformat(), "command": shlex.join(["python", *sys.argv]),
+        facts = {"date": datetime.date.today().isoformat(), "command": command_line(),
                  "machine": asdict(describe_machine()), "kernels": kernels.active(), "rows": rows, **default}  # fmt: skip
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     sys.exit(not (default["holds"] and all(row["holds"] for row in rows)))

@@ -14,16 +14,17 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from machine import command_line, describe_machine
 from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.moments import Calibration, dense_matrix
@@ -217,9 +218,14 @@ def main() -> None:
         return
     result = measure_sizes(arguments) if arguments.sizes else measure_model(arguments)
     if arguments.out:
-        facts = {"date": datetime.date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
-                 "machine": {"processor": platform.processor(), "cores": os.cpu_count(), "numpy": np.__version__,
-                             "threads": os.environ.get("OPENBLAS_NUM_THREADS", "all")}, **result}  # fmt: skip
+        facts = {
+            "date": datetime.date.today().isoformat(),
+            "command": command_line(),
+            "machine": asdict(describe_machine()),
+            "numpy": np.__version__,
+            "threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
+            **result,
+        }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

@@ -18,8 +18,6 @@ import argparse
 import datetime
 import hashlib
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -31,9 +29,9 @@ import numpy as np
 import torch
 from heal_rows import PAPER_BITS, Row, auto, based, of_bytes, of_parameters, planned, smallest
 from judge import DOMAINS, domain_texts, figures
-from machine import describe_machine
+from machine import command_line, describe_machine
 from numpy.typing import NDArray
-from quality import Bench, add_options, open_bench, without_folder
+from quality import Bench, add_options, open_bench
 
 from mpo_exporter.build import Method
 from mpo_exporter.export import export
@@ -252,7 +250,7 @@ def save(arguments: argparse.Namespace, bench: Bench, text: TokenText, rows: lis
     """Writes the rows and what they were measured with."""
     facts = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python healing.py {shlex.join(map(without_folder, sys.argv[1:]))}".strip(),
+        "command": command_line(),
         "machine": asdict(describe_machine()),
         "torch": torch.__version__,
         "source_sha256": bench.source.sha256(),

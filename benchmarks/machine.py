@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -30,6 +32,11 @@ class Machine:
     system: str
     python: str
     commit: str
+
+
+def command_line() -> str:
+    """The command that is running, for its results: paths are shortened to their names, which say nothing of the machine."""
+    return shlex.join(["python", *(Path(word).name if "/" in word else word for word in sys.argv)])
 
 
 def describe_machine() -> Machine:

@@ -18,8 +18,6 @@ import argparse
 import datetime
 import hashlib
 import json
-import shlex
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from judge import DOMAINS, Judge, calibration_tokens, domain_texts
-from machine import describe_machine
+from machine import command_line, describe_machine
 from rows import Row, make_row, planned_rows, vector_bytes
 from verdict import divergence, markdown, plot, where_cores_help
 
@@ -159,17 +157,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="the JSON to write")
 
 
-def without_folder(word: str) -> str:
-    """A word of the command line, a path shortened to its name: results say nothing of the machine's folders."""
-    return Path(word).name if "/" in word else word
-
-
 def write_results(arguments: argparse.Namespace, bench: Bench, rows: list[dict[str, Any]], **more: Any) -> None:
     """Writes the rows and what they were measured with."""
     texts = {name: {"sha256": text.sha256, "tokens": int(text.ids.size)} for name, text in bench.judge.texts.items()}
     facts = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python {Path(sys.argv[0]).name} {shlex.join(map(without_folder, sys.argv[1:]))}".strip(),
+        "command": command_line(),
         "machine": asdict(describe_machine()),
         "source_sha256": bench.source.sha256(),
         "parameters": bench.source.architecture.parameters(),
