@@ -244,7 +244,7 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
-    kv_type: str = "f32",
+    kv_type: str = "auto",
     activations: str = "int8",
     verify: bool = False,
 ) -> Model:
@@ -257,7 +257,8 @@ def load(
         backend: `native`, `reference`, or `auto`: native on a CPU where its kernels were built.
         threads: CPU threads; all cores where None.
         context: tokens of the KV cache; what the model was made for, at most 4,096, where None.
-        kv_type: what the KV cache is stored in: f32, f16, bf16, or with the native backend int8.
+        kv_type: what the KV cache is stored in: f32, f16, bf16, or with the native backend int8. `auto` is f16 where the
+            native backend rounds activations (int8, and integer weights), which loses far more, and f32 elsewhere.
         activations: what the native backend multiplies integer weights with: `int8` or `float`.
         verify: checks the file's checksums first.
 
@@ -281,7 +282,7 @@ def load_network(
     device: str = "cpu",
     backend: str = "auto",
     threads: int | None = None,
-    kv_type: str = "f32",
+    kv_type: str = "auto",
     activations: str = "int8",
 ) -> GraniteModel:
     """Loads the weights into a backend and returns the model over it; the options are those of `load`.
@@ -301,14 +302,21 @@ def load_network(
 
         kernels.instruction_set()
         kernels.set_threads(checked_threads(threads))
+        if kv_type == "auto":
+            kv_type = "f16" if activations == "int8" and has_integers(weights) else "f32"
         ops = NativeOps(weights, chi=chi, kv_type=kv_type, activations=activations)
     else:
         from mpo_runtime.backends.reference import ReferenceOps
 
         set_threads(threads)
         check_device(device)
-        ops = ReferenceOps(weights, chi=chi, device=device, kv_type=kv_type)
+        ops = ReferenceOps(weights, chi=chi, device=device, kv_type="f32" if kv_type == "auto" else kv_type)
     return GraniteModel(weights.spec.architecture, ops)
+
+
+def has_integers(weights: Weights) -> bool:
+    """Whether any layer has integer weights."""
+    return any(term.kind == "quantized" for linear in weights.spec.linears for term in linear.terms)
 
 
 def checked_threads(threads: int | None) -> int | None:

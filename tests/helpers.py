@@ -138,8 +138,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def network(path: Path, **options: Any) -> GraniteModel:
-    """The reference backend's model of a folder or file."""
-    return load_network(open_weights(path), **{"backend": "reference", **options})
+    """The reference backend's model of a folder or file; whatever the backend, the KV cache is in float32."""
+    return load_network(open_weights(path), **{"backend": "reference", "kv_type": "f32", **options})
 
 
 def forward(model: GraniteModel, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:

@@ -32,7 +32,9 @@ Context = Annotated[
 KvType = Annotated[
     str,
     typer.Option(
-        "--kv-type", envvar="MPO_KV_TYPE", help="What the KV cache is stored in: f32, f16, bf16, or int8 (native)."
+        "--kv-type",
+        envvar="MPO_KV_TYPE",
+        help="What the KV cache is stored in: f32, f16, bf16, int8 (native); auto: f16 with --activations int8.",
     ),
 ]
 Threads = Annotated[
@@ -88,7 +90,7 @@ class Loading:
 
     chi: Chi = None
     context: Context = None
-    kv_type: KvType = "f32"
+    kv_type: KvType = "auto"
     threads: Threads = None
     device: Device = "cpu"
     backend: Backend = "auto"

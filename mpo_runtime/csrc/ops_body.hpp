@@ -19,6 +19,7 @@ template <class X>
 struct OpsBody {
   using F = typename X::Floats;
   static constexpr std::size_t kLanes = X::kLanes;
+  static constexpr float kLargestHalf = 65504.0f;
 
   // exp(x) to about 2e-7 relative: 2^n times a polynomial of degree 6 on |r| <= ln 2 / 2 (coefficients of Cephes' expf).
   // Below -87 it is 0, above 88 it stays at exp(88).
@@ -99,9 +100,13 @@ struct OpsBody {
     switch (type) {
       case KvType::f32: std::memcpy(to, x, size * 4); return;
       case KvType::f16:
-        for (; i + kLanes <= size; i += kLanes) X::store_halves(to + 2 * i, X::load(x + i));
+        // Beyond the range of half precision the largest half is stored: one infinity would make attention give NaN.
+        for (; i + kLanes <= size; i += kLanes) {
+          const F value = X::smaller(X::load(x + i), X::broadcast(kLargestHalf));
+          X::store_halves(to + 2 * i, X::larger(value, X::broadcast(-kLargestHalf)));
+        }
         for (; i < size; ++i) {
-          const std::uint16_t bits = float_to_half(x[i]);
+          const std::uint16_t bits = float_to_half(x[i] > kLargestHalf ? kLargestHalf : x[i] < -kLargestHalf ? -kLargestHalf : x[i]);
           std::memcpy(to + 2 * i, &bits, 2);
         }
         return;

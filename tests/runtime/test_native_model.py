@@ -75,7 +75,7 @@ def windows(path: Path, count: int) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_int8_activations_stay_close(files: dict[str, Path], plan: str) -> None:
-    ours = network(files[plan], backend="native")
+    ours = network(files[plan], backend="native", kv_type="auto")
     result = compare(ours, network(files[plan]), windows(files[plan], 1000), 250)
     assert -1e-6 < result.kl_mean < 1e-3
     assert result.same_top1 >= 0.98
@@ -84,7 +84,7 @@ def test_int8_activations_stay_close(files: dict[str, Path], plan: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("plan", PLANS)
 def test_int8_activations_stay_close_over_ten_thousand_tokens(files: dict[str, Path], plan: str) -> None:
-    ours = network(files[plan], backend="native")
+    ours = network(files[plan], backend="native", kv_type="auto")
     result = compare(ours, network(files[plan]), windows(files[plan], 10_000), 500)
     assert result.kl_mean < 1e-3
     assert result.same_top1 >= 0.99
@@ -148,6 +148,22 @@ def test_the_cache_is_stored_as_asked(odd: Path, kv_type: str, tolerance: float)
     assert 0 < difference < tolerance
     sizes: list[Any] = [model.ops.new_cache(model.architecture, 1, 32) for model in (ours, exact)]
     assert sizes[0].nbytes < sizes[1].nbytes
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "expected"),
+    [
+        ("auto", {"backend": "native"}, "f16"),
+        ("auto", {"backend": "native", "activations": "float"}, "f32"),
+        ("auto", {"backend": "reference"}, "f32"),
+        ("dense", {"backend": "native"}, "f32"),
+    ],
+)
+def test_what_the_cache_is_stored_in_where_nothing_is_said(
+    files: dict[str, Path], plan: str, options: dict[str, Any], expected: str
+) -> None:
+    chosen, said = (load_network(open_weights(files[plan]), **options, **more) for more in ({}, {"kv_type": expected}))
+    assert chosen.ops.kv_type == said.ops.kv_type
 
 
 def test_any_number_of_threads_and_of_callers(files: dict[str, Path]) -> None:

@@ -156,6 +156,18 @@ def test_rope_and_attention(
 
 
 @levels
+@pytest.mark.parametrize("size", [2, 16, 40])
+def test_a_half_precision_cache_holds_its_largest_value_in_the_place_of_an_infinity(isa: str, size: int) -> None:
+    spec = model({}, num_attention_heads=1, num_key_value_heads=1, head_dim=size)
+    ours = NativeOps(Held(spec, arrays(spec)), kv_type="f16")
+    cache = ours.new_cache(spec.architecture, 1, 4)
+    q, k, v = (np.full((1, 1, size), value, np.float32) for value in (1e-6, 1e30, -1e6))
+    with level(isa):
+        found = ours.attention(ours.rope_and_append(q, k, v, cache, 0), cache, 0, 1.0)
+    np.testing.assert_array_equal(found, np.full_like(found, -65504))
+
+
+@levels
 @pytest.mark.parametrize("threads", [1, 3])
 def test_long_contexts_are_split_over_positions(isa: str, threads: int) -> None:
     spec = model({}, num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096)
