@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from quality import Bench
+from rows import allocated as beside_cores
 
 from mpo_exporter.allocate import Candidate
 from mpo_exporter.budget import allocated_layers, file_bytes
@@ -150,6 +151,16 @@ def whole_bytes(spec: ModelSpec, linears: Linears) -> int:
 def auto(bits: float) -> Callable[[Bench], Linears]:
     """Widths by layer in a file of at most `bits` a weight, everything included."""
     return lambda bench: allocated(bench, bench.survey().candidates, bits)
+
+
+def cored(bits: float, chi: int) -> Callable[[Bench], Linears]:
+    """The same with int8 cores of χ beside every matrix, widths allocated for the bytes that are left."""
+
+    def layers(bench: Bench) -> Linears:
+        spec = bench.source.spec
+        return beside_cores(spec, bench.survey(), int(bits * spec.architecture.parameters() / 8), chi)
+
+    return layers
 
 
 def smallest(bits: float) -> Callable[[Bench], Linears]:

@@ -27,7 +27,7 @@ from typing import Any
 import heal_cost
 import numpy as np
 import torch
-from heal_rows import PAPER_BITS, Row, auto, based, of_bytes, of_parameters, planned, smallest
+from heal_rows import PAPER_BITS, Row, auto, based, cored, of_bytes, of_parameters, planned, smallest
 from judge import DOMAINS, domain_texts, figures
 from machine import command_line, describe_machine
 from numpy.typing import NDArray
@@ -58,6 +58,8 @@ def table_rows() -> Iterator[Row]:
     """The rows of the README's table."""
     for bits in (4.25, 3.3, 3.0, 2.5):
         yield Row(f"auto, {bits} bits", auto(bits))
+    yield Row("auto, 3.0 bits, cores of χ = 8 among them", cored(3.0, 8))
+    yield Row("auto, 2.5 bits, cores of χ = 4 among them", cored(2.5, 4))
     yield Row("integers and int4 cores, 2.0 bits", smallest(2.0))
     yield Row("paper, 30 % of the parameters", of_parameters(0.3, balanced=True))
     yield Row("whitened SVD, 30 % of the parameters", of_parameters(0.3, balanced=False), SVD)
