@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def filtered(path: Path, domain: str, folder: Path) -> Path:
 def cut_text(source: Checkpoint, path: Path, tokens: int | None) -> TokenText:
     """The first tokens of a text."""
     text = read_tokens(path, *read_text_files(source))
-    return text if tokens is None else replace(text, ids=text.ids[:tokens])
+    return text if tokens is None else text.first(tokens)
 
 
 def calibration_tokens(source: Checkpoint, path: Path | None, domain: str | None) -> TokenText:

@@ -1,17 +1,17 @@
-"""Reads evaluation and calibration text: plain text, JSONL with `text` or `messages`, or a file of token ids."""
+"""Reads evaluation and calibration text: plain text, JSONL with text or messages, or a file of token ids."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_formats import ConfigError
+from mpo_formats import ConfigError, MpoError
 from mpo_runtime.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.text_rows import parse_row
 from mpo_runtime.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|end_of_text|>"
@@ -21,20 +21,27 @@ BUILT_IN_TEXT = Path(__file__).parent / "data" / "evaluation.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class TokenText:
-    """A tokenised text: its ids, the UTF-8 bytes of its content, a name and a digest of the source."""
+    """A tokenised text: its ids, the UTF-8 bytes of its content (0: not known), a name and a digest of the source."""
 
     name: str
     ids: NDArray[np.int64]
     content_bytes: int
     sha256: str
 
+    def first(self, count: int) -> TokenText:
+        """The first `count` tokens; how many bytes they stand for is not known where that leaves some out."""
+        if count >= self.ids.size:
+            return self
+        return replace(self, ids=self.ids[:count], content_bytes=0)
+
 
 def read_tokens(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> TokenText:
     """Tokenises a text file as a whole.
 
     `.txt` and others are plain UTF-8, with documents separated by a line `<|end_of_text|>` where there is one; each
-    document ends with the model's end-of-text token. `.jsonl` rows hold `text`, or `messages` that the model's chat
-    template renders; without a template their contents are joined as lines of plain text. `.u16` and `.npy` are token ids.
+    document ends with the model's end-of-text token. `.jsonl` rows hold `text`, or messages in one of
+    the layouts of mpo_runtime.text_rows, which the model's chat template renders; without a template their contents are
+    joined as lines of plain text. `.u16` and `.npy` are token ids.
 
     Raises:
         ConfigError: naming the file and line that cannot be read.
@@ -55,7 +62,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate 
     if tokenizer is None:
         raise ConfigError(f"{path}: the model has no tokenizer; give token ids as .u16 or .npy")
     try:
-        text = raw.decode("utf-8").replace("\r\n", "\n")
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
     if path.suffix == ".jsonl":
@@ -92,16 +99,13 @@ def _text_tokens(text: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
 def _row_tokens(
     line: str, number: int, path: Path, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> tuple[list[int], int]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise ConfigError(f"{path}: line {number} is not JSON; expected one object a line") from None
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return _text_tokens(row["text"], tokenizer)
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ConfigError(f"{path}: line {number}: expected a text under `text`, or a list of objects under `messages`")
+    row = parse_row(line, f"{path}: line {number}")
+    if isinstance(row, str):
+        return _text_tokens(row, tokenizer)
     if template is None:
-        return _text_tokens("\n".join(str(message.get("content", "")) for message in messages), tokenizer)
-    size = sum(len(str(message.get("content", "")).encode()) for message in messages)
-    return encode_chat(template, tokenizer, messages, add_generation_prompt=False), size
+        return _text_tokens("\n".join(message["content"] for message in row), tokenizer)
+    size = sum(len(message["content"].encode()) for message in row)
+    try:
+        return encode_chat(template, tokenizer, row, add_generation_prompt=False), size
+    except MpoError as error:  # a template may refuse roles or their order
+        raise ConfigError(f"{path}: line {number}: {error}") from None

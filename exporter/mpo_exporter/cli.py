@@ -82,7 +82,7 @@ def export(
     run_export(
         model, plan, chi, cores, out, force, text, measure_tokens, tuple(certify_chi or ()), device, threads,
         calib=calib, calib_windows=calib_windows, asked=asked, report=report,
-        heal=heal_settings(heal, heal_tokens, heal_epochs, heal_minutes), heal_text=heal_text,
+        heal=heal_settings(heal, heal_tokens, heal_epochs, heal_minutes, heal_text), heal_text=heal_text,
     )  # fmt: skip
 
 

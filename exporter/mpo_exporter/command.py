@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT, calibration_text
 from mpo_exporter.export import Result, export, planned_spec, planner_for
-from mpo_exporter.heal.exported import check_healing, heal_exported
+from mpo_exporter.heal.exported import check_healing, facts_to_come, heal_exported
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.plan import Options
 from mpo_exporter.plans.asked import Asked
@@ -83,10 +82,14 @@ def run_export(
                 source.folder, target, options, force=force or number > 0, revision=source.revision, text=held_out,
                 prefixes=prefixes, device=device, progress=recorder.progress, watch=recorder.watch if report else None,
                 calibration=calibration, windows=calib_windows, tell=tell,
+                later=facts_to_come(heal, heal_text) if heal else None,
             )  # fmt: skip
         if not misses(result, options, number + 1 < MOST_EXPORTS):
             break
-    healed = heal_exported(target, source.folder, heal, heal_text, held_out, device) if heal else None
+    healed = None
+    if heal:
+        before = result.comparison.kl_mean if result.comparison else None
+        healed = heal_exported(target, source.folder, heal, heal_text, held_out, device, before)
     if report is None:
         print_report(result, held_out, reason, healed)
         return result
@@ -198,6 +201,4 @@ def held_out_text(folder: Path, text: Path | None, tokens: int | None) -> tuple[
     budget = min(int(MEASURE_BUDGET / parameters), MOST_TOKENS) if tokens is None else tokens
     if tokens is None and budget < LEAST_TOKENS:
         return None, "the model is large for this machine; give --measure-tokens N to measure all the same"
-    if budget >= whole.ids.size:
-        return whole, ""
-    return replace(whole, ids=whole.ids[:budget]), ""
+    return whole.first(budget), ""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,21 @@ def prepare_healing_data(model: GraniteSource, text: str | Path | None = None, m
     return first_tokens(model, data_folder() / "healing.jsonl" if text is None else Path(text), max_tokens)
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises ConfigError for a value that is not a whole number of at least `least`."""
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}: expected a whole number of at least {least}, found {value!r}")
+
+
 def first_tokens(model: GraniteSource, path: Path, count: int) -> TokenText:
     """The first `count` tokens of a text in the model's vocabulary."""
-    if count < 2:
-        raise ConfigError(f"max_tokens: expected at least 2, found {count}")
+    check_count("max_tokens", count, least=2)
     checkpoint = Checkpoint(model.folder)
     try:
         whole = read_tokens(path, *read_text_files(checkpoint))
     finally:
         checkpoint.close()
-    return replace(whole, ids=whole.ids[:count])
+    return whole.first(count)
 
 
 class LayerSensitivityProfiler:
@@ -107,8 +112,7 @@ class LayerSensitivityProfiler:
     """
 
     def __init__(self, model: GraniteSource, validation: TokenText, bond_dimension: int = 32) -> None:
-        if bond_dimension < 1:
-            raise ConfigError(f"bond_dimension: expected at least 1, found {bond_dimension}")
+        check_count("bond_dimension", bond_dimension)
         self.model, self.validation, self.bond_dimension = model, validation, bond_dimension
         self._profile: list[LayerSensitivity] | None = None
 
@@ -116,7 +120,7 @@ class LayerSensitivityProfiler:
         """All layers, the least sensitive first; measured once."""
         if self._profile is None:
             self._profile = profile_layers(self.model.folder, self.validation, tensorized(self.bond_dimension))
-        return self._profile
+        return list(self._profile)
 
     def get_compression_candidates(self, top_k: int = 10) -> list[LayerSensitivity]:
         """The `top_k` layers whose compression hurts least.
@@ -124,8 +128,7 @@ class LayerSensitivityProfiler:
         Raises:
             ConfigError: for a `top_k` below one.
         """
-        if top_k < 1:
-            raise ConfigError(f"top_k: expected at least 1, found {top_k}")
+        check_count("top_k", top_k)
         return self.profile()[:top_k]
 
 
@@ -155,8 +158,7 @@ class CompactifAICompressor:
     """
 
     def __init__(self, bond_dimension: int = 32, compression_ratio: float = 0.3) -> None:
-        if bond_dimension < 1:
-            raise ConfigError(f"bond_dimension: expected at least 1, found {bond_dimension}")
+        check_count("bond_dimension", bond_dimension)
         if not 0 < compression_ratio <= 1:
             raise ConfigError(f"compression_ratio: expected more than 0 and at most 1, found {compression_ratio}")
         self.bond_dimension, self.compression_ratio = bond_dimension, compression_ratio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mpo_exporter.plan import Options
 from mpo_exporter.plans.make import Planner
 from mpo_exporter.plans.predict import remember, within_kl
 from mpo_exporter.progress import Progress, silent
+from mpo_exporter.sources import require_finite_weights
 from mpo_exporter.survey import Survey
 from mpo_formats import (
     Certificate,
@@ -71,6 +73,7 @@ def export(
     surveyed: Survey | None = None,
     tell: Tell = untold,
     watch: Watch | None = None,
+    later: Mapping[str, str] | None = None,
 ) -> Result:
     """Exports the Hugging Face folder `folder` to the file `target`.
 
@@ -83,6 +86,7 @@ def export(
         method: how terms are fitted to the activations.
         surveyed: a survey of this source, in the place of the kept or a new one where the plan needs one.
         tell, watch: called with a sentence on what measurements were found, stale or made; told of every layer's fit.
+        later: as in `planned_spec`.
 
     Raises:
         MpoError: for a damaged source, a plan that cannot be carried out, or a target that cannot be written.
@@ -91,7 +95,7 @@ def export(
     try:
         require_folder(target)
         planner = planner_for(source, calibration, windows, target.parent, surveyed, progress, tell)
-        spec = planned_spec(planner, options, revision, layers)
+        spec = planned_spec(planner, options, revision, layers, later)
         comparison: list[Comparison] = []
 
         def measure(path: Path) -> Certificates:
@@ -134,6 +138,7 @@ def planner_for(
     """What plans of a source are made from; activations are spilled to `folder`."""
     walk = None
     if calibration is not None:
+        require_finite_weights(source, source.folder.name)
         walk = Calibration(source, cut_calibration(calibration, source.architecture, count=windows), folder)
     return Planner(source, calibration, walk, progress, tell, surveyed)
 
@@ -143,11 +148,18 @@ def planned_spec(
     options: Options,
     revision: str | None,
     layers: tuple[LinearSpec, ...] | None = None,
+    later: Mapping[str, str] | None = None,
 ) -> ModelSpec:
-    """The spec of the file to write, complete before anything is fitted; `layers` take the place of the plan's."""
+    """The spec of the file to write, complete before anything is fitted; `layers` take the place of the plan's.
+
+    Args:
+        later: what a later stage will add to the provenance: a target in bytes leaves room for it.
+    """
     spec = file_spec(planner.source, options, revision, planner.text)
-    planned = planner.layers(spec, within_kl(planner, options)) if layers is None else layers
-    return replace(spec, linears=planned)
+    if layers is None:
+        longest = replace(spec.provenance, options={**spec.provenance.options, **(later or {})})
+        layers = planner.layers(replace(spec, provenance=longest), within_kl(planner, options))
+    return replace(spec, linears=layers)
 
 
 def method_of(options: Options) -> Method:

@@ -6,8 +6,12 @@ import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mpo_formats import CheckpointError
+from mpo_formats.packing import first_not_finite
 from mpo_runtime.hub import cached_folder
+from mpo_runtime.weights import Weights
 
 ALIASES = {
     "granite": "ibm-granite/granite-3.3-8b-instruct",
@@ -22,6 +26,19 @@ class Source:
     folder: Path
     name: str
     revision: str | None
+
+
+def require_finite_weights(source: Weights, name: str) -> None:
+    """Raises CheckpointError naming the first tensor of a dense model that holds a NaN or an infinity."""
+    tensors = [f"{linear.name}.0.weight" for linear in source.spec.linears]
+    tensors += [f"{linear.name}.bias" for linear in source.spec.linears if linear.bias]
+    for tensor in (*tensors, *(f"{vector.name}.weight" for vector in source.spec.vectors)):
+        array = source.array(tensor)
+        index = first_not_finite(array, source.dtype(tensor))
+        if index is not None:
+            place = ", ".join(str(int(axis)) for axis in np.unravel_index(index, array.shape))
+            raise CheckpointError(f"{name}: {tensor.replace('.0.weight', '.weight')} is not finite at [{place}]; "
+                                  "get the model again, or repair that tensor")  # fmt: skip
 
 
 def data_folder() -> Path:

@@ -45,7 +45,7 @@ def certified_tokens(weights: MpoFile, quality: Quality, path: Path) -> TokenTex
     if tokens.sha256 != quality.text_sha256:
         raise ConfigError(f"{path}: is not the text of the certificate ({quality.text}, SHA-256 "
                           f"{quality.text_sha256[:12]}…); give that one with --text")  # fmt: skip
-    return TokenText(tokens.name, tokens.ids[: quality.tokens], tokens.content_bytes, tokens.sha256)
+    return tokens.first(quality.tokens)
 
 
 def measure_again(

@@ -52,11 +52,11 @@ def test_the_demo_model_loads_with_its_texts() -> None:
 
 
 def test_bad_arguments_are_named(model: GraniteSource, text: TokenText) -> None:
-    with pytest.raises(ConfigError, match="bond_dimension: expected at least 1, found 0"):
+    with pytest.raises(ConfigError, match="bond_dimension: expected a whole number of at least 1, found 0"):
         CompactifAICompressor(bond_dimension=0)
     with pytest.raises(ConfigError, match=r"compression_ratio: expected more than 0 and at most 1, found 1\.5"):
         CompactifAICompressor(compression_ratio=1.5)
-    with pytest.raises(ConfigError, match="top_k: expected at least 1"):
+    with pytest.raises(ConfigError, match="top_k: expected a whole number of at least 1"):
         LayerSensitivityProfiler(model, text).get_compression_candidates(top_k=0)
     with pytest.raises(ConfigError, match="max_tokens"):
         prepare_validation_data(load_granite_model("demo"), max_tokens=1)

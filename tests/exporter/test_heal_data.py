@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpo_exporter.heal.data import HealingText, pack_windows, read_healing_text, recognise
+from mpo_exporter.heal.data import HealingText, pack_windows, read_healing_text
 from mpo_exporter.sources import embedded_model
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.chat_template import ChatTemplate
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
+from mpo_runtime.text_rows import recognise
 from mpo_runtime.texts import read_tokens
 from mpo_runtime.tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ def test_unknown_layouts_are_named_by_line(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n' + json.dumps(row) + "\n")
-    with pytest.raises(ConfigError, match=r"rows\.jsonl: line 2: expected `text`, `messages`"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: line 2: expected an object with `text`, `messages`"):
         read_healing_text(path, *embedded[:2])
 
 

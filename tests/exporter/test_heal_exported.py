@@ -81,6 +81,37 @@ def test_a_failed_healing_leaves_the_exported_file(
         assert file.certificates().entries
 
 
+def test_a_healing_that_does_not_help_leaves_the_exported_file(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model.mpo"
+    with monkeypatch.context() as patch:
+        faster = Settings(tokens=2000).faster(1000)
+        patch.setattr("mpo_exporter.heal.exported.Settings", lambda **given: faster)
+        code, printed, _ = command("--heal-tokens", "2k", "--out", str(target))
+    assert code == 0 and "stays as it was" in printed and "healed on" not in printed
+    assert list(tmp_path.iterdir()) == [target]
+    with MpoFile(target, verify=True) as file:
+        assert "healed_tokens" not in file.spec.provenance.options
+        [entry] = file.certificates().entries
+        assert f"healing raised the KL from {entry.quality.kl_mean:.4g} to" in printed
+
+
+def test_a_target_leaves_room_for_what_healing_records(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, room = tmp_path / "model.mpo", 60_000
+    words = ["--target-size", str(room), "--calib", str(text), "--measure-tokens", "0", "--out", str(target)]
+    monkeypatch.setattr(
+        sys, "argv", ["mpo-export", str(model), *words, "--heal-text", str(text), "--heal-tokens", "300"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code and 0.98 * room < target.stat().st_size <= room
+    with MpoFile(target) as file:
+        assert "healed_tokens" in file.spec.provenance.options
+
+
 def test_a_begun_healing_of_another_file_does_not_matter(command: Command, tmp_path: Path) -> None:
     target = tmp_path / "model.mpo"
     assert command("--heal-tokens", "300", "--out", str(target))[0] == 0
@@ -129,3 +160,4 @@ def test_a_bound_implies_healing() -> None:
     assert heal_settings(False, "500k", None, None) == Settings(tokens=500_000)
     assert heal_settings(False, None, 2.0, None) == heal_settings(True, None, 2.0, None) == Settings(epochs=2.0)
     assert heal_settings(False, None, None, 20) == Settings(minutes=20)
+    assert heal_settings(False, None, None, None, Path("text.txt")) == Settings()

@@ -54,6 +54,36 @@ def test_rows_of_text(tmp_path: Path) -> None:
     assert text.content_bytes == sum(len(row.encode()) for row in rows)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in (("one.txt", "a"), ("rows.jsonl", '{"text": "a"}')):
+        text = read_tokens(written(tmp_path, name, "\ufeff" + content), TOKENIZER, None)
+        assert text.ids.tolist() == [*plain("a"), EOS]
+
+
+def test_the_first_tokens_of_a_text(tmp_path: Path) -> None:
+    text = read_tokens(written(tmp_path, "one.txt", "abc"), TOKENIZER, None)
+    assert text.first(4) is text and text.content_bytes == 3
+    cut = text.first(2)
+    assert (cut.ids.tolist(), cut.content_bytes, cut.sha256) == (plain("ab"), 0, text.sha256)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Höre"}]},
+        {"instruction": "Hi", "output": "Höre"},
+        {"data": ["Hi", "Höre"]},
+    ],
+)
+def test_chats_of_other_layouts_are_the_same_messages(tmp_path: Path, row: dict[str, object]) -> None:
+    same = [
+        written(tmp_path, "a.jsonl", json.dumps(row)),
+        written(tmp_path, "b.jsonl", json.dumps({"messages": MESSAGES})),
+    ]
+    first, second = (read_tokens(path, TOKENIZER, TEMPLATE) for path in same)
+    assert first.ids.tolist() == second.ids.tolist() and first.content_bytes == second.content_bytes
+
+
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Höre"}]
 
 
@@ -83,15 +113,17 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("bad.txt", b"abc\xff", "not UTF-8 at byte 3; convert it first"),
     ("bad.jsonl", '{"text": "a"}\n{"text"', "line 2 is not JSON; expected one object a line"),
-    ("bad.jsonl", '{"text": 3}', "line 1: expected a text under `text`"),
-    ("bad.jsonl", '["text"]', "line 1: expected a text under `text`"),
-    ("bad.jsonl", '{"messages": ["hello"]}', "or a list of objects under `messages`"),
+    ("bad.jsonl", '{"text": 3}', "line 1: expected an object with `text`"),
+    ("bad.jsonl", '["text"]', "line 1: expected an object with `text`"),
+    ("bad.jsonl", '{"messages": ["hello"]}', "`messages` "),
+    ("bad.jsonl", '{"messages": [{"role": "user", "content": null}]}', "all of them strings"),
+    ("bad.jsonl", "[" * 100_000, "line 1 is not JSON"),
     ("bad.u16", b"abc", "3 bytes, expected two for each token id"),
     ("bad.npy", b"not an array", "not a .npy file of numbers"),
     ("bad.npy", b"", "not a .npy file of numbers"),
     ("bad.txt", "\n  \n", "holds no text"),
     ("bad.jsonl", "\n\n", "holds no text"),
-], ids=["utf-8", "json", "number", "list", "messages", "odd", "npy", "empty npy", "blank", "no rows"])  # fmt: skip
+], ids=["utf-8", "json", "number", "list", "messages", "null", "deep", "odd", "npy", "empty", "blank", "no rows"])  # fmt: skip
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
     path = written(tmp_path, name, content)
     with pytest.raises(ConfigError, match=words) as error:

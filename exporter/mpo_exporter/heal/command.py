@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -53,7 +55,8 @@ def run_heal(
             begun = ((work or work_folder(target)) / NAME).exists()
             going_on = "; going on from the last checkpoint" if begun else ""
             print(f"healing {file} by {source.name} into {target}{going_on}", flush=True)
-        with shown("heal") if workers.first else nullcontext(silent) as update:
+        showing = shown("heal") if workers.first else nullcontext(silent)
+        with telling_of_checkpoints(work or work_folder(target)), showing as update:
             result = heal(
                 file, source.folder, target, settings, text=text, held_out=held_out, force=force, work=work,
                 workers=workers, progress=update,
@@ -62,6 +65,17 @@ def run_heal(
             before = measured_before(file, source.folder, held_out, workers.device)
             print_healed(result, before, held_out, reason)
     return result
+
+
+@contextmanager
+def telling_of_checkpoints(folder: Path) -> Iterator[None]:
+    """Says, where the user stops a healing, that it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (folder / NAME).exists():
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        raise
 
 
 def measured_before(file: Path, teacher: Path, text: TokenText | None, device: str) -> Comparison | None:
@@ -97,6 +111,10 @@ def print_healed(result: Healed, before: Comparison | None, text: TokenText | No
         console.print(table)
         console.print(f"measured on the first {text.ids.size:,} tokens of {text.name}, held-out text; "
                       "nothing was trained on it", highlight=False)  # fmt: skip
+        if after.kl_mean > before.kl_mean:
+            console.print(
+                "healing made this file worse: heal longer, or with lower rates (--rate 0.3)", highlight=False
+            )
     else:
         console.print(f"quality was not measured: {reason}", highlight=False)
     console.print(f"trained on {result.tokens:,} tokens in {result.minutes:.1f} minutes", highlight=False)

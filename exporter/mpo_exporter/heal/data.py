@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,20 +13,11 @@ from numpy.typing import NDArray
 from mpo_exporter.sources import data_folder
 from mpo_formats import Architecture, ConfigError, MpoError
 from mpo_runtime.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.text_rows import Message, parse_row
 from mpo_runtime.texts import TokenText, read_tokens
 from mpo_runtime.tokenizer import Tokenizer
 
-Message = dict[str, str]
 WINDOW = 256
-# The names that data sets have for roles.
-ROLES = {
-    "human": "user", "user": "user", "prompter": "user",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "system": "system",
-}  # fmt: skip
-LAYOUTS = (
-    "`text`, `messages` (role, content), `conversations` (from, value), `data` (turns), or `instruction` and `output`"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +30,11 @@ class HealingText:
     sha256: str
 
 
+def embedded_or(path: Path | None) -> Path:
+    """The path of a healing text, the embedded one where there is none."""
+    return path or data_folder() / "healing.jsonl"
+
+
 def read_healing_text(
     path: Path | TokenText | None,
     tokenizer: Tokenizer | None,
@@ -50,9 +44,8 @@ def read_healing_text(
 ) -> HealingText:
     """Reads a healing text, the embedded one where `path` is None.
 
-    `.jsonl` rows are Ultrachat (`messages` or `data`), Alpaca (`instruction`, `input`, `output`), OpenHermes or ShareGPT
-    (`conversations`) or hold `text`; other files are read as `read_tokens` does. A text that was read already may be given
-    in the place of its path.
+    `.jsonl` rows are of the layouts that mpo_runtime.text_rows recognises; other files are read as `read_tokens` does. A
+    text that was read already may be given in the place of its path.
 
     Args:
         assistant_only: only tokens of the assistant's messages, their end included, count.
@@ -66,7 +59,7 @@ def read_healing_text(
                 f"{path.name}: does not tell the assistant's tokens; give .jsonl rows, or let all tokens count"
             )
         return HealingText(path.name, path.ids, np.ones(path.ids.size, np.bool_), path.sha256)
-    path = path or data_folder() / "healing.jsonl"
+    path = embedded_or(path)
     if path.suffix != ".jsonl":
         if assistant_only:
             raise ConfigError(f"{path}: has no assistant's messages; give .jsonl rows, or let all tokens count")
@@ -97,48 +90,12 @@ def read_healing_text(
 
 def _rows(raw: bytes, path: Path) -> Iterator[tuple[int, str | list[Message]]]:
     try:
-        lines = raw.decode("utf-8").split("\n")
+        lines = raw.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise ConfigError(f"{path}: line {number} is not JSON; expected one object a line") from None
-        content = recognise(row)
-        if content is None:
-            raise ConfigError(f"{path}: line {number}: expected {LAYOUTS}")
-        if content:
+        if line.strip() and (content := parse_row(line, f"{path}: line {number}")):
             yield number, content
-
-
-def recognise(row: Any) -> str | list[Message] | None:
-    """The text or the messages of a row in one of the usual layouts, None for another."""
-    if not isinstance(row, dict):
-        return None
-    if isinstance(row.get("text"), str):
-        return str(row["text"])
-    for key, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if isinstance(row.get(key), list):
-            return _messages([(turn.get(role), turn.get(content)) if isinstance(turn, dict) else (None, None)
-                              for turn in row[key]])  # fmt: skip
-    if isinstance(row.get("data"), list):  # Ultrachat's raw form: user and assistant in turn
-        return _messages([(("user", "assistant")[index % 2], turn) for index, turn in enumerate(row["data"])])
-    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-        given = row.get("input")
-        question = (
-            f"{row['instruction']}\n\n{given}" if isinstance(given, str) and given.strip() else row["instruction"]
-        )
-        return _messages([("user", question), ("assistant", row["output"])])
-    return None
-
-
-def _messages(turns: list[tuple[Any, Any]]) -> list[Message] | None:
-    if not all(isinstance(role, str) and isinstance(content, str) for role, content in turns):
-        return None
-    return [{"role": ROLES.get(role.lower(), role), "content": content} for role, content in turns]
 
 
 def _document(
@@ -199,5 +156,5 @@ def pack_windows(
     kept = counts[:, 1:].any(axis=1)
     if int(kept.sum()) < batch:
         raise ConfigError(f"{text.name}: {text.ids.size} tokens fill {int(kept.sum())} windows of {size}, expected at "
-                          f"least {batch}; give a longer text with --text, or lower --window or --batch")  # fmt: skip
+                          f"least {batch}; give a longer text, or lower --window or --batch")  # fmt: skip
     return ids[kept], counts[kept]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from mpo_exporter.heal.data import pack_windows, read_healing_text
+from mpo_exporter.heal.data import embedded_or, pack_windows, read_healing_text
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import shown
-from mpo_exporter.heal.run import Healed, heal
+from mpo_exporter.heal.run import Healed, heal, work_folder
+from mpo_exporter.heal.save import Worse
 from mpo_exporter.heal.settings import Settings, parse_tokens
 from mpo_formats import MpoError
 from mpo_runtime.checkpoint import Checkpoint
@@ -15,13 +17,15 @@ from mpo_runtime.model import read_text_files
 from mpo_runtime.texts import TokenText
 
 
-def heal_settings(wanted: bool, tokens: str | None, epochs: float | None, minutes: float | None) -> Settings | None:
-    """What `--heal`, `--heal-tokens`, `--heal-epochs` and `--heal-minutes` ask for; each of the others implies `--heal`.
+def heal_settings(
+    wanted: bool, tokens: str | None, epochs: float | None, minutes: float | None, text: Path | None = None
+) -> Settings | None:
+    """What `--heal` and `--heal-tokens`, `--heal-epochs`, `--heal-minutes` and `--heal-text`, which imply it, ask for.
 
     Raises:
         ConfigError: for two bounds at once, or one that cannot be read.
     """
-    if not wanted and tokens is None and epochs is None and minutes is None:
+    if not wanted and all(value is None for value in (tokens, epochs, minutes, text)):
         return None
     return Settings(tokens=None if tokens is None else parse_tokens(tokens), epochs=epochs, minutes=minutes)
 
@@ -39,12 +43,31 @@ def check_healing(folder: Path, settings: Settings, text: Path | None) -> None:
     pack_windows(words, source.architecture, settings.window, settings.batch)
 
 
+def facts_to_come(settings: Settings, text: Path | None) -> dict[str, str]:
+    """The longest that healing may add to the file's provenance, so that a target in bytes leaves room for it."""
+    digest, number = "0" * 64, "0" * 12
+    return {
+        "healed_tokens": number, "healed_minutes": number, "healed_teacher_sha256": digest,
+        "healed_text": embedded_or(text).name, "healed_text_sha256": digest, "healed_codes": "trained",
+    }  # fmt: skip
+
+
 def heal_exported(
-    path: Path, folder: Path, settings: Settings, text: Path | None, held_out: TokenText | None, device: str
-) -> Healed:
+    path: Path,
+    folder: Path,
+    settings: Settings,
+    text: Path | None,
+    held_out: TokenText | None,
+    device: str,
+    kl: float | None,
+) -> Healed | None:
     """Heals a file that was just exported from the Hugging Face folder `folder`, in its place.
 
-    The healed file and its certificate are complete before they replace the file, which stays whole if healing fails.
+    The healed file and its certificate are complete before they replace the file, which stays whole if healing fails, and
+    as it was where healing did not help: that is said, and the result is None.
+
+    Args:
+        kl: the file's KL on `held_out`, None where that was not measured.
 
     Raises:
         MpoError: as mpo_exporter.heal.run.heal, and what became of the file.
@@ -52,6 +75,10 @@ def heal_exported(
     try:
         with shown("heal") as update:
             return heal(path, folder, path, settings, text=text, held_out=held_out, force=True,
-                        others=True, workers=Workers(device=device), progress=update)  # fmt: skip
+                        others=True, workers=Workers(device=device), progress=update, most_kl=kl)  # fmt: skip
+    except Worse as error:
+        shutil.rmtree(work_folder(path), ignore_errors=True)
+        print(f"healing raised the KL from {kl:.4g} to {error.kl:.4g}: {path} stays as it was; heal longer", flush=True)
+        return None
     except MpoError as error:
         raise type(error)(f"{error}; {path} is the file before healing") from None

@@ -1,4 +1,4 @@
-"""Healing from end to end: a file and its teacher in, a better file of the same bytes out."""
+"""Healing from end to end: a file and its teacher in, a file of the same layers out."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from mpo_exporter.export import require_folder
 from mpo_exporter.heal.checkpoint import NAME
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import Progress, silent
 from mpo_exporter.heal.save import write_healed
 from mpo_exporter.heal.session import Session
 from mpo_exporter.heal.settings import Settings
+from mpo_exporter.sources import require_finite_weights
 from mpo_formats import ConfigError, MpoFile, OutputError
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import Comparison
@@ -48,6 +50,7 @@ def heal(
     workers: Workers | None = None,
     progress: Progress = silent,
     others: bool = False,
+    most_kl: float | None = None,
 ) -> Healed:
     """Retrains the file `path` against the dense model `teacher` and writes the result to `target`.
 
@@ -58,12 +61,15 @@ def heal(
         text: what to train on; the embedded healing text where None.
         held_out: what to measure the result on; None measures nothing.
         work: a folder for checkpoints and the teacher's logits, kept; None: one beside the target, removed at the end.
+        most_kl: the KL on held-out text above which nothing is written.
         others: begins anew where the folder holds a checkpoint of another healing, which is refused otherwise.
         workers: the processes that share the work; all of them must call this with the same arguments.
 
     Raises:
-        CheckpointError: for a teacher of another architecture or vocabulary.
+        FormatError: for a damaged file.
+        CheckpointError: for a teacher of another architecture or vocabulary, or whose weights are not finite.
         ConfigError: for a text too short, settings that cannot be honoured, a loss that is not finite, or no memory.
+        Worse: when the KL came out above `most_kl`.
         OutputError: when the target exists and `force` is not given, or the disk is full.
     """
     workers = workers or Workers()
@@ -71,11 +77,14 @@ def heal(
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
     if settings.batch % workers.count:
         raise ConfigError(f"--batch {settings.batch}: does not divide among {workers.count} processes")
+    require_folder(target)
     folder = work or work_folder(target)
     file, source = MpoFile(path), Checkpoint(teacher)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.verify()  # training would turn damaged bytes into a file whose checksums are right
+        require_finite_weights(source, f"teacher {teacher.name}")
         session = Session(file, source, settings, text, folder, workers, progress, others=others)
+        make_folder(folder)
         comparison = None
         with saying_what_to_lower(session):
             trainables = session.run()
@@ -83,7 +92,15 @@ def heal(
             facts = session.facts()
             if workers.first:
                 comparison = write_healed(
-                    target, file, trainables, facts, source, held_out, force=force, device=workers.device
+                    target,
+                    file,
+                    trainables,
+                    facts,
+                    source,
+                    held_out,
+                    force=force,
+                    device=workers.device,
+                    most_kl=most_kl,
                 )
             workers.wait()
     finally:
@@ -95,6 +112,14 @@ def heal(
     elif workers.first:
         (folder / NAME).unlink(missing_ok=True)
     return Healed(target, record.tokens, record.seconds / 60, record.block_curves, record.curve, comparison)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the work folder; raises OutputError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror}); give another folder with --work") from None
 
 
 def work_folder(target: Path) -> Path:

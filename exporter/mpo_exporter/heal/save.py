@@ -7,13 +7,21 @@ from pathlib import Path
 
 from mpo_exporter.export import measure_file, quality
 from mpo_exporter.heal.trainable import Arrays, Trainables
-from mpo_formats import Certificate, Certificates, ModelSpec, MpoFile, MpoWriter
+from mpo_formats import Certificate, Certificates, ConfigError, ModelSpec, MpoFile, MpoWriter
 from mpo_formats.provenance import MOST_OPTIONS
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.texts import TokenText
 from mpo_runtime.weights import Weights
+
+
+class Worse(ConfigError):
+    """Healing raised the divergence; `kl` is what it came to."""
+
+    def __init__(self, kl: float) -> None:
+        super().__init__(f"healing raised the KL to {kl:.4g}")
+        self.kl = kl
 
 
 def healed_spec(spec: ModelSpec, facts: dict[str, str]) -> ModelSpec:
@@ -34,12 +42,14 @@ def write_healed(
     *,
     force: bool,
     device: str,
+    most_kl: float | None = None,
 ) -> Comparison | None:
     """Writes the file and measures it against the teacher on held-out text; returns what was measured.
 
     The prefixes that the file's own certificate names are measured again too.
 
     Raises:
+        Worse: when its KL is above `most_kl`; nothing is written then.
         OutputError: when the target exists and `force` is not given, or the disk refuses the bytes.
     """
     found: list[Comparison] = []
@@ -52,6 +62,8 @@ def write_healed(
         prefixes = sorted({entry.chi for entry in file.certificates().entries if entry.chi is not None}, reverse=True)
         for chi in (None, *prefixes):
             found.append(measure_file(path, chi, dense, text, device, lambda stage, done, total: None))
+            if most_kl is not None and found[0].kl_mean > most_kl:
+                raise Worse(found[0].kl_mean)
             entries.append(Certificate(chi, quality(found[-1], text)))
         return Certificates(tuple(entries))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +51,16 @@ MODEL = "model."
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What is learned from: windows [N, W] in a random order, the weights of their predictions [N, W − 1], digests."""
+    """What is learned from: windows [N, W] in a random order, the weights of their predictions [N, W − 1], digests.
+
+    `sha256` is that of the text's source, `digest` that of the windows and weights that were made of it.
+    """
 
     windows: NDArray[np.int64]
     counts: NDArray[np.float32]
     name: str
     sha256: str
+    digest: str
 
     @property
     def span(self) -> int:
@@ -93,10 +97,11 @@ class Session:
         words = read_healing_text(text, tokenizer, template, assistant_only=settings.assistant_only)
         windows, counts = pack_windows(words, file.spec.architecture, settings.window, settings.batch)
         order = np.random.default_rng(settings.seed).permutation(len(windows))
-        self.data = Data(windows[order], counts[order, 1:].astype(np.float32), words.name, words.sha256)
+        packed = hashlib.sha256(windows.tobytes() + counts.tobytes()).hexdigest()
+        self.data = Data(windows[order], counts[order, 1:].astype(np.float32), words.name, words.sha256, packed)
         self.teacher_sha256 = source.sha256()
         contents = hashlib.sha256(file.array("mpo.checksums").tobytes()).hexdigest()
-        digest = settings.digest(contents, self.teacher_sha256, words.sha256)
+        digest = settings.digest(contents, self.teacher_sha256, packed)
         found = load_checkpoint(folder, digest, others=others)
         self.record, self.saved = found or (Record(digest), {})
         self.saved_step = None if found is None else self.record.step
@@ -119,7 +124,8 @@ class Session:
             self._heal_blocks()
             return self._heal_whole(scores)
         except NotFinite as error:
-            raise NotFinite(f"{error}; {self._kept()}; lower the learning rates (--rate 0.3)") from None
+            raise NotFinite(f"{error}; {self._kept()}; give lower learning rates (--rate 0.3) or a lower --cross-entropy, "
+                            f"after removing {self.folder}: with other settings healing begins anew") from None  # fmt: skip
 
     def _kept(self) -> str:
         if self.saved_step is None:
@@ -155,7 +161,7 @@ class Session:
         vocabulary = self.file.spec.architecture.vocab_size
         kept = min(self.settings.top_k, vocabulary)
         shape = (len(self.data.windows), self.data.span, kept)
-        asked = (self.teacher_sha256, self.data.sha256, self.settings.assistant_only, self.settings.seed, *shape[1:])
+        asked = (self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:])
         key = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
         scores = TeacherScores(self.folder, key, shape, vocabulary)
         seconds = self._seconds()
@@ -173,8 +179,7 @@ class Session:
         return scores
 
     def _keep(self, count: int) -> None:
-        old = self.data
-        self.data = Data(old.windows[:count], old.counts[:count], old.name, old.sha256)
+        self.data = replace(self.data, windows=self.data.windows[:count], counts=self.data.counts[:count])
 
     def _heal_blocks(self) -> None:
         blocks = self.file.spec.architecture.num_hidden_layers

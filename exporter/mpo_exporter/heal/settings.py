@@ -88,6 +88,8 @@ class Settings:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ConfigError(f"healing: {name}: expected at least 0, found {value}")
+        if self.seed < 0:
+            raise ConfigError(f"healing: seed: expected at least 0, found {self.seed}")
         for name in ("block_share", "chi_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"healing: {name}: expected 0 to 1, found {getattr(self, name)}")
