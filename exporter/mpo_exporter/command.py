@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT, calibration_text
 from mpo_exporter.export import Result, export, planned_spec, planner_for
-from mpo_exporter.heal.exported import check_healing, facts_to_come, heal_exported
+from mpo_exporter.heal.exported import check_healing, heal_exported
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.plan import Options
 from mpo_exporter.plans.asked import Asked
@@ -57,7 +57,7 @@ def run_export(
     heal_text: Path | None = None,
     report: Path | None = None,
 ) -> Result | None:
-    """Exports a model, heals the file where `heal` is given, and prints the report; a plan alone with --dry-run."""
+    """Exports a model, heals the file where `heal` is given, and prints the report; only a plan with --dry-run."""
     options = (asked := asked or Asked()).options(plan, chi, cores)
     check_asked(chi, measure_tokens, calib_windows, prefixes, device, threads)
     source = find_source(model)
@@ -65,8 +65,7 @@ def run_export(
     if not force and not asked.dry_run and os.path.lexists(target) and not target.is_dir():
         raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
     earlier = None if report is None or asked.dry_run else prepare(report, force)
-    if heal:
-        check_healing(source.folder, heal, heal_text)
+    later = check_healing(source.folder, heal, heal_text) if heal else None
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
     calibration, told = calibration_for(source.folder, options, plan, calib, calib_windows)
     options = for_model(asked, plan, options, source, calibration)
@@ -81,15 +80,11 @@ def run_export(
             result = export(
                 source.folder, target, options, force=force or number > 0, revision=source.revision, text=held_out,
                 prefixes=prefixes, device=device, progress=recorder.progress, watch=recorder.watch if report else None,
-                calibration=calibration, windows=calib_windows, tell=tell,
-                later=facts_to_come(heal, heal_text) if heal else None,
+                calibration=calibration, windows=calib_windows, tell=tell, later=later,
             )  # fmt: skip
         if not misses(result, options, number + 1 < MOST_EXPORTS):
             break
-    healed = None
-    if heal:
-        before = result.comparison.kl_mean if result.comparison else None
-        healed = heal_exported(target, source.folder, heal, heal_text, held_out, device, before)
+    healed = heal_exported(result, source.folder, heal, heal_text, held_out, device) if heal else None
     if report is None:
         print_report(result, held_out, reason, healed)
         return result

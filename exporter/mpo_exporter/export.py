@@ -82,11 +82,9 @@ def export(
         prefixes: values of χ at which the file's prefixes are measured too.
         progress: called with a stage, the steps done and the steps in all.
         calibration: text whose activations in at most `windows` windows the layers are fitted to; None: the weights alone.
-        layers: terms of every layer, in the place of the plan's.
-        method: how terms are fitted to the activations.
-        surveyed: a survey of this source, in the place of the kept or a new one where the plan needs one.
+        layers, method: terms of every layer, in the place of the plan's; how terms are fitted to the activations.
+        surveyed, later: a survey of this source, in the place of the kept or a new one; as in `planned_spec`.
         tell, watch: called with a sentence on what measurements were found, stale or made; told of every layer's fit.
-        later: as in `planned_spec`.
 
     Raises:
         MpoError: for a damaged source, a plan that cannot be carried out, or a target that cannot be written.

@@ -30,11 +30,6 @@ class HealingText:
     sha256: str
 
 
-def embedded_or(path: Path | None) -> Path:
-    """The path of a healing text, the embedded one where there is none."""
-    return path or data_folder() / "healing.jsonl"
-
-
 def read_healing_text(
     path: Path | TokenText | None,
     tokenizer: Tokenizer | None,
@@ -59,7 +54,7 @@ def read_healing_text(
                 f"{path.name}: does not tell the assistant's tokens; give .jsonl rows, or let all tokens count"
             )
         return HealingText(path.name, path.ids, np.ones(path.ids.size, np.bool_), path.sha256)
-    path = embedded_or(path)
+    path = path or data_folder() / "healing.jsonl"
     if path.suffix != ".jsonl":
         if assistant_only:
             raise ConfigError(f"{path}: has no assistant's messages; give .jsonl rows, or let all tokens count")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mpo_exporter.heal.data import embedded_or, pack_windows, read_healing_text
+from mpo_exporter.export import Result
+from mpo_exporter.heal.data import pack_windows, read_healing_text
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import shown
 from mpo_exporter.heal.run import Healed, heal, work_folder
@@ -30,8 +31,11 @@ def heal_settings(
     return Settings(tokens=None if tokens is None else parse_tokens(tokens), epochs=epochs, minutes=minutes)
 
 
-def check_healing(folder: Path, settings: Settings, text: Path | None) -> None:
+def check_healing(folder: Path, settings: Settings, text: Path | None) -> dict[str, str]:
     """Refuses, before the export begins, a healing text that could not be learned from at its end.
+
+    Returns:
+        The longest that healing may add to the file's provenance, so that a target in bytes leaves room for it.
 
     Raises:
         ConfigError: naming file and line of what cannot be read, or for a text that is too short.
@@ -41,37 +45,25 @@ def check_healing(folder: Path, settings: Settings, text: Path | None) -> None:
     source.close()
     words = read_healing_text(text, tokenizer, template, assistant_only=settings.assistant_only)
     pack_windows(words, source.architecture, settings.window, settings.batch)
-
-
-def facts_to_come(settings: Settings, text: Path | None) -> dict[str, str]:
-    """The longest that healing may add to the file's provenance, so that a target in bytes leaves room for it."""
     digest, number = "0" * 64, "0" * 12
     return {
         "healed_tokens": number, "healed_minutes": number, "healed_teacher_sha256": digest,
-        "healed_text": embedded_or(text).name, "healed_text_sha256": digest, "healed_codes": "trained",
+        "healed_text": words.name, "healed_text_sha256": digest, "healed_codes": "trained",
     }  # fmt: skip
 
 
 def heal_exported(
-    path: Path,
-    folder: Path,
-    settings: Settings,
-    text: Path | None,
-    held_out: TokenText | None,
-    device: str,
-    kl: float | None,
+    exported: Result, folder: Path, settings: Settings, text: Path | None, held_out: TokenText | None, device: str
 ) -> Healed | None:
     """Heals a file that was just exported from the Hugging Face folder `folder`, in its place.
 
     The healed file and its certificate are complete before they replace the file, which stays whole if healing fails, and
-    as it was where healing did not help: that is said, and the result is None.
-
-    Args:
-        kl: the file's KL on `held_out`, None where that was not measured.
+    as it was where its KL on `held_out` was measured and healing raised it: that is said, and the result is None.
 
     Raises:
         MpoError: as mpo_exporter.heal.run.heal, and what became of the file.
     """
+    path, kl = exported.path, exported.comparison.kl_mean if exported.comparison else None
     try:
         with shown("heal") as update:
             return heal(path, folder, path, settings, text=text, held_out=held_out, force=True,

@@ -15,7 +15,7 @@ from mpo_exporter.export import require_folder
 from mpo_exporter.heal.checkpoint import NAME
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import Progress, silent
-from mpo_exporter.heal.save import write_healed
+from mpo_exporter.heal.save import Output, write_healed
 from mpo_exporter.heal.session import Session
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.sources import require_finite_weights
@@ -73,11 +73,8 @@ def heal(
         OutputError: when the target exists and `force` is not given, or the disk is full.
     """
     workers = workers or Workers()
-    if target.is_dir() or (not force and os.path.lexists(target)):
-        raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
-    if settings.batch % workers.count:
-        raise ConfigError(f"--batch {settings.batch}: does not divide among {workers.count} processes")
-    require_folder(target)
+    check_target(target, force)
+    settings.check_processes(workers.count)
     folder = work or work_folder(target)
     file, source = MpoFile(path), Checkpoint(teacher)
     try:
@@ -85,33 +82,36 @@ def heal(
         require_finite_weights(source, f"teacher {teacher.name}")
         session = Session(file, source, settings, text, folder, workers, progress, others=others)
         make_folder(folder)
-        comparison = None
         with saying_what_to_lower(session):
             trainables = session.run()
             session.place = "the writing of the file"
-            facts = session.facts()
+            comparison = None
             if workers.first:
-                comparison = write_healed(
-                    target,
-                    file,
-                    trainables,
-                    facts,
-                    source,
-                    held_out,
-                    force=force,
-                    device=workers.device,
-                    most_kl=most_kl,
-                )
+                out = Output(target, session.facts(), held_out, force, workers.device, most_kl)
+                comparison = write_healed(file, trainables, source, out)
             workers.wait()
     finally:
         source.close()
         file.close()
+    if workers.first:
+        clean(folder, kept=work is not None)
     record = session.record
-    if workers.first and work is None:
-        shutil.rmtree(folder)
-    elif workers.first:
-        (folder / NAME).unlink(missing_ok=True)
     return Healed(target, record.tokens, record.seconds / 60, record.block_curves, record.curve, comparison)
+
+
+def clean(folder: Path, *, kept: bool) -> None:
+    """Removes the work folder, or only the checkpoint from one that is kept."""
+    if kept:
+        (folder / NAME).unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder)
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Raises OutputError for a target that exists and may not be overwritten, or whose folder is missing."""
+    if target.is_dir() or (not force and os.path.lexists(target)):
+        raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
+    require_folder(target)
 
 
 def make_folder(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpo_exporter.export import measure_file, quality
@@ -32,18 +32,22 @@ def healed_spec(spec: ModelSpec, facts: dict[str, str]) -> ModelSpec:
     return replace(spec, provenance=replace(spec.provenance, options=options))
 
 
-def write_healed(
-    target: Path,
-    file: MpoFile,
-    trainables: Trainables,
-    facts: dict[str, str],
-    teacher: Weights,
-    text: TokenText | None,
-    *,
-    force: bool,
-    device: str,
-    most_kl: float | None = None,
-) -> Comparison | None:
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The healed file to write: what its provenance says of the healing, and what it is measured on, if anything.
+
+    `most_kl` is the KL above which nothing is written.
+    """
+
+    target: Path
+    facts: dict[str, str]
+    text: TokenText | None
+    force: bool
+    device: str
+    most_kl: float | None
+
+
+def write_healed(file: MpoFile, trainables: Trainables, teacher: Weights, out: Output) -> Comparison | None:
     """Writes the file and measures it against the teacher on held-out text; returns what was measured.
 
     The prefixes that the file's own certificate names are measured again too.
@@ -55,23 +59,23 @@ def write_healed(
     found: list[Comparison] = []
 
     def measure(path: Path) -> Certificates:
-        if text is None:
+        if out.text is None:
             return Certificates(())
-        dense = GraniteModel(teacher.spec.architecture, ReferenceOps(teacher, device=device))
+        dense = GraniteModel(teacher.spec.architecture, ReferenceOps(teacher, device=out.device))
         entries = []
         prefixes = sorted({entry.chi for entry in file.certificates().entries if entry.chi is not None}, reverse=True)
         for chi in (None, *prefixes):
-            found.append(measure_file(path, chi, dense, text, device, lambda stage, done, total: None))
-            if most_kl is not None and found[0].kl_mean > most_kl:
+            found.append(measure_file(path, chi, dense, out.text, out.device, lambda stage, done, total: None))
+            if out.most_kl is not None and found[0].kl_mean > out.most_kl:
                 raise Worse(found[0].kl_mean)
-            entries.append(Certificate(chi, quality(found[-1], text)))
+            entries.append(Certificate(chi, quality(found[-1], out.text)))
         return Certificates(tuple(entries))
 
-    spec = healed_spec(file.spec, facts)
+    spec = healed_spec(file.spec, out.facts)
     built: Arrays = {}
     layers = dict(trainables.layers)
     vectors = {f"{name}.weight": vector for name, vector in trainables.vectors.items()}
-    with MpoWriter(target, spec, force=force) as writer:
+    with MpoWriter(out.target, spec, force=out.force) as writer:
         for tensor in writer.pending():
             name = tensor.name
             if name in vectors:

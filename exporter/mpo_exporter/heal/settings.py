@@ -94,6 +94,11 @@ class Settings:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"healing: {name}: expected 0 to 1, found {getattr(self, name)}")
 
+    def check_processes(self, count: int) -> None:
+        """Raises ConfigError where a batch cannot be shared among `count` processes."""
+        if self.batch % count:
+            raise ConfigError(f"--batch {self.batch}: does not divide among {count} processes")
+
     def moves_codes(self, parameters: int) -> bool:
         """Whether the integers of a model of so many weights are trained."""
         return parameters <= CODES_UP_TO if self.train_codes is None else self.train_codes
