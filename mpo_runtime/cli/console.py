@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ FAILURE = 1  # typer itself ends with 0 when all is well and 2 on wrong usage
 def run(app: Callable[..., Any], program: str) -> None:
     """Runs a typer app: exit code 0 on success, 1 on an error of the input, 2 on wrong usage.
 
-    Errors are one line on standard error; a traceback only with --debug or MPO_DEBUG=1.
+    Errors are one line on standard error; a traceback only with --debug or MPO_DEBUG=1. SIGTERM ends the program as Ctrl-C
+    does, so that nothing half-written stays.
     """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     debug = "--debug" in sys.argv or os.environ.get("MPO_DEBUG") == "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

@@ -155,3 +155,26 @@ def system_calls(log: str, out: Path, target: Path) -> Iterator[str]:
         words = [names.get(path, "temporary" if path.endswith(TEMPORARY) else path) for path in touched]
         kind = {"fsync": "sync", "fdatasync": "sync", "pwrite64": "write", "writev": "write"}.get(call[1], call[1])
         yield f"{'rename' if kind.startswith('rename') else kind} {' to '.join(words)}"
+
+
+TERMINATED = """
+import time
+from mpo_runtime.cli import console
+
+def app(prog_name):
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+console.run(app, "program")
+"""
+
+
+def test_a_program_that_is_terminated_cleans_up() -> None:
+    with subprocess.Popen([sys.executable, "-c", TERMINATED], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "begun\n"
+        child.terminate()
+        assert child.stdout.read() == "cleaned up\n"
+    assert child.returncode == 128 + signal.SIGTERM
