@@ -23,6 +23,7 @@ from mpo_exporter.report.facts import Point, Report, from_text, to_text
 from mpo_exporter.report.folder import JSON, PAGE, prepare, write
 from mpo_exporter.report.gather import Job, earlier_points, gather
 from mpo_exporter.report.layers import spectrum
+from mpo_exporter.report.next_step import wrote
 from mpo_exporter.report.record import Recorder
 from mpo_exporter.report.samples import repeated_share, write_texts
 from mpo_exporter.report.terminal import print_whole
@@ -34,7 +35,7 @@ from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import compare
 from mpo_runtime.model import load
 from mpo_runtime.texts import TokenText
-from tests.helpers import granite_config, network, some_ids, write_folder
+from tests.helpers import byte_tokenizer, granite_config, network, some_ids, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CALIBRATION = TokenText("calibration.txt", np.array(some_ids(700, 1)), 700, "1" * 64)
@@ -300,3 +301,24 @@ def test_the_documentation_names_every_figure() -> None:
     assert len(records) > 15
     missing = {field.name for record in records for field in dataclasses.fields(record)} - documented
     assert missing == set()
+
+
+@pytest.mark.parametrize(
+    ("files", "command"),
+    [
+        ((), "mpo-run info"),
+        (("tokenizer.json",), "mpo-run generate"),
+        (("tokenizer.json", "chat_template.jinja"), "mpo-run chat"),
+    ],
+)
+def test_the_command_that_suits_a_file(tmp_path: Path, files: tuple[str, ...], command: str) -> None:
+    folder = write_folder(tmp_path / "model", granite_config())
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    if "tokenizer.json" in files:
+        (folder / "tokenizer.json").write_text(byte_tokenizer().to_str())
+    if "chat_template.jinja" in files:
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    path = tmp_path / "model.mpo"
+    export(folder, path, Options("int4"))
+    assert command in wrote(path)

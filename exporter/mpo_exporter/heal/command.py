@@ -17,6 +17,7 @@ from mpo_exporter.heal.distributed import joined
 from mpo_exporter.heal.progress import shown, silent
 from mpo_exporter.heal.run import Healed, heal, work_folder
 from mpo_exporter.heal.settings import Settings
+from mpo_exporter.report.next_step import wrote
 from mpo_exporter.sources import find_source
 from mpo_formats import ConfigError
 from mpo_runtime.backends.reference import ReferenceOps
@@ -118,4 +119,4 @@ def print_healed(result: Healed, before: Comparison | None, text: TokenText | No
     else:
         console.print(f"quality was not measured: {reason}", highlight=False)
     console.print(f"trained on {result.tokens:,} tokens in {result.minutes:.1f} minutes", highlight=False)
-    console.print(f"wrote {result.path}; talk to it: mpo-run chat {result.path}", highlight=False)
+    console.print(wrote(result.path), highlight=False, markup=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from mpo_exporter.export import Result
 from mpo_exporter.heal.run import Healed
 from mpo_exporter.report.facts import Measured, Memory, Report, Sizes, Speed, Texts, WithoutCores
 from mpo_exporter.report.folder import JSON, PAGE
+from mpo_exporter.report.next_step import wrote
 from mpo_exporter.report.subject import measured, sizes_of
 from mpo_runtime.cli.console import size_text
 from mpo_runtime.texts import TokenText
@@ -53,7 +54,7 @@ def print_report(result: Result, text: TokenText | None, reason: str, healed: He
     say(console, measured_on(quality, reason))
     if healed:
         say(console, f"healed on {healed.tokens:,} tokens in {healed.minutes:.1f} minutes")
-    say(console, f"wrote {result.path}; talk to it: mpo-run chat {result.path}")
+    say(console, wrote(result.path))
 
 
 def print_whole(report: Report, folder: Path) -> None:
@@ -82,7 +83,7 @@ def print_whole(report: Report, folder: Path) -> None:
 
 def say(console: Console, text: str) -> None:
     """Prints a line as it is: names in it are no markup."""
-    console.print(Text(text))
+    console.print(Text(text), soft_wrap=True)
 
 
 def measured_on(quality: Measured | None, reason: str) -> str:
