@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mpo_exporter.build import widen
 from mpo_exporter.fit import shapes
 from mpo_exporter.fit.svd import contract, sequential_svd
+from mpo_exporter.sources import require_finite_weights
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.checkpoint import Checkpoint
@@ -72,10 +73,12 @@ def profile_layers(
         One entry a layer, the least sensitive (smallest mean KL) first.
 
     Raises:
-        ConfigError: for a layer with values that are not finite, or a text that is too short.
+        CheckpointError: for a layer with values that are not finite.
+        ConfigError: for a text that is too short.
     """
     source = Checkpoint(folder)
     try:
+        require_finite_weights(source, folder.name)
         ops = ReferenceOps(source)
         model = GraniteModel(source.architecture, ops)
         dense: dict[bytes, NDArray[np.float32]] = {}

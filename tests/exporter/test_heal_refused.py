@@ -14,6 +14,7 @@ from mpo_exporter.export import export
 from mpo_exporter.heal.run import heal
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.plan import Options
+from mpo_exporter.sensitivity import profile_layers, tensorized
 from mpo_formats import CheckpointError, ConfigError, FormatError, MpoError, MpoFile, OutputError
 from mpo_runtime.texts import TokenText
 from tests.helpers import BOS, granite_config, some_ids, write_folder
@@ -75,6 +76,8 @@ def test_a_source_that_is_not_finite_is_named_before_gradients_are_taken(broken:
     with pytest.raises(CheckpointError, match=rf"{NAN} is not finite at \[3, 5\]"):
         export(broken, tmp_path / "out.mpo", Options("auto"), calibration=tokens(2000))
     assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=rf"{NAN} is not finite at \[3, 5\]"):
+        profile_layers(broken, tokens(400), tensorized(4))
 
 
 def test_a_text_too_short_and_folders_that_are_not_there(file: Path, teacher: Path, tmp_path: Path) -> None:
