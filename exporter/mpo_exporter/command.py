@@ -88,11 +88,12 @@ def run_export(
     if report is None:
         print_report(result, held_out, reason, healed)
         return result
+    better = healed if healed and healed.written else result
     make_report(
         Job(
             file=target, teacher=source.folder, name=source.name, folder=report, text=held_out, why_no_text=reason,
             calibration=calibration, fit_windows=calib_windows, device=device, threads=threads, earlier=earlier,
-            comparison=(healed or result).comparison, surveyed=result.surveyed, compression=recorder.compression(),
+            comparison=better.comparison, surveyed=result.surveyed, compression=recorder.compression(),
         )
     )  # fmt: skip
     return result

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from mpo_exporter.export import Result
 from mpo_exporter.heal.data import pack_windows, read_healing_text
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import shown
-from mpo_exporter.heal.run import Healed, heal, work_folder
-from mpo_exporter.heal.save import Worse
+from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import Settings, parse_tokens
 from mpo_formats import MpoError
 from mpo_runtime.checkpoint import Checkpoint
@@ -54,11 +52,11 @@ def check_healing(folder: Path, settings: Settings, text: Path | None) -> dict[s
 
 def heal_exported(
     exported: Result, folder: Path, settings: Settings, text: Path | None, held_out: TokenText | None, device: str
-) -> Healed | None:
+) -> Healed:
     """Heals a file that was just exported from the Hugging Face folder `folder`, in its place.
 
     The healed file and its certificate are complete before they replace the file, which stays whole if healing fails, and
-    as it was where its KL on `held_out` was measured and healing raised it: that is said, and the result is None.
+    as it was where its KL on `held_out` was measured and healing raised it: nothing is written then.
 
     Raises:
         MpoError: as mpo_exporter.heal.run.heal, and what became of the file.
@@ -68,9 +66,5 @@ def heal_exported(
         with shown("heal") as update:
             return heal(path, folder, path, settings, text=text, held_out=held_out, force=True,
                         others=True, workers=Workers(device=device), progress=update, most_kl=kl)  # fmt: skip
-    except Worse as error:
-        shutil.rmtree(work_folder(path), ignore_errors=True)
-        print(f"healing raised the KL from {kl:.4g} to {error.kl:.4g}: {path} stays as it was; heal longer", flush=True)
-        return None
     except MpoError as error:
         raise type(error)(f"{error}; {path} is the file before healing") from None

@@ -15,9 +15,10 @@ from mpo_exporter.export import require_folder
 from mpo_exporter.heal.checkpoint import NAME
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import Progress, silent
-from mpo_exporter.heal.save import Output, write_healed
+from mpo_exporter.heal.save import Output, Worse, write_healed
 from mpo_exporter.heal.session import Session
 from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.trainable import Trainables
 from mpo_exporter.sources import require_finite_weights
 from mpo_formats import ConfigError, MpoFile, OutputError
 from mpo_runtime.checkpoint import Checkpoint
@@ -27,7 +28,10 @@ from mpo_runtime.texts import TokenText
 
 @dataclass(frozen=True, slots=True)
 class Healed:
-    """What a healing gave: losses of all steps, what was spent, and the file against the teacher on held-out text."""
+    """What a healing gave: losses of all steps, what was spent, and the file against the teacher on held-out text.
+
+    `written` is False where that was worse than what was allowed.
+    """
 
     path: Path
     tokens: int
@@ -35,6 +39,7 @@ class Healed:
     block_curves: list[list[float]]
     curve: list[float]
     comparison: Comparison | None
+    written: bool = True
 
 
 def heal(
@@ -69,7 +74,6 @@ def heal(
         FormatError: for a damaged file.
         CheckpointError: for a teacher of another architecture or vocabulary, or whose weights are not finite.
         ConfigError: for a text too short, settings that cannot be honoured, a loss that is not finite, or no memory.
-        Worse: when the KL came out above `most_kl`.
         OutputError: when the target exists and `force` is not given, or the disk is full.
     """
     workers = workers or Workers()
@@ -85,10 +89,10 @@ def heal(
         with saying_what_to_lower(session):
             trainables = session.run()
             session.place = "the writing of the file"
-            comparison = None
+            comparison, written = None, True
             if workers.first:
                 out = Output(target, session.facts(), held_out, force, workers.device, most_kl)
-                comparison = write_healed(file, trainables, source, out)
+                comparison, written = write_if_better(file, trainables, source, out)
             workers.wait()
     finally:
         source.close()
@@ -96,7 +100,17 @@ def heal(
     if workers.first:
         clean(folder, kept=work is not None)
     record = session.record
-    return Healed(target, record.tokens, record.seconds / 60, record.block_curves, record.curve, comparison)
+    return Healed(target, record.tokens, record.seconds / 60, record.block_curves, record.curve, comparison, written)
+
+
+def write_if_better(
+    file: MpoFile, trainables: Trainables, teacher: Checkpoint, out: Output
+) -> tuple[Comparison | None, bool]:
+    """Writes the healed file; gives what was measured and whether the file was written."""
+    try:
+        return write_healed(file, trainables, teacher, out), True
+    except Worse as worse:
+        return worse.comparison, False
 
 
 def clean(folder: Path, *, kept: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpo_exporter.export import measure_file, quality
 from mpo_exporter.heal.trainable import Arrays, Trainables
-from mpo_formats import Certificate, Certificates, ConfigError, ModelSpec, MpoFile, MpoWriter
+from mpo_formats import Certificate, Certificates, ModelSpec, MpoFile, MpoWriter
 from mpo_formats.provenance import MOST_OPTIONS
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison
@@ -16,12 +16,12 @@ from mpo_runtime.texts import TokenText
 from mpo_runtime.weights import Weights
 
 
-class Worse(ConfigError):
-    """Healing raised the divergence; `kl` is what it came to."""
+class Worse(Exception):
+    """Healing raised the divergence: `comparison` is what it came to."""
 
-    def __init__(self, kl: float) -> None:
-        super().__init__(f"healing raised the KL to {kl:.4g}")
-        self.kl = kl
+    def __init__(self, comparison: Comparison) -> None:
+        super().__init__(f"healing raised the KL to {comparison.kl_mean:.4g}")
+        self.comparison = comparison
 
 
 def healed_spec(spec: ModelSpec, facts: dict[str, str]) -> ModelSpec:
@@ -67,7 +67,7 @@ def write_healed(file: MpoFile, trainables: Trainables, teacher: Weights, out: O
         for chi in (None, *prefixes):
             found.append(measure_file(path, chi, dense, out.text, out.device, lambda stage, done, total: None))
             if out.most_kl is not None and found[0].kl_mean > out.most_kl:
-                raise Worse(found[0].kl_mean)
+                raise Worse(found[0])
             entries.append(Certificate(chi, quality(found[-1], out.text)))
         return Certificates(tuple(entries))
 

@@ -54,6 +54,8 @@ def print_report(result: Result, text: TokenText | None, reason: str, healed: He
     say(console, measured_on(quality, reason))
     if healed:
         say(console, f"healed on {healed.tokens:,} tokens in {healed.minutes:.1f} minutes")
+        if not healed.written:
+            say(console, "healing raised the KL: the file is the one before healing; heal longer (--heal-tokens)")
     say(console, wrote(result.path))
 
 
