@@ -315,7 +315,7 @@ def load_network(
 
 
 def has_integers(weights: Weights) -> bool:
-    """Whether any layer has integer weights."""
+    """Whether any layer has an integer matrix; integer cores alone do not count."""
     return any(term.kind == "quantized" for linear in weights.spec.linears for term in linear.terms)
 
 

@@ -1,6 +1,7 @@
 // The operations of ops.hpp, written once over the vector operations X of a level. Included once by its source.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -106,7 +107,7 @@ struct OpsBody {
           X::store_halves(to + 2 * i, X::larger(value, X::broadcast(-kLargestHalf)));
         }
         for (; i < size; ++i) {
-          const std::uint16_t bits = float_to_half(x[i] > kLargestHalf ? kLargestHalf : x[i] < -kLargestHalf ? -kLargestHalf : x[i]);
+          const std::uint16_t bits = float_to_half(std::clamp(x[i], -kLargestHalf, kLargestHalf));
           std::memcpy(to + 2 * i, &bits, 2);
         }
         return;
