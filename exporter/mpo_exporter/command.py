@@ -19,7 +19,7 @@ from mpo_exporter.report.folder import prepare
 from mpo_exporter.report.gather import Job
 from mpo_exporter.report.make import make_report
 from mpo_exporter.report.record import Recorder
-from mpo_exporter.report.terminal import print_report
+from mpo_exporter.report.terminal import print_healing, print_report
 from mpo_exporter.sources import Source, find_source
 from mpo_formats import ConfigError, OutputError
 from mpo_runtime.checkpoint import Checkpoint
@@ -88,6 +88,8 @@ def run_export(
     if report is None:
         print_report(result, held_out, reason, healed)
         return result
+    if healed:
+        print_healing(healed)
     better = healed if healed and healed.written else result
     make_report(
         Job(

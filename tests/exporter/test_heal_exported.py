@@ -99,6 +99,16 @@ def test_a_healing_that_does_not_help_leaves_the_exported_file(
         assert figures[-2] == f"{entry.quality.kl_mean:.4f}" and float(figures[-1]) > entry.quality.kl_mean
 
 
+def test_a_report_too_says_that_healing_was_not_kept(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster = Settings(tokens=2000).faster(1000)
+    monkeypatch.setattr("mpo_exporter.heal.exported.Settings", lambda **given: faster)
+    given = "--heal-tokens", "2k", "--out", str(tmp_path / "model.mpo"), "--report", str(tmp_path / "report")
+    code, printed, _ = command(*given)
+    assert code == 0 and "healing raised the KL: the file is the one before healing" in " ".join(printed.split())
+
+
 def test_a_target_leaves_room_for_what_healing_records(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

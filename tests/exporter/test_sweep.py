@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,16 @@ def test_prefixes_of_a_chain_hold_what_matters() -> None:
     reversed_bonds = first[..., ::-1], middle[::-1, ..., ::-1], last[::-1]
     for chi, error in ((4, errors[1]), (6, errors[2])):
         assert true_error(matrix, prefix(reversed_bonds, chi), moment) > 1.05 * error
+
+
+def test_the_clock_ends_it_between_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, moment = case(12, 16)
+    begun, calls, make = time.monotonic(), [], sweep.site_at
+    monkeypatch.setattr(sweep, "site_at", lambda *given: calls.append(given[2]) or make(*given))
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: begun + 10 * len(calls))
+    cores = sweep.fit(matrix, moment, *CHAINS[0], 3, seconds=35)
+    assert calls == [0, 1, 2, 1]  # there, and half of the way back
+    assert cores.error == pytest.approx(true_error(matrix, cores, moment), rel=1e-6)
 
 
 def test_what_sweeps_refuse() -> None:

@@ -47,7 +47,7 @@ def fit(
 
     Args:
         start: cores of this shape and χ to improve on; None means the whitened SVD's.
-        seconds: no new sweep begins after that time.
+        seconds: no core is begun after that time, but for the first.
 
     Raises:
         ConfigError: for other than two cores, a start of another shape, and as `check_fit` does.
@@ -96,7 +96,9 @@ def alternate(matrix: Matrix, moment: Matrix, start: Sequence[Matrix], sweeps: i
                 cores[k], square = solve_directly(target, cores, k)
             else:
                 cores[k], square = site_at(target, cores, k).solve(cores[k], STEPS)
-        if last - square <= TOLERANCE * square or time.monotonic() > until:
+            if late := time.monotonic() > until:
+                break
+        if late or last - square <= TOLERANCE * square:
             break
         last = square
     return [core.astype(np.float64) for core in cores]

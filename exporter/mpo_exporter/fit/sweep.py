@@ -37,7 +37,7 @@ def fit(
     """Fits two or more cores to lower E² = tr[(W − Ŵ) C (W − Ŵ)ᵀ]; never worse than the sequential SVD, its start.
 
     Args:
-        seconds: no new sweep begins after that time.
+        seconds: no core is begun after that time, but for the first.
 
     Raises:
         ConfigError: as `check_fit` does.
@@ -60,15 +60,19 @@ def sweep(
     for k in range(len(cores) - 1, 0, -1):
         shift_left(cores, k)
     last = math.inf
+    there_and_back = [*range(len(cores)), *range(len(cores) - 2, -1, -1)]
     for _ in range(sweeps):
-        for k in range(len(cores)):
+        at = 0
+        for k in there_and_back:
+            if k > at:
+                shift_right(cores, at)
+            elif k < at:
+                shift_left(cores, at)
             cores[k], square = site_at(target, cores, k).solve(cores[k], STEPS)
-            if k < len(cores) - 1:
-                shift_right(cores, k)
-        for k in range(len(cores) - 1, 0, -1):
-            shift_left(cores, k)
-            cores[k - 1], square = site_at(target, cores, k - 1).solve(cores[k - 1], STEPS)
-        if last - square <= TOLERANCE * square or time.monotonic() > until:
+            at = k
+            if late := time.monotonic() > until:
+                break
+        if late or last - square <= TOLERANCE * square:
             break
         last = square
     return tuple(core.astype(np.float64) for core in cores)

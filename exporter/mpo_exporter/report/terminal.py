@@ -53,10 +53,16 @@ def print_report(result: Result, text: TokenText | None, reason: str, healed: He
     console.print(table(rows))
     say(console, measured_on(quality, reason))
     if healed:
-        say(console, f"healed on {healed.tokens:,} tokens in {healed.minutes:.1f} minutes")
-        if not healed.written:
-            say(console, "healing raised the KL: the file is the one before healing; heal longer (--heal-tokens)")
+        print_healing(healed)
     say(console, wrote(result.path))
+
+
+def print_healing(healed: Healed) -> None:
+    """Prints how long was healed, and that the file is not the healed one where it is not."""
+    console = Console()
+    say(console, f"healed on {healed.tokens:,} tokens in {healed.minutes:.1f} minutes")
+    if not healed.written:
+        say(console, "healing raised the KL: the file is the one before healing; heal longer (--heal-tokens)")
 
 
 def print_whole(report: Report, folder: Path) -> None:
