@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import IO, Any
 
 from mpo_formats.errors import ConfigError
+from mpo_runtime.forks import renew_in_children
 from mpo_runtime.template_helper import MEMORY, TemplateFailure, compile_template, read_frame, write_frame
 from mpo_runtime.tokenizer import Disguise, Tokenizer
 
@@ -54,8 +55,13 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._isolated = isolated
         self._renderer: Callable[[dict[str, Any]], str] | None = None
-        self._process_id = 0
         self._finalizer: Callable[[], object] | None = None
+        renew_in_children(self)
+
+    def renew_after_fork(self) -> None:
+        """Lets a child of this process render: the helper, and a thread that may have been using it, are its parent's."""
+        self._lock = threading.Lock()
+        self._renderer = self._finalizer = None
 
     def render(
         self,
@@ -85,8 +91,6 @@ class ChatTemplate:
 
     def _render(self, data: dict[str, Any]) -> str:
         with self._lock:
-            if self._renderer is not None and self._process_id != os.getpid():
-                self._renderer = self._finalizer = None  # after a fork the helper belongs to the parent
             try:
                 if self._renderer is None:
                     self._renderer = self._start()
@@ -100,7 +104,6 @@ class ChatTemplate:
                 raise
 
     def _start(self) -> Callable[[dict[str, Any]], str]:
-        self._process_id = os.getpid()
         if not self._isolated:
             return compile_template(self.source)
         helper = _Helper(self.source)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import Architecture, ConfigError
+from mpo_runtime.forks import renew_in_children
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.sampler import Sampler, SamplingOptions
 
@@ -31,8 +32,9 @@ class Step:
 class Engine:
     """One conversation's state: a model and a KV cache of one row.
 
-    A prompt that starts with the tokens already in the cache reuses them. One generation runs at a time; a second
-    thread waits.
+    A prompt that starts with the tokens already in the cache reuses them. Rounding differs between tokens that were run
+    together and one by one, so a generation that is to be the same each time (with a seed, or at temperature 0) reuses
+    only whole chunks that were run as this prompt's would be. One generation runs at a time; a second thread waits.
     """
 
     def __init__(self, model: GraniteModel, *, context: int | None = None, chunk: int = PREFILL_CHUNK) -> None:
@@ -43,15 +45,31 @@ class Engine:
         self.chunk = chunk
         self.cache = model.ops.new_cache(self.architecture, 1, self.context)
         self.held: list[int] = []
+        self.whole = 0  # of `held`, those that were run in whole chunks from the start
         self.lock = threading.Lock()
+        renew_in_children(self)
+
+    def renew_after_fork(self) -> None:
+        """Lets a child of this process generate: in it the thread that may have been generating does not exist."""
+        self.lock = threading.Lock()
+        self._rewind(0, [])
 
     @property
     def architecture(self) -> Architecture:
         """The model's architecture."""
         return self.model.architecture
 
-    def prefill(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Runs the prompt through the model, except what the cache already holds.
+    def reusable(self, ids: Sequence[int], *, repeatable: bool = False) -> int:
+        """How many leading ids of a prompt need not be run again: the cache holds them.
+
+        Args:
+            repeatable: counts whole chunks only, so that the logits are those of an empty cache to the last bit.
+        """
+        shared = shared_prefix(self.held, ids[:-1])
+        return min(shared // self.chunk * self.chunk, self.whole) if repeatable else shared
+
+    def prefill(self, ids: Sequence[int], *, repeatable: bool = False) -> NDArray[np.float32]:
+        """Runs the prompt through the model, except what the cache already holds (see `reusable`).
 
         Returns:
             The logits [vocabulary] after the last id.
@@ -60,11 +78,15 @@ class Engine:
             ConfigError: when the prompt is empty, longer than the context, or has an id outside the vocabulary.
         """
         check_prompt(ids, self.context, self.architecture.vocab_size)
-        shared = shared_prefix(self.held, ids[:-1])
-        # In this order: a Ctrl-C between the two leaves a list that is shorter than the cache, never a longer one.
-        self.held = list(ids[:shared])
-        self.cache.rewind(shared)
+        shared = self.reusable(ids, repeatable=repeatable)
+        self._rewind(shared, ids)
         return self._advance(ids[shared:])
+
+    def _rewind(self, length: int, ids: Sequence[int]) -> None:
+        # In this order: a Ctrl-C between two of them leaves less said to be held than the cache holds, never more.
+        self.whole = min(self.whole, length // self.chunk * self.chunk)
+        self.held = list(ids[:length])
+        self.cache.rewind(length)
 
     def _advance(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Runs tokens that follow those in the cache, and returns the logits [vocabulary] after the last one."""
@@ -72,7 +94,9 @@ class Engine:
         for start in range(0, len(ids), self.chunk):
             part = list(ids[start : start + self.chunk])
             hidden = self.model.hidden(self.model.ops.ids([part]), self.cache, [len(part)])
+            on_grid = len(part) == self.chunk and len(self.held) == self.whole
             self.held += part
+            self.whole += len(part) * on_grid
         logits: NDArray[np.float32] = self.model.ops.to_numpy(self.model.logits(hidden[:, -1:]))[0, 0]
         return logits
 
@@ -87,7 +111,7 @@ class Engine:
         """Yields tokens after the prompt `ids` until an end token, `max_tokens` or the end of the context.
 
         Args:
-            options: how tokens are drawn; with a seed the result is reproducible.
+            options: how tokens are drawn; with a seed, or at temperature 0, the result is reproducible.
             max_tokens: None for as many as the context holds.
             stop_ids: token ids that end the text; the model's end-of-text ids where None.
         """
@@ -96,7 +120,7 @@ class Engine:
         limit = room if max_tokens is None else min(max_tokens, room)
         sampler = Sampler(options)
         with self.lock:
-            logits = self.prefill(ids)
+            logits = self.prefill(ids, repeatable=options.repeatable)
             history = list(ids)
             for index in range(limit):
                 choice = sampler.sample(logits, history, prompt_length=len(ids))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mpo_formats import ConfigError
 from mpo_runtime.backends import check_activations, choose_backend
 from mpo_runtime.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.forks import renew_in_children
 from mpo_runtime.sampler import Choice, SamplingOptions, top_logprobs
 from mpo_runtime.stopping import StopMatcher
 from mpo_runtime.tokenizer import StreamDecoder, Tokenizer
@@ -79,6 +80,11 @@ class Model:
         self._turn = threading.Lock()
         self._generating: int | None = None
         self._closed = False
+        renew_in_children(self)
+
+    def renew_after_fork(self) -> None:
+        """Lets a child of this process generate: in it no other thread holds the turn."""
+        self._turn, self._generating = threading.Lock(), None
 
     def generate(
         self,
@@ -139,7 +145,8 @@ class Model:
         import numpy as np
 
         self._check_open()
-        from mpo_runtime.measure import check_ids, log_softmax, window_logits
+        from mpo_runtime.engine import PREFILL_CHUNK
+        from mpo_runtime.measure import check_ids, log_softmax
 
         ids = self.text_tokenizer().encode(text, add_special_tokens=True) if isinstance(text, str) else list(text)
         if len(ids) < 2:
@@ -148,8 +155,14 @@ class Model:
         if len(ids) > longest:
             raise ConfigError(f"score: {len(ids)} tokens, the model was made for {longest}; score it in parts")
         check_ids(np.array(ids), self.network)
-        scores = log_softmax(window_logits(self.network, np.array(ids)))
-        return Score(ids[1:], [float(row[token]) for row, token in zip(scores, ids[1:], strict=True)])
+        ops, found = self.network.ops, list[float]()
+        cache = ops.new_cache(self.network.architecture, 1, len(ids) - 1)
+        for start in range(0, len(ids) - 1, PREFILL_CHUNK):
+            part = ids[start : min(start + PREFILL_CHUNK, len(ids) - 1)]
+            hidden = self.network.hidden(ops.ids([part]), cache, [len(part)])
+            scores = log_softmax(ops.to_numpy(self.network.logits(hidden))[0])
+            found += [float(row[token]) for row, token in zip(scores, ids[start + 1 :], strict=False)]
+        return Score(ids[1:], found)
 
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises ConfigError where the model has none."""
@@ -201,6 +214,7 @@ class Model:
                     text += matcher.flush()
                 finish = "stop" if stopped else step.finish
                 yield Piece(text, step.token, step.logprob, finish, tuple(top_logprobs(step.logits, top)))
+                self._generating = threading.get_ident()  # a stream may be read by one thread after another
                 if stopped:
                     return
 
@@ -255,7 +269,7 @@ def load(
         chi: uses only the first `chi` values of every bond: a smaller, faster, rougher model from the same file.
         device: `cpu`, or a torch device such as `cuda`.
         backend: `native`, `reference`, or `auto`: native on a CPU where its kernels were built.
-        threads: CPU threads; all cores where None.
+        threads: CPU threads of this process, for all its models; None leaves their number as it is, at first all cores.
         context: tokens of the KV cache; what the model was made for, at most 4,096, where None.
         kv_type: what the KV cache is stored in: f32, f16, bf16, or with the native backend int8. `auto` is f16 where the
             native backend rounds activations (int8, and integer weights), which loses far more, and f32 elsewhere.

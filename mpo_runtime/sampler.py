@@ -66,6 +66,11 @@ class SamplingOptions:
         _check(seed_is_good, "seed", self.seed, "a whole number between 0 and 2^64 - 1")
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same logits give the same token each time: with a seed, or at temperature 0."""
+        return self.seed is not None or self.temperature == 0
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mpo_exporter.allocate import Candidate, choose, front
+from mpo_exporter.quantize.rounding import fitting_group
 from mpo_exporter.survey import stored_bytes
 from mpo_formats import LinearSpec, ModelSpec, PlanError, container
 from mpo_formats.codec import to_json
 from mpo_formats.layout import DIGEST_SIZE, PADDING, file_tensors, linear_tensors
+from mpo_formats.spec import GROUPS
 from mpo_formats.writer import spec_metadata
 
 Candidates = Mapping[str, Sequence[Candidate]]
@@ -43,8 +45,13 @@ def default_bytes(spec: ModelSpec) -> int:
     """The target where the user names none: 4.25 bits of the whole file per weight of the model.
 
     In a model so small that header, tokenizer, norms and certificate take more than a quarter of that, they come on top.
+    Layers whose rows no group divides stay dense, and count as what they take then.
     """
     wanted = int(DEFAULT_BITS * spec.architecture.parameters() / 8)
+    for linear in spec.linears:
+        if fitting_group(linear.in_features, max(GROUPS)) is None:
+            weights = linear.out_features * linear.in_features
+            wanted += 2 * weights - int(DEFAULT_BITS * weights / 8)
     fixed = file_bytes(spec) - sum(stored_bytes(linear) for linear in spec.linears)
     return wanted if fixed <= SMALL_SHARE * wanted else wanted + fixed
 
@@ -74,7 +81,7 @@ def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int)
     low = sum(min(one.bytes for one in row) for row in charged.values())
     high, budget = target_bytes, low + target_bytes - least
     best = with_choice(spec, {name: min(row, key=lambda one: one.bytes) for name, row in charged.items()})
-    most = 0
+    most, before = 0, best
 
     def planned_within(budget: int) -> tuple[ModelSpec, int]:
         planned = with_choice(spec, choose(floored(charged, weights, budget), budget))
@@ -85,6 +92,9 @@ def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int)
         left = target_bytes - size
         if left < 0:
             high = budget
+            if planned == before:  # coarse choices: less is planned only where this plan no longer fits
+                high = budget = min(budget, charged_bytes(planned, charged))
+            before = planned
         else:
             low = max(low, budget)
             best, most = (planned, size) if size > most else (best, most)
@@ -95,6 +105,13 @@ def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int)
     tries = [planned_within(low + extra) for extra in MARGINS]
     fitting = [best, *(planned for planned, size in tries if most <= size <= target_bytes)]
     return min(fitting, key=lambda planned: expected_loss(planned.linears, candidates) or 0.0).linears
+
+
+def charged_bytes(planned: ModelSpec, charged: Candidates) -> int:
+    """The bytes that a plan's layers are charged."""
+    return sum(
+        next(one.bytes for one in charged[linear.name] if one.terms == linear.terms) for linear in planned.linears
+    )
 
 
 def charge(linear: LinearSpec, candidate: Candidate) -> Candidate:

@@ -123,6 +123,16 @@ def quantize(matrix: Matrix, term: Quantized, moment: Matrix | None, method: Met
 
 
 def fit_cores(matrix: Matrix, term: Mpo, moment: Matrix | None, method: Method) -> Cores:
+    """Fits an operator of the term's shape; where its bonds differ, with the largest, then cut to the others."""
+    cores = fit_bond(matrix, term, moment, method)
+    if tuple(core.shape[3] for core in cores.cores[:-1]) == term.bonds:
+        return cores
+    bonds = (1, *term.bonds, 1)
+    cut = tuple(core[: bonds[k], :, :, : bonds[k + 1]] for k, core in enumerate(cores.cores))
+    return Cores(cut, activation_error(matrix - contract(cut), moment))
+
+
+def fit_bond(matrix: Matrix, term: Mpo, moment: Matrix | None, method: Method) -> Cores:
     """Fits an operator of the term's shape and largest bond."""
     out_dims, in_dims, chi = term.out_dims, term.in_dims, max(term.bonds)
     if moment is None or method.cores == "svd":

@@ -21,7 +21,8 @@ from mpo_exporter.report.make import make_report
 from mpo_exporter.report.record import Recorder
 from mpo_exporter.report.terminal import print_healing, print_report
 from mpo_exporter.sources import Source, find_source
-from mpo_formats import ConfigError, OutputError
+from mpo_formats import ConfigError, ModelSpec, OutputError
+from mpo_formats.architecture import full_rank
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.cli import console
 from mpo_runtime.model import check_device, read_text_files, set_threads
@@ -61,9 +62,7 @@ def run_export(
     options = (asked := asked or Asked()).options(plan, chi, cores)
     check_asked(chi, measure_tokens, calib_windows, prefixes, device, threads)
     source = find_source(model)
-    target = out or Path(f"{source.name}.mpo")
-    if not force and not asked.dry_run and os.path.lexists(target) and not target.is_dir():
-        raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
+    target = file_to_write(out or Path(f"{source.name}.mpo"), force or asked.dry_run)
     earlier = None if report is None or asked.dry_run else prepare(report, force)
     later = check_healing(source.folder, heal, heal_text) if heal else None
     held_out, reason = held_out_text(source.folder, text, measure_tokens)
@@ -84,12 +83,12 @@ def run_export(
             )  # fmt: skip
         if not misses(result, options, number + 1 < MOST_EXPORTS):
             break
+    tell_cut_bonds(result.spec, options)
     healed = heal_exported(result, source.folder, heal, heal_text, held_out, device) if heal else None
     if report is None:
         print_report(result, held_out, reason, healed)
         return result
-    if healed:
-        print_healing(healed)
+    print_healing(healed)
     better = healed if healed and healed.written else result
     make_report(
         Job(
@@ -99,6 +98,13 @@ def run_export(
         )
     )  # fmt: skip
     return result
+
+
+def file_to_write(target: Path, free: bool) -> Path:
+    """The file to write; raises OutputError where it exists, unless that makes no difference."""
+    if not free and os.path.lexists(target) and not target.is_dir():
+        raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
+    return target
 
 
 def check_asked(
@@ -119,6 +125,16 @@ def check_asked(
 def tell(message: str) -> None:
     """Prints what was found, stale or made among the kept measurements."""
     print(message, flush=True)
+
+
+def tell_cut_bonds(spec: ModelSpec, options: Options) -> None:
+    """Says where χ is above the full rank of operators, whose bonds end there."""
+    terms = [term for linear in spec.linears for term in linear.terms if term.kind == "mpo"]
+    ranks = [max(full_rank(term.out_dims, term.in_dims)) for term in terms]
+    cut = [rank for rank in ranks if rank < options.chi]
+    if cut and options.plan == "paper":
+        tell(f"χ of {options.chi:,} is above the full rank of {len(cut)} of {len(ranks)} operators: "
+             f"their bonds end at {max(cut):,} or less")  # fmt: skip
 
 
 def for_model(asked: Asked, plan: str, options: Options, source: Source, calibration: TokenText | None) -> Options:

@@ -159,8 +159,8 @@ class CompactifAICompressor:
 
     def __init__(self, bond_dimension: int = 32, compression_ratio: float = 0.3) -> None:
         check_count("bond_dimension", bond_dimension)
-        if not 0 < compression_ratio <= 1:
-            raise ConfigError(f"compression_ratio: expected more than 0 and at most 1, found {compression_ratio}")
+        if not isinstance(compression_ratio, int | float) or not 0 < compression_ratio <= 1:
+            raise ConfigError(f"compression_ratio: expected more than 0 and at most 1, found {compression_ratio!r}")
         self.bond_dimension, self.compression_ratio = bond_dimension, compression_ratio
         self._profiler: LayerSensitivityProfiler | None = None
 
@@ -185,6 +185,10 @@ class CompactifAICompressor:
         options = Options(plan="paper", chi=self.bond_dimension, layers=layers)
         result = export(model.folder, Path(path), options, force=force, revision=model.revision, text=validation)
         return CompressionResult(result.path, layers, compression_stats(result), evaluation_results(result, model))
+
+    def heal_model(self, compressed: str | Path, model: GraniteSource, **given: Any) -> Healed:
+        """Retrains a compressed file, as the function `heal_model` does; `given` are its other arguments."""
+        return heal_model(compressed, model, **given)
 
 
 def heal_model(

@@ -197,17 +197,17 @@ def plan_terms(linear: LinearSpec, architecture: Architecture, options: Options,
     if options.plan == "paper":
         chosen = options.layers is not None or options.pattern is not None
         cores = not table and (acted_on if chosen else not spared(name, architecture))
-        return (full_cores(rows, columns, options),) if cores else (integers(columns, 4),)
+        return (full_cores(rows, columns, options),) if cores else (integers_of(linear, 4),)
     if options.plan == "k-proj":
         rank = key_rank(linear, architecture, options.keys) if acted_on else 0
         return (key_factors(rows, columns, rank, options.keys),) if rank else linear.terms
     if options.plan == "dense" or not acted_on:
         return linear.terms
     if options.plan == "int4":
-        return (integers(columns, 4),)
+        return (integers_of(linear, 4),)
     if table:
-        return (integers(columns, EMBEDDING_BITS),)
-    base = integers(columns, 4)
+        return (integers_of(linear, EMBEDDING_BITS),)
+    base = integers_of(linear, 4)
     # A dense base has no rounding that is worth correcting.
     return (base, *correction(rows, columns, options)) if base.kind == "quantized" else (base,)
 
@@ -216,6 +216,12 @@ def integers(columns: int, bits: int, group: int = GROUP) -> Term:
     """A Quantized term of the largest group that fits, or bf16 where none divides the row."""
     fitting = fitting_group(columns, group)
     return Dense("dense", "bf16") if fitting is None else Quantized("quantized", bits, fitting, False)
+
+
+def integers_of(linear: LinearSpec, bits: int) -> Term:
+    """As `integers` for a layer of the source; where no group divides its rows, a dense term of two bytes stays as it is."""
+    found, own = integers(linear.in_features, bits), linear.terms[0]
+    return own if found.kind == "dense" and own.kind == "dense" and own.dtype != "f32" else found
 
 
 def spared(name: str, architecture: Architecture) -> bool:
@@ -267,7 +273,7 @@ def correction(rows: int, columns: int, options: Options) -> tuple[Mpo, ...]:
     shape = shapes.low_rank_shape(rows, columns) if low_rank else shapes.balanced_shape(rows, columns, options.cores)
     out_dims, in_dims = shape
     room = CORE_SHARE * rows * columns
-    chi = options.chi
+    chi = min(options.chi, max(full_rank(out_dims, in_dims)))
     while chi and shapes.parameters(out_dims, in_dims, operator(out_dims, in_dims, chi, "f16").bonds) > room:
         chi -= 1
     return (operator(out_dims, in_dims, chi, "int8"),) if chi else ()

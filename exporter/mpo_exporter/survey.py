@@ -19,9 +19,12 @@ from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
 from mpo_exporter.plan import operator
 from mpo_exporter.progress import Progress, silent
 from mpo_exporter.quantize.gptq import Grid, expected_residuals
+from mpo_exporter.quantize.grid import LARGEST
+from mpo_exporter.quantize.rounding import fitting_group
 from mpo_formats import ConfigError, Dense, LinearSpec, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.layout import linear_tensors
+from mpo_formats.packing import implicit_zero
 from mpo_runtime.weights import Weights
 
 Matrix = NDArray[np.float64]
@@ -34,8 +37,6 @@ GRIDS = (
     *(Grid(bits, group) for bits in (5, 6) for group in (64, 128)),
     Grid(8, 128),
 )
-# For rows that no larger group divides.
-NARROW = tuple(Grid(bits, 16) for bits in (2, 3, 4, 5, 6, 8))
 # Cores are tried beside these, in int8 and with these bonds: one decomposition gives all of them, so any χ can be planned.
 CORED = (*(Grid(bits, 64) for bits in (2, 3)), Grid(4, 32), Grid(4, 128))
 LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -129,7 +130,8 @@ def survey(
 ) -> Survey:
     """Measures every layer's candidates on the dense upstream, one block at a time.
 
-    Rows of a width that no group divides stay in bf16.
+    A grid whose group does not divide a layer's rows is tried with the largest smaller one that does. Rows that none divides
+    stay in bf16, as do values that no scale in half precision reaches.
 
     Args:
         chis: bond dimensions of cores, beside the integers and alone.
@@ -195,15 +197,15 @@ def candidates(
     def candidate(loss: float, *terms: Term) -> Candidate:
         return Candidate(stored_bytes(replace(linear, terms=terms)), loss, terms)
 
-    if grids is GRIDS and linear.in_features % 32:
-        grids = NARROW
-    fitting = [grid for grid in grids if linear.in_features % grid.group == 0]
+    require_finite(matrix, "matrix")
+    peak = float(np.abs(matrix).max(initial=0.0))
+    fitting = [grid for grid in fitted(grids, linear.in_features) if peak <= LARGEST * implicit_zero(grid.bits)]
     lossless = candidate(0.0, *linear.terms)
     if not fitting:
         narrow = candidate(0.0, Dense("dense", "bf16"))
-        return [narrow] if narrow.bytes >= lossless.bytes else [narrow, lossless]
-    cored = {grid for grid in fitting if chis and linear.name not in (EMBEDDING, HEAD) and grid in CORED}
-    require_finite(matrix, "matrix")
+        return [lossless] if lossless.bytes <= narrow.bytes else [narrow, lossless]
+    with_cores = chis and linear.name not in (EMBEDDING, HEAD)
+    cored = set(fitted([grid for grid in grids if with_cores and grid in CORED], linear.in_features)) & set(fitting)
     result = []
     for part in (cored, set(fitting) - cored):
         picked = [grid for grid in fitting if grid in part]
@@ -218,6 +220,12 @@ def candidates(
                 for chi, loss in tails(scale * residual * np.sqrt(weight), chis):
                     result.append(candidate(loss, base, operator(*low_rank_shape(*matrix.shape), chi, "int8")))
     return [*result, lossless]
+
+
+def fitted(grids: Sequence[Grid], columns: int) -> list[Grid]:
+    """The grids with the largest group up to their own that divides rows of so many columns, each once."""
+    groups = [(grid, fitting_group(columns, grid.group)) for grid in grids]
+    return list(dict.fromkeys(replace(grid, group=group) for grid, group in groups if group is not None))
 
 
 def alone(matrix: Matrix, sensitivity: Sensitivity, chis: Sequence[int] = LADDER) -> Alone:

@@ -95,7 +95,8 @@ class Architecture:
         for name in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
             value = getattr(self, name)
             require(math.isfinite(value), f"{name}: expected a finite number, found {describe(value)}")
-        require(self.logits_scaling != 0, "logits_scaling: expected another number than 0")
+        # The runtime divides in single precision, where smaller numbers are 0.
+        require(abs(self.logits_scaling) > 2.0**-150, "logits_scaling: expected another number than 0")
         self._check_tokens()
 
     def _check_tokens(self) -> None:

@@ -16,10 +16,13 @@ FAILURE = 1  # typer itself ends with 0 when all is well and 2 on wrong usage
 def run(app: Callable[..., Any], program: str) -> None:
     """Runs a typer app: exit code 0 on success, 1 on an error of the input, 2 on wrong usage.
 
-    Errors are one line on standard error; a traceback only with --debug or MPO_DEBUG=1. SIGTERM ends the program as Ctrl-C
-    does, so that nothing half-written stays.
+    Errors are one line on standard error; a traceback only with --debug or MPO_DEBUG=1. SIGTERM, and SIGHUP where nobody has
+    said to ignore it (nohup), end the program as Ctrl-C does, so that nothing half-written stays.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     debug = "--debug" in sys.argv or os.environ.get("MPO_DEBUG") == "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mpo_formats.errors import ConfigError, OutputError
-from mpo_runtime.engine import shared_prefix
 from mpo_runtime.model import FinishReason, Model, Piece
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.stopping import StopMatcher
@@ -82,7 +81,7 @@ def json_or_text(text: str) -> Any:
     """What is written as JSON, else the text itself."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where brackets are nested a thousand deep
         return text
 
 
@@ -195,7 +194,7 @@ class Conversation:
         if sampling.seed is not None:  # another stream for each answer, so that a regenerated one differs
             sampling = replace(sampling, seed=(sampling.seed + totals.answers) % 2**64)
         totals.answers += 1
-        totals.prompt_tokens, totals.reused = len(ids), shared_prefix(self.model.engine.held, ids[:-1])
+        totals.prompt_tokens, totals.reused = len(ids), self.model.engine.reusable(ids, repeatable=sampling.repeatable)
         totals.last_tokens, totals.last_seconds, self.finish = 0, 0.0, None
         start = first = time.monotonic()
         pieces = self.model.generate(ids, max_tokens=settings.max_tokens, sampling=sampling, stop=settings.stop)

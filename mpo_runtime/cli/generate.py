@@ -138,7 +138,7 @@ def row_prompt(path: Path, number: int, line: str) -> str:
     """The prompt of one row of JSON."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter where brackets are nested a thousand deep
         raise ConfigError(f"{path}: line {number} is not JSON; expected one object a line") from None
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str):

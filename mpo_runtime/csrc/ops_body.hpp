@@ -120,7 +120,16 @@ struct OpsBody {
       default: break;
     }
     float largest = 0;
-    for (i = 0; i < size; ++i) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    bool finite = true;
+    for (i = 0; i < size; ++i) {
+      largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+      finite = finite && std::isfinite(x[i]);
+    }
+    if (!finite) {  // no code stands for NaN, so the scale does: what attends to it becomes NaN
+      *scale = std::numeric_limits<float>::quiet_NaN();
+      std::memset(to, 0, size);
+      return;
+    }
     const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
     *scale = largest > 1e-30f ? largest / 127.0f : 0.0f;
     for (i = 0; i < size; ++i) {

@@ -1,6 +1,6 @@
 #include "pool.hpp"
 
-#include <atomic>
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -42,11 +43,15 @@ void pause() {
 // Grows in a child of fork(), where the threads of the parent are missing.
 std::atomic<unsigned> forks{0};
 
-void watch_forks() {
-#if MPO_HAVE_FORK
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
-  (void)registered;
-#endif
+struct Known {
+  std::mutex mutex;
+  std::vector<Pool*> pools;
+};
+
+// Of this process; never destroyed, as a fork may come at any time.
+Known& known() {
+  static Known* const all = new Known;
+  return *all;
 }
 
 constexpr std::uint64_t pack(std::uint32_t generation, std::uint32_t left) {
@@ -120,13 +125,39 @@ struct Pool::Crew {
   }
 };
 
-Pool::Pool(int threads) : turn_(std::make_unique<std::mutex>()), threads_(0), forks_(0) {
-  watch_forks();
-  forks_ = forks.load();
+// The locks of runs, in a child of fork(): threads that it has not may hold them. It has one thread here.
+void Pool::renew_turns() {
+  forks.fetch_add(1);
+  for (Pool* pool : known().pools) {
+    (void)pool->turn_.release();  // leaked: a lock that is held cannot be destroyed
+    pool->turn_ = std::make_unique<std::mutex>();
+  }
+}
+
+Pool::Pool(int threads) : turn_(std::make_unique<std::mutex>()), threads_(0), forks_(forks.load()) {
+  {
+    Known& all = known();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    all.pools.push_back(this);
+  }
+#if MPO_HAVE_FORK
+  static const int registered =
+      pthread_atfork([] { known().mutex.lock(); }, [] { known().mutex.unlock(); },
+                     [] {
+                       renew_turns();
+                       known().mutex.unlock();
+                     });
+  (void)registered;
+#endif
   resize(threads);
 }
 
 Pool::~Pool() {
+  {
+    Known& all = known();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    all.pools.erase(std::find(all.pools.begin(), all.pools.end(), this));
+  }
   threads_ = 1;
   renew();
   delete crew_;
@@ -136,20 +167,10 @@ void Pool::resize(int threads) {
   if (threads < 1 || threads > kMostThreads)
     throw std::invalid_argument("threads: expected 1 to " + std::to_string(kMostThreads) + ", found " +
                                 std::to_string(threads));
-  const std::lock_guard<std::mutex> lock(turn());
+  const std::lock_guard<std::mutex> lock(*turn_);
   if (threads == threads_ && forks_ == forks.load()) return;
   threads_ = threads;
   renew();
-}
-
-// The lock of a run. After a fork it may be held by a thread that this process has not, so the child takes a new one.
-std::mutex& Pool::turn() {
-  if (forks_ != forks.load(std::memory_order_relaxed) && turn_forks_ != forks.load()) {
-    turn_.release();
-    turn_ = std::make_unique<std::mutex>();
-    turn_forks_ = forks.load();
-  }
-  return *turn_;
 }
 
 // Ends the crew, if it is of this process, and starts one of threads_ - 1.
@@ -165,7 +186,11 @@ void Pool::renew() {
   }  // the parent's crew is leaked in the child: its threads do not exist here and its locks may be held for ever
   forks_ = forks.load();
   crew_ = new Crew;
-  for (int i = 1; i < threads_; ++i) crew_->threads.emplace_back([crew = crew_] { crew->loop(); });
+  try {
+    for (int i = 1; i < threads_; ++i) crew_->threads.emplace_back([crew = crew_] { crew->loop(); });
+  } catch (const std::system_error&) {  // a limit of processes or of memory
+    threads_ = static_cast<int>(crew_->threads.size()) + 1;
+  }
 }
 
 void Pool::run(std::size_t items, std::size_t chunk, RangeFunction f) {
@@ -176,7 +201,7 @@ void Pool::run(std::size_t items, std::size_t chunk, RangeFunction f) {
     for (std::size_t begin = 0; begin < items; begin += chunk) f(begin, begin + chunk < items ? begin + chunk : items);
     return;
   }
-  const std::lock_guard<std::mutex> lock(turn());
+  const std::lock_guard<std::mutex> lock(*turn_);
   if (forks_ != forks.load(std::memory_order_relaxed)) renew();
   Crew& crew = *crew_;
   const std::uint32_t generation = crew.generation() + 1;

@@ -2,6 +2,7 @@
 // delays a step by one chunk at most.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <mutex>
@@ -34,20 +35,21 @@ class Pool {
 
   // Calls f on chunks of at most `chunk` of the items [0, items), in any order, on any thread; returns when all are
   // done. The first exception that f throws is thrown here. Calls from several threads take turns; f must not call run.
+  // Where the system refuses a thread, the pool goes on with those that it has.
   void run(std::size_t items, std::size_t chunk, RangeFunction f);
 
-  int threads() const { return threads_; }
+  int threads() const { return threads_.load(std::memory_order_relaxed); }
   void resize(int threads);  // waits for a run in progress; throws std::invalid_argument below 1
 
  private:
   struct Crew;
   void renew();
-  std::mutex& turn();
+  static void renew_turns();
 
   std::unique_ptr<std::mutex> turn_;
   Crew* crew_ = nullptr;
-  int threads_;
-  unsigned forks_, turn_forks_ = 0;
+  std::atomic<int> threads_;
+  std::atomic<unsigned> forks_;
 };
 
 // The pool of this process, with as many threads as MPO_THREADS says or as there are cores that it may run on. It is

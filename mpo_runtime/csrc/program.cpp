@@ -14,6 +14,7 @@ namespace mpo {
 namespace {
 
 constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();
+constexpr std::size_t kMostKept = 1024;  // tokens of a call whose memory is kept for the next one
 
 void expect(bool good, const std::string& message) {
   if (!good) throw std::invalid_argument("program: " + message);
@@ -124,7 +125,6 @@ Program::Register Program::add_scaled(Register x, Register y, float scale) {
 }
 
 Program::Register Program::divide(Register x, float divisor) {
-  expect(divisor != 0, "divide: expected another divisor than 0");
   const Register to = made(Kind::divide, {x}, width(x));
   steps_.back().value = divisor;
   return to;
@@ -210,6 +210,7 @@ void Program::run(const Call& call) const {
   state->angles_of = kNone;
   if (call.cache) state->lengths = call.cache->lengths();
   for (const Instruction& step : steps_) execute(step, call, *state);
+  if (tokens > kMostKept) return;
   const std::lock_guard<std::mutex> lock(mutex_);
   idle_.push_back(std::move(state));
 }

@@ -172,9 +172,10 @@ console.run(app, "program")
 """
 
 
-def test_a_program_that_is_terminated_cleans_up() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_program_that_is_terminated_cleans_up(number: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", TERMINATED], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "begun\n"
-        child.terminate()
+        child.send_signal(number)
         assert child.stdout.read() == "cleaned up\n"
-    assert child.returncode == 128 + signal.SIGTERM
+    assert child.returncode == 128 + number

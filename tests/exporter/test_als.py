@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo_exporter.fit import als, site, svd, whitened
-from mpo_exporter.fit.common import Cores, activation_error
+from mpo_exporter.fit import als, common, site, svd, whitened
+from mpo_exporter.fit.common import Cores, activation_error, contract
 from mpo_exporter.fit.site import make_target, site_at
 from mpo_formats import ConfigError
 from tests.exporter.fit_cases import SHAPES, Dims, Matrix, case, prefix, true_error
@@ -183,3 +183,18 @@ def test_a_partner_of_zeros_gives_zeros() -> None:
     fit = als.fit(matrix, moment, *BALANCED, 2, start=start, sweeps=20)
     assert fit.error <= activation_error(matrix, moment) * (1 + 1e-9)
     assert all(np.isfinite(core).all() for core in fit.cores)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99, 0.9999])
+def test_errors_of_large_matrices_are_exact_where_one_direction_holds_nearly_all(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the mean of massive activations does."""
+    source = np.random.default_rng(0)
+    matrix, inputs = source.standard_normal((60, 96)), source.standard_normal((400, 96))
+    moment, lead = inputs.T @ inputs / 400, source.standard_normal(96)
+    moment = (1 - share) * moment / np.trace(moment) + share * np.outer(lead, lead) / (lead @ lead)
+    fitted = whitened.fit(matrix, moment, (60, 1), (1, 96), 12)
+    residual = matrix - contract(fitted.cores)
+    monkeypatch.setattr(common, "DOUBLE_WORK", 0)
+    assert common.activation_error(residual, moment) == pytest.approx(fitted.error, rel=1e-6)

@@ -144,9 +144,10 @@ def moment_of(size: int) -> NDArray[np.float64]:
     (Mpo("mpo", (16, 1), (1, 32), (4,), "f16", 0),),
     (Mpo("mpo", (4, 4), (8, 4), (6,), "f32", 0),),
     (Mpo("mpo", (4, 2, 2), (4, 4, 2), (6, 4), "f32", 0),),
+    (Mpo("mpo", (4, 2, 2), (4, 4, 2), (3, 4), "f32", 0),),
     (Quantized("quantized", 2, 32, True),),
     (Quantized("quantized", 2, 32, False), Mpo("mpo", (16, 1), (1, 32), (2,), "int8", 16)),
-], ids=["low rank", "balanced", "three cores", "integers", "integers and cores"])  # fmt: skip
+], ids=["low rank", "balanced", "three cores", "rising bonds", "integers", "integers and cores"])  # fmt: skip
 def test_terms_fitted_to_activations_have_less_error_there(terms: tuple[Term, ...]) -> None:
     linear = LinearSpec("layer", 16, 32, None, terms)
     values = np.random.default_rng(1).standard_normal((16, 32)).astype(np.float32)
@@ -174,9 +175,32 @@ def test_a_table_weighs_both_of_its_uses() -> None:
 
 
 def test_a_width_without_a_group_stays_dense() -> None:
-    linear = LinearSpec("layer", 4, 32, None, (Quantized("quantized", 4, 32, False),))
-    found = candidates(linear, np.ones((4, 32)), table_sensitivity(np.ones(4) / 4, np.ones(32)), (Grid(4, 128),))
-    assert [one.terms[0].kind for one in found] == ["dense"] and found[0].loss == 0
+    for dtype in ("f16", "bf16", "f32"):
+        linear = LinearSpec("layer", 4, 24, None, (Dense("dense", dtype),))
+        found = candidates(linear, np.ones((4, 24)), table_sensitivity(np.ones(4) / 4, np.ones(24)), (Grid(4, 128),))
+        kept = {"f16": ["f16"], "bf16": ["bf16"], "f32": ["bf16", "f32"]}  # two bytes are not narrowed to two bytes
+        assert [one.terms[0].dtype for one in found] == kept[dtype] and found[-1].loss == 0
+
+
+@pytest.mark.parametrize(("columns", "groups"), [(96, {32}), (48, {16}), (64, {32, 64}), (128, {32, 64, 128})])
+def test_every_width_is_tried_with_the_largest_group_that_divides(columns: int, groups: set[int]) -> None:
+    linear = LinearSpec("layer", 4, columns, None, (Dense("dense", "bf16"),))
+    matrix = np.random.default_rng(0).standard_normal((4, columns))
+    found = candidates(linear, matrix, Sensitivity(np.eye(columns), np.ones(4)), chis=())
+    terms = [one.terms[0] for one in found[:-1]]
+    assert {term.bits for term in terms} == {2, 3, 4, 5, 6, 8}
+    assert {term.group for term in terms} == groups and len(set(terms)) == len(terms)
+
+
+def test_values_beyond_what_a_scale_reaches_leave_the_wider_integers_and_the_dense_matrix() -> None:
+    linear = LinearSpec("layer", 4, 64, None, (Dense("dense", "f32"),))
+    sensitivity = Sensitivity(np.eye(64), np.ones(4))
+    for peak, bits in ((2e5, {3, 4, 5, 6, 8}), (1e9, set())):
+        matrix = np.ones((4, 64))
+        matrix[1, 2] = peak
+        terms = [one.terms[0] for one in candidates(linear, matrix, sensitivity, chis=())]
+        assert {term.bits for term in terms if term.kind == "quantized"} == bits
+        assert terms[-1] == linear.terms[0]
 
 
 def test_rows_of_a_large_matrix_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

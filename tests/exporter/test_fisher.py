@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from mpo_exporter.calibrate.fisher import LOOKUP, output_fisher
+from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.checkpoint import Checkpoint
 from tests.helpers import VOCABULARY, granite_config, write_folder
@@ -87,3 +88,17 @@ def test_lookups_tell_what_an_error_in_the_table_costs(tmp_path: Path) -> None:
             table.copy_(clean + size * noise)
             costs.append((dense.exp() * (dense - model(ids).logits.log_softmax(-1))).sum(-1).mean().item())
     assert np.mean(costs) == pytest.approx(0.5 * fisher.sum() * size**2, rel=0.2)
+
+
+def test_activations_that_overflow_name_the_block(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    source = Checkpoint(folder)
+    arrays = {name: source.array(name) for name in ("model.layers.1.mlp.up_proj.0.weight",)}
+    whole = source.array
+
+    def array(name: str) -> NDArray[np.float32]:
+        return np.full(arrays[name].shape, 1e38, np.float32) if name in arrays else whole(name)
+
+    source.array = array  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"model\.layers\.1: its output is not finite on the calibration text"):
+        output_fisher(source, WINDOWS)

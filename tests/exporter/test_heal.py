@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mpo_exporter.cli import main
-from mpo_exporter.compactifai import heal_model, load_granite_model
+from mpo_exporter.compactifai import CompactifAICompressor, load_granite_model
 from mpo_exporter.export import export
 from mpo_exporter.heal import run as run_module
 from mpo_exporter.heal import session as session_module
@@ -354,8 +354,8 @@ def test_the_command_heals_and_prints_a_table(
 def test_the_literature_s_name(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
     words = TokenText("given", np.load(text), 0, "2" * 64)
     target = tmp_path / "named.mpo"
-    result = heal_model(
-        file, load_granite_model(teacher), words, target, tokens=300, window=32, batch=4, block_share=0.0
+    result = CompactifAICompressor().heal_model(
+        file, load_granite_model(teacher), healing=words, path=target, tokens=300, window=32, batch=4, block_share=0.0
     )
     assert result.path == target and len(result.curve) == 2
     with MpoFile(target) as written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mpo_exporter.calibrate import moments
 from mpo_exporter.calibrate.moments import Calibration, Moment, Sums
+from mpo_exporter.calibrate.upstream import mapped_file
 from mpo_formats import ConfigError, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.checkpoint import Checkpoint
@@ -145,8 +147,22 @@ def test_a_built_matrix_of_another_shape(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr("mpo_exporter.calibrate.upstream.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(OutputError, match="spills 15,360 bytes, the disk has 100 left"):
+
+    def refuse(*given: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OutputError, match=r"spills 15,360 bytes, the disk has 100 left \(No space left on device\)"):
         list(Calibration(Checkpoint(write_folder(tmp_path / "model")), WINDOWS, tmp_path / "work").dense())
+    assert not list((tmp_path / "work").rglob("*"))
+
+
+def test_a_spilled_file_has_all_its_bytes_before_it_is_written(tmp_path: Path) -> None:
+    """A hole that the disk has no room for would end the process when it is written to."""
+    mapped = mapped_file(tmp_path / "spilled", (1000, 100))
+    assert (tmp_path / "spilled").stat().st_blocks * 512 >= 400_000
+    mapped[-1] = 1
+    assert not mapped[:-1].any()
 
 
 LARGE_RUN = """

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpo_exporter.command import tell_cut_bonds
 from mpo_exporter.fit.shapes import parameters
 from mpo_exporter.plan import CORE_SHARE, EMBEDDING_BITS, PLANS, KeyOptions, Options, plan_layers
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, PlanError, Quantized, Term
@@ -229,3 +230,26 @@ def test_only_what_was_given_is_recorded() -> None:
         "plan": "auto", "chi": "32", "cores": "2", "max_kl": "0.05", "for_speed": "True", "pattern": "mlp",
     }  # fmt: skip
     assert Options("k-proj", keys=KeyOptions(rank=7)).recorded()["keys.rank"] == "7"
+
+
+def test_a_chi_far_above_the_full_rank_is_planned_at_once() -> None:
+    source = dense_model(hidden=64, inner=128)
+    corrected = plan_layers(source, Options("corrected", chi=10**12))
+    assert corrected == plan_layers(source, Options("corrected", chi=64))
+
+
+def test_a_layer_that_no_group_divides_keeps_its_two_bytes() -> None:
+    source = dense_model(hidden=76, inner=131)
+    narrow = dataclasses.replace(source, linears=tuple(
+        dataclasses.replace(linear, terms=(Dense("dense", "f16"),)) for linear in source.linears
+    ))  # fmt: skip
+    for plan in ("int4", "corrected"):
+        assert {linear.terms for linear in plan_layers(narrow, Options(plan))} == {(Dense("dense", "f16"),)}
+
+
+def test_a_chi_above_the_full_rank_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    source = dense_model(hidden=64, inner=128)
+    for chi, words in ((10_000, "χ of 10,000 is above the full rank of"), (2, "")):
+        options = Options("paper", chi=chi)
+        tell_cut_bonds(dataclasses.replace(source, linears=plan_layers(source, options)), options)
+        assert words in (said := capsys.readouterr().out) and bool(said) == bool(words)

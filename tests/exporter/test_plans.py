@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -384,6 +385,10 @@ def test_targets_in_bytes(spec: ModelSpec) -> None:
     assert make(max_kl=0.1).target_bytes is None or make(max_kl=0.1).max_kl is None
     with pytest.raises(ConfigError, match="--target-size and --max-kl: give one of them"):
         Asked(target_size="1MB", max_kl=0.1).options("auto", 32, 2)
+    for wrong in (float("inf"), float("nan"), 1e308, 33.0):
+        with pytest.raises(ConfigError, match=re.escape(f"--target-bpw {wrong:g}: expected more than 0")):
+            Asked(target_bpw=wrong).options("auto", 32, 2)
+    assert make(target_size="9" * 400).target_bytes == 10**18
     with pytest.raises(ConfigError, match="--target-ratio 1.5: expected more than 0 and at most 1"):
         Asked(target_ratio=1.5).options("auto", 32, 2)
     with pytest.raises(PlanError, match="expected the plan auto, found int4"):

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,10 @@ def test_seeded_answers_differ_between_turns_and_repeat_between_sessions(model: 
 def test_the_next_turn_reuses_the_cache(conversation: Conversation) -> None:
     say(conversation, "a first message")
     conversation.add("another")
+    list(conversation.answer())
+    assert conversation.totals.reused == 0  # with a seed only whole chunks, which do not depend on what came before
+    conversation.settings = replace(conversation.settings, sampling=SamplingOptions())
+    conversation.add("a third")
     list(conversation.answer())
     assert conversation.totals.reused >= len("[user]a first message\n[assistant]")
 

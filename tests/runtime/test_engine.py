@@ -163,3 +163,30 @@ def test_a_smaller_context_holds_fewer_tokens(model: GraniteModel) -> None:
     assert len(list(engine.generate([1, 2], GREEDY, stop_ids=()))) == 4
     with pytest.raises(ConfigError, match="6 tokens do not fit into a context of 6"):
         engine.prefill(some_ids(6))
+
+
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(seed=5), SamplingOptions()])
+def test_only_a_repeatable_generation_runs_again_what_was_run_in_other_pieces(
+    model: GraniteModel, options: SamplingOptions
+) -> None:
+    """Of a prompt that the cache holds: from the last whole chunk on where rounding is to be the same, else its last token."""
+    prompt = some_ids(20, 7)
+    engine = Engine(model, chunk=6)
+    [first] = engine.generate(prompt, options, max_tokens=1)
+    longer = [*prompt, first.token, 3]
+    assert engine.reusable(longer, repeatable=options.repeatable) == (18 if options.repeatable else 20)
+    assert engine.reusable(prompt[:12], repeatable=options.repeatable) == (6 if options.repeatable else 11)
+    list(engine.generate(longer, options, max_tokens=8))  # token by token, from here on in no whole chunk
+    held = [*engine.held, 1]
+    assert len(held) > 24 and engine.reusable(held, repeatable=True) == 18
+    engine.prefill(prompt[:7])
+    assert engine.reusable(longer, repeatable=True) == 6
+
+
+def test_generations_after_one_another_are_those_of_an_empty_cache_to_the_last_bit(model: GraniteModel) -> None:
+    engine = Engine(model, chunk=6)
+    for round_ in range(6):
+        prompt = some_ids(8 + 3 * (round_ % 3), round_ % 2)
+        found = [step.logits for step in engine.generate(prompt, GREEDY, max_tokens=9)]
+        fresh = [step.logits for step in Engine(model, chunk=6).generate(prompt, GREEDY, max_tokens=9)]
+        np.testing.assert_array_equal(found, fresh)

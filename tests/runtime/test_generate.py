@@ -91,6 +91,7 @@ def test_the_prompt_comes_from_standard_input(folder: Path) -> None:
         ("a.txt", b" \n\n", "holds no prompt"),
         ("a.txt", b"a\n\xff", "not UTF-8 at byte 2"),
         ("a.jsonl", b'{"prompt": "a"}\n{', "line 2 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b'\n{"text": "a"}', "line 2: expected an object with a text under `prompt`"),
         ("a.jsonl", b'{"prompt": 3}', "line 1: expected"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -215,3 +216,32 @@ def test_a_model_without_a_tokenizer_takes_ids(tmp_path: Path) -> None:
 def test_nothing_to_load(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder"):
         mpo_runtime.load(tmp_path / "absent.mpo")
+
+
+def test_a_long_text_is_scored_in_pieces(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = some_ids(50, 4)
+    whole = model.score(ids)
+    monkeypatch.setattr("mpo_runtime.engine.PREFILL_CHUNK", 7)
+    pieces = model.score(ids)
+    assert pieces.tokens == whole.tokens == ids[1:]
+    np.testing.assert_allclose(pieces.logprobs, whole.logprobs, atol=1e-5)
+
+
+def test_a_stream_may_be_read_by_one_thread_after_another(model: Model) -> None:
+    """As servers do that hand a generator to a pool of threads."""
+    stream = model.generate([5, 6, 7], max_tokens=6, temperature=0)
+    pieces = [next(stream)]
+    reader = threading.Thread(target=lambda: pieces.append(next(stream)))
+    reader.start()
+    reader.join()
+    finished = threading.Event()
+
+    def rest() -> None:
+        finished.wait(0.2)
+        pieces.extend(stream)
+
+    reader = threading.Thread(target=rest)
+    reader.start()
+    other = list(model.generate([5, 6, 7], max_tokens=6, temperature=0))  # waits for the other thread, not for itself
+    reader.join()
+    assert [piece.token for piece in pieces] == [piece.token for piece in other]

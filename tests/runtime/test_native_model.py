@@ -281,3 +281,41 @@ def test_native_is_what_a_cpu_gets(odd: Path, monkeypatch: pytest.MonkeyPatch) -
         assert model.network.ops.name == "reference"
     with pytest.raises(ConfigError, match="its kernels were not built"):
         load(odd, backend="native")
+
+
+FORK_WHILE_BUSY = """
+import os, signal, sys, threading
+from mpo_runtime import load
+model = load(sys.argv[1], threads=3, context=64, backend="native")
+begun, end = threading.Event(), threading.Event()
+def generate():
+    stream = model.generate([5, 6, 7], max_tokens=30, temperature=0)
+    next(stream)
+    begun.set()
+    end.wait()
+    stream.close()
+thread = threading.Thread(target=generate)
+thread.start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    found = []
+    def run():
+        found.append([piece.token for piece in model.generate([5, 6, 7], max_tokens=8, temperature=0)])
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    os._exit(0 if len(found) == 4 and all(one == found[0] for one in found) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+end.set()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_generates_although_a_thread_of_its_parent_was_at_it(files: dict[str, Path]) -> None:
+    done = run_python(FORK_WHILE_BUSY, files["auto"])
+    assert done.stdout.split() == ["0"], done.stderr

@@ -168,6 +168,20 @@ def test_a_half_precision_cache_holds_its_largest_value_in_the_place_of_an_infin
 
 
 @levels
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "int8"])
+def test_what_is_not_a_number_is_not_hidden_by_the_cache(isa: str, kv_type: str) -> None:
+    spec = model({}, num_attention_heads=1, num_key_value_heads=1, head_dim=40)
+    ours = NativeOps(Held(spec, arrays(spec)), kv_type=kv_type)
+    for place in (0, 17, 39):
+        cache = ours.new_cache(spec.architecture, 1, 4)
+        q, k, v = (normal((1, 1, 40), n) for n in range(3))
+        v[0, 0, place] = np.nan
+        with level(isa):
+            found = ours.attention(ours.rope_and_append(q, k, v, cache, 0), cache, 0, 1.0)
+        assert np.isnan(found[..., place]).all()
+
+
+@levels
 @pytest.mark.parametrize("threads", [1, 3])
 def test_long_contexts_are_split_over_positions(isa: str, threads: int) -> None:
     spec = model({}, num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.upstream import RecordingOps, block_cache
+from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.granite import GraniteModel
@@ -107,6 +108,9 @@ def _add_batch(
         states = [model.embed(ops.ids(windows.tolist()))]
         for block in range(architecture.num_hidden_layers):
             states.append(run(states[-1], block))
+            if not torch.isfinite(states[-1]).all():
+                raise ConfigError(f"model.layers.{block}: its output is not finite on the calibration text; "
+                                  "check the source model")  # fmt: skip
     gradient = head_gradient(model, squares, states.pop(), generator)
     for block in reversed(range(architecture.num_hidden_layers)):
         x = states.pop().requires_grad_()
@@ -132,6 +136,8 @@ def head_gradient(model: GraniteModel, squares: Squares, x: Tensor, generator: t
         part = flat[start : start + HEAD_TOKENS].requires_grad_()
         scores = model.logits(model.normed(part)).log_softmax(-1)
         chances = scores.detach().exp()
+        if not torch.isfinite(chances).all():
+            raise ConfigError("the logits are not finite on the calibration text; check the source model")
         labels = torch.multinomial(chances, 1, generator=generator)
         # Of the labels' draw, E[(p_o − [o = label])²] = p_o (1 − p_o).
         squares.add(name, chances * (1 - chances) / model.architecture.logits_scaling**2)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.calibrate.upstream import Upstream, require_disk
+from mpo_exporter.calibrate.upstream import Upstream, mapped_file
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import widen
@@ -273,7 +273,6 @@ def moment_of(names: tuple[str, ...], second: Sums, cross: Sums | None, drift: S
 
 def spill(file: Path, matrix: NDArray[np.float32]) -> Tensor:
     """Puts a matrix into a mapped file, so that it takes no memory that cannot be given back."""
-    require_disk(file.parent, 4 * matrix.size)
-    mapped = np.memmap(file, np.float32, "w+", shape=matrix.shape)
+    mapped = mapped_file(file, matrix.shape)
     mapped[:] = matrix
     return torch.from_numpy(mapped)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,12 +150,28 @@ def block_cache(architecture: Architecture, rows: int, count: int, device: torch
     return cache
 
 
-def require_disk(folder: Path, needed: int) -> None:
-    """Raises OutputError when a disk has less than `needed` bytes left: writing to a mapped file would kill the process."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OutputError(f"{folder}: calibration spills {needed:,} bytes, the disk has {free:,} left; "
-                          "free some or give another work folder")  # fmt: skip
+def mapped_file(
+    file: Path, shape: tuple[int, ...], what: str = "calibration", remedy: str = "give another work folder"
+) -> NDArray[np.float32]:
+    """A new file of float32 zeros, mapped, all of whose bytes the disk has given: a write that found none would kill us.
+
+    Raises:
+        OutputError: when the disk has fewer left.
+    """
+    needed, free = 4 * math.prod(shape), shutil.disk_usage(file.parent).free
+    try:
+        with file.open("wb") as handle:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, needed)
+            elif needed > free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            else:
+                handle.truncate(needed)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise OutputError(f"{file.parent}: {what} spills {needed:,} bytes, the disk has {free:,} left "
+                          f"({error.strerror}); free some, or {remedy}") from None  # fmt: skip
+    return np.memmap(file, np.float32, "r+", shape=shape)
 
 
 class Upstream:
@@ -168,8 +186,7 @@ class Upstream:
         self.model = GraniteModel(source.spec.architecture, self.ops)
         self.windows, self.file = windows, file
         shape = (*windows.shape, self.model.architecture.hidden_size)
-        require_disk(file.parent, 4 * math.prod(shape))
-        self.states = np.memmap(file, np.float32, "w+", shape=shape)
+        self.states = mapped_file(file, shape)
         self.inputs: dict[str, NDArray[np.float32]] = {}
         self.batches = [slice(start, start + batch) for start in range(0, windows.shape[0], batch)]
 
@@ -234,8 +251,7 @@ class Upstream:
             for other in list(self.inputs)[:-1]:
                 self.forget(other)
             shape = (*self.windows.shape, self.ops.linears[name].spec.in_features)
-            require_disk(self.file.parent, 4 * math.prod(shape))
-            self.inputs[name] = np.memmap(self.input_file(name), np.float32, "w+", shape=shape)
+            self.inputs[name] = mapped_file(self.input_file(name), shape)
         return self.inputs[name]
 
     def input_file(self, name: str) -> Path:

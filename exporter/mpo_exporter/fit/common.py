@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 LEAST_LOAD = 1e-10
 # Products of more multiply-adds than this are taken in single precision, so many rows at a time.
 DOUBLE_WORK = 1 << 29
+# Leading directions of a moment that are kept in double precision, and power iterations that find them.
+LEADING, POWERS = 4, 6
 PANEL = 1024
 
 
@@ -101,18 +103,30 @@ def contract(cores: Sequence[Matrix]) -> Matrix:
 def activation_error(residual: Matrix, moment: Matrix | None) -> float:
     """√tr(R C Rᵀ) of a residual R [O, I] and a moment C [I, I]; ‖R‖_F without a moment.
 
-    Products of more than DOUBLE_WORK multiply-adds are taken in single precision, their sum in double.
+    Of products of more than DOUBLE_WORK multiply-adds only what C has outside of its few leading directions is taken in
+    single precision: where one direction holds nearly all of C, that is where rounding would be seen.
     """
     if moment is None:
         return float(np.linalg.norm(residual))
     if residual.size * len(moment) <= DOUBLE_WORK:
         # Rounding may leave a tiny negative sum where R lies in the null space of C.
         return math.sqrt(max(float(np.vdot(residual @ moment, residual)), 0.0))
-    small, total = moment.astype(np.float32), 0.0
+    lead, inner, small = split(moment)
+    along = residual @ lead
+    total = float(np.vdot(along @ inner, along))
     for start in range(0, len(residual), PANEL):
         part = residual[start : start + PANEL]
         total += float(np.vdot((part.astype(np.float32) @ small).astype(np.float64), part))
     return math.sqrt(max(total, 0.0))
+
+
+def split(moment: Matrix) -> tuple[Matrix, Matrix, NDArray[np.float32]]:
+    """V [I, r], S [r, r] and a single-precision rest with C = V S Vᵀ + rest, V about C's leading eigenvectors."""
+    lead = np.random.default_rng(0).standard_normal((len(moment), min(LEADING, len(moment))))
+    for _ in range(POWERS):
+        lead = np.linalg.qr(moment @ lead)[0]
+    inner = lead.T @ moment @ lead
+    return lead, inner, (moment - lead @ inner @ lead.T).astype(np.float32)
 
 
 def cholesky_root(moment: Matrix) -> Matrix:

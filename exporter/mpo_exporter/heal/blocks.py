@@ -5,7 +5,6 @@ An error of the output counts as much as it is expected to raise the divergence 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.fisher import Squares, head_gradient
+from mpo_exporter.calibrate.upstream import mapped_file
 from mpo_exporter.heal.ops import compute, run_block
-from mpo_formats import OutputError
 from mpo_runtime.models.granite import GraniteModel
 
 
@@ -29,11 +28,7 @@ class Stream:
     def __init__(self, model: GraniteModel, ids: NDArray[np.int64], file: Path, batch: int, device: str) -> None:
         self.model, self.ids, self.batch, self.device = model, ids, batch, device
         shape = (*ids.shape, model.architecture.hidden_size)
-        needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(file.parent).free
-        if needed > free:  # writing to a mapped file on a full disk would kill the process
-            raise OutputError(f"{file.parent}: healing spills {needed:,} bytes, the disk has {free:,} left; free some, "
-                              "or lower --block-share or --heal-tokens")  # fmt: skip
-        self.states = np.memmap(file, np.float32, "w+", shape=shape)
+        self.states = mapped_file(file, shape, "healing", "lower --block-share or --heal-tokens")
 
     def _batches(self) -> list[slice]:
         return [slice(start, start + self.batch) for start in range(0, self.ids.shape[0], self.batch)]

@@ -12,6 +12,8 @@ from mpo_exporter.plans.file import PREFIX, read_plan
 from mpo_formats import ConfigError, ModelSpec, PlanError
 from mpo_formats.layout import content_tensors
 
+# More bits than any weight has, and more bytes than any disk.
+MOST_BITS, MOST_BYTES = 32, 1e18
 UNITS = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -56,8 +58,10 @@ class Asked:
         names = [name for name, value in given.items() if value is not None]
         if len(names) > 1:
             raise ConfigError(f"{' and '.join(names)}: give one of them")
-        if self.target_bpw is not None and not self.target_bpw > 0:
-            raise ConfigError(f"--target-bpw {self.target_bpw:g}: expected more than 0 bits per weight")
+        if self.target_bpw is not None and not 0 < self.target_bpw <= MOST_BITS:
+            raise ConfigError(
+                f"--target-bpw {self.target_bpw:g}: expected more than 0 and at most {MOST_BITS} bits per weight"
+            )
         if self.target_ratio is not None and not 0 < self.target_ratio <= 1:
             raise ConfigError(f"--target-ratio {self.target_ratio:g}: expected more than 0 and at most 1")
         if self.target_size is not None:
@@ -102,4 +106,4 @@ def size_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", text.strip(), re.IGNORECASE)
     if not found:
         raise ConfigError(f"--target-size {text}: expected bytes such as 2.1GB, 900MB or 1200000")
-    return int(float(found[1]) * UNITS[(found[2] or "B").upper()])
+    return int(min(float(found[1]) * UNITS[(found[2] or "B").upper()], MOST_BYTES))

@@ -24,6 +24,8 @@ from mpo_runtime.engine import default_context
 MOST_NATS = 1.0
 KV_BYTES = 4  # the cache's default type is f32
 MOST_OUTCOMES = 64
+# Turns in which the correction and the loss that it leads to settle.
+FIXED_POINT_TURNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,4 +136,8 @@ def within_kl(planner: Planner, options: Options) -> Options:
     """The options with `max_kl` in the survey's terms: what the correction makes of the survey's loss is to stay below."""
     if options.max_kl is None:
         return options
-    return replace(options, max_kl=options.max_kl / correction(planner, options.max_kl))
+    # What earlier exports near the planned loss, not near the measured one, were off by.
+    factor = correction(planner, options.max_kl)
+    for _ in range(FIXED_POINT_TURNS):
+        factor = max(factor, correction(planner, options.max_kl / factor))
+    return replace(options, max_kl=options.max_kl / factor)

@@ -52,13 +52,14 @@ def print_report(result: Result, text: TokenText | None, reason: str, healed: He
     console = Console()
     console.print(table(rows))
     say(console, measured_on(quality, reason))
-    if healed:
-        print_healing(healed)
+    print_healing(healed)
     say(console, wrote(result.path))
 
 
-def print_healing(healed: Healed) -> None:
-    """Prints how long was healed, and that the file is not the healed one where it is not."""
+def print_healing(healed: Healed | None) -> None:
+    """Prints how long was healed where it was, and that the file is not the healed one where it is not."""
+    if healed is None:
+        return
     console = Console()
     say(console, f"healed on {healed.tokens:,} tokens in {healed.minutes:.1f} minutes")
     if not healed.written:
