@@ -15,6 +15,7 @@ import torch
 from mpo_exporter import latency as latency_module
 from mpo_exporter import surveys as surveys_module
 from mpo_exporter.budget import default_bytes, file_bytes
+from mpo_exporter.cache import Kept
 from mpo_exporter.export import export, planned_spec, planner_for
 from mpo_exporter.latency import Latency
 from mpo_exporter.plan import Options, integers
@@ -23,7 +24,7 @@ from mpo_exporter.plans.asked import Asked, size_bytes
 from mpo_exporter.plans.expected import layer_loss
 from mpo_exporter.plans.file import read_plan, write_plan
 from mpo_exporter.plans.make import Planner
-from mpo_exporter.plans.predict import correction, predict, remember
+from mpo_exporter.plans.predict import correction, outcomes_shelf, predict, remember, within_kl
 from mpo_exporter.surveys import packed, unpacked
 from mpo_formats import ConfigError, LinearSpec, ModelSpec, Mpo, MpoFile, PlanError, Quantized
 from mpo_formats.architecture import EMBEDDING
@@ -234,6 +235,20 @@ def test_a_prediction_is_corrected_by_the_nearest_outcome(planner: Planner, spec
         remember(planner, dataclasses.replace(spec, linears=linears), factor * loss)
         if loss <= 1:
             assert correction(planner, 1.01 * loss) == pytest.approx(factor)
+
+
+def test_an_export_that_missed_teaches_the_next_one(planner: Planner, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Once the correction was looked up at the KL that was asked for, and the third export repeated the second."""
+    monkeypatch.setenv("MPO_CACHE", str(tmp_path))
+    asked = Options("auto", max_kl=5e-4)
+    outcomes = [(0.99 * 5e-4, 1.04), (0.97 * 5e-4, 1.06)]  # expected, and measured over expected
+    planned, shelf = [asked.max_kl], outcomes_shelf(planner)
+    assert shelf is not None
+    for count in (1, 2):
+        shelf.write(Kept([[expected, expected * ratio] for expected, ratio in outcomes[:count]]))
+        planned.append(within_kl(planner, asked).max_kl)
+    np.testing.assert_allclose(planned, [5e-4, 5e-4 / 1.04, 5e-4 / 1.06])
 
 
 def test_max_kl_is_met_by_the_expected_loss(planner: Planner, spec: ModelSpec) -> None:
