@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,10 @@ console.run(app, "program")
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_program_that_is_terminated_cleans_up(number: signal.Signals) -> None:
-    with subprocess.Popen([sys.executable, "-c", TERMINATED], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where these tests run under nohup
+    with subprocess.Popen(
+        [sys.executable, "-c", TERMINATED], cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as child:
         assert child.stdout is not None and child.stdout.readline() == "begun\n"
         child.send_signal(number)
         assert child.stdout.read() == "cleaned up\n"
