@@ -157,7 +157,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calib-domain", choices=DOMAINS, help="only this domain of the calibration text")
     parser.add_argument("--windows", type=int, default=96, help="of calibration text, at most")
     parser.add_argument("--rows", type=Path, default=Path("build/quality.jsonl"), help="measured rows, kept")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="no row is begun after so many; 0: only what is kept")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="no row is begun after so many; 0: only what is kept"
+    )
     parser.add_argument("--out", type=Path, help="the JSON to write")
 
 
