@@ -9,7 +9,7 @@ over windows, which are taken as independent (tokens of one window are not); of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,11 +86,18 @@ def check_ids(ids: NDArray[np.int64], model: GraniteModel) -> None:
 
 def window_logits(model: GraniteModel, window: NDArray[np.int64]) -> Logits:
     """The logits [S − 1, vocabulary] that predict tokens 1 … S − 1 of a window."""
+    [logits] = piecewise_logits(model, window, window.size)
+    return logits
+
+
+def piecewise_logits(model: GraniteModel, window: NDArray[np.int64], size: int) -> Iterator[Logits]:
+    """Yields the rows of `window_logits`, in order and at most `size` of them at a time."""
     inputs = window[:-1].tolist()
     cache = model.ops.new_cache(model.architecture, 1, len(inputs))
-    hidden = model.hidden(model.ops.ids([inputs]), cache, [len(inputs)])
-    logits: Logits = model.ops.to_numpy(model.logits(hidden))[0]
-    return logits
+    for start in range(0, len(inputs), size):
+        part = inputs[start : start + size]
+        hidden = model.hidden(model.ops.ids([part]), cache, [len(part)])
+        yield model.ops.to_numpy(model.logits(hidden))[0]
 
 
 def log_softmax(logits: Logits) -> Logits:

@@ -146,7 +146,7 @@ class Model:
 
         self._check_open()
         from mpo_runtime.engine import PREFILL_CHUNK
-        from mpo_runtime.measure import check_ids, log_softmax
+        from mpo_runtime.measure import check_ids, log_softmax, piecewise_logits
 
         ids = self.text_tokenizer().encode(text, add_special_tokens=True) if isinstance(text, str) else list(text)
         if len(ids) < 2:
@@ -155,14 +155,10 @@ class Model:
         if len(ids) > longest:
             raise ConfigError(f"score: {len(ids)} tokens, the model was made for {longest}; score it in parts")
         check_ids(np.array(ids), self.network)
-        ops, found = self.network.ops, list[float]()
-        cache = ops.new_cache(self.network.architecture, 1, len(ids) - 1)
-        for start in range(0, len(ids) - 1, PREFILL_CHUNK):
-            part = ids[start : min(start + PREFILL_CHUNK, len(ids) - 1)]
-            hidden = self.network.hidden(ops.ids([part]), cache, [len(part)])
-            scores = log_softmax(ops.to_numpy(self.network.logits(hidden))[0])
-            found += [float(row[token]) for row, token in zip(scores, ids[start + 1 :], strict=False)]
-        return Score(ids[1:], found)
+        rows = (
+            row for part in piecewise_logits(self.network, np.array(ids), PREFILL_CHUNK) for row in log_softmax(part)
+        )
+        return Score(ids[1:], [float(row[token]) for row, token in zip(rows, ids[1:], strict=True)])
 
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises ConfigError where the model has none."""

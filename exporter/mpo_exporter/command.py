@@ -132,7 +132,7 @@ def tell_cut_bonds(spec: ModelSpec, options: Options) -> None:
     terms = [term for linear in spec.linears for term in linear.terms if term.kind == "mpo"]
     ranks = [max(full_rank(term.out_dims, term.in_dims)) for term in terms]
     cut = [rank for rank in ranks if rank < options.chi]
-    if cut and options.plan == "paper":
+    if cut and options.plan in ("paper", "corrected"):
         tell(f"χ of {options.chi:,} is above the full rank of {len(cut)} of {len(ranks)} operators: "
              f"their bonds end at {max(cut):,} or less")  # fmt: skip
 

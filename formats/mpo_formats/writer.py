@@ -34,6 +34,23 @@ from mpo_formats.spec import Layouts
 TEMPORARY = ".partial"
 
 
+def reserve(descriptor: int, size: int) -> bool:
+    """Claims the first `size` bytes of a file on its disk; False where the system or the file system cannot do that.
+
+    Raises:
+        OSError: when the disk has not so many left.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return False
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        return False
+    return True
+
+
 class MpoWriter:
     """Streams the tensors of `spec` into `path`; a context manager that removes the temporary file unless committed.
 
@@ -76,12 +93,7 @@ class MpoWriter:
     def _reserve(self, header_size: int) -> None:
         """Claims the file's whole size, so that a full disk is known before the work and not after it."""
         size = header_size + sum(tensor.size for tensor in self._tensors)
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self._file.fileno(), 0, size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
+        reserve(self._file.fileno(), size)
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:

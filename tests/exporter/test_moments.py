@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mpo_exporter.calibrate import moments
 from mpo_exporter.calibrate.moments import Calibration, Moment, Sums
-from mpo_exporter.calibrate.upstream import mapped_file
+from mpo_exporter.spill import mapped_file
 from mpo_formats import ConfigError, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.checkpoint import Checkpoint
@@ -146,7 +146,7 @@ def test_a_built_matrix_of_another_shape(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr("mpo_exporter.calibrate.upstream.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("mpo_exporter.spill.shutil.disk_usage", lambda _: usage)
 
     def refuse(*given: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

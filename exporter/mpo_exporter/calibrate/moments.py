@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.calibrate.upstream import Upstream, mapped_file
+from mpo_exporter.calibrate.upstream import Upstream
+from mpo_exporter.spill import mapped_file
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import widen

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_formats import Architecture, OutputError
+from mpo_exporter.spill import mapped_file
+from mpo_formats import Architecture
 from mpo_runtime.backends.reference import ReferenceOps, TorchCache
 from mpo_runtime.layers.linear import Linear, MatrixTerm
 from mpo_runtime.models.granite import GraniteModel
@@ -148,30 +145,6 @@ def block_cache(architecture: Architecture, rows: int, count: int, device: torch
     cache.held = [torch.zeros(shape, device=device)] * architecture.num_hidden_layers
     cache.lengths, cache.capacity = [0] * rows, count
     return cache
-
-
-def mapped_file(
-    file: Path, shape: tuple[int, ...], what: str = "calibration", remedy: str = "give another work folder"
-) -> NDArray[np.float32]:
-    """A new file of float32 zeros, mapped, all of whose bytes the disk has given: a write that found none would kill us.
-
-    Raises:
-        OutputError: when the disk has fewer left.
-    """
-    needed, free = 4 * math.prod(shape), shutil.disk_usage(file.parent).free
-    try:
-        with file.open("wb") as handle:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, needed)
-            elif needed > free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            else:
-                handle.truncate(needed)
-    except OSError as error:
-        file.unlink(missing_ok=True)
-        raise OutputError(f"{file.parent}: {what} spills {needed:,} bytes, the disk has {free:,} left "
-                          f"({error.strerror}); free some, or {remedy}") from None  # fmt: skip
-    return np.memmap(file, np.float32, "r+", shape=shape)
 
 
 class Upstream:

@@ -125,8 +125,12 @@ def split(moment: Matrix) -> tuple[Matrix, Matrix, NDArray[np.float32]]:
     lead = np.random.default_rng(0).standard_normal((len(moment), min(LEADING, len(moment))))
     for _ in range(POWERS):
         lead = np.linalg.qr(moment @ lead)[0]
-    inner = lead.T @ moment @ lead
-    return lead, inner, (moment - lead @ inner @ lead.T).astype(np.float32)
+    inner = lead.T @ (moment @ lead)
+    rest = np.empty(moment.shape, np.float32)
+    for start in range(0, len(moment), PANEL):  # by panels: at 12800 a second matrix in double precision takes 1.3 GB
+        rows = slice(start, start + PANEL)
+        rest[rows] = moment[rows] - (lead[rows] @ inner) @ lead.T
+    return lead, inner, rest
 
 
 def cholesky_root(moment: Matrix) -> Matrix:

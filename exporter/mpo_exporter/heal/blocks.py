@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.fisher import Squares, head_gradient
-from mpo_exporter.calibrate.upstream import mapped_file
 from mpo_exporter.heal.ops import compute, run_block
+from mpo_exporter.spill import mapped_file
 from mpo_runtime.models.granite import GraniteModel
 
 

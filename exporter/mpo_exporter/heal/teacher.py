@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 from mpo_exporter.heal.ops import WindowOps, compute, run_block
 from mpo_exporter.heal.progress import Progress
 from mpo_exporter.heal.student import head_tokens
-from mpo_formats import Architecture, CheckpointError, OutputError
+from mpo_exporter.spill import claim
+from mpo_formats import Architecture, CheckpointError
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.tokenizer import Tokenizer
 from mpo_runtime.weights import Weights
@@ -79,13 +79,10 @@ class TeacherScores:
             return min(count, total)
         self.done.unlink(missing_ok=True)
         needed = sum(int(np.prod(self.shape)) * np.dtype(kind).itemsize for kind in self.types)
-        folder = self.done.parent
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise OutputError(f"{folder}: the teacher's logits take {needed:,} bytes, the disk has {free:,} left; "
-                              "free some, or lower --top-k or the tokens of the text")  # fmt: skip
         files = [np.lib.format.open_memmap(path, "w+", kind, self.shape)
                  for path, kind in zip(self.paths, self.types, strict=True)]  # fmt: skip
+        for path in self.paths:
+            claim(path, f"the teacher's logits take {needed:,} bytes", "lower --top-k or the tokens of the text")
         model = GraniteModel(teacher.spec.architecture, WindowOps(teacher, device=device))
         for start in range(0, total, batch):
             with compute(device):
