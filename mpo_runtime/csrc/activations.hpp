@@ -45,7 +45,7 @@ class Activations {
 
  private:
   void allocate(std::size_t batch, std::size_t columns, bool tiles, bool pairs);
-  void arrange_row(std::size_t row, const Layout& layout, unsigned planes);
+  ActivationRow row(std::size_t row);
   void arrange_tiles();
   void arrange_pairs(unsigned planes);
 

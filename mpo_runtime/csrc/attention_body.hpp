@@ -115,7 +115,7 @@ struct AttentionBody {
     const std::size_t size = cache.size, wide = (size + 15) / 16 * 16, queries = task.queries;
     const Work work = reserve(queries, wide);
     std::memset(work.q, 0, 2 * queries * wide * sizeof(float));  // q and mixed
-    std::memset(work.keys, 0, 2 * kBlock * wide * sizeof(float));
+    if (wide != size) std::memset(work.keys, 0, 2 * kBlock * wide * sizeof(float));  // keys and values
     std::size_t last = 0;
     for (std::size_t m = 0; m < queries; ++m) {
       OpsBody<X>::multiply(task.q[m], size, task.scale, work.q + m * wide);

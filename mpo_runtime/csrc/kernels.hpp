@@ -30,7 +30,8 @@ namespace mpo {
 constexpr std::size_t kChunk = 256;      // columns that a kernel takes in one step; a tail is padded with zeros to this
 constexpr std::size_t kScaleBlock = 32;  // columns of x that share a scale
 
-// Index of a plane width in the tables below: 8, 4, 2, 1 bits.
+// Bits of a plane by its index in the tables below.
+constexpr int kPlaneBits[4] = {8, 4, 2, 1};
 constexpr int plane_index(int bits) { return bits == 8 ? 0 : bits == 4 ? 1 : bits == 2 ? 2 : 3; }
 // The planes of a matrix of so many bits as a set of bits by plane_index.
 inline unsigned planes_of(int bits) {
@@ -75,8 +76,17 @@ struct ActivationView {
   const float* tile_scales;
 };
 
+// Where a row of x [columns] goes: the members of an ActivationView that belong to it.
+struct ActivationRow {
+  const float* x;
+  std::size_t columns;
+  std::int8_t* codes[4];
+  float *scales, *sums, *half_sums;
+};
+
 constexpr std::size_t kTileBatch = 8;  // fewer rows of x than this do not fill an AMX tile well
 
+using Arrange = void (*)(const ActivationRow&, const Layout&, unsigned planes, std::size_t begin, std::size_t end);
 using Multiply = void (*)(const QuantizedMatrix&, const ActivationView&, std::size_t first, std::size_t count,
                           std::size_t begin, std::size_t end, float* y, std::size_t stride, bool accumulate);
 using MultiplyExact = void (*)(const QuantizedMatrix&, const float* x, std::size_t batch, std::size_t begin,
@@ -90,6 +100,7 @@ using AddTransposedDense = void (*)(const DenseMatrix&, const float* s, std::siz
 
 struct Kernels {
   Layout layout;
+  Arrange arrange;    // chunks [begin, end) of a row of x
   Multiply multiply;  // rows [first, first + count) of x
   MultiplyExact multiply_exact;
   MultiplyDense multiply_dense;

@@ -16,6 +16,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "avx2_activations.hpp"
 #include "avx2_floats.hpp"
 #include "float_body.hpp"
 #include "integer_body.hpp"
@@ -287,8 +288,13 @@ struct Avx2 : Avx2Floats {
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    {{32, 32, 32, 32}, false, false, false}, IntegerBody<Avx2, 4>::multiply, FloatBody<Avx2>::multiply_exact,
-    FloatBody<Avx2>::multiply_dense,  TransposedBody<Avx2>::add,   TransposedBody<Avx2>::add_dense,
+    {{32, 32, 32, 32}, false, false, false},
+    ActivationsBody<Avx2Rows>::arrange,
+    IntegerBody<Avx2, 4>::multiply,
+    FloatBody<Avx2>::multiply_exact,
+    FloatBody<Avx2>::multiply_dense,
+    TransposedBody<Avx2>::add,
+    TransposedBody<Avx2>::add_dense,
 };
 
 }  // namespace mpo

@@ -19,6 +19,7 @@
 #endif
 #endif
 
+#include "avx2_activations.hpp"
 #include "avx512_pairs.hpp"
 #include "float_body.hpp"
 #include "integer_body.hpp"
@@ -36,8 +37,13 @@ void multiply(const QuantizedMatrix& w, const ActivationView& x, std::size_t fir
 }  // namespace
 
 const Kernels kAvx512Kernels = {
-    {{64, 64, 64, 32}, true, false, true}, multiply,                    FloatBody<Avx512>::multiply_exact,
-    FloatBody<Avx512>::multiply_dense,     TransposedBody<Avx512>::add, TransposedBody<Avx512>::add_dense,
+    {{64, 64, 64, 32}, true, false, true},
+    ActivationsBody<Avx2Rows>::arrange,
+    multiply,
+    FloatBody<Avx512>::multiply_exact,
+    FloatBody<Avx512>::multiply_dense,
+    TransposedBody<Avx512>::add,
+    TransposedBody<Avx512>::add_dense,
 };
 
 }  // namespace mpo

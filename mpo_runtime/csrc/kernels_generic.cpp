@@ -6,6 +6,7 @@
 #include "half.hpp"
 #include "kernels.hpp"
 
+#include "activations_body.hpp"
 #include "float_body.hpp"
 #include "transposed_body.hpp"
 
@@ -137,8 +138,13 @@ void multiply(const QuantizedMatrix& w, const ActivationView& x, std::size_t fir
 }  // namespace
 
 const Kernels kGenericKernels = {
-    {{16, 16, 16, 16}, false, false, false},   multiply, FloatBody<Generic>::multiply_exact,
-    FloatBody<Generic>::multiply_dense, TransposedBody<Generic>::add,   TransposedBody<Generic>::add_dense,
+    {{16, 16, 16, 16}, false, false, false},
+    ActivationsBody<PlainRows>::arrange,
+    multiply,
+    FloatBody<Generic>::multiply_exact,
+    FloatBody<Generic>::multiply_dense,
+    TransposedBody<Generic>::add,
+    TransposedBody<Generic>::add_dense,
 };
 
 }  // namespace mpo

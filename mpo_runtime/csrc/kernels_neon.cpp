@@ -16,6 +16,7 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 
+#include "activations_body.hpp"
 #include "float_body.hpp"
 #include "integer_body.hpp"
 #include "transposed_body.hpp"
@@ -229,8 +230,13 @@ struct Neon {
 }  // namespace
 
 const Kernels kNeonKernels = {
-    {{16, 16, 16, 16}, false, false, false}, IntegerBody<Neon>::multiply, FloatBody<Neon>::multiply_exact,
-    FloatBody<Neon>::multiply_dense,  TransposedBody<Neon>::add,   TransposedBody<Neon>::add_dense,
+    {{16, 16, 16, 16}, false, false, false},
+    ActivationsBody<PlainRows>::arrange,
+    IntegerBody<Neon>::multiply,
+    FloatBody<Neon>::multiply_exact,
+    FloatBody<Neon>::multiply_dense,
+    TransposedBody<Neon>::add,
+    TransposedBody<Neon>::add_dense,
 };
 
 }  // namespace mpo

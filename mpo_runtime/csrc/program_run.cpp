@@ -10,6 +10,7 @@ namespace mpo {
 namespace {
 
 constexpr std::size_t kSmall = 1u << 15;          // elements that are not worth waking a thread for
+constexpr std::size_t kExponentials = 1u << 11;   // that are
 constexpr std::size_t kQueriesPerTask = 64;       // that share keys and values in the cache
 constexpr std::size_t kShortestSplit = 512;       // positions
 constexpr std::size_t kTasksPerThread = 4;
@@ -49,10 +50,14 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
       return apply(state.products, from(0), tokens, exact_, state.work, pool());
     case Kind::rope: return rope(step, call, state);
     case Kind::attention: return attend(step, call, state);
-    case Kind::swiglu:
-      return for_tokens(tokens, width, [&, gate = from(0), up = from(1)](std::size_t t) {
-        ops.swiglu(gate + t * width, up + t * width, width, to + t * width);
-      });
+    case Kind::swiglu: {
+      const float *gate = from(0), *up = from(1);
+      const auto range = [&](std::size_t begin, std::size_t end) {
+        ops.swiglu(gate + begin, up + begin, end - begin, to + begin);
+      };
+      if (tokens * width < 2 * kExponentials) return range(0, tokens * width);
+      return pool().run(tokens * width, kExponentials, range);
+    }
     case Kind::add_scaled:
       return for_tokens(tokens, width, [&, x = from(0), y = from(1)](std::size_t t) {
         ops.add_scaled(x + t * width, y + t * width, width, step.value, to + t * width);
