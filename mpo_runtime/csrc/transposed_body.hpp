@@ -60,15 +60,57 @@ struct TransposedBody {
       for (std::size_t c = begin; c < end; c += 16)
         block<Low, High, 16, 16, 4>(w, s + t * s_stride, s_stride, c, y + t * stride, stride);
     for (; t < batch; ++t) {
-      const float* from = s + t * s_stride;
-      float* to = y + t * stride;
-      std::size_t c = begin;
-      for (; c + 64 <= end; c += 64) {
-        if (w.group >= 64 && c % 64 == 0) block<Low, High, 64, 64, 1>(w, from, s_stride, c, to, stride);
-        else if (w.group >= 32 && c % 32 == 0) block<Low, High, 64, 32, 1>(w, from, s_stride, c, to, stride);
-        else block<Low, High, 64, 16, 1>(w, from, s_stride, c, to, stride);
+      std::size_t r = 0;
+      for (; r + 4 <= w.rows; r += 4) stream<Low, High, 4>(w, s + t * s_stride, r, begin, end, y + t * stride);
+      for (; r < w.rows; ++r) stream<Low, High, 1>(w, s + t * s_stride, r, begin, end, y + t * stride);
+    }
+  }
+
+  // R rows of w times their values of a single row of s, added to y. The rows are followed in the order of memory: a block
+  // of columns that goes down all rows would wait for each of its cache lines, which the memory does not foresee.
+  template <int Low, int High, int R>
+  static void stream(const QuantizedMatrix& w, const float* s, std::size_t r, std::size_t begin, std::size_t end,
+                     float* y) {
+    std::size_t c = begin;
+    for (; c + 64 <= end; c += 64) {
+      if (w.group >= 64 && c % 64 == 0) span<Low, High, R, 64, 64>(w, s, r, c, y);
+      else if (w.group >= 32 && c % 32 == 0) span<Low, High, R, 64, 32>(w, s, r, c, y);
+      else span<Low, High, R, 64, 16>(w, s, r, c, y);
+    }
+    for (; c < end; c += 16) span<Low, High, R, 16, 16>(w, s, r, c, y);
+  }
+
+  template <int Low, int High, int R, int Columns, int Sub>
+  static MPO_INLINE void span(const QuantizedMatrix& w, const float* s, std::size_t r, std::size_t c, float* y) {
+    constexpr std::size_t kSubs = Columns / Sub;
+    std::uint8_t codes[Low == 8 ? 1 : R * Columns];
+    const std::uint8_t* from[R];
+    F factors[R][kSubs];
+    float offsets[kSubs] = {};
+    const std::size_t groups = w.columns / w.group, first = c / w.group;
+    for (int k = 0; k < R; ++k) {
+      const std::size_t row = r + static_cast<std::size_t>(k), at = row * w.columns + c;
+      if constexpr (Low == 8) {
+        from[k] = w.low + at;
+      } else {
+        from[k] = codes + k * Columns;
+        X::template spread<Low, High>(w.low + at / 8 * Low, High ? w.high + at / 8 * High : nullptr, Columns,
+                                      codes + k * Columns);
       }
-      for (; c < end; c += 16) block<Low, High, 16, 16, 1>(w, from, s_stride, c, to, stride);
+      for (std::size_t j = 0; j < kSubs; ++j) {
+        const std::size_t group = row * groups + (j ? (c + j * Sub) / w.group : first);
+        const float factor = X::half(w.scale + group) * s[row];
+        offsets[j] += factor * (w.zero ? X::half(w.zero + group) : implicit_zero(Low + High));
+        factors[k][j] = X::broadcast(factor);
+      }
+    }
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < Columns / kLanes; ++i) {
+      const std::size_t sub = i * kLanes / Sub;
+      F sum = X::subtract(X::load(y + c + i * kLanes), X::broadcast(offsets[sub]));
+#pragma GCC unroll 4
+      for (int k = 0; k < R; ++k) sum = X::fma(factors[k][sub], X::widen(from[k] + i * kLanes), sum);
+      X::store(y + c + i * kLanes, sum);
     }
   }
 
