@@ -19,7 +19,7 @@ import datetime
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,10 @@ def table_rows() -> Iterator[Row]:
     yield Row("2 bits g64, χ = 32, healed with χ-dropout", based(2, 64, 32), chi_dropout=0.5)
 
 
-def ablation_rows() -> Iterator[Row]:
+def ablation_rows(lengths: Sequence[int]) -> Iterator[Row]:
     """Tokens of healing by χ of int8 cores beside 2 bits."""
     for chi in CHIS:
-        for tokens in LENGTHS:
+        for tokens in lengths:
             yield Row(f"2 bits g64, χ = {chi}, healed on {tokens:,}", based(2, 64, chi), tokens=tokens)
 
 
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--heal-tokens", default=str(DEFAULT_TOKENS), help="of each row, such as 500k or 2M")
     parser.add_argument("--only", nargs="*", help="parts of the names of the rows to run")
     parser.add_argument("--ablation", action="store_true", help="tokens of healing by χ, in the place of the table")
+    parser.add_argument("--lengths", nargs="+", help="of healing in --ablation, such as 0 100k 500k")
     parser.add_argument("--cost", action="store_true", help="time and memory of a step, in the place of the table")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of the healing")
@@ -287,7 +288,8 @@ def main() -> None:
     bench = open_bench(arguments)
     text = healing_text(bench, arguments.corpus, settings.tokens or DEFAULT_TOKENS)
     table, rows = Table(bench, settings, text, arguments.rows.parent / "healing.jsonl"), list[dict[str, Any]]()
-    for row in ablation_rows() if arguments.ablation else table_rows():
+    lengths = [parse_tokens(text) if text != "0" else 0 for text in arguments.lengths or ()] or LENGTHS
+    for row in ablation_rows(lengths) if arguments.ablation else table_rows():
         if not arguments.only or any(part in row.name for part in arguments.only):
             rows.append(table.row(row))
             print(markdown(rows[-1:]).splitlines()[2], flush=True)
