@@ -3,6 +3,8 @@
 #   make test PYTEST_ARGS="-k kernels" some of the tests
 PYTHON ?= python3
 PYTEST_ARGS ?=
+QEMU_CPUS ?= Haswell Nehalem
+QEMU_TESTS ?= tests/kernels/test_matvec.py tests/runtime/test_native_ops.py
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -33,12 +35,13 @@ test: $(VENV)/.installed-dev
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long -o timeout=3600 $(PYTEST_ARGS)
 
-# Emulated CPUs show that no kernel uses an instruction that its level does not have: that would end the run.
+# Emulated CPUs show that no kernel uses an instruction that its level does not have: that would end the run. The whole suite,
+# which takes an hour: make test-qemu QEMU_CPUS=Haswell QEMU_TESTS=tests
 test-qemu: $(VENV)/.installed-dev
 	@command -v qemu-x86_64 >/dev/null || { echo "Missing: qemu-x86_64. On Debian: apt-get install qemu-user" >&2; exit 1; }
-	for cpu in Haswell Nehalem; do \
+	for cpu in $(QEMU_CPUS); do \
 	  qemu-x86_64 -cpu $$cpu $(BIN)/python -m pytest -o timeout=3600 -p no:cacheprovider \
-	    tests/kernels/test_matvec.py tests/runtime/test_native_ops.py $(PYTEST_ARGS) || exit 1; \
+	    $(QEMU_TESTS) $(PYTEST_ARGS) || exit 1; \
 	done
 
 check: $(VENV)/.installed-dev
