@@ -71,6 +71,11 @@ def table_rows() -> Iterator[Row]:
     yield Row("2 bits g64, χ = 32, healed with χ-dropout", based(2, 64, 32), chi_dropout=0.5)
 
 
+def parse_lengths(texts: Sequence[str] | None) -> Sequence[int]:
+    """Lengths of healing such as 0, 100k and 2M; LENGTHS where none are asked for."""
+    return [0 if text == "0" else parse_tokens(text) for text in texts] if texts else LENGTHS
+
+
 def ablation_rows(lengths: Sequence[int]) -> Iterator[Row]:
     """Tokens of healing by χ of int8 cores beside 2 bits."""
     for chi in CHIS:
@@ -288,8 +293,7 @@ def main() -> None:
     bench = open_bench(arguments)
     text = healing_text(bench, arguments.corpus, settings.tokens or DEFAULT_TOKENS)
     table, rows = Table(bench, settings, text, arguments.rows.parent / "healing.jsonl"), list[dict[str, Any]]()
-    lengths = [parse_tokens(text) if text != "0" else 0 for text in arguments.lengths or ()] or LENGTHS
-    for row in ablation_rows(lengths) if arguments.ablation else table_rows():
+    for row in ablation_rows(parse_lengths(arguments.lengths)) if arguments.ablation else table_rows():
         if not arguments.only or any(part in row.name for part in arguments.only):
             rows.append(table.row(row))
             print(markdown(rows[-1:]).splitlines()[2], flush=True)

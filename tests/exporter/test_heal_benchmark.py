@@ -127,3 +127,10 @@ def test_options_are_parsed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         healing.main()
     assert ended.value.code == 0 and "--ablation" in capsys.readouterr().out
+
+
+def test_the_ablation_takes_its_lengths() -> None:
+    rows = list(healing.ablation_rows(healing.parse_lengths(["0", "100k"])))
+    assert [row.tokens for row in rows] == [0, 100_000] * len(healing.CHIS)
+    assert len({row.name for row in rows}) == len(rows)
+    assert healing.parse_lengths(None) == healing.LENGTHS
