@@ -3,7 +3,6 @@
 // only one level's copy and run it on every CPU.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -23,7 +22,10 @@ struct PlainRows {
       std::int32_t bits[kScaleBlock];
       std::memcpy(bits, x + start, sizeof bits);
       std::int32_t largest = 0;
-      for (std::size_t i = 0; i < kScaleBlock; ++i) largest = std::max(largest, bits[i] & 0x7fffffff);
+      for (std::size_t i = 0; i < kScaleBlock; ++i) {
+        const std::int32_t pattern = bits[i] & 0x7fffffff;
+        largest = pattern > largest ? pattern : largest;
+      }
       float inverse;
       scales[start / kScaleBlock] = scale_of(largest, inverse);
       for (std::size_t i = 0; i < kScaleBlock; ++i) {
