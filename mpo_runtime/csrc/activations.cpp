@@ -1,6 +1,5 @@
 #include "activations.hpp"
 
-#include <algorithm>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -61,7 +60,7 @@ void Activations::prepare(const float* x, std::size_t batch, std::size_t columns
   const Layout& layout = kernels_of(isa_).layout;
   const Arrange arrange = kernels_of(isa_).arrange;
   allocate(batch, columns, layout.tiles && batch >= kTileBatch, layout.pairs && batch == 1);
-  for (std::size_t r = 0; r < batch; ++r) arrange(row(r), layout, planes, 0, view_.padded / kChunk);
+  for (std::size_t r = 0; r < batch; ++r) arrange(row(r), layout, planes, view_.padded / kChunk);
   if (view_.tiles) arrange_tiles();
   if (view_.pair_sums[0]) arrange_pairs(planes);
 }

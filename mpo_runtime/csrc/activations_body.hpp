@@ -92,11 +92,10 @@ struct ActivationsBody {
     }
   }
 
-  // The chunks [begin, end) of a row: codes, their scales and sums, and the codes in the order of each plane asked for.
-  static void arrange(const ActivationRow& row, const Layout& layout, unsigned planes, std::size_t begin,
-                      std::size_t end) {
+  // The first chunks of a row: codes, their scales and sums, and the codes in the order of each plane asked for.
+  static void arrange(const ActivationRow& row, const Layout& layout, unsigned planes, std::size_t chunks) {
     constexpr std::size_t kBlocks = kChunk / kScaleBlock;
-    for (std::size_t chunk = begin; chunk < end; ++chunk) {
+    for (std::size_t chunk = 0; chunk < chunks; ++chunk) {
       const std::size_t start = chunk * kChunk;
       const float* x = row.x + start;
       float rest[kChunk];

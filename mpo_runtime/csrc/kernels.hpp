@@ -86,7 +86,7 @@ struct ActivationRow {
 
 constexpr std::size_t kTileBatch = 8;  // fewer rows of x than this do not fill an AMX tile well
 
-using Arrange = void (*)(const ActivationRow&, const Layout&, unsigned planes, std::size_t begin, std::size_t end);
+using Arrange = void (*)(const ActivationRow&, const Layout&, unsigned planes, std::size_t chunks);
 using Multiply = void (*)(const QuantizedMatrix&, const ActivationView&, std::size_t first, std::size_t count,
                           std::size_t begin, std::size_t end, float* y, std::size_t stride, bool accumulate);
 using MultiplyExact = void (*)(const QuantizedMatrix&, const float* x, std::size_t batch, std::size_t begin,
@@ -100,7 +100,7 @@ using AddTransposedDense = void (*)(const DenseMatrix&, const float* s, std::siz
 
 struct Kernels {
   Layout layout;
-  Arrange arrange;    // chunks [begin, end) of a row of x
+  Arrange arrange;    // a row of x, padded to so many chunks
   Multiply multiply;  // rows [first, first + count) of x
   MultiplyExact multiply_exact;
   MultiplyDense multiply_dense;

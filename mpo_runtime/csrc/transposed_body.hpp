@@ -13,42 +13,35 @@ struct TransposedBody {
   using F = typename X::Floats;
   static constexpr std::size_t kLanes = X::kLanes;
 
-  // Columns [c, c + Columns) for T rows of s, held in registers while the rows of w pass. `Sub` columns share a scale.
-  template <int Low, int High, int Columns, int Sub, int T>
+  // Columns [c, c + 16), which share a scale, for T rows of s, held in registers while the rows of w pass.
+  template <int Low, int High, int T>
   static void block(const QuantizedMatrix& w, const float* s, std::size_t s_stride, std::size_t c, float* y,
                     std::size_t stride) {
-    constexpr std::size_t kVectors = Columns / kLanes, kSubs = Columns / Sub;
+    constexpr std::size_t kVectors = 16 / kLanes;
     F sums[T][kVectors];
-    float offsets[T][kSubs] = {};
+    float offsets[T] = {};
     for (auto& row : sums)
       for (F& sum : row) sum = X::nothing();
     for (std::size_t r = 0; r < w.rows; ++r) {
-      const std::size_t at = r * w.columns + c;
-      std::uint8_t codes[Columns];
+      const std::size_t at = r * w.columns + c, group = at / w.group;
+      std::uint8_t codes[16];
       const std::uint8_t* from = codes;
       if constexpr (Low == 8) from = w.low + at;
-      else X::template spread<Low, High>(w.low + at / 8 * Low, High ? w.high + at / 8 * High : nullptr, Columns, codes);
-      for (std::size_t j = 0; j < kSubs; ++j) {
-        const std::size_t group = (at + j * Sub) / w.group;
-        const float scale = X::half(w.scale + group);
-        const float zero = w.zero ? X::half(w.zero + group) : implicit_zero(Low + High);
-        for (int t = 0; t < T; ++t) {
-          const float factor = scale * s[static_cast<std::size_t>(t) * s_stride + r];
-          offsets[t][j] += factor * zero;
-          const F factors = X::broadcast(factor);
-#pragma GCC unroll 8
-          for (std::size_t i = 0; i < Sub / kLanes; ++i) {
-            F& sum = sums[t][j * (Sub / kLanes) + i];
-            sum = X::fma(factors, X::widen(from + j * Sub + i * kLanes), sum);
-          }
-        }
+      else X::template spread<Low, High>(w.low + at / 8 * Low, High ? w.high + at / 8 * High : nullptr, 16, codes);
+      const float scale = X::half(w.scale + group);
+      const float zero = w.zero ? X::half(w.zero + group) : implicit_zero(Low + High);
+      for (int t = 0; t < T; ++t) {
+        const float factor = scale * s[static_cast<std::size_t>(t) * s_stride + r];
+        offsets[t] += factor * zero;
+        const F factors = X::broadcast(factor);
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kVectors; ++i) sums[t][i] = X::fma(factors, X::widen(from + i * kLanes), sums[t][i]);
       }
     }
     for (int t = 0; t < T; ++t)
       for (std::size_t i = 0; i < kVectors; ++i) {
         float* place = y + static_cast<std::size_t>(t) * stride + c + i * kLanes;
-        const F value = X::subtract(sums[t][i], X::broadcast(offsets[t][i * kLanes / Sub]));
-        X::store(place, X::add(X::load(place), value));
+        X::store(place, X::add(X::load(place), X::subtract(sums[t][i], X::broadcast(offsets[t]))));
       }
   }
 
@@ -58,7 +51,7 @@ struct TransposedBody {
     std::size_t t = 0;
     for (; t + 4 <= batch; t += 4)
       for (std::size_t c = begin; c < end; c += 16)
-        block<Low, High, 16, 16, 4>(w, s + t * s_stride, s_stride, c, y + t * stride, stride);
+        block<Low, High, 4>(w, s + t * s_stride, s_stride, c, y + t * stride, stride);
     for (; t < batch; ++t) {
       std::size_t r = 0;
       for (; r + 4 <= w.rows; r += 4) stream<Low, High, 4>(w, s + t * s_stride, r, begin, end, y + t * stride);
