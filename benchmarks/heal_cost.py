@@ -28,6 +28,7 @@ from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.ops import HealingOps
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import Batch, Student
+from mpo_exporter.heal.teacher import matched_blocks
 from mpo_exporter.heal.train import Trainer
 from mpo_exporter.heal.trainable import Trainables, Vector
 from mpo_exporter.plan import Options
@@ -40,7 +41,6 @@ from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.weights import Weights
 
 STEPS = 5
-TOP_K = 64
 
 
 class DenseLayer(nn.Module):
@@ -78,14 +78,18 @@ def measure(weights: Weights, trainables: Any, batch: int, window: int, recomput
     """The median time of a step and of its processors [s], which others' work disturbs less, and what trains."""
     ops = HealingOps(weights)
     model = GraniteModel(weights.spec.architecture, ops)
-    student = Student(model, ops, trainables, cross_entropy=0.0, recompute=recompute)
-    trainer = Trainer(student, trainables, Settings(), Workers())
-    source, vocabulary = torch.Generator().manual_seed(0), weights.spec.architecture.vocab_size
+    settings, architecture = Settings(), weights.spec.architecture
+    blocks = matched_blocks(architecture.num_hidden_layers, settings.match_blocks)
+    matched = {block: torch.ones(architecture.hidden_size) for block in blocks}
+    student = Student(model, ops, trainables, cross_entropy=0.0, recompute=recompute, matched=matched)
+    trainer = Trainer(student, trainables, settings, Workers())
+    source, vocabulary = torch.Generator().manual_seed(0), architecture.vocab_size
     ids = torch.randint(0, vocabulary, (batch, window), generator=source)
-    chosen = torch.stack([torch.randperm(vocabulary, generator=source)[:TOP_K] for _ in range(window - 1)])
-    scores = (torch.randn(batch, window - 1, TOP_K, generator=source).log_softmax(-1) - 0.2).float()
+    chosen = torch.stack([torch.randperm(vocabulary, generator=source)[: settings.top_k] for _ in range(window - 1)])
+    scores = (torch.randn(batch, window - 1, settings.top_k, generator=source).log_softmax(-1) - 0.2).float()
     weight = torch.full((batch, window - 1), 1 / (batch * (window - 1)))
-    part = Batch(ids[:, :-1], ids[:, 1:], weight, scores, chosen.expand(batch, -1, -1).contiguous())
+    states = torch.randn(batch, window - 1, len(blocks), architecture.hidden_size, generator=source)
+    part = Batch(ids[:, :-1], ids[:, 1:], weight, scores, chosen.expand(batch, -1, -1).contiguous(), states)
     seconds, busy = [], []
     for _ in range(STEPS + 1):
         begin, worked = time.perf_counter(), time.process_time()

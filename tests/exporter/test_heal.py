@@ -44,6 +44,7 @@ SETTINGS = Settings(
     checkpoint_steps=3,
     core_rate=1e-2,
     scale_rate=1e-2,
+    block_share=0.1,
     cross_entropy=0,
     train_codes=False,
 )

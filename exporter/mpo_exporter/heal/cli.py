@@ -30,6 +30,18 @@ TrainingText = Annotated[
     Path | None,
     typer.Option(help="Text to train on: .jsonl (chat rows or text), .txt, .u16, .npy.", show_default="embedded"),
 ]
+MatchBlocks = Annotated[
+    int, typer.Option(help="Blocks whose outputs are matched to the teacher's beside its logits; 0: none.")
+]
+MatchWeight = Annotated[float, typer.Option(help="Weight of their errors beside the KL.")]
+TrainCodes = Annotated[
+    bool | None,
+    typer.Option(
+        "--train-codes/--freeze-codes",
+        help="Train the integers too, or only scales, cores and norms.",
+        show_default="train in models of at most 500 M weights",
+    ),
+]
 Device = Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")]
 
@@ -60,17 +72,12 @@ def heal(
     batch: Annotated[int, typer.Option(help="Windows of an optimizer step, over all devices.")] = 4,
     micro_batch: Annotated[int, typer.Option(help="Windows that a device runs at a time.")] = 4,
     window: Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="256")] = None,
-    block_share: Annotated[float, typer.Option(help="Share of the tokens that single blocks are trained on.")] = 0.1,
+    block_share: Annotated[float, typer.Option(help="Share of the tokens that single blocks are trained on.")] = 0.05,
     cross_entropy: Annotated[float, typer.Option(help="Weight of the text's cross entropy beside the KL.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Logits of the teacher to keep a token.")] = 64,
-    train_codes: Annotated[
-        bool | None,
-        typer.Option(
-            "--train-codes/--freeze-codes",
-            help="Train the integers too, or only scales, cores and norms.",
-            show_default="train in models of at most 500 M weights",
-        ),
-    ] = None,
+    top_k: Annotated[int, typer.Option(help="Logits of the teacher to keep a token.")] = 256,
+    match_blocks: MatchBlocks = 4,
+    match_weight: MatchWeight = 20.0,
+    train_codes: TrainCodes = None,
     assistant_only: Annotated[
         bool, typer.Option("--assistant-only", help="Only what the assistant says counts in the loss.")
     ] = False,
@@ -78,7 +85,8 @@ def heal(
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for checkpoints and the teacher's logits; is kept.", show_default="beside the output"
+            help="Folder for checkpoints and the teacher's logits and states; is kept.",
+            show_default="beside the output",
         ),
     ] = None,
     eval_text: EvalText = None,
@@ -94,7 +102,8 @@ def heal(
     settings = Settings(
         tokens=None if tokens is None else parse_tokens(tokens), epochs=epochs, minutes=minutes,
         window=window, batch=batch, micro_batch=micro_batch,
-        block_share=block_share, train_codes=train_codes, top_k=top_k, cross_entropy=cross_entropy,
+        block_share=block_share, train_codes=train_codes, top_k=top_k,
+        match_blocks=match_blocks, match_weight=match_weight, cross_entropy=cross_entropy,
         assistant_only=assistant_only, chi_dropout=chi_dropout, seed=seed,
     ).faster(rate)  # fmt: skip
     run_heal(file, teacher, settings, out, force, text, work, eval_text, measure_tokens, device, threads)

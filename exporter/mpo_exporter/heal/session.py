@@ -26,10 +26,11 @@ from mpo_exporter.heal.ops import HealingOps, WindowOps
 from mpo_exporter.heal.progress import Progress
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings
 from mpo_exporter.heal.student import Batch, BlockStudent, Student, fits
-from mpo_exporter.heal.teacher import TeacherScores, check_teacher
+from mpo_exporter.heal.teacher import Lesson, TeacherFiles, check_teacher, matched_blocks
 from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import MpoFile
+from mpo_formats.packing import bf16_to_f32
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
 from mpo_runtime.models.granite import GraniteModel
@@ -42,8 +43,8 @@ TIMED_BATCHES = 16
 SHORTEST = 1.0
 # Integer cores are rounded onto new grids when bonds are sorted: after this share of the training, which heals that.
 SORT_AT = 0.8
-# Windows that the blocks' outputs are weighed by.
-FISHER_WINDOWS = 8
+# Windows that errors of the blocks' outputs are weighed by.
+FISHER_WINDOWS = 16
 # Windows whose activations weigh the bonds.
 SORT_WINDOWS = 16
 MODEL = "model."
@@ -106,6 +107,7 @@ class Session:
         self.record, self.saved = found or (Record(digest), {})
         self.saved_step = None if found is None else self.record.step
         self.clock = Clock(self.record.seconds)
+        self.matched = matched_blocks(file.spec.architecture.num_hidden_layers, settings.match_blocks)
         self.ops = HealingOps(file, workers.device)
         self.model = GraniteModel(file.spec.architecture, self.ops)
         self.names = [linear.name for linear in file.spec.linears] + [vector.name for vector in file.spec.vectors]
@@ -119,10 +121,10 @@ class Session:
         Raises:
             NotFinite: naming the step, and the checkpoint before it, which stays.
         """
-        scores = self._teach()
+        files = self._teach()
         try:
             self._heal_blocks()
-            return self._heal_whole(scores)
+            return self._heal_whole(files.open())
         except NotFinite as error:
             raise NotFinite(f"{error}; {self._kept()}; give lower learning rates (--rate 0.3) or a lower --cross-entropy, "
                             f"after removing {self.folder}: with other settings healing begins anew") from None  # fmt: skip
@@ -151,19 +153,18 @@ class Session:
     def _seconds(self) -> float | None:
         return None if self.settings.minutes is None else 60 * self.settings.minutes
 
-    def _teach(self) -> TeacherScores:
-        """Writes the teacher's scores of the windows that will be used, and drops the others."""
+    def _teach(self) -> TeacherFiles:
+        """Writes what the teacher says of the windows that will be used, and drops the others."""
         self.place = "the teacher"
-        steps = self._whole_steps()
+        steps, weighed = self._whole_steps(), self.data.windows[:FISHER_WINDOWS]
         if steps is not None:
             self._keep(min(len(self.data.windows), max(steps, self._steps(self.settings.block_share) or 0)
                            * self.settings.batch))  # fmt: skip
-        vocabulary = self.file.spec.architecture.vocab_size
-        kept = min(self.settings.top_k, vocabulary)
-        shape = (len(self.data.windows), self.data.span, kept)
-        asked = (self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:])
+        of = self.file.spec.architecture
+        shape = (len(self.data.windows), self.data.span, min(self.settings.top_k, of.vocab_size))
+        asked = (self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:], self.matched)
         key = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
-        scores = TeacherScores(self.folder, key, shape, vocabulary)
+        files = TeacherFiles(self.folder, key, shape, of, self.matched)
         seconds = self._seconds()
 
         def enough() -> bool:
@@ -171,12 +172,12 @@ class Session:
 
         done = 0
         if self.workers.first:
-            done = scores.write(
-                self.source, self.data.windows, batch=self.settings.micro_batch, device=self.workers.device,
-                progress=self.progress, enough=None if seconds is None else enough,
+            done = files.write(
+                self.source, self.data.windows, weighed, batch=self.settings.micro_batch,
+                device=self.workers.device, progress=self.progress, enough=None if seconds is None else enough,
             )  # fmt: skip
         self._keep(int(self.workers.agree(done)))
-        return scores
+        return files
 
     def _keep(self, count: int) -> None:
         self.data = replace(self.data, windows=self.data.windows[:count], counts=self.data.counts[:count])
@@ -244,7 +245,7 @@ class Session:
         self.record.tokens += round(step * settings.batch * self.data.span / blocks)
         self._save({MODEL + name: tensor for name, tensor in self.learned.items()})
 
-    def _heal_whole(self, scores: TeacherScores) -> Trainables:
+    def _heal_whole(self, lesson: Lesson) -> Trainables:
         settings, record = self.settings, self.record
         everything = Trainables(self.file, self.names, moving=self.codes)
         everything.aim(self.source)
@@ -253,7 +254,10 @@ class Session:
         recompute = settings.recompute
         if recompute is None:
             recompute = not fits(self.model.architecture, settings.micro_batch, self.data.span, self.workers.device)
-        student = Student(self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute)
+        share = settings.match_weight / (2 * max(len(self.matched), 1))
+        matched = dict(zip(self.matched, share * lesson.felt.to(self.workers.device), strict=True))
+        student = Student(self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute,
+                          matched=matched)  # fmt: skip
         trainer = Trainer(student, everything, settings, self.workers)
         if record.step:
             trainer.set_rates(record.rates)
@@ -265,7 +269,6 @@ class Session:
         left = None if seconds is None else max(seconds - record.began, SHORTEST)
         extent = Extent(self._whole_steps(), left)
         largest = self.file.spec.largest_bond()
-        opened = scores.open()
         begin, first = self.clock.seconds(), record.step
         while (done := self.workers.agree(extent.done(record.step, self.clock.seconds() - record.began))) < 1:
             if done >= SORT_AT and not record.ordered:
@@ -274,7 +277,7 @@ class Session:
                 record.ordered = True
             self.place = f"step {record.step + 1}"
             chi = chosen_chi(settings, largest, record.step)
-            loss, kl = trainer.step(self._batches(record.step, *opened), done, chi, self.place)
+            loss, kl = trainer.step(self._batches(record.step, lesson), done, chi, self.place)
             record.curve.append(loss)
             record.step += 1
             record.tokens += settings.batch * self.data.span
@@ -295,7 +298,7 @@ class Session:
             sort_bonds(self.model, self.ops, trainables, inputs, exact=exact)
             self.workers.copy(trainables)
 
-    def _batches(self, step: int, scores: NDArray[np.float16], chosen: NDArray[np.unsignedinteger]) -> list[Batch]:
+    def _batches(self, step: int, lesson: Lesson) -> list[Batch]:
         settings, device = self.settings, self.workers.device
         rows = chosen_windows(len(self.data.windows), settings.batch, step, settings.seed)
         total = float(self.data.counts[rows].sum())
@@ -303,9 +306,10 @@ class Session:
         for part in share_of(rows, settings, self.workers):
             ids = torch.from_numpy(self.data.windows[part]).to(device)
             weight = torch.from_numpy(self.data.counts[part] / total).to(device)
-            top = torch.from_numpy(scores[part].astype(np.float32)).to(device)
-            tokens = torch.from_numpy(chosen[part].astype(np.int64)).to(device)
-            batches.append(Batch(ids[:, :-1], ids[:, 1:], weight, top, tokens))
+            top = torch.from_numpy(lesson.scores[part].astype(np.float32)).to(device)
+            tokens = torch.from_numpy(lesson.chosen[part].astype(np.int64)).to(device)
+            states = torch.from_numpy(bf16_to_f32(lesson.states[part])).to(device) if self.matched else None
+            batches.append(Batch(ids[:, :-1], ids[:, 1:], weight, top, tokens, states))
         return batches
 
     def _save(self, tensors: dict[str, Tensor]) -> None:

@@ -48,6 +48,8 @@ class Settings:
         train_codes: moves the integers of quantised matrices too, straight through their rounding; None: in models of at
             most CODES_UP_TO weights, since that takes 16 bytes a weight.
         top_k: logits of the teacher kept a token; the rest of its mass is one bucket.
+        match_blocks: blocks, evenly spread, whose outputs are matched to the teacher's beside its logits.
+        match_weight: what the divergence to expect of their errors counts beside the divergence itself.
         cross_entropy: λ, the weight of the cross entropy of the text beside the divergence from the teacher.
         assistant_only: only what the assistant says counts in the loss.
         chi_dropout: chance that a step runs on a random prefix of the bonds.
@@ -62,13 +64,15 @@ class Settings:
     window: int | None = None
     batch: int = 4
     micro_batch: int = 4
-    block_share: float = 0.1
+    block_share: float = 0.05
     core_rate: float = 2e-2
     code_rate: float = 1e-2
     scale_rate: float = 3e-3
     norm_rate: float = 1e-3
     train_codes: bool | None = None
-    top_k: int = 64
+    top_k: int = 256
+    match_blocks: int = 4
+    match_weight: float = 20.0
     cross_entropy: float = 0.0
     assistant_only: bool = False
     chi_dropout: float = 0.0
@@ -84,12 +88,13 @@ class Settings:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ConfigError(f"healing: {name}: expected more than 0, found {value}")
-        for name in ("core_rate", "code_rate", "scale_rate", "norm_rate", "cross_entropy"):
+        for name in ("core_rate", "code_rate", "scale_rate", "norm_rate", "cross_entropy", "match_weight"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ConfigError(f"healing: {name}: expected at least 0, found {value}")
-        if self.seed < 0:
-            raise ConfigError(f"healing: seed: expected at least 0, found {self.seed}")
+        for name in ("seed", "match_blocks"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"healing: {name}: expected at least 0, found {getattr(self, name)}")
         for name in ("block_share", "chi_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"healing: {name}: expected 0 to 1, found {getattr(self, name)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class Batch:
         inputs, labels: token ids [B, S].
         weight: of each prediction [B, S]; over a whole optimizer step and all devices it sums to one.
         scores, chosen: the teacher's largest log-probabilities [B, S, K] and their token ids.
+        states: the outputs [B, S, M, E] of M of its blocks, None where none are matched.
     """
 
     inputs: Tensor
@@ -60,6 +61,7 @@ class Batch:
     weight: Tensor
     scores: Tensor
     chosen: Tensor
+    states: Tensor | None = None
 
 
 def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -77,29 +79,39 @@ class Student(nn.Module):
         trainables: all layers and vectors of the model.
         cross_entropy: λ.
         recompute: runs blocks again in the backward pass.
+        matched: by block, G [E]: what a squared error of its output adds to the loss.
     """
 
     def __init__(
-        self, model: GraniteModel, ops: HealingOps, trainables: Trainables, *, cross_entropy: float, recompute: bool
-    ) -> None:
+        self, model: GraniteModel, ops: HealingOps, trainables: Trainables, *, cross_entropy: float, recompute: bool,
+        matched: Mapping[int, Tensor],
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.ops = model, ops
         self.trainables = trainables
         self.cross_entropy, self.recompute = cross_entropy, recompute
+        self.matched = matched
 
     def forward(self, batch: Batch, chi: int | None = None) -> Tensor:
-        """Σ weight · (KL + λ · cross entropy); shape [2]: that, and Σ weight · KL alone."""
+        """Σ weight · (KL + λ · cross entropy + Σ G e²), e the errors of the matched blocks' outputs.
+
+        Shape [2]: that, and Σ weight · KL alone.
+        """
         self.ops.trainables, self.ops.chi = self.trainables, chi
-        x = self.model.embed(batch.inputs)
+        x, apart = self.model.embed(batch.inputs), batch.weight.new_zeros(2)
+        wanted = [] if batch.states is None else list(batch.states.unbind(2))
         for block in range(self.model.architecture.num_hidden_layers):
             x = recomputed(run_block, self.model, x, block) if self.recompute else run_block(self.model, x, block)
+            if block in self.matched:
+                error = (x.float() - wanted.pop(0)).square().mul(self.matched[block]).sum(-1)
+                apart = apart + torch.stack(((error * batch.weight).sum(), apart[1]))
         x = self.model.normed(x).flatten(0, 1)
         flat = [part.flatten(0, 1) for part in (batch.labels, batch.weight, batch.scores, batch.chosen)]
         pieces, size = [], head_tokens(self.model.architecture.vocab_size)
         for start in range(0, x.shape[0], size):
             part = [tensor[start : start + size] for tensor in (x, *flat)]
             pieces.append(recomputed(self._loss, *part) if self.recompute else self._loss(*part))
-        return torch.stack(pieces).sum(0)
+        return torch.stack(pieces).sum(0) + apart
 
     def _loss(self, x: Tensor, labels: Tensor, weight: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
         return torch.stack(head_loss(self.model.logits(x), labels, weight, scores, chosen, self.cross_entropy))

@@ -1,22 +1,26 @@
-"""The dense model as a teacher: checked against the file, and its largest logits kept on disk."""
+"""The dense model as a teacher: checked against the file; its largest logits and some blocks' outputs, kept on disk."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from mpo_exporter.heal.blocks import stream_fisher
 from mpo_exporter.heal.ops import WindowOps, compute, run_block
 from mpo_exporter.heal.progress import Progress
 from mpo_exporter.heal.student import head_tokens
 from mpo_exporter.spill import claim
 from mpo_formats import Architecture, CheckpointError
+from mpo_formats.packing import f32_to_bf16
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.tokenizer import Tokenizer
 from mpo_runtime.weights import Weights
@@ -47,17 +51,44 @@ def check_teacher(
                                   f"{first.id_to_token(token)!r}; give the model that the file was made from")  # fmt: skip
 
 
-class TeacherScores:
-    """The K largest log-probabilities [N, S, K] of each prediction and their token ids, in mapped files.
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What the dense model says of N windows of S tokens, in mapped files.
 
-    `key` tells those of one teacher and text from others in the same folder; those of more windows serve fewer as well.
+    Args:
+        scores, chosen: its K largest log-probabilities [N, S, K] of each prediction and their token ids.
+        states: the outputs [N, S, M, E] of M of its blocks, as bf16 bit patterns.
+        felt: F [M, E], what an error of these raises the divergence by: ½ Σ F e² (see stream_fisher).
     """
 
-    def __init__(self, folder: Path, key: str, shape: tuple[int, int, int], vocabulary: int) -> None:
-        self.paths = folder / f"teacher-{key}-scores.npy", folder / f"teacher-{key}-tokens.npy"
-        self.done = folder / f"teacher-{key}-done.npy"
-        self.shape = shape
-        self.types: tuple[Any, Any] = (np.float16, np.uint16 if vocabulary <= 1 << 16 else np.uint32)
+    scores: NDArray[np.float16]
+    chosen: NDArray[np.unsignedinteger]
+    states: NDArray[np.uint16]
+    felt: Tensor
+
+
+class TeacherFiles:
+    """The files of a Lesson.
+
+    `key` tells those of one teacher and text from others in the same folder; those of more windows serve fewer as well.
+
+    Args:
+        shape: N, S, K.
+        blocks: whose outputs are kept.
+    """
+
+    def __init__(
+        self, folder: Path, key: str, shape: tuple[int, int, int], of: Architecture, blocks: list[int]
+    ) -> None:
+        self.blocks, self.kept = blocks, shape[2]
+        self.felt, self.done = folder / f"teacher-{key}-felt.npy", folder / f"teacher-{key}-done.npy"
+        self.span = shape[1]
+        kinds: list[tuple[str, Any, tuple[int, ...]]] = [
+            ("scores", np.float16, shape),
+            ("tokens", np.uint16 if of.vocab_size <= 1 << 16 else np.uint32, shape),
+            ("states", np.uint16, (*shape[:2], len(blocks), of.hidden_size)),
+        ]
+        self.files = [(folder / f"teacher-{key}-{name}.npy", kind, size) for name, kind, size in kinds if size[2]]
 
     def complete(self) -> int:
         """How many windows are there, from the first on; 0 where nothing usable is."""
@@ -65,11 +96,14 @@ class TeacherScores:
             return 0
         return int(np.load(self.done, allow_pickle=False))
 
-    def write(self, teacher: Weights, windows: NDArray[np.int64], *, batch: int, device: str, progress: Progress,
-              enough: Callable[[], bool] | None = None) -> int:  # fmt: skip
+    def write(self, teacher: Weights, windows: NDArray[np.int64], weighed: NDArray[np.int64], *, batch: int,
+              device: str, progress: Progress, enough: Callable[[], bool] | None = None) -> int:  # fmt: skip
         """Runs the teacher on windows [N, W] until all are done or it is `enough`; returns how many are done.
 
         Those of an earlier run are taken where they suffice: where there is no `enough`, as many as are wanted.
+
+        Args:
+            weighed: windows that errors of the blocks' outputs are weighed by.
 
         Raises:
             OutputError: when they would not fit on the disk.
@@ -78,19 +112,18 @@ class TeacherScores:
         if count >= total or (count and enough):
             return min(count, total)
         self.done.unlink(missing_ok=True)
-        needed = sum(int(np.prod(self.shape)) * np.dtype(kind).itemsize for kind in self.types)
-        files = [np.lib.format.open_memmap(path, "w+", kind, self.shape)
-                 for path, kind in zip(self.paths, self.types, strict=True)]  # fmt: skip
-        for path in self.paths:
-            claim(path, f"the teacher's logits take {needed:,} bytes", "lower --top-k or the tokens of the text")
+        files = self._claimed()
         model = GraniteModel(teacher.spec.architecture, WindowOps(teacher, device=device))
+        if self.blocks:
+            felt = stream_fisher(model, weighed[:, :-1], batch, device)
+            np.save(self.felt, felt[self.blocks].cpu().numpy())
         for start in range(0, total, batch):
             with compute(device):
-                scores, chosen = largest(model, windows[start : start + batch, :-1], self.shape[2])
-            for file, array in zip(files, (scores, chosen), strict=True):
+                found = taught(model, windows[start : start + batch, :-1], self.kept, self.blocks)
+            for file, array in zip(files, found, strict=False):
                 file[start : start + batch] = array
             count = min(start + batch, total)
-            progress("teacher", count / total, f"{count * self.shape[1]:,} tokens")
+            progress("teacher", count / total, f"{count * self.span:,} tokens")
             if enough and enough():
                 break
         for file in files:
@@ -100,18 +133,43 @@ class TeacherScores:
         os.replace(temporary, self.done)
         return count
 
-    def open(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The mapped scores and token ids."""
-        scores, chosen = (np.load(path, mmap_mode="r", allow_pickle=False) for path in self.paths)
-        return scores, chosen
+    def _claimed(self) -> list[np.memmap[Any, Any]]:
+        needed = sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in self.files)
+        files = [np.lib.format.open_memmap(path, "w+", kind, shape) for path, kind, shape in self.files]
+        for path, _, _ in self.files:
+            claim(path, f"what the teacher says takes {needed:,} bytes",
+                  "lower --match-blocks, --top-k or the tokens of the text")  # fmt: skip
+        return files
+
+    def open(self) -> Lesson:
+        """The mapped files."""
+        mapped = [np.load(path, mmap_mode="r", allow_pickle=False) for path, _, _ in self.files]
+        if not self.blocks:
+            nothing = np.zeros((*mapped[0].shape[:2], 0, 0), np.uint16)
+            return Lesson(mapped[0], mapped[1], nothing, torch.zeros(0, 0))
+        return Lesson(mapped[0], mapped[1], mapped[2], torch.from_numpy(np.load(self.felt, allow_pickle=False)))
+
+
+def matched_blocks(blocks: int, count: int) -> list[int]:
+    """`count` of a model's blocks, as far apart as they can be, the last one among them."""
+    count = min(count, blocks)
+    return [(place + 1) * blocks // count - 1 for place in range(count)]
 
 
 @torch.no_grad()
-def largest(model: GraniteModel, inputs: NDArray[np.int64], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The `count` largest log-probabilities [B, S, K] after each token of inputs [B, S], and their token ids."""
-    x = model.embed(model.ops.ids(inputs.tolist()))
+def taught(
+    model: GraniteModel, inputs: NDArray[np.int64], count: int, blocks: list[int]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.uint16]]:
+    """What a model says of inputs [B, S].
+
+    The `count` largest log-probabilities [B, S, K] after each token, their token ids, and the outputs [B, S, M, E] of
+    `blocks` as bf16 bit patterns.
+    """
+    x, states = model.embed(model.ops.ids(inputs.tolist())), list[Tensor]()
     for block in range(model.architecture.num_hidden_layers):
         x = run_block(model, x, block)
+        if block in blocks:
+            states.append(x)
     flat = model.normed(x).flatten(0, 1)
     size = head_tokens(model.architecture.vocab_size)
     parts = [
@@ -121,4 +179,5 @@ def largest(model: GraniteModel, inputs: NDArray[np.int64], count: int) -> tuple
     shape = (*inputs.shape, count)
     scores = torch.cat([part.values for part in parts]).reshape(shape)
     chosen = torch.cat([part.indices for part in parts]).reshape(shape)
-    return scores.cpu().numpy(), chosen.cpu().numpy()
+    kept = torch.stack(states, 2).float().cpu().numpy() if states else np.zeros((*inputs.shape, 0, 0), np.float32)
+    return scores.cpu().numpy(), chosen.cpu().numpy(), f32_to_bf16(kept)
