@@ -137,10 +137,10 @@ def killing(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ends the program in the middle of the whole model's step `step` (from 1)."""
 
     class Trainer(RealTrainer):
-        def step(self, parts: Any, done: float, chi: int | None, where: str) -> tuple[float, float]:
+        def step(self, parts: Any, done: float, chi: int | None, where: str, steps: float = 1.0) -> Any:
             if where == f"step {step}":
                 raise Killed
-            return super().step(parts, done, chi, where)
+            return super().step(parts, done, chi, where, steps)
 
     monkeypatch.setattr(session_module, "Trainer", Trainer)
 
@@ -214,10 +214,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     file: Path, teacher: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Trainer(RealTrainer):
-        def step(self, parts: Any, done: float, chi: int | None, where: str) -> tuple[float, float]:
+        def step(self, parts: Any, done: float, chi: int | None, where: str, steps: float = 1.0) -> Any:
             if where == "step 5":
                 parts[0].weight[0, 0] = float("nan")
-            return super().step(parts, done, chi, where)
+            return super().step(parts, done, chi, where, steps)
 
     monkeypatch.setattr(session_module, "Trainer", Trainer)
     with pytest.raises(ConfigError, match=r"not finite at step 5; the last good checkpoint, after step 3, is in"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpo_exporter.heal.settings import Settings
-from mpo_exporter.heal.train import LAST_RATE, chosen_chi, chosen_windows, learning_rate
+from mpo_exporter.heal.train import FULL_RATE_STEPS, LAST_RATE, chosen_chi, chosen_windows, learning_rate, walking_rate
 from mpo_formats import ConfigError
 
 
@@ -49,3 +49,8 @@ def test_dropped_bonds_are_prefixes_of_all_sizes() -> None:
     found = [chosen_chi(settings, 16, step) for step in range(400)]
     assert 150 < found.count(None) < 250
     assert {chi for chi in found if chi is not None} == set(range(1, 17))
+
+
+def test_integers_walk_no_farther_in_a_longer_training() -> None:
+    assert walking_rate(1) == walking_rate(FULL_RATE_STEPS) == 1.0
+    assert walking_rate(16 * FULL_RATE_STEPS) == 0.25

@@ -277,7 +277,9 @@ class Session:
                 record.ordered = True
             self.place = f"step {record.step + 1}"
             chi = chosen_chi(settings, largest, record.step)
-            loss, kl = trainer.step(self._batches(record.step, lesson), done, chi, self.place)
+            # Where time bounds the training, its steps are guessed by those behind.
+            steps = extent.steps or record.step / max(done, 1e-9)
+            loss, kl = trainer.step(self._batches(record.step, lesson), done, chi, self.place, steps)
             record.curve.append(loss)
             record.step += 1
             record.tokens += settings.batch * self.data.span

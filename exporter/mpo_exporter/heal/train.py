@@ -25,6 +25,10 @@ BETAS = (0.9, 0.95)
 LONGEST_GRADIENT = 1.0
 WARM_UP = 0.03
 LAST_RATE = 0.02
+# Integers and their scales walk at random by the noise of gradients, as far as rate · √steps: the rates that they are given
+# are for so many steps, and fall with the root of more.
+FULL_RATE_STEPS = 250
+WALKING = ("code", "scale")
 
 
 class NotFinite(ConfigError):
@@ -50,6 +54,11 @@ def learning_rate(done: float) -> float:
     if done < WARM_UP:
         return max(done / WARM_UP, 0.1)
     return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
+
+
+def walking_rate(steps: float) -> float:
+    """The factor of the rates of integers and scales in a training of so many steps."""
+    return min(1.0, math.sqrt(FULL_RATE_STEPS / max(steps, 1.0)))
 
 
 def chosen_windows(count: int, batch: int, step: int, seed: int) -> NDArray[np.int64]:
@@ -85,7 +94,7 @@ class Trainer:
             "scale": self.settings.scale_rate, "norm": self.settings.norm_rate,
         }  # fmt: skip
         groups = [
-            {"params": [parameter], "lr": rates[kind] * unit, "rate": rates[kind] * unit}
+            {"params": [parameter], "lr": rates[kind] * unit, "rate": rates[kind] * unit, "kind": kind}
             for kind, parameter, unit in self.trainables.learning()
         ]
         if not groups:
@@ -101,8 +110,14 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["rate"] = rate
 
-    def step(self, parts: Sequence[Any], done: float, chi: int | None, where: str) -> tuple[float, float]:
+    def step(
+        self, parts: Sequence[Any], done: float, chi: int | None, where: str, steps: float = 1.0
+    ) -> tuple[float, float]:
         """One optimizer step over the parts of this process's share of a batch; the loss and the figure to show.
+
+        Args:
+            done: the share of the training that lies behind.
+            steps: how many steps it will have.
 
         Raises:
             NotFinite: naming `where`; the parameters are as before the step then.
@@ -121,9 +136,9 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(length):
             self.optimizer.zero_grad()
             raise NotFinite(f"healing: the loss is not finite at {where}")
-        factor = learning_rate(done)
+        factor, walking = learning_rate(done), walking_rate(steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * factor
+            group["lr"] = group["rate"] * factor * (walking if group["kind"] in WALKING else 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, shown

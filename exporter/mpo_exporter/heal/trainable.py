@@ -26,6 +26,8 @@ from mpo_runtime.weights import Weights
 # Latent numbers stay this far around their codes when they are told the dense matrix. At the edges of the cells (0.49) the
 # first noisy steps flipped many codes of error-compensated matrices, whose joint choice is better than each one's nearest.
 CELL = 0.3
+# Grids of more bits learn at lower rates.
+FULL_RATE_BITS = 4
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -106,10 +108,10 @@ class Grid(nn.Module):
     def learning(self) -> Iterator[tuple[str, Tensor, float]]:
         """Yields (kind, parameter, unit of its learning rate).
 
-        Rates are those of 2 bits and halve with each further bit: the wider, the less there is to gain, while the noise of a
-        step stays the same share of the grid's step.
+        Rates are the same up to 4 bits and halve with each further bit: the wider, the less there is to gain, while the
+        noise of a step stays the same share of the grid's step.
         """
-        unit = 2.0 ** (2 - self.bits)
+        unit = min(1.0, 2.0 ** (FULL_RATE_BITS - self.bits))
         yield "scale", self.change, unit
         if self.shift is not None:
             yield "scale", self.shift, unit
