@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.settings import MOST_MATCHING, Settings
 from mpo_exporter.heal.train import FULL_RATE_STEPS, LAST_RATE, chosen_chi, chosen_windows, learning_rate, walking_rate
 from mpo_formats import ConfigError
 
@@ -54,3 +54,9 @@ def test_dropped_bonds_are_prefixes_of_all_sizes() -> None:
 def test_integers_walk_no_farther_in_a_longer_training() -> None:
     assert walking_rate(1) == walking_rate(FULL_RATE_STEPS) == 1.0
     assert walking_rate(16 * FULL_RATE_STEPS) == 0.25
+
+
+def test_blocks_are_matched_where_text_is_scarce() -> None:
+    assert Settings().matching(18_000_000, 250_000) == MOST_MATCHING
+    assert Settings().matching(260_000, 200_000) == 1.3
+    assert Settings(match_weight=0.0).matching(18_000_000, 250_000) == 0.0

@@ -33,7 +33,12 @@ TrainingText = Annotated[
 MatchBlocks = Annotated[
     int, typer.Option(help="Blocks whose outputs are matched to the teacher's beside its logits; 0: none.")
 ]
-MatchWeight = Annotated[float, typer.Option(help="Weight of their errors beside the KL.")]
+MatchWeight = Annotated[
+    float | None,
+    typer.Option(
+        help="Weight of their errors beside the KL.", show_default="weights of the model a token of text, at most 20"
+    ),
+]
 TrainCodes = Annotated[
     bool | None,
     typer.Option(
@@ -76,7 +81,7 @@ def heal(
     cross_entropy: Annotated[float, typer.Option(help="Weight of the text's cross entropy beside the KL.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Logits of the teacher to keep a token.")] = 256,
     match_blocks: MatchBlocks = 4,
-    match_weight: MatchWeight = 20.0,
+    match_weight: MatchWeight = None,
     train_codes: TrainCodes = None,
     assistant_only: Annotated[
         bool, typer.Option("--assistant-only", help="Only what the assistant says counts in the loss.")

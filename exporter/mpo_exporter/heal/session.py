@@ -254,7 +254,8 @@ class Session:
         recompute = settings.recompute
         if recompute is None:
             recompute = not fits(self.model.architecture, settings.micro_batch, self.data.span, self.workers.device)
-        share = settings.match_weight / (2 * max(len(self.matched), 1))
+        tokens = len(self.data.windows) * self.data.span
+        share = settings.matching(self.file.spec.architecture.parameters(), tokens) / (2 * max(len(self.matched), 1))
         matched = dict(zip(self.matched, share * lesson.felt.to(self.workers.device), strict=True))
         student = Student(self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute,
                           matched=matched)  # fmt: skip

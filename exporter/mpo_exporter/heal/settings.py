@@ -13,6 +13,7 @@ from mpo_formats import ConfigError
 # Tokens of training if the user names neither tokens, epochs nor minutes.
 DEFAULT_TOKENS = 1_000_000
 CODES_UP_TO = 500_000_000
+MOST_MATCHING = 20.0
 POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -49,7 +50,8 @@ class Settings:
             most CODES_UP_TO weights, since that takes 16 bytes a weight.
         top_k: logits of the teacher kept a token; the rest of its mass is one bucket.
         match_blocks: blocks, evenly spread, whose outputs are matched to the teacher's beside its logits.
-        match_weight: what the divergence to expect of their errors counts beside the divergence itself.
+        match_weight: what the divergence to expect of their errors counts beside the divergence itself; None: as many as
+            there are weights for each token of the text, at most MOST_MATCHING: with much text the logits say enough.
         cross_entropy: λ, the weight of the cross entropy of the text beside the divergence from the teacher.
         assistant_only: only what the assistant says counts in the loss.
         chi_dropout: chance that a step runs on a random prefix of the bonds.
@@ -72,7 +74,7 @@ class Settings:
     train_codes: bool | None = None
     top_k: int = 256
     match_blocks: int = 4
-    match_weight: float = 20.0
+    match_weight: float | None = None
     cross_entropy: float = 0.0
     assistant_only: bool = False
     chi_dropout: float = 0.0
@@ -90,7 +92,7 @@ class Settings:
                 raise ConfigError(f"healing: {name}: expected more than 0, found {value}")
         for name in ("core_rate", "code_rate", "scale_rate", "norm_rate", "cross_entropy", "match_weight"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"healing: {name}: expected at least 0, found {value}")
         for name in ("seed", "match_blocks"):
             if getattr(self, name) < 0:
@@ -107,6 +109,10 @@ class Settings:
     def moves_codes(self, parameters: int) -> bool:
         """Whether the integers of a model of so many weights are trained."""
         return parameters <= CODES_UP_TO if self.train_codes is None else self.train_codes
+
+    def matching(self, parameters: int, tokens: int) -> float:
+        """The weight of matched blocks in the healing of a model of so many weights on a text of so many tokens."""
+        return min(parameters / tokens, MOST_MATCHING) if self.match_weight is None else self.match_weight
 
     def faster(self, factor: float) -> Settings:
         """The same settings with all learning rates times `factor`."""
