@@ -122,7 +122,7 @@ def test_blocks_learn(file: Path, teacher: Path, text: Path, tmp_path: Path) -> 
 
 def test_codes_move_where_asked(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
     target = tmp_path / "healed.mpo"
-    settings = replace(SETTINGS, train_codes=True, code_rate=0.3)
+    settings = replace(SETTINGS, train_codes=True, code_rate=3.0)
     healed(file, teacher, text, target, settings=settings)
     name = "model.layers.0.self_attn.q_proj.0.q2"
     with MpoFile(file) as old, MpoFile(target, verify=True) as new:
@@ -137,10 +137,10 @@ def killing(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ends the program in the middle of the whole model's step `step` (from 1)."""
 
     class Trainer(RealTrainer):
-        def step(self, parts: Any, done: float, chi: int | None, where: str, steps: float = 1.0) -> Any:
+        def step(self, parts: Any, done: float, chi: int | None, where: str, *steps: float) -> Any:
             if where == f"step {step}":
                 raise Killed
-            return super().step(parts, done, chi, where, steps)
+            return super().step(parts, done, chi, where, *steps)
 
     monkeypatch.setattr(session_module, "Trainer", Trainer)
 
@@ -214,10 +214,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     file: Path, teacher: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Trainer(RealTrainer):
-        def step(self, parts: Any, done: float, chi: int | None, where: str, steps: float = 1.0) -> Any:
+        def step(self, parts: Any, done: float, chi: int | None, where: str, *steps: float) -> Any:
             if where == "step 5":
                 parts[0].weight[0, 0] = float("nan")
-            return super().step(parts, done, chi, where, steps)
+            return super().step(parts, done, chi, where, *steps)
 
     monkeypatch.setattr(session_module, "Trainer", Trainer)
     with pytest.raises(ConfigError, match=r"not finite at step 5; the last good checkpoint, after step 3, is in"):

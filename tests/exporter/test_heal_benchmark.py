@@ -73,7 +73,7 @@ def test_the_smallest_file_has_cores_alone(bench: Bench) -> None:
 
 
 def test_a_row_is_measured_once(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Settings(tokens=300, window=32, batch=4)
+    settings = Settings(tokens=300, window=32, batch=4, scale_rate=0.3, norm_rate=0.1)
     own = replace(bench, kept=Kept(tmp_path / "quality.jsonl"))
     row = heal_rows.Row("4 bits", heal_rows.based(4, 16, 4), Method("nearest", "svd"))
     table = healing.Table(own, settings, text(9, 600), tmp_path / "rows.jsonl")

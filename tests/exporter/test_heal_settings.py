@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from mpo_exporter.heal.settings import MOST_MATCHING, Settings
-from mpo_exporter.heal.train import FULL_RATE_STEPS, LAST_RATE, chosen_chi, chosen_windows, learning_rate, walking_rate
+from mpo_exporter.heal.train import (
+    FEWEST_STEPS,
+    FULL_RATE_STEPS,
+    LAST_RATE,
+    chosen_chi,
+    chosen_windows,
+    learning_rate,
+    walking_rate,
+)
 from mpo_formats import ConfigError
 
 
@@ -52,7 +60,8 @@ def test_dropped_bonds_are_prefixes_of_all_sizes() -> None:
 
 
 def test_integers_walk_no_farther_in_a_longer_training() -> None:
-    assert walking_rate(1) == walking_rate(FULL_RATE_STEPS) == 1.0
+    assert walking_rate(FEWEST_STEPS) == walking_rate(FULL_RATE_STEPS) == 1.0
+    assert walking_rate(FEWEST_STEPS / 4) == 0.25
     assert walking_rate(16 * FULL_RATE_STEPS) == 0.25
 
 

@@ -28,6 +28,8 @@ LAST_RATE = 0.02
 # Integers and their scales walk at random by the noise of gradients, as far as rate · √steps: the rates that they are given
 # are for so many steps, and fall with the root of more.
 FULL_RATE_STEPS = 250
+# Fewer steps than these average too little of the noise away: the rates are their share of these then.
+FEWEST_STEPS = 100
 WALKING = ("code", "scale")
 
 
@@ -58,7 +60,8 @@ def learning_rate(done: float) -> float:
 
 def walking_rate(steps: float) -> float:
     """The factor of the rates of integers and scales in a training of so many steps."""
-    return min(1.0, math.sqrt(FULL_RATE_STEPS / max(steps, 1.0)))
+    steps = max(steps, 1.0)
+    return min(steps / FEWEST_STEPS, 1.0, math.sqrt(FULL_RATE_STEPS / steps))
 
 
 def chosen_windows(count: int, batch: int, step: int, seed: int) -> NDArray[np.int64]:
@@ -111,7 +114,7 @@ class Trainer:
             group["rate"] = rate
 
     def step(
-        self, parts: Sequence[Any], done: float, chi: int | None, where: str, steps: float = 1.0
+        self, parts: Sequence[Any], done: float, chi: int | None, where: str, steps: float = FEWEST_STEPS
     ) -> tuple[float, float]:
         """One optimizer step over the parts of this process's share of a batch; the loss and the figure to show.
 
