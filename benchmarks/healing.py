@@ -83,6 +83,15 @@ def ablation_rows(lengths: Sequence[int]) -> Iterator[Row]:
             yield Row(f"2 bits g64, χ = {chi}, healed on {tokens:,}", based(2, 64, chi), tokens=tokens)
 
 
+def chosen_rows(rows: list[Row], wanted: Sequence[str] | None) -> list[Row]:
+    """The rows of these names; those that contain a name which no row has; all rows where none are wanted."""
+    names = {row.name for row in rows}
+    return [
+        row for row in rows
+        if not wanted or any(row.name == part or (part not in names and part in row.name) for part in wanted)
+    ]  # fmt: skip
+
+
 class Noting(GraniteModel):
     """A model that notes the most likely token after each token of what it is run on."""
 
@@ -275,7 +284,7 @@ def main() -> None:
     add_options(parser)
     parser.set_defaults(rows=Path("build/healing/quality.jsonl"))
     parser.add_argument("--heal-tokens", default=str(DEFAULT_TOKENS), help="of each row, such as 500k or 2M")
-    parser.add_argument("--only", nargs="*", help="parts of the names of the rows to run")
+    parser.add_argument("--only", nargs="*", help="names of the rows to run, or parts of names")
     parser.add_argument("--ablation", action="store_true", help="tokens of healing by χ, in the place of the table")
     parser.add_argument("--lengths", nargs="+", help="of healing in --ablation, such as 0 100k 500k")
     parser.add_argument("--cost", action="store_true", help="time and memory of a step, in the place of the table")
@@ -293,12 +302,12 @@ def main() -> None:
     bench = open_bench(arguments)
     text = healing_text(bench, arguments.corpus, settings.tokens or DEFAULT_TOKENS)
     table, rows = Table(bench, settings, text, arguments.rows.parent / "healing.jsonl"), list[dict[str, Any]]()
-    for row in ablation_rows(parse_lengths(arguments.lengths)) if arguments.ablation else table_rows():
-        if not arguments.only or any(part in row.name for part in arguments.only):
-            rows.append(table.row(row))
-            print(markdown(rows[-1:]).splitlines()[2], flush=True)
-            if arguments.out:
-                save(arguments, bench, text, rows)
+    every = ablation_rows(parse_lengths(arguments.lengths)) if arguments.ablation else table_rows()
+    for row in chosen_rows(list(every), arguments.only):
+        rows.append(table.row(row))
+        print(markdown(rows[-1:]).splitlines()[2], flush=True)
+        if arguments.out:
+            save(arguments, bench, text, rows)
     print(markdown(rows))
 
 

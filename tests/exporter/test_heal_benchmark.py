@@ -134,3 +134,15 @@ def test_the_ablation_takes_its_lengths() -> None:
     assert [row.tokens for row in rows] == [0, 100_000] * len(healing.CHIS)
     assert len({row.name for row in rows}) == len(rows)
     assert healing.parse_lengths(None) == healing.LENGTHS
+
+
+def test_rows_are_chosen_by_name_or_by_a_part_of_it() -> None:
+    rows = [heal_rows.Row(name, heal_rows.auto(3.0)) for name in ("auto, 3.0 bits", "auto, 3.0 bits, cores", "k-proj")]
+    chosen = {
+        tuple(wanted or ()): [row.name for row in healing.chosen_rows(rows, wanted)]
+        for wanted in (None, ["auto, 3.0 bits"], ["auto"], ["k-", "cores"], ["paper"])
+    }
+    assert chosen[()] == [row.name for row in rows]
+    assert chosen["auto, 3.0 bits",] == ["auto, 3.0 bits"]
+    assert chosen["auto",] == ["auto, 3.0 bits", "auto, 3.0 bits, cores"]
+    assert chosen["k-", "cores"] == ["auto, 3.0 bits, cores", "k-proj"] and chosen["paper",] == []

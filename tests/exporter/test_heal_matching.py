@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mpo_exporter.export import export
+from mpo_exporter.heal.blocks import stream_fisher
 from mpo_exporter.heal.ops import HealingOps, WindowOps, run_block
 from mpo_exporter.heal.run import heal
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import Batch, Student
-from mpo_exporter.heal.teacher import matched_blocks, taught
+from mpo_exporter.heal.teacher import TeacherFiles, matched_blocks, taught
 from mpo_exporter.heal.trainable import Trainables
 from mpo_exporter.plan import Options
 from mpo_formats import MpoFile
@@ -114,3 +115,44 @@ def test_a_healing_matches_block_by_block(teacher: Path, rough: Path, tmp_path: 
         losses[name] = heal(file, teacher, tmp_path / f"{name}-healed.mpo", settings, text=text).curve[0]
     assert losses["matched"] > 5 * losses["logits alone"] > 0
     assert losses["dense"] < 0.01 * losses["matched"]
+
+
+@pytest.mark.parametrize("kept", [[], [1, 3]])
+def test_the_teacher_weighs_all_blocks_and_keeps_the_asked(teacher: Path, tmp_path: Path, kept: list[int]) -> None:
+    """Files of more windows serve fewer; those whose Fisher information is gone are written anew."""
+    source, silent = Checkpoint(teacher), lambda *_: None
+    of, shape = source.spec.architecture, (*IDS[:, :-1].shape, TOP_K)
+    files = TeacherFiles(tmp_path, "key", shape, of, kept)
+    assert files.complete() == 0
+    assert files.write(source, IDS, IDS, batch=2, device="cpu", progress=silent) == len(IDS) == files.complete()
+    lesson = files.open()
+    assert lesson.scores.shape == shape and lesson.states.shape == (
+        *shape[:2],
+        len(kept),
+        of.hidden_size if kept else 0,
+    )
+    model = GraniteModel(of, WindowOps(source))
+    torch.testing.assert_close(lesson.felt, stream_fisher(model, IDS[:, :-1], 2, "cpu"))
+    assert lesson.felt.shape == (BLOCKS, of.hidden_size) and bool((lesson.felt > 0).all())
+    assert files.write(source, IDS[:2], IDS, batch=2, device="cpu", progress=silent) == 2
+    next(tmp_path.glob("*fisher*")).unlink()
+    assert files.complete() == 0
+
+
+def test_without_weight_nothing_of_blocks_is_kept(teacher: Path, rough: Path, tmp_path: Path) -> None:
+    text, sizes = tmp_path / "ids.npy", {}
+    np.save(text, np.array(some_ids(930, 7, BOS)))
+    for weight in (0.0, 1.0):
+        work = tmp_path / str(weight)
+        settings = Settings(tokens=500, window=32, match_weight=weight, block_share=0)
+        with pytest.raises(ZeroDivisionError):
+            heal(rough, teacher, tmp_path / "healed.mpo", settings, text=text, work=work, progress=stopping)
+        sizes[weight] = sorted(path.name.split("-")[-1] for path in work.glob("teacher-*"))
+    assert sizes[0.0] == ["done.npy", "fisher.npy", "scores.npy", "tokens.npy"]
+    assert sizes[1.0] == ["done.npy", "fisher.npy", "scores.npy", "states.npy", "tokens.npy"]
+
+
+def stopping(stage: str, done: float, note: str) -> None:
+    """Progress that ends a healing once the teacher is through."""
+    if stage == "healing":
+        raise ZeroDivisionError

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.heal.blocks import Stream, block_names, stream_fisher
+from mpo_exporter.heal.blocks import Stream, block_names
 from mpo_exporter.heal.bonds import sort_bonds
 from mpo_exporter.heal.checkpoint import (
     Record,
@@ -107,7 +107,9 @@ class Session:
         self.record, self.saved = found or (Record(digest), {})
         self.saved_step = None if found is None else self.record.step
         self.clock = Clock(self.record.seconds)
-        self.matched = matched_blocks(file.spec.architecture.num_hidden_layers, settings.match_blocks)
+        self.matched = matched_blocks(
+            file.spec.architecture.num_hidden_layers, 0 if settings.match_weight == 0 else settings.match_blocks
+        )
         self.ops = HealingOps(file, workers.device)
         self.model = GraniteModel(file.spec.architecture, self.ops)
         self.names = [linear.name for linear in file.spec.linears] + [vector.name for vector in file.spec.vectors]
@@ -121,10 +123,10 @@ class Session:
         Raises:
             NotFinite: naming the step, and the checkpoint before it, which stays.
         """
-        files = self._teach()
+        lesson = self._teach()
         try:
-            self._heal_blocks()
-            return self._heal_whole(files.open())
+            self._heal_blocks(lesson.felt)
+            return self._heal_whole(lesson)
         except NotFinite as error:
             raise NotFinite(f"{error}; {self._kept()}; give lower learning rates (--rate 0.3) or a lower --cross-entropy, "
                             f"after removing {self.folder}: with other settings healing begins anew") from None  # fmt: skip
@@ -153,16 +155,16 @@ class Session:
     def _seconds(self) -> float | None:
         return None if self.settings.minutes is None else 60 * self.settings.minutes
 
-    def _teach(self) -> TeacherFiles:
-        """Writes what the teacher says of the windows that will be used, and drops the others."""
+    def _teach(self) -> Lesson:
+        """What the teacher says of the windows that will be used; drops the others."""
         self.place = "the teacher"
-        steps, weighed = self._whole_steps(), self.data.windows[:FISHER_WINDOWS]
+        steps, weighs = self._whole_steps(), bool(self.matched) or self.settings.block_share > 0
         if steps is not None:
             self._keep(min(len(self.data.windows), max(steps, self._steps(self.settings.block_share) or 0)
                            * self.settings.batch))  # fmt: skip
         of = self.file.spec.architecture
         shape = (len(self.data.windows), self.data.span, min(self.settings.top_k, of.vocab_size))
-        asked = (self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:], self.matched)
+        asked = (self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:], self.matched, weighs)
         key = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
         files = TeacherFiles(self.folder, key, shape, of, self.matched)
         seconds = self._seconds()
@@ -173,16 +175,18 @@ class Session:
         done = 0
         if self.workers.first:
             done = files.write(
-                self.source, self.data.windows, weighed, batch=self.settings.micro_batch,
+                self.source, self.data.windows, self.data.windows[:FISHER_WINDOWS] if weighs else None,
+                batch=self.settings.micro_batch,
                 device=self.workers.device, progress=self.progress, enough=None if seconds is None else enough,
             )  # fmt: skip
         self._keep(int(self.workers.agree(done)))
-        return files
+        return files.open()
 
     def _keep(self, count: int) -> None:
         self.data = replace(self.data, windows=self.data.windows[:count], counts=self.data.counts[:count])
 
-    def _heal_blocks(self) -> None:
+    def _heal_blocks(self, felt: Tensor) -> None:
+        """Heals one block after the other; F [blocks, E] weighs the errors of their outputs."""
         blocks = self.file.spec.architecture.num_hidden_layers
         steps = self._steps(self.settings.block_share)
         if self.record.step or self.record.blocks == blocks or self.settings.block_share == 0 or steps == 0:
@@ -201,7 +205,7 @@ class Session:
         seconds = self._seconds()
         each = None if seconds is None else seconds * self.settings.block_share / blocks
         self.ops.trainables = None
-        felt = stream_fisher(dense, inputs[:FISHER_WINDOWS], self.settings.micro_batch, self.workers.device)
+        felt = felt.to(self.workers.device)
         ours.embed()
         theirs.embed()
         for block in range(blocks):
@@ -256,7 +260,7 @@ class Session:
             recompute = not fits(self.model.architecture, settings.micro_batch, self.data.span, self.workers.device)
         tokens = len(self.data.windows) * self.data.span
         share = settings.matching(self.file.spec.architecture.parameters(), tokens) / (2 * max(len(self.matched), 1))
-        matched = dict(zip(self.matched, share * lesson.felt.to(self.workers.device), strict=True))
+        matched = {block: share * lesson.felt[block].to(self.workers.device) for block in self.matched}
         student = Student(self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute,
                           matched=matched)  # fmt: skip
         trainer = Trainer(student, everything, settings, self.workers)

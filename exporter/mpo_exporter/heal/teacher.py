@@ -58,7 +58,8 @@ class Lesson:
     Args:
         scores, chosen: its K largest log-probabilities [N, S, K] of each prediction and their token ids.
         states: the outputs [N, S, M, E] of M of its blocks, as bf16 bit patterns.
-        felt: F [M, E], what an error of these raises the divergence by: ½ Σ F e² (see stream_fisher).
+        felt: F [blocks, E], what an error of any block's output raises the divergence by: ½ Σ F e² (see stream_fisher);
+            no rows where nothing is weighed by it.
     """
 
     scores: NDArray[np.float16]
@@ -81,7 +82,7 @@ class TeacherFiles:
         self, folder: Path, key: str, shape: tuple[int, int, int], of: Architecture, blocks: list[int]
     ) -> None:
         self.blocks, self.kept = blocks, shape[2]
-        self.felt, self.done = folder / f"teacher-{key}-felt.npy", folder / f"teacher-{key}-done.npy"
+        self.felt, self.done = folder / f"teacher-{key}-fisher.npy", folder / f"teacher-{key}-done.npy"
         self.span = shape[1]
         kinds: list[tuple[str, Any, tuple[int, ...]]] = [
             ("scores", np.float16, shape),
@@ -92,18 +93,18 @@ class TeacherFiles:
 
     def complete(self) -> int:
         """How many windows are there, from the first on; 0 where nothing usable is."""
-        if not self.done.exists():
+        if not (self.done.exists() and self.felt.exists()):
             return 0
         return int(np.load(self.done, allow_pickle=False))
 
-    def write(self, teacher: Weights, windows: NDArray[np.int64], weighed: NDArray[np.int64], *, batch: int,
+    def write(self, teacher: Weights, windows: NDArray[np.int64], weighed: NDArray[np.int64] | None, *, batch: int,
               device: str, progress: Progress, enough: Callable[[], bool] | None = None) -> int:  # fmt: skip
         """Runs the teacher on windows [N, W] until all are done or it is `enough`; returns how many are done.
 
         Those of an earlier run are taken where they suffice: where there is no `enough`, as many as are wanted.
 
         Args:
-            weighed: windows that errors of the blocks' outputs are weighed by.
+            weighed: windows that errors of the blocks' outputs are weighed by; None where none are.
 
         Raises:
             OutputError: when they would not fit on the disk.
@@ -114,9 +115,8 @@ class TeacherFiles:
         self.done.unlink(missing_ok=True)
         files = self._claimed()
         model = GraniteModel(teacher.spec.architecture, WindowOps(teacher, device=device))
-        if self.blocks:
-            felt = stream_fisher(model, weighed[:, :-1], batch, device)
-            np.save(self.felt, felt[self.blocks].cpu().numpy())
+        felt = torch.zeros(0, 0) if weighed is None else stream_fisher(model, weighed[:, :-1], batch, device)
+        np.save(self.felt, felt.cpu().numpy())
         for start in range(0, total, batch):
             with compute(device):
                 found = taught(model, windows[start : start + batch, :-1], self.kept, self.blocks)
@@ -144,10 +144,9 @@ class TeacherFiles:
     def open(self) -> Lesson:
         """The mapped files."""
         mapped = [np.load(path, mmap_mode="r", allow_pickle=False) for path, _, _ in self.files]
-        if not self.blocks:
-            nothing = np.zeros((*mapped[0].shape[:2], 0, 0), np.uint16)
-            return Lesson(mapped[0], mapped[1], nothing, torch.zeros(0, 0))
-        return Lesson(mapped[0], mapped[1], mapped[2], torch.from_numpy(np.load(self.felt, allow_pickle=False)))
+        felt = torch.from_numpy(np.load(self.felt, allow_pickle=False))
+        states = mapped[2] if self.blocks else np.zeros((*mapped[0].shape[:2], 0, 0), np.uint16)
+        return Lesson(mapped[0], mapped[1], states, felt)
 
 
 def matched_blocks(blocks: int, count: int) -> list[int]:
