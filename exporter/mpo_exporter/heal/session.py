@@ -159,6 +159,7 @@ class Session:
         """What the teacher says of the windows that will be used; drops the others."""
         self.place = "the teacher"
         steps, weighs = self._whole_steps(), bool(self.matched) or self.settings.block_share > 0
+        weighed = self.data.windows[:FISHER_WINDOWS] if weighs else None  # whatever the length of the training
         if steps is not None:
             self._keep(min(len(self.data.windows), max(steps, self._steps(self.settings.block_share) or 0)
                            * self.settings.batch))  # fmt: skip
@@ -175,8 +176,7 @@ class Session:
         done = 0
         if self.workers.first:
             done = files.write(
-                self.source, self.data.windows, self.data.windows[:FISHER_WINDOWS] if weighs else None,
-                batch=self.settings.micro_batch,
+                self.source, self.data.windows, weighed, batch=self.settings.micro_batch,
                 device=self.workers.device, progress=self.progress, enough=None if seconds is None else enough,
             )  # fmt: skip
         self._keep(int(self.workers.agree(done)))
