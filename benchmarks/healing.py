@@ -284,6 +284,9 @@ def main() -> None:
     add_options(parser)
     parser.set_defaults(rows=Path("build/healing/quality.jsonl"))
     parser.add_argument("--heal-tokens", default=str(DEFAULT_TOKENS), help="of each row, such as 500k or 2M")
+    parser.add_argument(
+        "--text-tokens", help="of the corpus to heal on, such as 2M; as many as --heal-tokens by default"
+    )
     parser.add_argument("--only", nargs="*", help="names of the rows to run, or parts of names")
     parser.add_argument("--ablation", action="store_true", help="tokens of healing by χ, in the place of the table")
     parser.add_argument("--lengths", nargs="+", help="of healing in --ablation, such as 0 100k 500k")
@@ -300,7 +303,8 @@ def main() -> None:
     changes = {name: json.loads(value) for name, value in (item.split("=", 1) for item in arguments.set)}
     settings = Settings(**({"tokens": parse_tokens(arguments.heal_tokens)} | changes))
     bench = open_bench(arguments)
-    text = healing_text(bench, arguments.corpus, settings.tokens or DEFAULT_TOKENS)
+    length = parse_tokens(arguments.text_tokens) if arguments.text_tokens else settings.tokens or DEFAULT_TOKENS
+    text = healing_text(bench, arguments.corpus, length)
     table, rows = Table(bench, settings, text, arguments.rows.parent / "healing.jsonl"), list[dict[str, Any]]()
     every = ablation_rows(parse_lengths(arguments.lengths)) if arguments.ablation else table_rows()
     for row in chosen_rows(list(every), arguments.only):

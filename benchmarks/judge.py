@@ -22,18 +22,20 @@ from mpo_runtime.texts import TokenText, read_tokens
 from mpo_runtime.weights import Weights
 
 DOMAINS = ("stories", "web", "chat")
-# Bytes of a corpus file that are read: more than any number of tokens asked for needs.
-READ_BYTES = 2_000_000
+# Bytes of a corpus file that are read: more than so many a token, and never fewer in all.
+TOKEN_BYTES = 8
+FEWEST_BYTES = 2_000_000
 
 
 def domain_texts(source: Checkpoint, corpus: Path | None, split: str, tokens: int) -> dict[str, TokenText]:
     """At most `tokens` tokens of each domain: of a corpus folder's split, or of the embedded evaluation text (test)."""
     with tempfile.TemporaryDirectory() as folder:
-        return {name: cut_text(source, domain_file(name, corpus, split, Path(folder)), tokens) for name in DOMAINS}
+        files = {name: domain_file(name, corpus, split, Path(folder), tokens) for name in DOMAINS}
+        return {name: cut_text(source, file, tokens) for name, file in files.items()}
 
 
-def domain_file(name: str, corpus: Path | None, split: str, folder: Path) -> Path:
-    """One domain's text as a file that `read_tokens` takes."""
+def domain_file(name: str, corpus: Path | None, split: str, folder: Path, tokens: int) -> Path:
+    """One domain's text, at least `tokens` tokens of it where there are so many, as a file that `read_tokens` takes."""
     if corpus is None:
         if split != "test":
             raise SystemExit("the embedded evaluation text is of the test split; give --corpus for another")
@@ -41,7 +43,7 @@ def domain_file(name: str, corpus: Path | None, split: str, folder: Path) -> Pat
     [packed] = corpus.glob(f"{name}/{split}.*.gz")
     target = folder / f"{name}-{packed.stem}"
     with gzip.open(packed) as stream:
-        raw = stream.read(READ_BYTES).decode("utf-8", "ignore")
+        raw = stream.read(max(TOKEN_BYTES * tokens, FEWEST_BYTES)).decode("utf-8", "ignore")
     # A row or paragraph that was cut short is left out.
     target.write_text(raw[: raw.rfind("\n") + 1], encoding="utf-8")
     return target

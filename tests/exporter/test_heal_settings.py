@@ -52,6 +52,14 @@ def test_rates_rise_then_fall() -> None:
     assert rates.index(max(rates)) == 3 and all(a >= b for a, b in pairwise(rates[3:]))
 
 
+def test_long_trainings_cool_faster() -> None:
+    halfway = learning_rate(0.6)
+    assert learning_rate(0.6, 10) == learning_rate(0.6, 500) == halfway
+    assert halfway**2 < learning_rate(0.6, 700) < halfway
+    assert learning_rate(0.6, 1000) == learning_rate(0.6, 100_000) == pytest.approx(halfway**2)
+    assert learning_rate(0.01, 1000) == learning_rate(0.01)
+
+
 def test_dropped_bonds_are_prefixes_of_all_sizes() -> None:
     settings = Settings(chi_dropout=0.5)
     found = [chosen_chi(settings, 16, step) for step in range(400)]

@@ -28,6 +28,8 @@ LAST_RATE = 0.02
 # Integers and their scales walk at random by the noise of gradients, as far as rate · √steps: the rates that they are given
 # are for so many steps, and fall with the root of more.
 FULL_RATE_STEPS = 250
+# Longer trainings than this cool faster: by the square of the schedule from twice as many steps on.
+SLOWLY_COOLED_STEPS = 500
 # Fewer steps than these average too little of the noise away: the rates are their share of these then.
 FEWEST_STEPS = 100
 WALKING = ("code", "scale")
@@ -51,11 +53,17 @@ class Extent:
         return min(seconds / self.seconds, 1.0) if self.seconds else 1.0
 
 
-def learning_rate(done: float) -> float:
-    """The factor of all learning rates: rises to 1, then falls along a half cosine (Loshchilov & Hutter 2017)."""
+def learning_rate(done: float, steps: float = SLOWLY_COOLED_STEPS) -> float:
+    """The factor of all learning rates in a training of so many steps.
+
+    It rises to 1, then falls along a half cosine (Loshchilov & Hutter 2017) or, in long trainings, the square of one: few
+    steps must use all of their time to move integers, many have time for what moved by chance to move back.
+    """
     if done < WARM_UP:
         return max(done / WARM_UP, 0.1)
-    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
+    factor = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
+    power = 1 + math.log2(min(max(steps / SLOWLY_COOLED_STEPS, 1.0), 2.0))
+    return float(factor**power)
 
 
 def walking_rate(steps: float) -> float:
@@ -139,7 +147,7 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(length):
             self.optimizer.zero_grad()
             raise NotFinite(f"healing: the loss is not finite at {where}")
-        factor, walking = learning_rate(done), walking_rate(steps)
+        factor, walking = learning_rate(done, steps), walking_rate(steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor * (walking if group["kind"] in WALKING else 1.0)
         self.optimizer.step()
