@@ -25,11 +25,9 @@ BETAS = (0.9, 0.95)
 LONGEST_GRADIENT = 1.0
 WARM_UP = 0.03
 LAST_RATE = 0.02
-# Integers and their scales walk at random by the noise of gradients, as far as rate · √steps: the rates that they are given
-# are for so many steps, and fall with the root of more.
-FULL_RATE_STEPS = 250
-# Longer trainings than this cool faster: by the square of the schedule at twice as many steps, its cube at eight times.
-SLOWLY_COOLED_STEPS = 500
+# Integers and their scales walk at random by the noise of gradients, as far as rate · √steps: longer trainings than this
+# let them, and cool faster, with one more power of the schedule for each time that they are twice as long.
+SLOWLY_COOLED_STEPS = 250
 # Fewer steps than these average too little of the noise away: the rates are their share of these then.
 FEWEST_STEPS = 100
 WALKING = ("code", "scale")
@@ -57,19 +55,17 @@ def learning_rate(done: float, steps: float = SLOWLY_COOLED_STEPS) -> float:
     """The factor of all learning rates in a training of so many steps.
 
     It rises to 1, then falls along a half cosine (Loshchilov & Hutter 2017) or, in long trainings, a power of one: few
-    steps must use all of their time to move integers, many have time for what moved by chance to move back.
+    steps must use all of their time to move integers, many have time for what moved by chance to settle.
     """
     if done < WARM_UP:
         return max(done / WARM_UP, 0.1)
     factor = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
-    doublings = math.log2(max(steps / SLOWLY_COOLED_STEPS, 1.0))
-    return float(factor ** (1 + min(doublings, 1 + (doublings - 1) / 2)))
+    return float(factor ** (1 + math.log2(max(steps / SLOWLY_COOLED_STEPS, 1.0))))
 
 
 def walking_rate(steps: float) -> float:
     """The factor of the rates of integers and scales in a training of so many steps."""
-    steps = max(steps, 1.0)
-    return min(steps / FEWEST_STEPS, 1.0, math.sqrt(FULL_RATE_STEPS / steps))
+    return min(max(steps, 1.0) / FEWEST_STEPS, 1.0)
 
 
 def chosen_windows(count: int, batch: int, step: int, seed: int) -> NDArray[np.int64]:
