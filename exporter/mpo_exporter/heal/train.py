@@ -26,8 +26,9 @@ LONGEST_GRADIENT = 1.0
 WARM_UP = 0.03
 LAST_RATE = 0.02
 # Integers and their scales walk at random by the noise of gradients, as far as rate · √steps: longer trainings than this
-# let them, and cool faster, with one more power of the schedule for each time that they are twice as long.
+# let them, and cool faster, with one more power of the schedule for each time that they are twice as long, up to the last.
 SLOWLY_COOLED_STEPS = 250
+FASTEST_COOLING = 5.0
 # Fewer steps than these average too little of the noise away: the rates are their share of these then.
 FEWEST_STEPS = 100
 WALKING = ("code", "scale")
@@ -60,7 +61,8 @@ def learning_rate(done: float, steps: float = SLOWLY_COOLED_STEPS) -> float:
     if done < WARM_UP:
         return max(done / WARM_UP, 0.1)
     factor = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
-    return float(factor ** (1 + math.log2(max(steps / SLOWLY_COOLED_STEPS, 1.0))))
+    power = 1 + math.log2(max(steps / SLOWLY_COOLED_STEPS, 1.0))
+    return float(factor ** min(power, FASTEST_COOLING))
 
 
 def walking_rate(steps: float) -> float:
