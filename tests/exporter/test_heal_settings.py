@@ -11,6 +11,7 @@ import pytest
 from mpo_exporter.heal.settings import MOST_MATCHING, Settings
 from mpo_exporter.heal.train import (
     FEWEST_STEPS,
+    FULL_RATE_STEPS,
     LAST_RATE,
     chosen_chi,
     chosen_windows,
@@ -56,7 +57,7 @@ def test_long_trainings_cool_faster() -> None:
     assert learning_rate(0.6, 10) == learning_rate(0.6, 250) == halfway
     assert halfway**2 < learning_rate(0.6, 350) < halfway
     assert learning_rate(0.6, 500) == pytest.approx(halfway**2)
-    assert learning_rate(0.6, 4000) == learning_rate(0.6, 1_000_000) == pytest.approx(halfway**5)
+    assert learning_rate(0.6, 4000) == learning_rate(0.6, 1_000_000) == pytest.approx(halfway**3)
     assert learning_rate(0.01, 4000) == learning_rate(0.01)
 
 
@@ -67,9 +68,9 @@ def test_dropped_bonds_are_prefixes_of_all_sizes() -> None:
     assert {chi for chi in found if chi is not None} == set(range(1, 17))
 
 
-def test_integers_move_less_in_few_steps() -> None:
-    assert walking_rate(FEWEST_STEPS) == walking_rate(100 * FEWEST_STEPS) == 1.0
-    assert walking_rate(FEWEST_STEPS / 4) == 0.25
+def test_integers_move_less_in_few_steps_and_no_farther_in_many() -> None:
+    assert walking_rate(FEWEST_STEPS) == walking_rate(FULL_RATE_STEPS) == 1.0
+    assert walking_rate(FEWEST_STEPS / 4) == walking_rate(4 * FULL_RATE_STEPS) == 0.25
 
 
 def test_blocks_are_matched_where_text_is_scarce() -> None:

@@ -28,9 +28,11 @@ LAST_RATE = 0.02
 # Integers and their scales walk at random by the noise of gradients, as far as rate · √steps: longer trainings than this
 # let them, and cool faster, with one more power of the schedule for each time that they are twice as long, up to the last.
 SLOWLY_COOLED_STEPS = 250
-FASTEST_COOLING = 5.0
-# Fewer steps than these average too little of the noise away: the rates are their share of these then.
+FASTEST_COOLING = 3.0
+# Fewer steps than these average too little of the noise away: the rates of both are their share of these then. More than
+# these let them walk too far: the rates fall so that the sum of all steps' rates stays what it is here.
 FEWEST_STEPS = 100
+FULL_RATE_STEPS = 1000
 WALKING = ("code", "scale")
 
 
@@ -67,7 +69,7 @@ def learning_rate(done: float, steps: float = SLOWLY_COOLED_STEPS) -> float:
 
 def walking_rate(steps: float) -> float:
     """The factor of the rates of integers and scales in a training of so many steps."""
-    return min(max(steps, 1.0) / FEWEST_STEPS, 1.0)
+    return min(max(steps, 1.0) / FEWEST_STEPS, FULL_RATE_STEPS / max(steps, 1.0), 1.0)
 
 
 def chosen_windows(count: int, batch: int, step: int, seed: int) -> NDArray[np.int64]:
