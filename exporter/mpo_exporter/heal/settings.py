@@ -44,7 +44,7 @@ class Settings:
         core_rate: learning rate relative to the root mean square of each core.
         code_rate: learning rate of integers, in steps of their grids; half of it for each bit above 4.
         scale_rate: relative learning rate of scales (and of zeros, in steps), falling likewise above 4 bits; of integer
-            cores' scales at every width. Both are lower below 100 steps.
+            cores' scales at every width. Both are lower below 100 and above 1,000 steps.
         norm_rate: relative learning rate of norms and biases.
         train_codes: moves the integers of quantised matrices too, straight through their rounding; None: in models of at
             most CODES_UP_TO weights, since that takes 16 bytes a weight.

@@ -69,7 +69,8 @@ def learning_rate(done: float, steps: float = SLOWLY_COOLED_STEPS) -> float:
 
 def walking_rate(steps: float) -> float:
     """The factor of the rates of integers and scales in a training of so many steps."""
-    return min(max(steps, 1.0) / FEWEST_STEPS, FULL_RATE_STEPS / max(steps, 1.0), 1.0)
+    steps = max(steps, 1.0)
+    return min(steps / FEWEST_STEPS, 1.0, FULL_RATE_STEPS / steps)
 
 
 def chosen_windows(count: int, batch: int, step: int, seed: int) -> NDArray[np.int64]:
