@@ -1,7 +1,10 @@
 """Time and memory of one healing step of compressed models beside a training step of the dense one, at the same batch.
 
-Each is measured in a process of its own: the peak is that of the whole process, from which what it held before the model
-was built is taken off.
+    python benchmarks/healing.py --cost                              # of granite-nano, on the CPU
+    python benchmarks/healing.py --cost --size 2b --device cuda      # of random weights, on a GPU
+
+Each is measured in a process of its own. The peak is that of the whole process, from which what it held before the model
+was built is taken off; on a GPU, of what torch took there.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from typing import Any
 
 import torch
 from heal_rows import of_parameters, uniform
-from machine import describe_machine
+from machine import describe_machine, device_name
 from quality import Bench, Kept
+from synthetic import SyntheticPlan, write_layers, write_synthetic
 from torch import Tensor, nn
 
 from mpo_exporter.build import Method
@@ -33,12 +37,11 @@ from mpo_exporter.heal.train import Trainer
 from mpo_exporter.heal.trainable import Trainables, Vector
 from mpo_exporter.plan import Options
 from mpo_exporter.sources import find_source
-from mpo_formats import MpoFile
-from mpo_runtime.checkpoint import Checkpoint
+from mpo_formats import LinearSpec
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor
 from mpo_runtime.memory import peak_memory
 from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.weights import Weights
+from mpo_runtime.weights import Weights, open_weights
 
 STEPS = 5
 
@@ -74,26 +77,32 @@ class DenseTrainables(nn.Module):
             yield from vector.learning()
 
 
-def measure(weights: Weights, trainables: Any, batch: int, window: int, recompute: bool) -> dict[str, float]:
+def measure(
+    weights: Weights, trainables: Any, batch: int, window: int, recompute: bool, device: str = "cpu"
+) -> dict[str, float]:
     """The median time of a step and of its processors [s], which others' work disturbs less, and what trains."""
-    ops = HealingOps(weights)
+    trainables.to(device)
+    ops = HealingOps(weights, device)
     model = GraniteModel(weights.spec.architecture, ops)
     settings, architecture = Settings(), weights.spec.architecture
     blocks = matched_blocks(architecture.num_hidden_layers, settings.match_blocks)
-    matched = {block: torch.ones(architecture.hidden_size) for block in blocks}
+    matched = {block: torch.ones(architecture.hidden_size, device=device) for block in blocks}
     student = Student(model, ops, trainables, cross_entropy=0.0, recompute=recompute, matched=matched)
-    trainer = Trainer(student, trainables, settings, Workers())
+    trainer = Trainer(student, trainables, settings, Workers(device=device))
     source, vocabulary = torch.Generator().manual_seed(0), architecture.vocab_size
     ids = torch.randint(0, vocabulary, (batch, window), generator=source)
     chosen = torch.stack([torch.randperm(vocabulary, generator=source)[: settings.top_k] for _ in range(window - 1)])
     scores = (torch.randn(batch, window - 1, settings.top_k, generator=source).log_softmax(-1) - 0.2).float()
     weight = torch.full((batch, window - 1), 1 / (batch * (window - 1)))
     states = torch.randn(batch, window - 1, len(blocks), architecture.hidden_size, generator=source)
-    part = Batch(ids[:, :-1], ids[:, 1:], weight, scores, chosen.expand(batch, -1, -1).contiguous(), states)
+    tensors = (ids[:, :-1], ids[:, 1:], weight, scores, chosen.expand(batch, -1, -1).contiguous(), states)
+    part = Batch(*(tensor.to(device) for tensor in tensors))
     seconds, busy = [], []
     for _ in range(STEPS + 1):
         begin, worked = time.perf_counter(), time.process_time()
         trainer.step([part], 0.5, None, "a step")
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
         busy.append(time.process_time() - worked)
     count = sum(parameter.numel() for _, parameter, _ in trainables.learning())
@@ -108,20 +117,33 @@ def child(asked: dict[str, Any]) -> dict[str, float]:
     """Measures one model in this process."""
     torch.set_num_threads(asked["threads"])
     held = peak_memory()
-    sizes = asked["batch"], asked["window"], asked["recompute"]
-    if asked["file"] is None:
-        source = Checkpoint(Path(asked["model"]))
-        result = measure(source, DenseTrainables(source), *sizes)
+    sizes = asked["batch"], asked["window"], asked["recompute"], asked["device"]
+    weights = open_weights(asked["file"])
+    trainables: Any = DenseTrainables(weights)
+    if not asked["dense"]:
+        names = [one.name for one in (*weights.spec.linears, *weights.spec.vectors)]
+        trainables = Trainables(weights, names, moving=asked["codes"])
+    result = measure(weights, trainables, *sizes)
+    on_gpu = asked["device"].startswith("cuda")
+    return result | {"peak_bytes": float(torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - held)}
+
+
+def written(arguments: argparse.Namespace, source: Weights, layers: tuple[LinearSpec, ...], path: Path) -> None:
+    """Writes a file of these layers: of the source, or of random weights of a size."""
+    if arguments.size:
+        write_layers(arguments.size, layers, path)
     else:
-        with MpoFile(Path(asked["file"])) as file:
-            names = [one.name for one in (*file.spec.linears, *file.spec.vectors)]
-            result = measure(file, Trainables(file, names, moving=asked["codes"]), *sizes)
-    return result | {"peak_bytes": float(peak_memory() - held)}
+        folder = find_source(arguments.model).folder
+        export(folder, path, Options("int4"), layers=layers, method=Method("nearest", "svd"), force=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the table, and writes it where --out says."""
-    source = Checkpoint(find_source(arguments.model).folder)
+    dense = find_source(arguments.model).folder
+    if arguments.size:
+        dense = arguments.rows.parent / f"cost-{arguments.size}-dense.mpo"
+        write_synthetic(arguments.size, SyntheticPlan.parse("dense"), dense)
+    source = open_weights(dense)
     # Speed and memory do not depend on how well a file is fitted: no calibration.
     bench = Bench(source, None, 0, None, Kept(arguments.rows))  # type: ignore[arg-type]
     integer = tuple(uniform(source.spec.linears, 3, 64))
@@ -131,17 +153,21 @@ def run(arguments: argparse.Namespace) -> None:
         "fp16 cores (balanced), 30 % of the parameters": (of_parameters(0.3, balanced=True)(bench), False),
         "fp16 cores (O,1)×(1,I), 30 % of the parameters": (of_parameters(0.3, balanced=False)(bench), False),
     }
-    asked = {"model": str(source.folder), "file": None, "codes": False, "batch": 4, "window": 256,
-             "recompute": False, "threads": arguments.threads or torch.get_num_threads()}  # fmt: skip
+    asked = {"file": str(dense), "dense": True, "codes": False, "batch": 4, "window": 256, "recompute": False,
+             "threads": arguments.threads or torch.get_num_threads(), "device": arguments.device}  # fmt: skip
     rows = {"dense training": start(asked)}
     for number, (name, (layers, codes)) in enumerate(files.items()):
         path = arguments.rows.parent / f"cost-{number}.mpo"
-        export(source.folder, path, Options("int4"), layers=layers, method=Method("nearest", "svd"), force=True)
-        rows[name] = start(asked | {"file": str(path), "codes": codes})
+        written(arguments, source, layers, path)
+        rows[name] = start(asked | {"file": str(path), "dense": False, "codes": codes})
         path.unlink()
+        print(markdown(rows).splitlines()[-1], flush=True)
     print(markdown(rows))
+    if arguments.size:
+        dense.unlink()
     if arguments.out:
-        facts = {"machine": vars_of(describe_machine()), "asked": asked | {"model": source.folder.name}, "rows": rows}
+        facts = {"machine": vars_of(describe_machine()), "device": device_name(arguments.device),
+                 "asked": asked | {"file": dense.name}, "rows": rows}  # fmt: skip
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 

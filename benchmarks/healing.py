@@ -5,6 +5,7 @@
     python benchmarks/healing.py --split valid --corpus … # to choose settings by
     python benchmarks/healing.py --ablation            # tokens of healing by χ
     python benchmarks/healing.py --cost                # time and memory of a step beside a dense training step
+    python benchmarks/healing.py --device cuda         # heals there; what is measured is computed on the CPU in any case
 
 Every row is a file that the exporter writes, measured on held-out text of three domains, healed, and measured again; files
 with cores also at half and quarter χ. The same settings heal every row. A row is appended to build/healing/rows.jsonl as
@@ -29,12 +30,13 @@ import numpy as np
 import torch
 from heal_rows import PAPER_BITS, Row, auto, based, cored, of_bytes, of_parameters, planned, smallest
 from judge import DOMAINS, domain_texts, figures
-from machine import command_line, describe_machine
+from machine import command_line, describe_machine, device_name
 from numpy.typing import NDArray
 from quality import Bench, add_options, open_bench
 
 from mpo_exporter.build import Method
 from mpo_exporter.export import export
+from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import shown
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings, parse_tokens
@@ -146,8 +148,11 @@ def healing_text(bench: Bench, corpus: Path | None, tokens: int) -> TokenText:
 class Table:
     """The rows that were measured, in a file of JSON lines, and how long such rows take."""
 
-    def __init__(self, bench: Bench, settings: Settings, text: TokenText, path: Path) -> None:
+    def __init__(
+        self, bench: Bench, settings: Settings, text: TokenText, path: Path, workers: Workers | None = None
+    ) -> None:
         self.bench, self.settings, self.text, self.path = bench, settings, text, path
+        self.workers = workers or Workers()
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
 
@@ -191,7 +196,7 @@ class Table:
             "all_minutes": (time.perf_counter() - begin) / 60,
             "settings": asdict(settings),
             "curve": thinned(result.curve) if result else [],
-            "machine": describe_machine().cpu,
+            "machine": device_name(self.workers.device),
             "threads": torch.get_num_threads(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +211,7 @@ class Table:
         with shown(name) as update:
             result = heal(
                 rough, self.bench.source.folder, target, settings, text=self.text, force=True, others=True,
-                work=self.bench.cache / "work", progress=update,
+                work=self.bench.cache / "work", progress=update, workers=self.workers,
             )  # fmt: skip
         found = measured(self.bench, target)
         return found, result
@@ -292,6 +297,8 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", help="of healing in --ablation, such as 0 100k 500k")
     parser.add_argument("--cost", action="store_true", help="time and memory of a step, in the place of the table")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu", help="to heal on: cpu, or a torch device such as cuda")
+    parser.add_argument("--size", choices=["8b", "2b", "tiny"], help="of --cost: random weights of Granite 3.3's shapes")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of the healing")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -305,7 +312,8 @@ def main() -> None:
     bench = open_bench(arguments)
     length = parse_tokens(arguments.text_tokens) if arguments.text_tokens else settings.tokens or DEFAULT_TOKENS
     text = healing_text(bench, arguments.corpus, length)
-    table, rows = Table(bench, settings, text, arguments.rows.parent / "healing.jsonl"), list[dict[str, Any]]()
+    kept, workers = arguments.rows.parent / "healing.jsonl", Workers(device=arguments.device)
+    table, rows = Table(bench, settings, text, kept, workers), list[dict[str, Any]]()
     every = ablation_rows(parse_lengths(arguments.lengths)) if arguments.ablation else table_rows()
     for row in chosen_rows(list(every), arguments.only):
         rows.append(table.row(row))

@@ -56,6 +56,15 @@ def describe_machine() -> Machine:
     )
 
 
+def device_name(device: str) -> str:
+    """The processor that a torch device is, in words."""
+    if not device.startswith("cuda"):
+        return describe_machine().cpu
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
 def git(*words: str) -> str:
     """One line of git's answer about this repository, or nothing."""
     try:

@@ -99,13 +99,17 @@ def granite(size: str) -> Architecture:
     )
 
 
-def synthetic_spec(size: str, plan: SyntheticPlan) -> ModelSpec:
+def synthetic_linears(size: str, plan: SyntheticPlan) -> tuple[LinearSpec, ...]:
+    """The layers of a plan."""
+    return tuple(
+        LinearSpec(name, rows, columns, None, plan.terms(name, rows, columns))
+        for name, rows, columns, _ in granite(size).linear_sizes()
+    )
+
+
+def synthetic_spec(size: str, linears: tuple[LinearSpec, ...]) -> ModelSpec:
     """The header of the file to write."""
     architecture = granite(size)
-    linears = tuple(
-        LinearSpec(name, rows, columns, None, plan.terms(name, rows, columns))
-        for name, rows, columns, _ in architecture.linear_sizes()
-    )
     vectors = tuple(VectorSpec(name, size, "bf16") for name, size in architecture.vector_sizes())
     provenance = Provenance(
         source=f"synthetic-{size}",
@@ -138,12 +142,19 @@ class Noise:
             width = 256 if ".core" in tensor.name else 8
             return np.full(tensor.shape, 3.4 * deviation / width, np.float16)
         wide = np.resize(self.gaussian * np.float32(deviation), count)
+        if tensor.dtype == "f16":
+            return wide.astype(np.float16).reshape(tensor.shape)
         return (wide.view(np.uint32) >> 16).astype(np.uint16).reshape(tensor.shape)
 
 
 def write_synthetic(size: str, plan: SyntheticPlan, path: Path, seed: int = 0) -> None:
-    """Writes the file; an existing one is replaced."""
-    spec = synthetic_spec(size, plan)
+    """Writes the file of a plan; an existing one is replaced."""
+    write_layers(size, synthetic_linears(size, plan), path, seed)
+
+
+def write_layers(size: str, linears: tuple[LinearSpec, ...], path: Path, seed: int = 0) -> None:
+    """Writes a file of these layers; an existing one is replaced."""
+    spec = synthetic_spec(size, linears)
     columns = {linear.name: linear.in_features for linear in spec.linears}
     noise = Noise(seed)
     with MpoWriter(path, spec, force=True) as writer:

@@ -23,6 +23,11 @@ HELD_SHARE = 0.6
 KV_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
+def free_memory(device: str) -> int:
+    """Bytes that are free on a torch device; on a CPU, that this process may take."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else available_memory()
+
+
 class TorchCache:
     """Keys and values [2, B, K, capacity, D] of each block, stored in `dtype`; apart, so that gradients flow through."""
 
@@ -62,7 +67,7 @@ class ReferenceOps:
         weights: an open file or folder.
         chi: cuts every MPO bond to its first `chi` values.
         device: a torch device name.
-        held: keeps all matrices in float32; None decides by the memory that is free, and rebuilds integer and bf16
+        held: keeps all matrices in float32; None decides by the device's memory that is free, and rebuilds integer and bf16
             matrices at every use where it would not suffice.
         kv_type: what the KV cache is stored in: f32, f16 or bf16; attention computes in float32 in any case.
 
@@ -87,7 +92,7 @@ class ReferenceOps:
         spec = weights.spec
         self.device = torch.device(device)
         if held is None:
-            held = spec.architecture.parameters() * 4 <= HELD_SHARE * available_memory()
+            held = spec.architecture.parameters() * 4 <= HELD_SHARE * free_memory(device)
         self.held = held
         self.linears: dict[str, Linear] = {
             linear.name: load_linear(weights, linear, chi=chi, held=held, device=self.device) for linear in spec.linears

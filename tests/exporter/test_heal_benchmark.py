@@ -106,7 +106,8 @@ def test_a_dense_step_trains_all_weights_and_is_the_model(bench: Bench, tmp_path
     path = tmp_path / "cores.mpo"
     layers = heal_rows.of_parameters(0.3, balanced=True)(bench)
     export(bench.source.folder, path, Options("int4"), layers=layers)
-    asked = {"model": "", "file": str(path), "codes": False, "batch": 2, "window": 33, "recompute": False, "threads": 1}
+    asked = {"file": str(path), "dense": False, "codes": False, "batch": 2, "window": 33, "recompute": False,
+             "threads": 1, "device": "cpu"}  # fmt: skip
     assert 0 < heal_cost.child(asked)["trained"] < found["trained"]
     with MpoFile(path) as file:
         assert file.spec.largest_bond() > 1

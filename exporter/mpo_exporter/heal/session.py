@@ -30,7 +30,6 @@ from mpo_exporter.heal.teacher import Lesson, TeacherFiles, check_teacher, match
 from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import MpoFile
-from mpo_formats.packing import bf16_to_f32
 from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
 from mpo_runtime.models.granite import GraniteModel
@@ -195,9 +194,10 @@ class Session:
         inputs = self.data.windows[:count, :-1]
         here = self.folder / f"process-{self.workers.rank}"
         here.mkdir(exist_ok=True)
-        dense = GraniteModel(
-            self.source.spec.architecture, WindowOps(self.source, held=False, device=self.workers.device)
-        )
+        of, device = self.source.spec.architecture, self.workers.device
+        # A CPU rebuilds matrices fast enough to save their memory; a GPU would wait for each.
+        held = None if device.startswith("cuda") else False
+        dense = GraniteModel(of, WindowOps(self.source, held=held, device=device))
         ours, theirs = (
             Stream(model, inputs, here / name, self.settings.micro_batch, self.workers.device)
             for model, name in ((self.model, "healed.states"), (dense, "dense.states"))
@@ -315,7 +315,7 @@ class Session:
             weight = torch.from_numpy(self.data.counts[part] / total).to(device)
             top = torch.from_numpy(lesson.scores[part].astype(np.float32)).to(device)
             tokens = torch.from_numpy(lesson.chosen[part].astype(np.int64)).to(device)
-            states = torch.from_numpy(bf16_to_f32(lesson.states[part])).to(device) if self.matched else None
+            states = torch.from_numpy(lesson.states[part]).view(torch.bfloat16).to(device) if self.matched else None
             batches.append(Batch(ids[:, :-1], ids[:, 1:], weight, top, tokens, states))
         return batches
 

@@ -14,7 +14,7 @@ from mpo_exporter.heal.loss import head_loss
 from mpo_exporter.heal.ops import HealingOps, run_block
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import Architecture
-from mpo_runtime.memory import available_memory
+from mpo_runtime.backends.reference import free_memory
 from mpo_runtime.models.granite import GraniteModel
 
 # Logits that are held at a time.
@@ -41,8 +41,7 @@ def kept_bytes(architecture: Architecture, windows: int, length: int) -> int:
 
 def fits(architecture: Architecture, windows: int, length: int, device: str) -> bool:
     """Whether all that the backward pass wants may be kept."""
-    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
-    return kept_bytes(architecture, windows, length) <= KEPT_SHARE * free
+    return kept_bytes(architecture, windows, length) <= KEPT_SHARE * free_memory(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class Batch:
         inputs, labels: token ids [B, S].
         weight: of each prediction [B, S]; over a whole optimizer step and all devices it sums to one.
         scores, chosen: the teacher's largest log-probabilities [B, S, K] and their token ids.
-        states: the outputs [B, S, M, E] of M of its blocks, None where none are matched.
+        states: the outputs [B, S, M, E] of M of its blocks, in float32 or bf16; None where none are matched.
     """
 
     inputs: Tensor
