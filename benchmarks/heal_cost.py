@@ -119,11 +119,9 @@ def child(asked: dict[str, Any]) -> dict[str, float]:
     held = peak_memory()
     sizes = asked["batch"], asked["window"], asked["recompute"], asked["device"]
     weights = open_weights(asked["file"])
-    trainables: Any = DenseTrainables(weights)
-    if not asked["dense"]:
-        names = [one.name for one in (*weights.spec.linears, *weights.spec.vectors)]
-        trainables = Trainables(weights, names, moving=asked["codes"])
-    result = measure(weights, trainables, *sizes)
+    names = [one.name for one in (*weights.spec.linears, *weights.spec.vectors)]
+    dense = DenseTrainables(weights) if asked["dense"] else None
+    result = measure(weights, dense or Trainables(weights, names, moving=asked["codes"]), *sizes)
     on_gpu = asked["device"].startswith("cuda")
     return result | {"peak_bytes": float(torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - held)}
 

@@ -298,7 +298,9 @@ def main() -> None:
     parser.add_argument("--cost", action="store_true", help="time and memory of a step, in the place of the table")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu", help="to heal on: cpu, or a torch device such as cuda")
-    parser.add_argument("--size", choices=["8b", "2b", "tiny"], help="of --cost: random weights of Granite 3.3's shapes")
+    parser.add_argument(
+        "--size", choices=["8b", "2b", "tiny"], help="of --cost: random weights of Granite 3.3's shapes"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of the healing")
     arguments = parser.parse_args()
     if arguments.threads:

@@ -105,13 +105,15 @@ class Trainer:
             "core": self.settings.core_rate, "code": self.settings.code_rate,
             "scale": self.settings.scale_rate, "norm": self.settings.norm_rate,
         }  # fmt: skip
-        groups = [
-            {"params": [parameter], "lr": rates[kind] * unit, "rate": rates[kind] * unit, "kind": kind}
-            for kind, parameter, unit in self.trainables.learning()
-        ]
+        groups: dict[tuple[str, float], dict[str, Any]] = {}
+        for index, (kind, parameter, unit) in enumerate(self.trainables.learning()):
+            # Integers and scales of one unit are one group, one kernel on a GPU; other units follow what is trained.
+            key = (kind, unit) if kind in WALKING else (kind, float(index))
+            rate = rates[kind] * unit
+            groups.setdefault(key, {"params": [], "lr": rate, "rate": rate, "kind": kind})["params"].append(parameter)
         if not groups:
             raise ConfigError("healing: the file has nothing to train: no cores, integers or norms")
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(list(groups.values()), betas=BETAS, weight_decay=0.0, fused=True)
 
     def rates(self) -> list[float]:
         """The learning rates of the groups before the schedule, which a checkpoint must put back."""
