@@ -121,7 +121,7 @@ def replaced(ops: ReferenceOps, name: str, matrix: Matrix) -> Iterator[None]:
     """Puts another matrix in a layer's place for a while."""
     original = ops.linears[name]
     weight = torch.from_numpy(matrix.astype(np.float32)).to(ops.device)
-    term = MatrixTerm(weight, lambda: weight, lambda rows: weight[torch.from_numpy(rows)])
+    term = MatrixTerm(weight, lambda: weight, lambda ids: weight[ids])
     ops.linears[name] = Linear(original.spec, [term], original.bias)
     try:
         yield

@@ -25,7 +25,7 @@ class MatrixTerm:
 
     held: Tensor | None
     rebuild: Callable[[], Tensor]
-    rebuild_rows: Callable[[np.ndarray[tuple[int, ...], np.dtype[np.int64]]], Tensor]
+    rebuild_rows: Callable[[Tensor], Tensor]
 
     def weight(self) -> Tensor:
         """The matrix [out, in]."""
@@ -39,7 +39,7 @@ class MatrixTerm:
         """The rows `ids` [T] of the matrix, as [T, in]."""
         if self.held is not None:
             return F.embedding(ids, self.held)
-        return self.rebuild_rows(ids.cpu().numpy()).to(ids.device)
+        return self.rebuild_rows(ids)
 
 
 @dataclass(slots=True)
@@ -179,7 +179,7 @@ def _matrix_term(
         zero = np.ascontiguousarray(weights.array(f"{prefix}.zero")[rows]) if term.zeros else None
         return torch.from_numpy(kernels.dequantize(planes, term.bits, scale, zero)).to(device)
 
-    return MatrixTerm(rebuild() if held else None, rebuild, rebuild)
+    return MatrixTerm(rebuild() if held else None, rebuild, lambda ids: rebuild(ids.cpu().numpy()))
 
 
 def load_cores(weights: Weights, prefix: str, stored: Mpo, kept: Mpo, device: torch.device) -> list[Tensor]:

@@ -119,7 +119,7 @@ class RecordingOps(ReferenceOps):
     def replace(self, name: str, weight: Tensor) -> None:
         """Puts the matrix [out, in] in the place of a layer's terms; its bias stays."""
         layer = self.linears[name]
-        term = MatrixTerm(weight, lambda: weight, lambda ids: weight[torch.from_numpy(ids)])
+        term = MatrixTerm(weight, lambda: weight, lambda ids: weight[ids])
         self.linears[name] = Linear(layer.spec, [term], layer.bias)
 
     @contextmanager

@@ -263,7 +263,7 @@ class Session:
         matched = {block: share * lesson.felt[block].to(self.workers.device) for block in self.matched}
         student = Student(self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute,
                           matched=matched)  # fmt: skip
-        trainer = Trainer(student, everything, settings, self.workers)
+        trainer = Trainer(student, everything, settings, self.workers, fixed=not recompute)
         if record.step:
             trainer.set_rates(record.rates)
             restore_optimizer(trainer.optimizer, self.saved)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +43,7 @@ def fits(architecture: Architecture, windows: int, length: int, device: str) -> 
     return kept_bytes(architecture, windows, length) <= KEPT_SHARE * free_memory(device)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """Windows to learn from.
 
     Args:

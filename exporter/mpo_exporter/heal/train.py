@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpo_exporter.heal.distributed import Workers
+from mpo_exporter.heal.graph import GraphedStep
 from mpo_exporter.heal.ops import compute
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.trainable import Trainables
@@ -34,6 +35,8 @@ FASTEST_COOLING = 3.0
 FEWEST_STEPS = 100
 FULL_RATE_STEPS = 1000
 WALKING = ("code", "scale")
+# On a GPU steps are recorded as a graph after so many, which shorter trainings do not gain from.
+STEPS_BEFORE_GRAPH = 20
 
 
 class NotFinite(ConfigError):
@@ -91,12 +94,22 @@ def chosen_chi(settings: Settings, largest: int, step: int) -> int | None:
 
 
 class Trainer:
-    """AdamW over a student's parameters, the student being a module (batch, χ) -> [loss, figure to show]."""
+    """AdamW over a student's parameters, the student being a module (batch, χ) -> [loss, figure to show].
 
-    def __init__(self, student: nn.Module, trainables: Trainables, settings: Settings, workers: Workers) -> None:
+    Args:
+        fixed: whether all steps are alike but for their batches' contents, so that a GPU may replay one.
+    """
+
+    def __init__(
+        self, student: nn.Module, trainables: Trainables, settings: Settings, workers: Workers, *, fixed: bool = True
+    ) -> None:
         self.settings, self.workers = settings, workers
         self.trainables = trainables
         self.module = workers.wrap(student)
+        alike = fixed and settings.chi_dropout == 0 and settings.batch <= settings.micro_batch
+        self.graphs = alike and workers.count == 1 and workers.device.startswith("cuda")
+        self.graph: GraphedStep | None = None
+        self.steps = 0
         self.restart()
 
     def restart(self) -> None:
@@ -136,14 +149,7 @@ class Trainer:
         Raises:
             NotFinite: naming `where`; the parameters are as before the step then.
         """
-        figures = torch.zeros(2, device=self.workers.device)
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            with nullcontext() if last else self.workers.quiet(self.module), compute(self.workers.device):
-                found = self.module(part, chi)
-            with nullcontext() if last else self.workers.quiet(self.module):
-                (found[0] * self.workers.count).backward()  # DDP takes the mean over processes, the loss is a sum
-            figures += found.detach()
+        figures = self._passes(parts, chi)
         loss, shown = self.workers.total(figures).tolist()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         length = float(nn.utils.clip_grad_norm_(parameters, LONGEST_GRADIENT))
@@ -154,8 +160,26 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor * (walking if group["kind"] in WALKING else 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.graph is None:
+            self.optimizer.zero_grad()
+        self.steps += 1
         return loss, shown
+
+    def _passes(self, parts: Sequence[Any], chi: int | None) -> torch.Tensor:
+        """Sets the gradients of a batch; returns the sums over its parts."""
+        if self.graphs and self.steps >= STEPS_BEFORE_GRAPH:
+            if self.graph is None:
+                self.graph = GraphedStep(self.module, parts[0], self.workers.device)
+            return self.graph(parts[0])
+        figures = torch.zeros(2, device=self.workers.device)
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with nullcontext() if last else self.workers.quiet(self.module), compute(self.workers.device):
+                found = self.module(part, chi)
+            with nullcontext() if last else self.workers.quiet(self.module):
+                (found[0] * self.workers.count).backward()  # DDP takes the mean over processes, the loss is a sum
+            figures += found.detach()
+        return figures
 
 
 def share_of(rows: NDArray[np.int64], settings: Settings, workers: Workers) -> list[NDArray[np.int64]]:

@@ -331,10 +331,7 @@ class Layer(nn.Module):
 
 
 def _matrix_term(term: Grid | Frozen) -> MatrixTerm:
-    def rows(ids: NDArray[np.int64]) -> Tensor:
-        return term.rows(torch.from_numpy(ids))
-
-    return MatrixTerm(None, term.weight, rows)
+    return MatrixTerm(None, term.weight, term.rows)
 
 
 class Trainables(nn.Module):
