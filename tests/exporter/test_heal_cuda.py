@@ -38,12 +38,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def file(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2-bit matrices, int8 cores beside the MLP's."""
+    """2-bit matrices, fp16 cores beside the MLP's."""
     path = tmp_path_factory.mktemp("file") / "rough.mpo"
 
     def rough(linear: LinearSpec) -> LinearSpec:
         base = Quantized("quantized", 2, 16, False)
-        cores = Mpo("mpo", (linear.out_features, 1), (1, linear.in_features), (4,), "int8", 16)
+        cores = Mpo("mpo", (linear.out_features, 1), (1, linear.in_features), (4,), "f16", 0)
         return replace(linear, terms=(base, cores) if ".mlp." in linear.name else (base,))
 
     export(teacher, path, Options("int4"), layers=tuple(map(rough, Checkpoint(teacher).spec.linears)))
@@ -58,8 +58,10 @@ def test_a_gpu_heals_as_a_cpu_does(
     file: Path, teacher: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "STEPS_BEFORE_GRAPH", 10**9)
-    here = healed(file, teacher, text, tmp_path / "cpu.mpo", "cpu")
-    there = healed(file, teacher, text, tmp_path / "gpu.mpo", "cuda")
+    # What blocks are weighed by follows labels that are drawn on the device: not the same ones.
+    settings = replace(SETTINGS, block_share=0.0, match_blocks=0)
+    here = healed(file, teacher, text, tmp_path / "cpu.mpo", "cpu", settings)
+    there = healed(file, teacher, text, tmp_path / "gpu.mpo", "cuda", settings)
     assert len(here.curve) == len(there.curve) > 50
     np.testing.assert_allclose(there.curve, here.curve, rtol=0.05)
 
