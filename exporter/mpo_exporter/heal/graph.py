@@ -26,7 +26,8 @@ class GraphedStep:
     def __init__(self, module: nn.Module, batch: Any, device: str) -> None:
         held = [None if tensor is None else tensor.clone() for tensor in batch]
         self.batch = batch._make(held) if hasattr(batch, "_make") else tuple(held)
-        stream, outer = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        outer = torch.cuda.current_stream(device)
         stream.wait_stream(outer)
         with torch.cuda.stream(stream):
             for _ in range(REHEARSALS):
@@ -39,9 +40,10 @@ class GraphedStep:
 
     def _pass(self, module: nn.Module, device: str) -> Tensor:
         with compute(device):
-            found: Tensor = module(self.batch, None)
+            found = module(self.batch, None)
         found[0].backward()
-        return found.detach()
+        figures: Tensor = found.detach()
+        return figures
 
     def __call__(self, batch: Any) -> Tensor:
         """Sets the gradients of a batch; returns its figures, which the next call overwrites."""
