@@ -33,7 +33,7 @@ from mpo_exporter.heal.ops import HealingOps
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import Batch, Student
 from mpo_exporter.heal.teacher import matched_blocks
-from mpo_exporter.heal.train import Trainer
+from mpo_exporter.heal.train import STEPS_BEFORE_GRAPH, Trainer
 from mpo_exporter.heal.trainable import Trainables, Vector
 from mpo_exporter.plan import Options
 from mpo_exporter.sources import find_source
@@ -98,7 +98,8 @@ def measure(
     tensors = (ids[:, :-1], ids[:, 1:], weight, scores, chosen.expand(batch, -1, -1).contiguous(), states)
     part = Batch(*(tensor.to(device) for tensor in tensors))
     seconds, busy = [], []
-    for _ in range(STEPS + 1):
+    first = STEPS_BEFORE_GRAPH + 1 if trainer.graphs else 1  # not measured
+    for _ in range(first + STEPS):
         begin, worked = time.perf_counter(), time.process_time()
         trainer.step([part], 0.5, None, "a step")
         if device.startswith("cuda"):
@@ -107,8 +108,8 @@ def measure(
         busy.append(time.process_time() - worked)
     count = sum(parameter.numel() for _, parameter, _ in trainables.learning())
     return {
-        "seconds": statistics.median(seconds[1:]),
-        "processor_seconds": statistics.median(busy[1:]),
+        "seconds": statistics.median(seconds[first:]),
+        "processor_seconds": statistics.median(busy[first:]),
         "trained": count,
     }
 
