@@ -42,10 +42,10 @@ from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings, parse_tokens
 from mpo_exporter.plan import PLANS, Options
 from mpo_exporter.sources import data_folder
-from mpo_formats import MpoFile
+from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import compare, cut_windows
-from mpo_runtime.model import read_text_files
+from mpo_runtime.model import check_device, read_text_files
 from mpo_runtime.models.granite import GraniteModel
 from mpo_runtime.texts import TokenText, read_tokens
 
@@ -305,6 +305,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    try:
+        check_device(arguments.device)
+    except ConfigError as error:
+        parser.error(str(error))
     arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     if arguments.cost:
         heal_cost.run(arguments)
