@@ -359,6 +359,11 @@ def check_device(device: str) -> None:
         raise ConfigError(f"device {device}: expected cpu, cuda or another device of torch; use --device cpu") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device}: torch finds no CUDA device; use --device cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # each backend that is missing says so in its own way
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"device {device}: torch cannot use it here ({why}); use --device cpu") from None
 
 
 def read_text_files(weights: Weights) -> tuple[Tokenizer | None, ChatTemplate | None]:

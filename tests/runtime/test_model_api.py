@@ -201,6 +201,9 @@ def test_a_device_that_is_absent(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device cuda: torch finds no CUDA device; use --device cpu"):
         load(folder, device="cuda")
+    for device in ("hpu", "xpu:7", "vulkan"):
+        with pytest.raises(ConfigError, match=f"device {device}: torch cannot use it here .*; use --device cpu"):
+            load(folder, device=device)
 
 
 def test_a_model_without_a_tokenizer_takes_ids(tmp_path: Path) -> None:
