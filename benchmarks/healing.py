@@ -309,6 +309,8 @@ def main() -> None:
         check_device(arguments.device)
     except ConfigError as error:
         parser.error(str(error))
+    if arguments.size and not arguments.cost:
+        parser.error("--size is of --cost: give both")
     arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     if arguments.cost:
         heal_cost.run(arguments)
