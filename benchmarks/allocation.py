@@ -25,20 +25,21 @@ from typing import Any
 from judge import Judge, calibration_tokens, domain_texts
 from machine import command_line, describe_machine
 
-from mpo_exporter.budget import default_bytes, file_bytes
 from mpo_exporter.export import export, planned_spec, planner_for
-from mpo_exporter.plan import Options, integers
-from mpo_exporter.plans.predict import predict
-from mpo_exporter.sources import find_source
-from mpo_exporter.survey import stored_bytes
+from mpo_exporter.measure.survey import stored_bytes
+from mpo_exporter.plan.budget import default_bytes, file_bytes
+from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.predict import predict
+from mpo_exporter.source import find_source
+from mpo_exporter.terms import integers
 from mpo_formats import LinearSpec, MpoFile, Quantized
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime import kernels
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.engine import Engine
 from mpo_runtime.model import load_network
-from mpo_runtime.texts import TokenText
-from mpo_runtime.weights import open_weights
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import open_weights
 
 BAR, DEFAULT_BAR = 0.9, 1.02
 # Widths and groups that somebody would give all matrices, and more bits for the tables.
@@ -62,8 +63,15 @@ class Bench:
     def file(self, options: Options, layers: tuple[LinearSpec, ...] | None = None) -> dict[str, Any]:
         """Makes a file and measures it: its layers, sizes, seconds and quality."""
         start = time.perf_counter()
-        result = export(self.source.folder, self.folder / "row.mpo", options, force=True, layers=layers,
-                        calibration=self.calibration, windows=self.windows)  # fmt: skip
+        result = export(
+            self.source.folder,
+            self.folder / "row.mpo",
+            options,
+            force=True,
+            layers=layers,
+            calibration=self.calibration,
+            windows=self.windows,
+        )
         seconds = time.perf_counter() - start
         with MpoFile(result.path) as file:
             measured = self.judge.weights(file)
@@ -159,17 +167,24 @@ def markdown(rows: list[dict[str, Any]], default: dict[str, Any]) -> str:
         for name in ("uniform", "by_hand")[: 1 + ("by_hand" in row)]:
             ours, other = row[name]["auto"], row[name]["other"]
             bar = "" if name == "by_hand" else "met" if row["holds"] else "missed"
-            lines.append(f"| {row['bits']} | {other['terms']} | {other['bytes'] / 1e6:.2f} | {other['kl_mean']:.4f} | "
-                         f"{ours['kl_mean']:.4f} | {row[name]['kl_ratio']:.2f} | {bar} |")  # fmt: skip
+            lines.append(
+                f"| {row['bits']} | {other['terms']} | {other['bytes'] / 1e6:.2f} | {other['kl_mean']:.4f} | "
+                f"{ours['kl_mean']:.4f} | {row[name]['kl_ratio']:.2f} | {bar} |"
+            )
     lines += ["", "| file | MB | bits | KL | perplexity / dense |", "|---|---|---|---|---|"]
     for name in ("default", "int4", "auto_at_int4_bytes"):
         row = default[name]
-        lines.append(f"| {name.replace('_', ' ')} | {row['bytes'] / 1e6:.2f} | {row['bits_per_weight']:.2f} | "
-                     f"{row['kl_mean']:.4f} | {row['perplexity'] / row['dense_perplexity']:.4f} |")  # fmt: skip
+        lines.append(
+            f"| {name.replace('_', ' ')} | {row['bytes'] / 1e6:.2f} | {row['bits_per_weight']:.2f} | "
+            f"{row['kl_mean']:.4f} | {row['perplexity'] / row['dense_perplexity']:.4f} |"
+        )
     row, predicted = default["default"], default["default"]["predicted"]
-    pairs = (("bytes", predicted["file_bytes"], row["bytes"]), ("KL", predicted["kl"], row["kl_mean"]),
-             ("tokens/s", predicted["tokens_per_second"], row["tokens_per_second"]),
-             ("seconds of the export", predicted["export_seconds"], row["seconds"]))  # fmt: skip
+    pairs = (
+        ("bytes", predicted["file_bytes"], row["bytes"]),
+        ("KL", predicted["kl"], row["kl_mean"]),
+        ("tokens/s", predicted["tokens_per_second"], row["tokens_per_second"]),
+        ("seconds of the export", predicted["export_seconds"], row["seconds"]),
+    )
     lines += ["", "| of the default | predicted | found |", "|---|---|---|"]
     lines += [f"| {name} | {before:.6g} | {after:.6g} |" for name, before, after in pairs if before and after]
     return "\n".join(lines)
@@ -201,8 +216,14 @@ def main() -> None:
         default = default_row(bench)
     print("\n" + markdown(rows, default))
     if arguments.out:
-        facts = {"date": datetime.date.today().isoformat(), "command": command_line(),
-                 "machine": asdict(describe_machine()), "kernels": kernels.active(), "rows": rows, **default}  # fmt: skip
+        facts = {
+            "date": datetime.date.today().isoformat(),
+            "command": command_line(),
+            "machine": asdict(describe_machine()),
+            "kernels": kernels.active(),
+            "rows": rows,
+            **default,
+        }
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     sys.exit(not (default["holds"] and all(row["holds"] for row in rows)))
 

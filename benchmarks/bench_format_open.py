@@ -70,8 +70,8 @@ def large_model() -> ModelSpec:
             columns,
             None,
             (
-                Quantized("quantized", 4, 64, True),
-                Mpo("mpo", FACTORS[rows], FACTORS[columns], (64,), "int8", 64),
+                Quantized(4, 64, True),
+                Mpo(FACTORS[rows], FACTORS[columns], (64,), "int8", 64),
             ),
         )
         for name, rows, columns, _ in architecture.linear_sizes()

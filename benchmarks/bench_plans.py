@@ -19,12 +19,12 @@ import torch
 
 from mpo_exporter.calibrate.windows import calibration_text
 from mpo_exporter.export import Result, export
-from mpo_exporter.plan import Options
-from mpo_exporter.sources import data_folder, find_source
+from mpo_exporter.plan.named import Options
+from mpo_exporter.source import data_folder, find_source
 from mpo_runtime import __version__
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
-from mpo_runtime.texts import read_tokens
+from mpo_runtime.text.token_text import read_tokens
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 # The plan `auto` at so many bits of the whole file per weight.
 BITS = (4.25, 3.5, 3.0, 2.6)

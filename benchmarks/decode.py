@@ -31,7 +31,7 @@ from synthetic import SyntheticPlan, granite, write_synthetic
 
 from mpo_runtime.engine import Engine
 from mpo_runtime.model import load_network
-from mpo_runtime.weights import open_weights
+from mpo_runtime.weights.protocol import open_weights
 
 PROMPT = 32
 

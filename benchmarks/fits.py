@@ -34,11 +34,11 @@ from mpo_exporter.fit.common import Cores, activation_error
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape, parameters
 from mpo_exporter.quantize.gptq import compensated
 from mpo_exporter.quantize.rounding import round_to_nearest
-from mpo_exporter.sources import find_source
+from mpo_exporter.source import find_source
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.memory import peak_memory
 from mpo_runtime.model import read_text_files
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 Matrix = NDArray[np.float64]
 Dims = tuple[int, ...]
@@ -121,13 +121,21 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
     ratios = [r["errors"]["ALS, balanced"] / r["errors"]["sequential SVD, balanced"] for r in results]
     worse = [r["name"] for r in results if r["errors"]["search"] > r["errors"]["whitened SVD"] * (1 + 1e-9)]
     other = [r["name"] for r in results if 1 not in r["search_shape"][1]]
-    print(f"\nALS over sequential SVD, balanced shapes: median of the ratios {statistics.median(ratios):.3f} "
-          f"({min(ratios):.3f} to {max(ratios):.3f})")  # fmt: skip
+    print(
+        f"\nALS over sequential SVD, balanced shapes: median of the ratios {statistics.median(ratios):.3f} "
+        f"({min(ratios):.3f} to {max(ratios):.3f})"
+    )
     print(
         f"search worse than whitened SVD: {len(worse)} of {len(results)}; another shape than (O,1)x(1,I) won: {len(other)}"
     )
-    return {"model": arguments.model, "text_sha256": text.sha256, "windows": list(windows.shape), "share": arguments.share,
-            "median_ratio": statistics.median(ratios), "matrices": results}  # fmt: skip
+    return {
+        "model": arguments.model,
+        "text_sha256": text.sha256,
+        "windows": list(windows.shape),
+        "share": arguments.share,
+        "median_ratio": statistics.median(ratios),
+        "matrices": results,
+    }
 
 
 def synthetic(rows: int, columns: int) -> tuple[Matrix, Matrix]:
@@ -194,8 +202,10 @@ def measure_sizes(arguments: argparse.Namespace) -> dict[str, object]:
                     print(f"{label}over {arguments.cap * 1.5:.0f} | | |", flush=True)
                     continue
                 clock = " (ended by the clock)" if row["clock"] else ""
-                print(f"{label}{row['seconds']:.1f}{clock} | {row['cpu_seconds']:.1f} | {row['peak_bytes'] / 1e6:.0f} |",
-                      flush=True)  # fmt: skip
+                print(
+                    f"{label}{row['seconds']:.1f}{clock} | {row['cpu_seconds']:.1f} | {row['peak_bytes'] / 1e6:.0f} |",
+                    flush=True,
+                )
                 results.append({"fit": name, "rows": rows, "columns": columns, "chi": words, **row})
     return {"cap": arguments.cap, "budget": arguments.budget, "runs": results}
 

@@ -26,8 +26,8 @@ from quality import Bench, Kept
 from synthetic import SyntheticPlan, write_layers, write_synthetic
 from torch import Tensor, nn
 
-from mpo_exporter.build import Method
 from mpo_exporter.export import export
+from mpo_exporter.fit.layer import Method
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.ops import HealingOps
 from mpo_exporter.heal.settings import Settings
@@ -35,13 +35,13 @@ from mpo_exporter.heal.student import Batch, Student
 from mpo_exporter.heal.teacher import matched_blocks
 from mpo_exporter.heal.train import STEPS_BEFORE_GRAPH, Trainer
 from mpo_exporter.heal.trainable import Trainables, Vector
-from mpo_exporter.plan import Options
-from mpo_exporter.sources import find_source
+from mpo_exporter.plan.named import Options
+from mpo_exporter.source import find_source
 from mpo_formats import LinearSpec
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor
 from mpo_runtime.memory import peak_memory
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.weights import Weights, open_weights
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.weights.protocol import Weights, open_weights
 
 STEPS = 5
 
@@ -152,8 +152,16 @@ def run(arguments: argparse.Namespace) -> None:
         "fp16 cores (balanced), 30 % of the parameters": (of_parameters(0.3, balanced=True)(bench), False),
         "fp16 cores (O,1)×(1,I), 30 % of the parameters": (of_parameters(0.3, balanced=False)(bench), False),
     }
-    asked = {"file": str(dense), "dense": True, "codes": False, "batch": 4, "window": 256, "recompute": False,
-             "threads": arguments.threads or torch.get_num_threads(), "device": arguments.device}  # fmt: skip
+    asked = {
+        "file": str(dense),
+        "dense": True,
+        "codes": False,
+        "batch": 4,
+        "window": 256,
+        "recompute": False,
+        "threads": arguments.threads or torch.get_num_threads(),
+        "device": arguments.device,
+    }
     rows = {"dense training": start(asked)}
     for number, (name, (layers, codes)) in enumerate(files.items()):
         path = arguments.rows.parent / f"cost-{number}.mpo"
@@ -165,8 +173,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.size:
         dense.unlink()
     if arguments.out:
-        facts = {"machine": vars_of(describe_machine()), "device": device_name(arguments.device),
-                 "asked": asked | {"file": dense.name}, "rows": rows}  # fmt: skip
+        facts = {
+            "machine": vars_of(describe_machine()),
+            "device": device_name(arguments.device),
+            "asked": asked | {"file": dense.name},
+            "rows": rows,
+        }
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -177,9 +189,7 @@ def vars_of(machine: Any) -> dict[str, Any]:
 
 def start(asked: dict[str, Any]) -> dict[str, float]:
     """Measures in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(asked)], capture_output=True, text=True, check=False
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, __file__, json.dumps(asked)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -11,15 +11,15 @@ import numpy as np
 from quality import Bench
 from rows import allocated as beside_cores
 
-from mpo_exporter.allocate import Candidate
-from mpo_exporter.budget import allocated_layers, file_bytes
-from mpo_exporter.build import Method
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
+from mpo_exporter.fit.layer import Method
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
-from mpo_exporter.plan import Options, operator, plan_layers
+from mpo_exporter.measure.survey import dense_matrix, sensitivities, stored_bytes
+from mpo_exporter.plan.budget import allocated_layers, file_bytes
+from mpo_exporter.plan.named import Options, plan_layers
 from mpo_exporter.quantize.rounding import fitting_group
-from mpo_exporter.survey import dense_matrix, sensitivities, stored_bytes
+from mpo_exporter.terms import Candidate, operator
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.spec import CoreType
@@ -42,7 +42,7 @@ TABLE_BITS = {2: 4, 3: 5, 4: 6, 5: 6, 6: 8, 8: 8}
 def integers(linear: LinearSpec, bits: int, group: int) -> Term:
     """A Quantized term of the largest group that fits, or bf16."""
     fitting = fitting_group(linear.in_features, group)
-    return Dense("dense", "bf16") if fitting is None else Quantized("quantized", bits, fitting, False)
+    return Dense("bf16") if fitting is None else Quantized(bits, fitting, False)
 
 
 def uniform(linears: Linears, bits: int, group: int, chi: int = 0) -> Linears:
@@ -108,9 +108,12 @@ def largest_chi(fits: Callable[[int], bool]) -> int:
 def core_parameters(linears: Linears) -> int:
     """Weights in the cores of the attention and MLP matrices."""
     return sum(
-        int(np.prod(shape)) for one in matrices(linears) for term in one.terms if isinstance(term, Mpo)
+        int(np.prod(shape))
+        for one in matrices(linears)
+        for term in one.terms
+        if isinstance(term, Mpo)
         for shape in term.core_shapes()
-    )  # fmt: skip
+    )
 
 
 def of_parameters(share: float, *, balanced: bool) -> Callable[[Bench], Linears]:

@@ -34,20 +34,20 @@ from machine import command_line, describe_machine, device_name
 from numpy.typing import NDArray
 from quality import Bench, add_options, open_bench
 
-from mpo_exporter.build import Method
 from mpo_exporter.export import export
+from mpo_exporter.fit.layer import Method
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import shown
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings, parse_tokens
-from mpo_exporter.plan import PLANS, Options
-from mpo_exporter.sources import data_folder
+from mpo_exporter.plan.named import PLANS, Options
+from mpo_exporter.source import data_folder
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import compare, cut_windows
 from mpo_runtime.model import check_device, read_text_files
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText, read_tokens
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText, read_tokens
 
 # Multiply-adds a second that the first row's duration is guessed with; later ones are by what was measured.
 GUESSED_SPEED = 5e10
@@ -89,9 +89,10 @@ def chosen_rows(rows: list[Row], wanted: Sequence[str] | None) -> list[Row]:
     """The rows of these names; those that contain a name which no row has; all rows where none are wanted."""
     names = {row.name for row in rows}
     return [
-        row for row in rows
+        row
+        for row in rows
         if not wanted or any(row.name == part or (part not in names and part in row.name) for part in wanted)
-    ]  # fmt: skip
+    ]
 
 
 class Noting(GraniteModel):
@@ -158,8 +159,14 @@ class Table:
 
     def file_key(self, row: Row) -> str:
         """What a row's file depends on besides the code; the plan of its layers follows from that."""
-        parts = [row.name.split(", healed")[0], asdict(row.method), self.bench.source.sha256(),
-                 self.bench.calibration.sha256, int(self.bench.calibration.ids.size), self.bench.windows]  # fmt: skip
+        parts = [
+            row.name.split(", healed")[0],
+            asdict(row.method),
+            self.bench.source.sha256(),
+            self.bench.calibration.sha256,
+            int(self.bench.calibration.ids.size),
+            self.bench.windows,
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def row(self, row: Row) -> dict[str, Any]:
@@ -176,9 +183,15 @@ class Table:
         rough = self.bench.cache / f"{file_key}.mpo"
         if not rough.exists():
             export(
-                self.bench.source.folder, rough, Options("int4"), layers=row.layers(self.bench), method=row.method,
-                calibration=self.bench.calibration, windows=self.bench.windows, surveyed=self.bench.survey(),
-            )  # fmt: skip
+                self.bench.source.folder,
+                rough,
+                Options("int4"),
+                layers=row.layers(self.bench),
+                method=row.method,
+                calibration=self.bench.calibration,
+                windows=self.bench.windows,
+                surveyed=self.bench.survey(),
+            )
         before = measured(self.bench, rough)
         exported = time.perf_counter() - begin
         after, result = self.healed(row.name, rough, settings) if heals else (before, None)
@@ -210,9 +223,17 @@ class Table:
         target = rough.with_suffix(".healed.mpo")
         with shown(name) as update:
             result = heal(
-                rough, self.bench.source.folder, target, settings, text=self.text, force=True, others=True,
-                work=self.bench.cache / "work", progress=update, workers=self.workers,
-            )  # fmt: skip
+                rough,
+                self.bench.source.folder,
+                target,
+                settings,
+                text=self.text,
+                force=True,
+                others=True,
+                work=self.bench.cache / "work",
+                progress=update,
+                workers=self.workers,
+            )
         found = measured(self.bench, target)
         return found, result
 

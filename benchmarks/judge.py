@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.sources import data_folder
+from mpo_exporter.source import data_folder
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import Comparison, compare, window_logits
 from mpo_runtime.model import read_text_files
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText, read_tokens
-from mpo_runtime.weights import Weights
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText, read_tokens
+from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import Weights
 
 DOMAINS = ("stories", "web", "chat")
 # Bytes of a corpus file that are read: more than so many a token, and never fewer in all.

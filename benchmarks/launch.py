@@ -25,7 +25,7 @@ import json, sys, time
 from pathlib import Path
 from mpo_runtime.engine import Engine
 from mpo_runtime.model import load_network
-from mpo_runtime.weights import open_weights
+from mpo_runtime.weights.protocol import open_weights
 begin = time.perf_counter()
 network = load_network(open_weights(Path(sys.argv[1])), threads=int(sys.argv[2]))
 opened = time.perf_counter() - begin
@@ -84,8 +84,10 @@ def main() -> None:
         "| file | MB | open, ms | first token, s | peak MB | of that beyond file and KV cache |\n|---|---|---|---|---|---|"
     )
     for path, row in zip(arguments.files, rows.values(), strict=True):
-        print(f"| {path.name} | {path.stat().st_size / 1e6:.1f} | {row.open_ms:.0f} | {row.first_token_s:.2f} | "
-              f"{row.peak_bytes / 1e6:.0f} | {row.over_file_and_cache / 1e6:.0f} |")  # fmt: skip
+        print(
+            f"| {path.name} | {path.stat().st_size / 1e6:.1f} | {row.open_ms:.0f} | {row.first_token_s:.2f} | "
+            f"{row.peak_bytes / 1e6:.0f} | {row.over_file_and_cache / 1e6:.0f} |"
+        )
     if arguments.out:
         arguments.out.write_text(
             json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1) + "\n", "utf-8"

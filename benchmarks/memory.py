@@ -28,18 +28,34 @@ from safetensors.torch import save_file
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.quantize.gptq import compensated, target
 from mpo_formats.architecture import EMBEDDING
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.memory import peak_memory
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 LIMIT = 8_000_000_000
 HIDDEN, INNER, KEYS, VOCABULARY, WINDOW, GROUP = 4096, 12800, 1024, 1024, 256, 128
 CONFIG = {
-    "architectures": ["GraniteForCausalLM"], "model_type": "granite", "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
-    "intermediate_size": INNER, "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "hidden_act": "silu", "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078125, "logits_scaling": 16.0,
-    "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+    "architectures": ["GraniteForCausalLM"],
+    "model_type": "granite",
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0078125,
+    "logits_scaling": 16.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 def write_checkpoint(folder: Path) -> Path:
@@ -74,11 +90,17 @@ def walk(folder: Path, windows: int) -> list[dict[str, object]]:
             return matrix.astype(np.float32)
         wanted = target(matrix, moment.second, moment.cross, moment.drift, group=GROUP)
         found = compensated(wanted, moment.second, 4, GROUP, turns=1).matrix().astype(np.float32)
-        row = {"layer": name, "shape": matrix.shape, "seconds": round(time.monotonic() - before, 1),
-               "peak_bytes": peak_memory()}  # fmt: skip
+        row = {
+            "layer": name,
+            "shape": matrix.shape,
+            "seconds": round(time.monotonic() - before, 1),
+            "peak_bytes": peak_memory(),
+        }
         seen.append(row)
-        print(f"{name} {matrix.shape[0]}×{matrix.shape[1]}: {row['seconds']} s, peak {row['peak_bytes'] / 1e9:.2f} GB",
-              flush=True)  # fmt: skip
+        print(
+            f"{name} {matrix.shape[0]}×{matrix.shape[1]}: {row['seconds']} s, peak {row['peak_bytes'] / 1e9:.2f} GB",
+            flush=True,
+        )
         return found
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
@@ -96,8 +118,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         layers = walk(write_checkpoint(Path(folder) / "model"), arguments.windows)
     if arguments.out:
-        facts = {"date": datetime.date.today().isoformat(), "command": f"python memory.py --windows {arguments.windows}",
-                 "machine": asdict(describe_machine()), "peak_bytes": peak_memory(), "layers": layers}  # fmt: skip
+        facts = {
+            "date": datetime.date.today().isoformat(),
+            "command": f"python memory.py --windows {arguments.windows}",
+            "machine": asdict(describe_machine()),
+            "peak_bytes": peak_memory(),
+            "layers": layers,
+        }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     sys.exit(peak_memory() > LIMIT)

@@ -32,18 +32,23 @@ from verdict import markdown
 from mpo_formats import LinearSpec, PlanError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.layers.linear import MatrixTerm
 from mpo_runtime.model import read_text_files
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XS")
 # The most that our KL may be of theirs at the same bytes (issue 5).
 BARS = {"Q4_K_M": 0.8, "Q3_K_M": 0.8, "Q2_K": 0.8, "IQ3_XXS": 1.0, "IQ2_XS": 0.85}
 PARTS = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 # Its converter knows tokenizers by a hash of what they do to a text; ours splits as Qwen 2's does and is byte-level BPE.
 CONVERT = """
 import runpy, sys
@@ -99,15 +104,37 @@ def make_files(bench: Bench, arguments: argparse.Namespace) -> dict[str, Path]:
     dense, matrix, text = work / "f32.gguf", work / "importance.gguf", work / "calibration.txt"
     if not dense.exists():
         part = work / "part.gguf"
-        call(sys.executable, "-c", CONVERT, arguments.llama_source, bench.source.folder, "--outtype", "f32", "--outfile",
-             part)  # fmt: skip
+        call(
+            sys.executable,
+            "-c",
+            CONVERT,
+            arguments.llama_source,
+            bench.source.folder,
+            "--outtype",
+            "f32",
+            "--outfile",
+            part,
+        )
         part.replace(dense)
     if not matrix.exists():
         calibration_file(bench.source, bench.calibration, text)
         context = str(min(512, bench.source.architecture.max_position_embeddings))
         part = work / "part-importance.gguf"
-        call(binaries / "llama-imatrix", "-m", dense, "-f", text, "-o", part, "-c", context, "--parse-special",
-             "--process-output", "-t", str(arguments.threads))  # fmt: skip
+        call(
+            binaries / "llama-imatrix",
+            "-m",
+            dense,
+            "-f",
+            text,
+            "-o",
+            part,
+            "-c",
+            context,
+            "--parse-special",
+            "--process-output",
+            "-t",
+            str(arguments.threads),
+        )
         part.replace(matrix)
     files = {"F32": dense}
     for kind in TYPES:
@@ -163,11 +190,20 @@ def theirs(bench: Bench, kind: str, path: Path) -> dict[str, Any]:
         return bench.kept.rows[key]
     measured, size = measure_file(path, bench.source, bench.judge)
     parameters = bench.source.architecture.parameters()
-    return bench.kept.add(key, {
-        "family": "llama.cpp", "size": kind, "chi": 0, "tensor_bytes": size, "file_bytes": path.stat().st_size,
-        "bits_per_weight": 8 * path.stat().st_size / parameters, "tensor_bits_per_weight": 8 * size / parameters,
-        "layers_with_cores": 0, "measured": measured,
-    })  # fmt: skip
+    return bench.kept.add(
+        key,
+        {
+            "family": "llama.cpp",
+            "size": kind,
+            "chi": 0,
+            "tensor_bytes": size,
+            "file_bytes": path.stat().st_size,
+            "bits_per_weight": 8 * path.stat().st_size / parameters,
+            "tensor_bits_per_weight": 8 * size / parameters,
+            "layers_with_cores": 0,
+            "measured": measured,
+        },
+    )
 
 
 def same_bytes(
@@ -200,9 +236,11 @@ def compare_types(
             mine, its = ours["measured"]["all"], other["measured"]["all"]
             ratio, change = mine["kl_mean"] / its["kl_mean"], mine["perplexity"] - its["perplexity"]
             met = ratio <= BARS[kind] and change <= 0
-            summary.append(f"| {what} of {kind} | {ours['tensor_bytes'] / 1e6:.3f} / {other['tensor_bytes'] / 1e6:.3f} | "
-                           f"{ours['file_bytes'] / 1e6:.3f} / {other['file_bytes'] / 1e6:.3f} | {ratio:.2f} | "
-                           f"{BARS[kind]} | {change:+.2f} | {'yes' if met else 'no'} |")  # fmt: skip
+            summary.append(
+                f"| {what} of {kind} | {ours['tensor_bytes'] / 1e6:.3f} / {other['tensor_bytes'] / 1e6:.3f} | "
+                f"{ours['file_bytes'] / 1e6:.3f} / {other['file_bytes'] / 1e6:.3f} | {ratio:.2f} | "
+                f"{BARS[kind]} | {change:+.2f} | {'yes' if met else 'no'} |"
+            )
             print(summary[-1], flush=True)
     return rows, summary
 
@@ -223,8 +261,10 @@ def main() -> None:
         raise SystemExit(f"the converted model differs from its source: KL {dense:.2e}")
     rows, summary = compare_types(bench, files, arguments)
     print(markdown(rows))
-    print("\n| at the | MB of tensors, ours / theirs | MB of the file, ours / theirs | our KL over theirs | bar | "
-          "our perplexity less theirs | met |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        "\n| at the | MB of tensors, ours / theirs | MB of the file, ours / theirs | our KL over theirs | bar | "
+        "our perplexity less theirs | met |\n|---|---|---|---|---|---|---|"
+    )
     print("\n".join(summary))
     if arguments.out:
         write_results(arguments, bench, rows)

@@ -32,13 +32,13 @@ from verdict import divergence, markdown, plot, where_cores_help
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.export import export
-from mpo_exporter.plan import Options
-from mpo_exporter.sources import find_source
-from mpo_exporter.survey import Survey, stored_bytes
-from mpo_exporter.surveys import kept_survey
+from mpo_exporter.measure.survey import Survey, stored_bytes
+from mpo_exporter.measure.surveys import kept_survey
+from mpo_exporter.plan.named import Options
+from mpo_exporter.source import find_source
 from mpo_formats import MpoFile, PlanError
-from mpo_runtime.checkpoint import Checkpoint
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 
 class Kept:
@@ -116,23 +116,32 @@ class Bench:
         table = self.survey() if row.calibrated else None
         with tempfile.TemporaryDirectory() as folder:
             result = export(
-                self.source.folder, Path(folder) / "row.mpo", Options("int4"), layers=row.layers, method=row.method,
-                calibration=self.calibration if row.calibrated else None, windows=self.windows, surveyed=table,
-            )  # fmt: skip
+                self.source.folder,
+                Path(folder) / "row.mpo",
+                Options("int4"),
+                layers=row.layers,
+                method=row.method,
+                calibration=self.calibration if row.calibrated else None,
+                windows=self.windows,
+                surveyed=table,
+            )
             made = time.monotonic()
             with MpoFile(result.path) as file:
                 measured = self.judge.weights(file)
         tensors = sum(stored_bytes(layer) for layer in row.layers) + vector_bytes(self.source)
-        return self.kept.add(key, {
-            **names,
-            "tensor_bytes": tensors,
-            "file_bytes": result.file_bytes,
-            "bits_per_weight": result.bits_per_weight,
-            "tensor_bits_per_weight": 8 * tensors / self.source.architecture.parameters(),
-            "layers_with_cores": result.core_layers,
-            "seconds": {"export": round(made - start, 1), "measure": round(time.monotonic() - made, 1)},
-            "measured": measured,
-        })  # fmt: skip
+        return self.kept.add(
+            key,
+            {
+                **names,
+                "tensor_bytes": tensors,
+                "file_bytes": result.file_bytes,
+                "bits_per_weight": result.bits_per_weight,
+                "tensor_bits_per_weight": 8 * tensors / self.source.architecture.parameters(),
+                "layers_with_cores": result.core_layers,
+                "seconds": {"export": round(made - start, 1), "measure": round(time.monotonic() - made, 1)},
+                "measured": measured,
+            },
+        )
 
 
 def open_bench(arguments: argparse.Namespace) -> Bench:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mpo_exporter.allocate import Candidate, choose
-from mpo_exporter.budget import allocated_layers, file_bytes
-from mpo_exporter.build import Method
+from mpo_exporter.fit.layer import Method
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
-from mpo_exporter.plan import operator
+from mpo_exporter.measure.survey import Survey, stored_bytes
+from mpo_exporter.plan.allocate import choose
+from mpo_exporter.plan.budget import allocated_layers, file_bytes
 from mpo_exporter.quantize.rounding import fitting_group
-from mpo_exporter.survey import Survey, stored_bytes
+from mpo_exporter.terms import Candidate, operator
 from mpo_formats import Dense, LinearSpec, ModelSpec, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 NEAREST, COMPENSATED = Method("nearest", "svd"), Method("compensated", "weighted")
 METHODS = {"nearest": NEAREST, "compensated": COMPENSATED}
@@ -28,9 +28,11 @@ QUICK_ALONE = (2.6, 4.8)
 PROVENANCE = 512
 # Name of the family: whether factors are balanced, and how the cores are fitted.
 ALONE = {
-    "plain SVD": (False, NEAREST), "whitened SVD": (False, COMPENSATED),
-    "naive MPO": (True, NEAREST), "ALS MPO": (True, COMPENSATED),
-}  # fmt: skip
+    "plain SVD": (False, NEAREST),
+    "whitened SVD": (False, COMPENSATED),
+    "naive MPO": (True, NEAREST),
+    "ALS MPO": (True, COMPENSATED),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def alone(spec: ModelSpec, balanced: bool, target_bytes: int) -> tuple[LinearSpe
 def integers(linear: LinearSpec, bits: int) -> Term:
     """A Quantized term of the largest group up to 64 that fits, or bf16."""
     group = fitting_group(linear.in_features, 64)
-    return Dense("dense", "bf16") if group is None else Quantized("quantized", bits, group, False)
+    return Dense("bf16") if group is None else Quantized(bits, group, False)
 
 
 def filling(linear: LinearSpec, balanced: bool, bits: float) -> Term:

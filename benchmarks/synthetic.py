@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.plan import operator
+from mpo_exporter.terms import operator
 from mpo_formats import (
     Architecture,
     Dense,
@@ -62,11 +62,11 @@ class SyntheticPlan:
     def terms(self, name: str, rows: int, columns: int) -> tuple[Term, ...]:
         """The terms of one layer."""
         if not self.widths:
-            return (Dense("dense", "bf16"),)
+            return (Dense("bf16"),)
         if name == EMBEDDING:
-            return (Quantized("quantized", max(6, min(self.widths)), 32, False),)
+            return (Quantized(max(6, min(self.widths)), 32, False),)
         bits = self.widths[int(name.split(".")[2]) % len(self.widths)]
-        base = Quantized("quantized", bits, 32 if bits >= 4 else 64, False)
+        base = Quantized(bits, 32 if bits >= 4 else 64, False)
         cores = (operator((rows, 1), (1, columns), self.chi, "int8"),) if self.chi else ()
         return (base, *cores)
 

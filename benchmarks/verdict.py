@@ -86,14 +86,18 @@ def cores_alone(found: dict[tuple[str, float, int], float]) -> list[str]:
     """Cores in the place of integers, against error-compensated integers of the same bytes."""
     lines = []
     for family in ALONE:
-        ratios = {size: value / found["compensated", size, 0]
-                  for (name, size, _), value in sorted(found.items(), key=lambda item: str(item[0]))
-                  if name == family and ("compensated", size, 0) in found}  # fmt: skip
+        ratios = {
+            size: value / found["compensated", size, 0]
+            for (name, size, _), value in sorted(found.items(), key=lambda item: str(item[0]))
+            if name == family and ("compensated", size, 0) in found
+        }
         if ratios:
             words = ", ".join(f"{ratio:.0f}× at {size}" for size, ratio in sorted(ratios.items()))
             better = [size for size, ratio in ratios.items() if ratio < 1]
-            lines.append(f"{family} alone: KL {words} bits that of compensated integers; "
-                         f"{'better at ' + str(better) if better else 'never better'}.")  # fmt: skip
+            lines.append(
+                f"{family} alone: KL {words} bits that of compensated integers; "
+                f"{'better at ' + str(better) if better else 'never better'}."
+            )
     return lines
 
 
@@ -111,11 +115,21 @@ def plot(rows: list[Entry], path: Path) -> None:
         chosen = [row for row in rows if row["family"] == family and (family not in METHODS or row["chi"] == chi)]
         points = sorted((row["file_bytes"] / 1e6, divergence(row)) for row in chosen)
         style = "k*" if family == "llama.cpp" else "o-" if family in METHODS and not chi else "x--" if chi else "s:"
-        axes.plot(*zip(*points, strict=True), style, label=f"{family}{f' + χ={chi}' if chi else ''}",
-                  markersize=9 if style == "k*" else 4, linewidth=1.6 if style == "o-" else 0.9)  # fmt: skip
+        axes.plot(
+            *zip(*points, strict=True),
+            style,
+            label=f"{family}{f' + χ={chi}' if chi else ''}",
+            markersize=9 if style == "k*" else 4,
+            linewidth=1.6 if style == "o-" else 0.9,
+        )
         for row in chosen if family == "llama.cpp" else ():
-            axes.annotate(row["size"], (row["file_bytes"] / 1e6, divergence(row)), fontsize=7, xytext=(4, 4),
-                          textcoords="offset points")  # fmt: skip
+            axes.annotate(
+                row["size"],
+                (row["file_bytes"] / 1e6, divergence(row)),
+                fontsize=7,
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
     axes.set(yscale="log", xlabel="MB, the whole file", ylabel="KL to the dense model, nats a token")
     if min(map(divergence, rows)) > 0:
         axes.set_ylim(10 ** math.floor(math.log10(min(map(divergence, rows)))), None)

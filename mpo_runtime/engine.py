@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.forks import renew_in_children
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.sampler import Sampler, SamplingOptions
 
 Finish = Literal["stop", "length"]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import ConfigError
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
 
 Logits = NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -80,8 +80,10 @@ def check_ids(ids: NDArray[np.int64], model: GraniteModel) -> None:
     size = model.architecture.vocab_size
     outside = ids[(ids < 0) | (ids >= size)]
     if outside.size:
-        raise ConfigError(f"text: token id {outside[0]} lies outside the vocabulary of {size}; "
-                          "tokenise it with this model's tokenizer")  # fmt: skip
+        raise ConfigError(
+            f"text: token id {outside[0]} lies outside the vocabulary of {size}; "
+            "tokenise it with this model's tokenizer"
+        )
 
 
 def window_logits(model: GraniteModel, window: NDArray[np.int64]) -> Logits:
@@ -155,8 +157,10 @@ def compare(
         ours = window_logits(model, part)
         theirs = window_logits(reference, part) if isinstance(reference, GraniteModel) else reference(part)
         if ours.shape != theirs.shape:
-            raise ConfigError(f"compare: vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens differ; "
-                              "give the model that the file was made from")  # fmt: skip
+            raise ConfigError(
+                f"compare: vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens differ; "
+                "give the model that the file was made from"
+            )
         p, q = log_softmax(theirs), log_softmax(ours)
         divergences.append((np.exp(p) * (p - q)).sum(-1, dtype=np.float64))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mpo_formats import ConfigError
 from mpo_runtime.backends import check_activations, choose_backend
-from mpo_runtime.chat_template import ChatTemplate, encode_chat
 from mpo_runtime.forks import renew_in_children
 from mpo_runtime.sampler import Choice, SamplingOptions, top_logprobs
-from mpo_runtime.stopping import StopMatcher
-from mpo_runtime.tokenizer import StreamDecoder, Tokenizer
-from mpo_runtime.weights import Weights, open_weights
+from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.text.stopping import StopMatcher
+from mpo_runtime.text.tokenizer import StreamDecoder, Tokenizer
+from mpo_runtime.weights.protocol import Weights, open_weights
 
 if TYPE_CHECKING:
     from mpo_runtime.backends.ops import Ops
     from mpo_runtime.engine import Engine
-    from mpo_runtime.models.granite import GraniteModel
+    from mpo_runtime.models.decoder import GraniteModel
 
 Message = Mapping[str, Any]
 FinishReason = Literal["stop", "length"]
@@ -277,8 +277,9 @@ def load(
     """
     weights = open_weights(path, verify=verify)
     try:
-        network = load_network(weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type,
-                               activations=activations)  # fmt: skip
+        network = load_network(
+            weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type, activations=activations
+        )
         return Model(weights, network, context=context)
     except BaseException:
         weights.close()
@@ -300,7 +301,7 @@ def load_network(
     Raises:
         ConfigError: for a χ or a number of threads below one, or a backend or device that is absent.
     """
-    from mpo_runtime.models.granite import GraniteModel
+    from mpo_runtime.models.decoder import GraniteModel
 
     if chi is not None and chi < 1:
         raise ConfigError(f"chi: expected at least 1, found {chi}")

@@ -9,19 +9,32 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from mpo_exporter import cli
-from mpo_exporter.plan import PLANS, Options
-from mpo_exporter.plans.file import LAYER_KEYS, PLAN_KEYS, SHAPES, TERM_KEYS, read_plan
-from mpo_exporter.profile import cli as profile_cli
+from mpo_exporter.cli import main as cli
+from mpo_exporter.cli import profile as profile_cli
+from mpo_exporter.plan.file import LAYER_KEYS, PLAN_KEYS, SHAPES, TERM_KEYS, read_plan
+from mpo_exporter.plan.named import PLANS, Options
 from mpo_formats.spec import BITS, GROUPS
-from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import granite_config, write_folder
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "plans.md").read_text(encoding="utf-8")
 # Options of the command that other documents tell about.
-ELSEWHERE = {"--out", "--force", "--eval-text", "--measure-tokens", "--certify-chi", "--device", "--threads", "--version",
-             "--calib", "--calib-windows", "--install-completion", "--show-completion", "--help"}  # fmt: skip
+ELSEWHERE = {
+    "--out",
+    "--force",
+    "--eval-text",
+    "--measure-tokens",
+    "--certify-chi",
+    "--device",
+    "--threads",
+    "--version",
+    "--calib",
+    "--calib-windows",
+    "--install-completion",
+    "--show-completion",
+    "--help",
+}
 
 
 def options_of(app: typer.Typer) -> set[str]:

@@ -19,7 +19,7 @@ from corpus import DOMAINS, chat_rows, content_bytes, documents, text_documents
 
 from mpo_runtime.measure import cut_windows, perplexity
 from mpo_runtime.model import load_network, read_text_files
-from mpo_runtime.weights import open_weights
+from mpo_runtime.weights.protocol import open_weights
 
 
 def content(corpus: Path, domain: str) -> bytes:

@@ -109,8 +109,10 @@ def main() -> None:
     for domain in DOMAINS:
         texts += [text[:1500] for text in documents(arguments.corpus, domain, "test")][:500]
     differing = [text for text in texts if encode(text) != ours.encode(text, add_special_tokens=False).ids]
-    print(f"{arguments.peer} {version(arguments.peer)}: {len(texts)} texts, {len(differing)} with other ids; "
-          f"chat template {'equal' if rendered == RENDERED else 'differs'}")  # fmt: skip
+    print(
+        f"{arguments.peer} {version(arguments.peer)}: {len(texts)} texts, {len(differing)} with other ids; "
+        f"chat template {'equal' if rendered == RENDERED else 'differs'}"
+    )
     for text in differing[:5]:
         print(f"  {text[:100]!r}")
     if differing or rendered != RENDERED:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.build import Built, Method, build_linear, widen
 from mpo_exporter.calibrate.moments import Calibration, Moment
+from mpo_exporter.fit.layer import Built, Method, build_linear, widen
 from mpo_exporter.progress import Progress
 from mpo_formats import CheckpointError, LinearSpec, MpoWriter
 from mpo_formats.architecture import EMBEDDING
 from mpo_formats.layout import linear_tensors
-from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 Matrix = NDArray[np.float64]
 # name, the dense matrix, the fitted one, the moment that it was fitted to, the seconds that took

@@ -25,17 +25,17 @@ from typing import Any
 from mpo_exporter.export import Result, export
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import Settings
-from mpo_exporter.plan import Options
-from mpo_exporter.sensitivity import LayerSensitivity, profile_layers, tensorized
-from mpo_exporter.sources import data_folder, find_source
+from mpo_exporter.measure.layerwise import LayerSensitivity, profile_layers, tensorized
+from mpo_exporter.plan.named import Options
+from mpo_exporter.source import data_folder, find_source
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.cli.inspect import stored_parameters
 from mpo_runtime.engine import Engine
 from mpo_runtime.model import load_network, read_text_files
 from mpo_runtime.sampler import SamplingOptions
-from mpo_runtime.texts import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights import open_weights
+from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
+from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import open_weights
 
 # Tokens generated in each stretch when the speeds of two models are compared, and how many stretches.
 SPEED_TOKENS = 16

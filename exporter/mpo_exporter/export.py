@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpo_exporter.assemble import Assembly, Watch
-from mpo_exporter.build import Method
-from mpo_exporter.cache import Tell, untold
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import COUNT, cut_calibration
-from mpo_exporter.plan import Options
-from mpo_exporter.plans.make import Planner
-from mpo_exporter.plans.predict import remember, within_kl
+from mpo_exporter.fit.layer import Method
+from mpo_exporter.measure.cache import Tell, untold
+from mpo_exporter.measure.survey import Survey
+from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.planner import Planner
+from mpo_exporter.plan.predict import remember, within_kl
 from mpo_exporter.progress import Progress, silent
-from mpo_exporter.sources import require_finite_weights
-from mpo_exporter.survey import Survey
+from mpo_exporter.source import require_finite_weights
 from mpo_formats import (
     Certificate,
     Certificates,
@@ -30,10 +30,10 @@ from mpo_formats import (
 )
 from mpo_formats.layout import content_tensors
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import Comparison, compare
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

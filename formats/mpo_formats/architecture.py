@@ -49,8 +49,11 @@ class Rope:
             require_sizes("original_max_position_embeddings", (length,))
         else:
             unused = (low, high, length) == (0, 0, 0)
-            require(unused, f"low_freq_factor, high_freq_factor, original_max_position_embeddings: "
-                            f"expected 0 for {self.scaling} scaling")  # fmt: skip
+            require(
+                unused,
+                f"low_freq_factor, high_freq_factor, original_max_position_embeddings: "
+                f"expected 0 for {self.scaling} scaling",
+            )
             require(self.scaling == "linear" or self.factor == 1, "factor: expected 1 for default scaling")
 
 

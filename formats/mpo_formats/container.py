@@ -78,8 +78,9 @@ def parse_header(text: bytes, where: str) -> tuple[dict[str, str], dict[str, obj
         raise FormatError(f"{where}: __metadata__: expected an object, found {describe(metadata)}; not a .mpo file")
     for key, value in metadata.items():
         if not isinstance(value, str):
-            raise FormatError(f"{where}: metadata key {shorten(key)}: expected a string, found {describe(value)}; "
-                              "the file is damaged")  # fmt: skip
+            raise FormatError(
+                f"{where}: metadata key {shorten(key)}: expected a string, found {describe(value)}; the file is damaged"
+            )
     return metadata, table
 
 
@@ -94,16 +95,22 @@ def place_tensors(rows: Mapping[str, object], start: int, file_size: int, where:
         entry = _place(name, row, start, file_size, where)
         if entry.begin != expected:
             kind = "overlaps the tensor before it" if entry.begin < expected else "leaves a hole before it"
-            raise FormatError(f"{where}: tensor {shorten(name)} {kind}: expected offset {expected - start}, "
-                              f"found {entry.begin - start}; the file is damaged")  # fmt: skip
+            raise FormatError(
+                f"{where}: tensor {shorten(name)} {kind}: expected offset {expected - start}, "
+                f"found {entry.begin - start}; the file is damaged"
+            )
         if entry.begin % ALIGNMENT and not name.startswith(PADDING):
-            raise FormatError(f"{where}: tensor {shorten(name)} is misaligned: it starts at byte {entry.begin}, "
-                              f"not at a multiple of {ALIGNMENT}; the file is damaged")  # fmt: skip
+            raise FormatError(
+                f"{where}: tensor {shorten(name)} is misaligned: it starts at byte {entry.begin}, "
+                f"not at a multiple of {ALIGNMENT}; the file is damaged"
+            )
         expected = entry.end
         entries.append(entry)
     if expected != file_size:
-        raise FormatError(f"{where}: the tensors end at byte {expected}, the file at {file_size}: it has surplus bytes "
-                          "at its end; copy it again")  # fmt: skip
+        raise FormatError(
+            f"{where}: the tensors end at byte {expected}, the file at {file_size}: it has surplus bytes "
+            "at its end; copy it again"
+        )
     return tuple(entries)
 
 

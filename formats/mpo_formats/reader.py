@@ -172,8 +172,10 @@ def read_spec(metadata: Any, where: str) -> ModelSpec:
         raise FormatError(f"{where}: not a .mpo file (safetensors without format 'mpo'); write one with mpo-export")
     version = metadata.get("version", "")
     if version != VERSION:
-        raise FormatError(f"{where}: format version {shorten(version)}, this program reads {VERSION}; "
-                          "update mpo-runtime, or export the model again")  # fmt: skip
+        raise FormatError(
+            f"{where}: format version {shorten(version)}, this program reads {VERSION}; "
+            "update mpo-runtime, or export the model again"
+        )
     for key in metadata:
         if key not in METADATA_KEYS:
             raise FormatError(f"{where}: unknown metadata key {shorten(key)}; written by a newer version, or damaged")

@@ -6,7 +6,7 @@ A linear layer is a sum of terms: y = Σ_t term_t(x) (+ bias), term ∈ {Dense, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from mpo_formats.codec import describe
@@ -52,7 +52,7 @@ def require_name(what: str, name: str) -> None:
 class Dense:
     """A stored matrix [out, in]."""
 
-    kind: Literal["dense"]
+    kind: Literal["dense"] = field(default="dense", kw_only=True)
     dtype: FloatType
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Dense:
 class Quantized:
     """Group-wise integers: w = scale · (q − zero), zero stored per group, or that of its width (`packing.implicit_zero`)."""
 
-    kind: Literal["quantized"]
+    kind: Literal["quantized"] = field(default="quantized", kw_only=True)
     bits: int
     group: int
     zeros: bool
@@ -93,7 +93,7 @@ class Mpo:
     `bonds` are the n−1 inner bond dimensions χ; the outer ones are 1. `group` is 0 for float cores.
     """
 
-    kind: Literal["mpo"]
+    kind: Literal["mpo"] = field(default="mpo", kw_only=True)
     out_dims: tuple[int, ...]
     in_dims: tuple[int, ...]
     bonds: tuple[int, ...]
@@ -239,5 +239,5 @@ class Layouts:
     bond_order: Literal["descending-importance"] = "descending-importance"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            require_choice(field.name, getattr(self, field.name), (field.default,))
+        for entry in fields(self):
+            require_choice(entry.name, getattr(self, entry.name), (entry.default,))

@@ -101,8 +101,10 @@ class MpoWriter:
             yield
         except OSError as error:
             size = sum(tensor.size for tensor in self._tensors)
-            raise OutputError(f"{self.path}: cannot write {size / 1e6:.1f} MB ({error.strerror or error}); "
-                              "free some space or give another folder with --out") from error  # fmt: skip
+            raise OutputError(
+                f"{self.path}: cannot write {size / 1e6:.1f} MB ({error.strerror or error}); "
+                "free some space or give another folder with --out"
+            ) from error
 
     def pending(self) -> Iterator[TensorSpec]:
         """Yields the content tensors that have not been written yet, in the order in which they must come."""
@@ -118,8 +120,9 @@ class MpoWriter:
         """
         tensor = self._tensors[self._next]
         if name != tensor.name or array.shape != tensor.shape or array.dtype != NUMPY[tensor.dtype]:
-            raise FormatError(f"{self.path.name}: expected tensor {tensor}, found {name} {array.dtype} "
-                              f"{list(array.shape)}")  # fmt: skip
+            raise FormatError(
+                f"{self.path.name}: expected tensor {tensor}, found {name} {array.dtype} {list(array.shape)}"
+            )
         index = first_not_finite(array, tensor.dtype)
         if index is not None:
             raise FormatError(f"{self.path.name}: {name}: element {index} is not finite")

@@ -22,8 +22,8 @@ from mpo_formats import Architecture, ConfigError
 from mpo_runtime.backends import check_activations
 from mpo_runtime.backends.ops import Array
 from mpo_runtime.layers.native import float_vector, load_linear
-from mpo_runtime.rope import inverse_frequencies
-from mpo_runtime.weights import Weights
+from mpo_runtime.models.rope import inverse_frequencies
+from mpo_runtime.weights.protocol import Weights
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]

@@ -14,8 +14,8 @@ from torch import Tensor
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.layers.linear import Linear, float_tensor, load_linear
 from mpo_runtime.memory import available_memory
-from mpo_runtime.rope import inverse_frequencies
-from mpo_runtime.weights import Weights
+from mpo_runtime.models.rope import inverse_frequencies
+from mpo_runtime.weights.protocol import Weights
 
 # Float matrices are held when they take at most this share of the memory that is free.
 HELD_SHARE = 0.6

@@ -10,8 +10,8 @@ from mpo_formats.errors import ConfigError, FormatError
 from mpo_runtime.cli import console
 from mpo_runtime.measure import compare, perplexity
 from mpo_runtime.model import load_network, read_text_files
-from mpo_runtime.texts import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights import Weights, open_weights
+from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
+from mpo_runtime.weights.protocol import Weights, open_weights
 
 # Figures from another machine or backend differ by rounding; by more, the certificate does not hold.
 TOLERANCE = 0.002
@@ -43,8 +43,10 @@ def certified_tokens(weights: MpoFile, quality: Quality, path: Path) -> TokenTex
     """The text of a certificate, tokenised; raises ConfigError when the text is another one."""
     tokens = read_tokens(path, *read_text_files(weights))
     if tokens.sha256 != quality.text_sha256:
-        raise ConfigError(f"{path}: is not the text of the certificate ({quality.text}, SHA-256 "
-                          f"{quality.text_sha256[:12]}…); give that one with --text")  # fmt: skip
+        raise ConfigError(
+            f"{path}: is not the text of the certificate ({quality.text}, SHA-256 "
+            f"{quality.text_sha256[:12]}…); give that one with --text"
+        )
     return tokens.first(quality.tokens)
 
 

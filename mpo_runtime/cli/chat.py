@@ -82,8 +82,10 @@ def respond(conversation: Conversation, text: str) -> None:
     forgotten = conversation.add(message.strip())
     if forgotten:
         exchanges = "the oldest exchange" if forgotten == 1 else f"the {forgotten} oldest exchanges"
-        print(f"(the conversation no longer fits the context of {conversation.model.engine.context} tokens: the model "
-              f"no longer sees {exchanges})")  # fmt: skip
+        print(
+            f"(the conversation no longer fits the context of {conversation.model.engine.context} tokens: the model "
+            f"no longer sees {exchanges})"
+        )
     answer(conversation)
 
 

@@ -37,8 +37,9 @@ def run_command(conversation: Conversation, line: str) -> str | None:
         name, _, argument = line.removeprefix("/").partition("\n")
     command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
-        raise ConfigError(f"/{name}: no such command; /help lists them (a message that starts with / needs a space "
-                          "before it)")  # fmt: skip
+        raise ConfigError(
+            f"/{name}: no such command; /help lists them (a message that starts with / needs a space before it)"
+        )
     return command.run(conversation, argument.strip())
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from mpo_runtime.cli import console
 from mpo_runtime.model import load_network, read_text_files
-from mpo_runtime.texts import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights import Weights, open_weights
+from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
+from mpo_runtime.weights.protocol import Weights, open_weights
 
 
 def read_text(weights: Weights, path: Path) -> TokenText:
@@ -53,8 +53,10 @@ def compare_models(
     if as_json:
         print(json.dumps({**asdict(result), "text": tokens.name, "text_sha256": tokens.sha256}))
         return
-    print(f"perplexity            {result.model.perplexity:.4f} ± {result.model.error:.4f}   "
-          f"reference {result.reference.perplexity:.4f} ± {result.reference.error:.4f}")  # fmt: skip
+    print(
+        f"perplexity            {result.model.perplexity:.4f} ± {result.model.error:.4f}   "
+        f"reference {result.reference.perplexity:.4f} ± {result.reference.error:.4f}"
+    )
     print(f"KL divergence (nats)  mean {result.kl_mean:.5f}   99.9% {result.kl_999:.5f}")
     print(
         f"same most likely token {100 * result.same_top1:.2f} %   logits cosine {result.cosine:.5f}   MSE {result.mse:.5f}"

@@ -15,7 +15,7 @@ from typing import Any
 from mpo_formats.errors import ConfigError, OutputError
 from mpo_runtime.model import FinishReason, Model, Piece
 from mpo_runtime.sampler import SamplingOptions
-from mpo_runtime.stopping import StopMatcher
+from mpo_runtime.text.stopping import StopMatcher
 
 FORMAT = "mpo-run conversation"
 VERSION = 1
@@ -101,8 +101,10 @@ class Totals:
         """The last answer in a line: tokens per second after the first token, and what the prompt took."""
         rate = (self.last_tokens - 1) / self.last_seconds if self.last_tokens > 1 and self.last_seconds > 0 else 0.0
         shown = f"{rate:.1f} tokens/s" if rate else "too short for a speed"
-        return (f"{self.last_tokens} tokens, {shown}; first token after {self.first_token:.2f} s "
-                f"(prompt {self.prompt_tokens} tokens, {self.reused} of them cached)")  # fmt: skip
+        return (
+            f"{self.last_tokens} tokens, {shown}; first token after {self.first_token:.2f} s "
+            f"(prompt {self.prompt_tokens} tokens, {self.reused} of them cached)"
+        )
 
 
 class Conversation:
@@ -181,9 +183,11 @@ class Conversation:
                 break  # a long message may have the answer's part, too
             else:
                 self.forgotten = before
-                raise ConfigError(f"the message does not fit: it takes {len(ids)} tokens, what the template and a system "
-                                  f"message add included, and the context holds {context}; shorten it, or start with "
-                                  "a larger --ctx-size")  # fmt: skip
+                raise ConfigError(
+                    f"the message does not fit: it takes {len(ids)} tokens, what the template and a system "
+                    f"message add included, and the context holds {context}; shorten it, or start with "
+                    "a larger --ctx-size"
+                )
         self._ids = ids
         return (self.forgotten - before) // 2
 

@@ -35,8 +35,9 @@ class Request:
 
     def start(self, model: Model, prompt: str) -> Generator[Piece, None, None]:
         """Checks a prompt and returns the pieces that continue it."""
-        return model.generate(prompt, max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop,
-                              top_logprobs=self.logprobs)  # fmt: skip
+        return model.generate(
+            prompt, max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop, top_logprobs=self.logprobs
+        )
 
 
 def run_generate(
@@ -167,8 +168,10 @@ def note_kernels(model: Model) -> None:
     from mpo_runtime import kernels
 
     if not kernels.native_available():
-        print("note: running without native kernels (no C++ compiler was found at install); reinstall with one for speed",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "note: running without native kernels (no C++ compiler was found at install); reinstall with one for speed",
+            file=sys.stderr,
+        )
     if not getattr(model.network.ops, "held", True):
         print(
             "note: too little memory for float32 weights; they are rebuilt for every token, which is slow",

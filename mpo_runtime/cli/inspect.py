@@ -14,7 +14,7 @@ from mpo_formats.layout import content_tensors, linear_bytes
 from mpo_runtime import kernels
 from mpo_runtime.backends import choose_backend
 from mpo_runtime.cli.console import size_text
-from mpo_runtime.weights import open_weights
+from mpo_runtime.weights.protocol import open_weights
 
 
 def term_text(term: Term) -> str:
@@ -85,12 +85,16 @@ def show_info(file: Path, layers: bool, as_json: bool) -> None:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     model, origin = facts["architecture"], facts["provenance"]
-    print(f"{facts['file']}: {model['model_type']}, {facts['parameters']:,} parameters of the dense model, "
-          f"{facts['stored_parameters']:,} numbers stored")  # fmt: skip
+    print(
+        f"{facts['file']}: {model['model_type']}, {facts['parameters']:,} parameters of the dense model, "
+        f"{facts['stored_parameters']:,} numbers stored"
+    )
     print(f"size          {size_text(facts['bytes'])}, {facts['bits_per_weight']:.2f} bits per weight")
-    print(f"architecture  {model['num_hidden_layers']} blocks, hidden {model['hidden_size']}, MLP {model['intermediate_size']}, "
-          f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} key-value heads, "
-          f"vocabulary {model['vocab_size']}, context {model['max_position_embeddings']}")  # fmt: skip
+    print(
+        f"architecture  {model['num_hidden_layers']} blocks, hidden {model['hidden_size']}, MLP {model['intermediate_size']}, "
+        f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} key-value heads, "
+        f"vocabulary {model['vocab_size']}, context {model['max_position_embeddings']}"
+    )
     for terms, count in Counter(facts["layers"].values()).most_common():
         print(f"layers        {count} × {terms}")
     if layers:
@@ -106,9 +110,11 @@ def show_info(file: Path, layers: bool, as_json: bool) -> None:
     for entry in facts["quality"]:
         quality = entry["quality"]
         which = "whole file" if entry["chi"] is None else f"--chi {entry['chi']}"
-        print(f"quality       {which}: perplexity {quality['perplexity']:.3f} ± {quality['perplexity_error']:.3f} "
-              f"(dense {quality['dense_perplexity']:.3f}), KL {quality['kl_mean']:.5f}, "
-              f"same top token {100 * quality['same_top1']:.1f} %, {quality['tokens']} tokens of {quality['text']}")  # fmt: skip
+        print(
+            f"quality       {which}: perplexity {quality['perplexity']:.3f} ± {quality['perplexity_error']:.3f} "
+            f"(dense {quality['dense_perplexity']:.3f}), KL {quality['kl_mean']:.5f}, "
+            f"same top token {100 * quality['same_top1']:.1f} %, {quality['tokens']} tokens of {quality['text']}"
+        )
     print("runs on       " + ", ".join(f"{key} {value}" for key, value in facts["backend"].items()))
 
 

@@ -138,7 +138,7 @@ def verify(
     Structure, checksums and values; with --quality also its certificate.
     """
     from mpo_runtime.cli.inspect import verify_file
-    from mpo_runtime.store import resolve
+    from mpo_runtime.weights.store import resolve
 
     place = resolve(file)
     verify_file(place)

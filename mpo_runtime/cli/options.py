@@ -58,9 +58,7 @@ MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", "-n", help="At most so many new tokens; never more than the context holds."),
 ]
-Temperature = Annotated[
-    float, typer.Option(envvar="MPO_TEMPERATURE", help="0 always takes the most likely token.")
-]  # fmt: skip
+Temperature = Annotated[float, typer.Option(envvar="MPO_TEMPERATURE", help="0 always takes the most likely token.")]
 TopK = Annotated[int, typer.Option(help="Draw from the K most likely tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option(help="Draw from the most likely tokens that make up this probability; 1 is off.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the most likely one; 0 is off.")]

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from mpo_formats.errors import ConfigError
-from mpo_runtime import store
 from mpo_runtime.cli.console import size_text
+from mpo_runtime.weights import store
 
 
 def pull_model(source: str, name: str | None, file: str | None, replace: bool) -> None:
@@ -18,7 +18,7 @@ def pull_model(source: str, name: str | None, file: str | None, replace: bool) -
             raise ConfigError("--file: is for hub ids; give the path of the .mpo file itself")
         entry = store.add(path, name, replace=replace)
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(store.SUFFIX):
-        from mpo_runtime import hub
+        from mpo_runtime.weights import hub
 
         entry = hub.pull(source, name, file=file, replace=replace)
     else:
@@ -30,8 +30,15 @@ def list_models(as_json: bool) -> None:
     """Prints the store's models with their kinds and sizes."""
     found = store.entries()
     if as_json:
-        print(json.dumps([{"name": entry.name, "kind": entry.kind, "bytes": entry.size, "path": str(entry.path)}
-                          for entry in found], ensure_ascii=False))  # fmt: skip
+        print(
+            json.dumps(
+                [
+                    {"name": entry.name, "kind": entry.kind, "bytes": entry.size, "path": str(entry.path)}
+                    for entry in found
+                ],
+                ensure_ascii=False,
+            )
+        )
         return
     if not found:
         print(f"no models in {store.models_folder()}; take one in with mpo-run pull")

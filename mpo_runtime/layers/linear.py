@@ -16,7 +16,7 @@ from mpo_formats.layout import PLANES
 from mpo_formats.packing import bf16_to_f32
 from mpo_runtime import kernels
 from mpo_runtime.layers.contraction import choose_order
-from mpo_runtime.weights import Weights
+from mpo_runtime.weights.protocol import Weights
 
 
 @dataclass(slots=True)

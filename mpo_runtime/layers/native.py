@@ -12,7 +12,7 @@ from mpo_formats import Dense, LinearSpec, Mpo, Quantized
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import bf16_to_f32
 from mpo_runtime.layers.contraction import densify_from, sweep_cost
-from mpo_runtime.weights import Weights
+from mpo_runtime.weights.protocol import Weights
 
 
 def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None) -> _native.Linear:
@@ -41,7 +41,7 @@ def load_operator(weights: Weights, prefix: str, stored: Mpo, kept: Mpo) -> _nat
         name = f"{prefix}.core{index}"
         rows, columns = full[0] * full[1], full[2] * full[3]
         if stored.core_bits:
-            as_integers = Quantized("quantized", stored.core_bits, stored.group, False)
+            as_integers = Quantized(stored.core_bits, stored.group, False)
             matrix = integer_matrix(weights, name, as_integers, rows, columns)
         else:
             matrix = dense_matrix(weights, name, rows, columns)

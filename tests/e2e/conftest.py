@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mpo_exporter import cli as exporter_cli
+from mpo_exporter.cli import main as exporter_cli
 from mpo_runtime.cli import main as runtime_cli
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from mpo_exporter.export import export
-from mpo_exporter.plan import Options
+from mpo_exporter.plan.named import Options
 
 
 def export_forever(folder: Path, target: Path, number: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpo_exporter.calibrate.windows import COUNT
-from mpo_exporter.cli import CALIBRATION_WINDOWS
+from mpo_exporter.cli.main import CALIBRATION_WINDOWS
 from mpo_formats import MpoFile
 from tests.e2e.conftest import Run
 from tests.helpers import write_folder
@@ -27,15 +27,18 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("options", "used"), [
-    (("--plan", "auto"), "calibration.jsonl"),
-    (("--plan", "auto", "--calib", "TEXT"), "calib.txt"),
-    (("--plan", "auto", "--calib-windows", 0), None),
-    (("--plan", "int4"), None),
-    (("--plan", "int4", "--calib", "TEXT"), "calib.txt"),
-    (("--plan", "paper"), None),
-    (("--plan", "dense", "--calib", "TEXT"), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        (("--plan", "auto"), "calibration.jsonl"),
+        (("--plan", "auto", "--calib", "TEXT"), "calib.txt"),
+        (("--plan", "auto", "--calib-windows", 0), None),
+        (("--plan", "int4"), None),
+        (("--plan", "int4", "--calib", "TEXT"), "calib.txt"),
+        (("--plan", "paper"), None),
+        (("--plan", "dense", "--calib", "TEXT"), None),
+    ],
+)
 def test_which_plan_is_fitted_to_which_text(
     run: Run, folder: Path, text: Path, options: tuple[object, ...], used: str | None
 ) -> None:

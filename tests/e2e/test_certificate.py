@@ -23,8 +23,20 @@ def folder(tmp_path: Path) -> Path:
 def certified(run: Run, folder: Path, tmp_path: Path) -> Path:
     """A file whose certificate has the whole file and the prefix at χ = 2."""
     (tmp_path / "text.txt").write_text(TEXT)
-    done = run("mpo-export", folder, "--plan", "paper", "--chi", 4, "--certify-chi", 2, "--out", "m.mpo",
-               "--eval-text", "text.txt")  # fmt: skip
+    done = run(
+        "mpo-export",
+        folder,
+        "--plan",
+        "paper",
+        "--chi",
+        4,
+        "--certify-chi",
+        2,
+        "--out",
+        "m.mpo",
+        "--eval-text",
+        "text.txt",
+    )
     assert done.code == 0, done.err
     return tmp_path / "m.mpo"
 

@@ -26,7 +26,7 @@ from tests.e2e.conftest import Outcome, Run
 from tests.helpers import granite_config, network, some_ids, write_folder, write_weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MODULES = {"mpo-run": "mpo_runtime.cli.main", "mpo-export": "mpo_exporter.cli"}
+MODULES = {"mpo-run": "mpo_runtime.cli.main", "mpo-export": "mpo_exporter.cli.main"}
 STORY = "Once upon a time, there was a little girl named Lily."
 
 
@@ -37,8 +37,11 @@ def spawn(program: str, *arguments: object) -> Outcome:
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
-        env=environment, capture_output=True, encoding="utf-8", timeout=280,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=280,
+    )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
@@ -57,7 +60,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mpo_exporter.export import export
-    from mpo_exporter.plan import Options
+    from mpo_exporter.plan.named import Options
 
     return export(folder, tmp_path_factory.mktemp("file") / "little.mpo", Options("auto", chi=2)).path
 
@@ -208,17 +211,21 @@ def test_a_damaged_source_is_one_line(run: Run, copied: Path, tmp_path: Path, ca
     assert not list(tmp_path.glob("*.mpo")) and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("--chi", 0), ("--chi 0: the bond dimension must be at least 1",)),
-    (("--chi", -5), ("--chi -5",)),
-    (("--cores", 1), ("--cores 1: expected 2 to 8",)),
-    (("--threads", 0), ("--threads: expected at least 1, found 0",)),
-    (("--measure-tokens", -1), ("--measure-tokens -1: expected 0 or more",)),
-    (("--device", "abacus"), ("device abacus: expected cpu, cuda",)),
-    (("--eval-text", "absent.txt"), ("absent.txt: cannot be read (No such file or directory)",)),
-    (("--out", "absent/out.mpo"), ("absent/out.mpo: cannot write", "No such file or directory", "--out")),
-    (("--out", "."), (".: is a folder; give the name of a file with --out",)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--chi", 0), ("--chi 0: the bond dimension must be at least 1",)),
+        (("--chi", -5), ("--chi -5",)),
+        (("--cores", 1), ("--cores 1: expected 2 to 8",)),
+        (("--threads", 0), ("--threads: expected at least 1, found 0",)),
+        (("--measure-tokens", -1), ("--measure-tokens -1: expected 0 or more",)),
+        (("--device", "abacus"), ("device abacus: expected cpu, cuda",)),
+        (("--eval-text", "absent.txt"), ("absent.txt: cannot be read (No such file or directory)",)),
+        (("--out", "absent/out.mpo"), ("absent/out.mpo: cannot write", "No such file or directory", "--out")),
+        (("--out", "."), (".: is a folder; give the name of a file with --out",)),
+    ],
+    ids=str,
+)
 def test_export_options_that_cannot_be_honoured(
     run: Run, folder: Path, tmp_path: Path, arguments: tuple[object, ...], words: tuple[str, ...]
 ) -> None:
@@ -226,20 +233,24 @@ def test_export_options_that_cannot_be_honoured(
     assert list(tmp_path.glob("**/*.mpo")) == []
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("generate", "absent.mpo", "-p", "x"), ("absent.mpo: no such file or folder", "give a .mpo file")),
-    (("info", "absent.mpo"), ("absent.mpo: no such file or folder",)),
-    (("generate", "FILE", "-p", "x", "--chi", 0), ("chi: expected at least 1, found 0",)),
-    (("ppl", "FILE", "TEXT", "--chi", 0), ("chi: expected at least 1, found 0",)),
-    (("ppl", "FILE", "absent.txt"), ("absent.txt: cannot be read",)),
-    (("ppl", "FILE", "TEXT", "--window", 1), ("window: expected 2 to 64 tokens, found 1",)),
-    (("generate", "FILE", "-p", "x" * 64), ("prompt: 65 tokens do not fit into a context of 64", "shorten it")),
-    (("generate", "FILE", "-p", "x", "--ctx-size", 65), ("context of 65 tokens: the model was made for 64",)),
-    (("generate", "FILE", "-p", "x", "--temperature", -1), ("temperature is -1.0, expected 0 or more",)),
-    (("generate", "FILE", "-p", "x", "--device", "cuda:x"), ("device cuda:x: expected cpu",)),
-    (("chat", "FILE", "-p", "x"), ("has no chat template",)),
-    (("info", "TEXT"), ("text.txt: ",)),
-], ids=lambda value: " ".join(map(str, value))[:40])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "absent.mpo", "-p", "x"), ("absent.mpo: no such file or folder", "give a .mpo file")),
+        (("info", "absent.mpo"), ("absent.mpo: no such file or folder",)),
+        (("generate", "FILE", "-p", "x", "--chi", 0), ("chi: expected at least 1, found 0",)),
+        (("ppl", "FILE", "TEXT", "--chi", 0), ("chi: expected at least 1, found 0",)),
+        (("ppl", "FILE", "absent.txt"), ("absent.txt: cannot be read",)),
+        (("ppl", "FILE", "TEXT", "--window", 1), ("window: expected 2 to 64 tokens, found 1",)),
+        (("generate", "FILE", "-p", "x" * 64), ("prompt: 65 tokens do not fit into a context of 64", "shorten it")),
+        (("generate", "FILE", "-p", "x", "--ctx-size", 65), ("context of 65 tokens: the model was made for 64",)),
+        (("generate", "FILE", "-p", "x", "--temperature", -1), ("temperature is -1.0, expected 0 or more",)),
+        (("generate", "FILE", "-p", "x", "--device", "cuda:x"), ("device cuda:x: expected cpu",)),
+        (("chat", "FILE", "-p", "x"), ("has no chat template",)),
+        (("info", "TEXT"), ("text.txt: ",)),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40],
+)
 def test_run_options_that_cannot_be_honoured(
     run: Run, exported: Path, text: Path, arguments: tuple[object, ...], words: tuple[str, ...]
 ) -> None:
@@ -251,12 +262,18 @@ def test_run_options_that_cannot_be_honoured(
     assert outcome.out == ""
 
 
-@pytest.mark.parametrize(("model", "words"), [
-    ("no/such/folder", ("no/such/folder: no such folder", "or a hub id owner/name")),
-    ("nothing", ("nothing: no such folder; give demo, granite, granite-2b",)),
-    ("nobody/nothing", ("nobody/nothing: cannot be downloaded", "offline", "copy the model's folder here", "FOLDER")),
-    ("granite-2b", ("ibm-granite/granite-3.3-2b-instruct: cannot be downloaded", "mpo-export FOLDER")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("no/such/folder", ("no/such/folder: no such folder", "or a hub id owner/name")),
+        ("nothing", ("nothing: no such folder; give demo, granite, granite-2b",)),
+        (
+            "nobody/nothing",
+            ("nobody/nothing: cannot be downloaded", "offline", "copy the model's folder here", "FOLDER"),
+        ),
+        ("granite-2b", ("ibm-granite/granite-3.3-2b-instruct: cannot be downloaded", "mpo-export FOLDER")),
+    ],
+)
 def test_models_that_are_not_here(run: Run, tmp_path: Path, model: str, words: tuple[str, ...]) -> None:
     """HF_HUB_OFFLINE=1 is set for all tests."""
     assert os.environ["HF_HUB_OFFLINE"] == "1"
@@ -327,11 +344,20 @@ def test_an_interrupted_export_leaves_nothing(
     assert not force or target.read_bytes() == b"an older file"
 
 
-@pytest.mark.parametrize(("program", "arguments"), [
-    ("mpo-run", ("generate",)), ("mpo-run", ("generate", "FILE", "--heat", "1")), ("mpo-run", ("dance",)),
-    ("mpo-run", ("generate", "FILE", "--chi", "many")), ("mpo-export", ()), ("mpo-export", ("demo", "--plan", "best")),
-    ("mpo-export", ("demo", "--chi", "1.5")), ("mpo-run", ("compare", "FILE")),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("mpo-run", ("generate",)),
+        ("mpo-run", ("generate", "FILE", "--heat", "1")),
+        ("mpo-run", ("dance",)),
+        ("mpo-run", ("generate", "FILE", "--chi", "many")),
+        ("mpo-export", ()),
+        ("mpo-export", ("demo", "--plan", "best")),
+        ("mpo-export", ("demo", "--chi", "1.5")),
+        ("mpo-run", ("compare", "FILE")),
+    ],
+    ids=str,
+)
 def test_wrong_usage_is_exit_code_2(run: Run, program: str, arguments: tuple[str, ...]) -> None:
     outcome = run(program, *arguments)
     assert outcome.code == 2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mpo_exporter.options import PLAN_NAMES
-from mpo_exporter.plan import PLANS
+from mpo_exporter.cli.options import PLAN_NAMES
+from mpo_exporter.plan.named import PLANS
 from mpo_formats import Mpo, MpoFile
 from tests.e2e.conftest import Run
 from tests.helpers import granite_config, write_folder
@@ -107,20 +107,30 @@ def test_a_saved_plan_makes_the_same_layers(run: Run, folder: Path) -> None:
     assert json.loads(Path("plan.json").read_text())["version"] == 1
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("--plan", "file:none.json"), ("none.json: cannot be read",)),
-    (("--plan", "file:bad.json"), ("bad.json", "the key 'layer' is given twice")),
-    (("--target-size", "1KB"), ("too few", "the smallest file of this model takes")),
-    (("--target-ratio", 2), ("--target-ratio 2: expected more than 0 and at most 1",)),
-    (("--max-kl", 0), ("--max-kl 0: expected more than 0",)),
-    (("--max-kl", 0.1, "--target-bpw", 3), ("--target-bpw and --max-kl: give one of them",)),
-    (("--plan", "paper", "--target-bpw", 3), ("expected the plan auto, found paper",)),
-    (("--top-k", 3), ("--top-k and --compression-ratio: expected the plan paper",)),
-    (("--plan", "k-proj",), ("no key projection", "--min-dim 64")),
-    (("--plan", "k-proj", "--quant-bits", 3), ("--quant-bits 3: expected one of 4, 8, 16",)),
-    (("--layers", "nothing"), ("--layers nothing: matches no layer",)),
-    (("--sensitivity", "best"), ("--sensitivity best: expected one of fast, full",)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--plan", "file:none.json"), ("none.json: cannot be read",)),
+        (("--plan", "file:bad.json"), ("bad.json", "the key 'layer' is given twice")),
+        (("--target-size", "1KB"), ("too few", "the smallest file of this model takes")),
+        (("--target-ratio", 2), ("--target-ratio 2: expected more than 0 and at most 1",)),
+        (("--max-kl", 0), ("--max-kl 0: expected more than 0",)),
+        (("--max-kl", 0.1, "--target-bpw", 3), ("--target-bpw and --max-kl: give one of them",)),
+        (("--plan", "paper", "--target-bpw", 3), ("expected the plan auto, found paper",)),
+        (("--top-k", 3), ("--top-k and --compression-ratio: expected the plan paper",)),
+        (
+            (
+                "--plan",
+                "k-proj",
+            ),
+            ("no key projection", "--min-dim 64"),
+        ),
+        (("--plan", "k-proj", "--quant-bits", 3), ("--quant-bits 3: expected one of 4, 8, 16",)),
+        (("--layers", "nothing"), ("--layers nothing: matches no layer",)),
+        (("--sensitivity", "best"), ("--sensitivity best: expected one of fast, full",)),
+    ],
+    ids=str,
+)
 def test_plans_that_cannot_be_had_are_one_line(
     run: Run, folder: Path, arguments: tuple[object, ...], words: tuple[str, ...]
 ) -> None:

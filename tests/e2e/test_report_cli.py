@@ -49,8 +49,19 @@ def test_an_export_with_a_report_and_a_report_of_its_file(run: Run, folder: Path
     assert [(layer.name, layer.error) for layer in second.layers] == [
         (layer.name, layer.error) for layer in first.layers
     ]
-    bare = run("mpo-export", "report", "little.mpo", "--teacher", folder, "--measure-tokens", 0, "--calib-windows", 0,
-               "--out", "bare")  # fmt: skip
+    bare = run(
+        "mpo-export",
+        "report",
+        "little.mpo",
+        "--teacher",
+        folder,
+        "--measure-tokens",
+        0,
+        "--calib-windows",
+        0,
+        "--out",
+        "bare",
+    )
     assert bare.code == 0 and "quality was not measured: --measure-tokens 0" in bare.out
     assert read("bare").quality is None
 

@@ -31,6 +31,4 @@ def true_error(matrix: Matrix, cores: Cores | tuple[Matrix, ...], moment: Matrix
 def prefix(cores: tuple[Matrix, ...], chi: int) -> tuple[Matrix, ...]:
     """The cores with every bond cut to its first χ values."""
     last = len(cores) - 1
-    return tuple(
-        core[: chi if k else None, :, :, : chi if k < last else None] for k, core in enumerate(cores)
-    )  # fmt: skip
+    return tuple(core[: chi if k else None, :, :, : chi if k < last else None] for k, core in enumerate(cores))

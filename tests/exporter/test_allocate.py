@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_exporter.allocate import Candidate, choose, front, hull, slope
+from mpo_exporter.plan.allocate import choose, front, hull, slope
+from mpo_exporter.terms import Candidate
 from mpo_formats import PlanError, Quantized
 
-TERM = (Quantized("quantized", 4, 32, False),)
+TERM = (Quantized(4, 32, False),)
 
 
 def layers(seed: int, count: int, choices: int) -> dict[str, list[Candidate]]:
@@ -29,9 +30,12 @@ def layers(seed: int, count: int, choices: int) -> dict[str, list[Candidate]]:
 def best(candidates: dict[str, list[Candidate]], budget: int) -> float:
     """The least loss of all combinations within the budget."""
     return min(
-        (sum(one.loss for one in combination) for combination in itertools.product(*candidates.values())
-         if sum(one.bytes for one in combination) <= budget),
-    )  # fmt: skip
+        (
+            sum(one.loss for one in combination)
+            for combination in itertools.product(*candidates.values())
+            if sum(one.bytes for one in combination) <= budget
+        ),
+    )
 
 
 @given(seed=st.integers(0, 999), count=st.integers(1, 4), choices=st.integers(1, 5), room=st.floats(0, 1))

@@ -7,16 +7,18 @@ from collections.abc import Callable
 
 import pytest
 
-from mpo_exporter.budget import default_bytes
-from mpo_exporter.plan import Options
-from mpo_exporter.plans.asked import Asked, size_bytes
+from mpo_exporter.plan.budget import default_bytes
+from mpo_exporter.plan.named import Options
+from mpo_exporter.request import Asked, size_bytes
 from mpo_formats import ConfigError, PlanError
 from tests.exporter.test_budget import size_of
 from tests.exporter.test_plan import dense_model
 
 
-@pytest.mark.parametrize(("text", "size"), [("2.1GB", 2_100_000_000), ("900 MB", 900_000_000), ("1200000", 1_200_000),
-                                            ("1.5kb", 1500), ("7B", 7)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2.1GB", 2_100_000_000), ("900 MB", 900_000_000), ("1200000", 1_200_000), ("1.5kb", 1500), ("7B", 7)],
+)
 def test_sizes_as_users_write_them(text: str, size: int) -> None:
     assert size_bytes(text) == size
 

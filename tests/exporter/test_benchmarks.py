@@ -16,14 +16,14 @@ import quality
 import rows
 import verdict
 
-from mpo_exporter.allocate import Candidate
-from mpo_exporter.budget import file_bytes
-from mpo_exporter.sources import embedded_model
-from mpo_exporter.survey import Survey, stored_bytes
+from mpo_exporter.measure.survey import Survey, stored_bytes
+from mpo_exporter.plan.budget import file_bytes
+from mpo_exporter.source import embedded_model
+from mpo_exporter.terms import Candidate
 from mpo_formats import Mpo, PlanError, Quantized
 from mpo_formats.architecture import EMBEDDING
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import Comparison, summarise
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import write_folder
 
 
@@ -36,7 +36,7 @@ def surveyed(source: Checkpoint) -> Survey:
     """Widths of 2 to 8 bits for every layer, of losses that fall with the bits."""
     found = {}
     for linear in source.spec.linears:
-        terms = [(Quantized("quantized", bits, 16, False),) for bits in (2, 3, 4, 6, 8)]
+        terms = [(Quantized(bits, 16, False),) for bits in (2, 3, 4, 6, 8)]
         found[linear.name] = [
             Candidate(stored_bytes(replace(linear, terms=part)), 4.0 ** -part[0].bits, part) for part in terms
         ]
@@ -95,10 +95,16 @@ def entry(family: str, size: float, chi: int, kl: float) -> dict[str, object]:
 
 
 def test_where_cores_help_is_said_from_the_rows() -> None:
-    table = [entry("compensated", 2.3, 0, 0.1), entry("compensated", 2.3, 8, 0.05), entry("compensated", 2.3, 16, 0.2),
-             entry("compensated", 4.8, 0, 0.01), entry("compensated", 4.8, 8, 0.02),
-             entry("compensated", 8.0, 0, 0.01), entry("compensated", 8.0, 8, 0.0101),
-             entry("naive MPO", 2.3, 0, 3.0)]  # fmt: skip
+    table = [
+        entry("compensated", 2.3, 0, 0.1),
+        entry("compensated", 2.3, 8, 0.05),
+        entry("compensated", 2.3, 16, 0.2),
+        entry("compensated", 4.8, 0, 0.01),
+        entry("compensated", 4.8, 8, 0.02),
+        entry("compensated", 8.0, 0, 0.01),
+        entry("compensated", 8.0, 8, 0.0101),
+        entry("naive MPO", 2.3, 0, 3.0),
+    ]
     words = verdict.where_cores_help(table)
     assert "| 2.3 | 0.50 | 2.00 |" in words and "| 4.8 | 2.00 | – |" in words
     assert "lowers the KL at 2.3 bits; even the best χ raises it at 4.8 bits; the best χ changes it by less" in words

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo_exporter.allocate import Candidate
-from mpo_exporter.budget import (
+from mpo_exporter.measure.survey import GRIDS, stored_bytes
+from mpo_exporter.plan.budget import (
     DEFAULT_BITS,
     allocated_layers,
     default_bytes,
@@ -21,8 +21,7 @@ from mpo_exporter.budget import (
     layers_within_loss,
     least_bytes,
 )
-from mpo_exporter.plan import operator
-from mpo_exporter.survey import GRIDS, stored_bytes
+from mpo_exporter.terms import Candidate, operator
 from mpo_formats import LinearSpec, ModelSpec, PlanError, Quantized, Term
 from tests.exporter.test_plan import dense_model
 
@@ -39,7 +38,7 @@ def row_of(linear: LinearSpec, scale: float, cores: bool) -> list[Candidate]:
     for grid in GRIDS:
         if linear.in_features % grid.group:
             continue
-        base = Quantized("quantized", grid.bits, grid.group, grid.zeros)
+        base = Quantized(grid.bits, grid.group, grid.zeros)
         loss = scale * 4.0**-grid.bits * (1 + grid.group / 256 - grid.zeros / 8)
         rows.append(candidate(loss, base))
         shape = ((linear.out_features, 1), (1, linear.in_features))
@@ -68,10 +67,7 @@ def test_a_target_is_met_within_one_per_cent_and_never_exceeded(
 ) -> None:
     """From the smallest file to 8 bits; plans of two planes, stored zeros and cores have headers of other lengths."""
     spec, rows = surveyed(seed, cores, blocks)
-    wide = {
-        name: [one for one in row if one.terms == (Quantized("quantized", 8, 128, False),)]
-        for name, row in rows.items()
-    }
+    wide = {name: [one for one in row if one.terms == (Quantized(8, 128, False),)] for name, row in rows.items()}
     least, most = least_bytes(spec, rows), least_bytes(spec, wide)
     target = round(least + share * (most - least))
     found = size_of(spec, allocated_layers(spec, rows, target))

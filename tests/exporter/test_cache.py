@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpo_exporter.cache import Kept, Shelf, cache_folder
+from mpo_exporter.measure.cache import Kept, Shelf, cache_folder
 
 SHELF = Shelf("survey", "a model", ("1" * 64, "2" * 64), {"version": 1, "windows": [3, 4]})
 KEPT = Kept({"rows": [[1, 0.1, "x"]]}, {"table": np.arange(6, dtype=np.float32).reshape(2, 3)})

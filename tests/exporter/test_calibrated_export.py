@@ -10,22 +10,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mpo_exporter.budget import allocated_layers, file_bytes
-from mpo_exporter.build import Method, build_linear
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.export import export
 from mpo_exporter.fit.common import activation_error
-from mpo_exporter.plan import Options, plan_layers
+from mpo_exporter.fit.layer import Method, build_linear
+from mpo_exporter.measure.survey import Sensitivity, Survey, candidates, stored_bytes, survey, table_sensitivity
+from mpo_exporter.plan.budget import allocated_layers, file_bytes
+from mpo_exporter.plan.named import Options, plan_layers
 from mpo_exporter.quantize.gptq import Grid
-from mpo_exporter.survey import Sensitivity, Survey, candidates, stored_bytes, survey, table_sensitivity
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, OutputError, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.layers.linear import Linear
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import granite_config, some_ids, write_folder
 
 GRIDS = (Grid(2, 32), Grid(2, 32, True), Grid(3, 32), Grid(4, 32), Grid(8, 32))
@@ -53,7 +53,7 @@ def uniform(folder: Path, *terms: Term) -> tuple[LinearSpec, ...]:
 
 
 def divergence(folder: Path, target: Path, bits: int, **options: object) -> float:
-    layers = uniform(folder, Quantized("quantized", bits, 32, False))
+    layers = uniform(folder, Quantized(bits, 32, False))
     result = export(folder, target, Options("int4"), layers=layers, text=HELD_OUT, **options)
     assert result.comparison is not None
     return result.comparison.kl_mean
@@ -85,7 +85,7 @@ def test_the_survey_lists_every_layer_and_finer_grids_cost_less(folder: Path, su
     for linear in spec.linears:
         row = surveyed.candidates[linear.name]
         integers = {one.terms[0]: one for one in row if len(one.terms) == 1}
-        losses = [integers[Quantized("quantized", bits, 32, False)].loss for bits in (2, 3, 4, 8)]
+        losses = [integers[Quantized(bits, 32, False)].loss for bits in (2, 3, 4, 8)]
         assert losses == sorted(losses, reverse=True) and losses[-1] > 0
         for one in row:
             assert one.bytes == stored_bytes(dataclasses.replace(linear, terms=one.terms))
@@ -101,8 +101,7 @@ def test_a_target_is_never_exceeded_and_nearly_used(
 ) -> None:
     spec = Checkpoint(folder).spec
     smallest, largest = (
-        file_bytes(dataclasses.replace(spec, linears=uniform(folder, Quantized("quantized", bits, 32, False))))
-        for bits in (2, 8)
+        file_bytes(dataclasses.replace(spec, linears=uniform(folder, Quantized(bits, 32, False)))) for bits in (2, 8)
     )
     target = round(smallest + share * (largest - smallest)) + 500  # provenance says a little more than the source's
     result = export(
@@ -140,14 +139,18 @@ def moment_of(size: int) -> NDArray[np.float64]:
     return result
 
 
-@pytest.mark.parametrize("terms", [
-    (Mpo("mpo", (16, 1), (1, 32), (4,), "f16", 0),),
-    (Mpo("mpo", (4, 4), (8, 4), (6,), "f32", 0),),
-    (Mpo("mpo", (4, 2, 2), (4, 4, 2), (6, 4), "f32", 0),),
-    (Mpo("mpo", (4, 2, 2), (4, 4, 2), (3, 4), "f32", 0),),
-    (Quantized("quantized", 2, 32, True),),
-    (Quantized("quantized", 2, 32, False), Mpo("mpo", (16, 1), (1, 32), (2,), "int8", 16)),
-], ids=["low rank", "balanced", "three cores", "rising bonds", "integers", "integers and cores"])  # fmt: skip
+@pytest.mark.parametrize(
+    "terms",
+    [
+        (Mpo((16, 1), (1, 32), (4,), "f16", 0),),
+        (Mpo((4, 4), (8, 4), (6,), "f32", 0),),
+        (Mpo((4, 2, 2), (4, 4, 2), (6, 4), "f32", 0),),
+        (Mpo((4, 2, 2), (4, 4, 2), (3, 4), "f32", 0),),
+        (Quantized(2, 32, True),),
+        (Quantized(2, 32, False), Mpo((16, 1), (1, 32), (2,), "int8", 16)),
+    ],
+    ids=["low rank", "balanced", "three cores", "rising bonds", "integers", "integers and cores"],
+)
 def test_terms_fitted_to_activations_have_less_error_there(terms: tuple[Term, ...]) -> None:
     linear = LinearSpec("layer", 16, 32, None, terms)
     values = np.random.default_rng(1).standard_normal((16, 32)).astype(np.float32)
@@ -176,7 +179,7 @@ def test_a_table_weighs_both_of_its_uses() -> None:
 
 def test_a_width_without_a_group_stays_dense() -> None:
     for dtype in ("f16", "bf16", "f32"):
-        linear = LinearSpec("layer", 4, 24, None, (Dense("dense", dtype),))
+        linear = LinearSpec("layer", 4, 24, None, (Dense(dtype),))
         found = candidates(linear, np.ones((4, 24)), table_sensitivity(np.ones(4) / 4, np.ones(24)), (Grid(4, 128),))
         kept = {"f16": ["f16"], "bf16": ["bf16"], "f32": ["bf16", "f32"]}  # two bytes are not narrowed to two bytes
         assert [one.terms[0].dtype for one in found] == kept[dtype] and found[-1].loss == 0
@@ -184,7 +187,7 @@ def test_a_width_without_a_group_stays_dense() -> None:
 
 @pytest.mark.parametrize(("columns", "groups"), [(96, {32}), (48, {16}), (64, {32, 64}), (128, {32, 64, 128})])
 def test_every_width_is_tried_with_the_largest_group_that_divides(columns: int, groups: set[int]) -> None:
-    linear = LinearSpec("layer", 4, columns, None, (Dense("dense", "bf16"),))
+    linear = LinearSpec("layer", 4, columns, None, (Dense("bf16"),))
     matrix = np.random.default_rng(0).standard_normal((4, columns))
     found = candidates(linear, matrix, Sensitivity(np.eye(columns), np.ones(4)), chis=())
     terms = [one.terms[0] for one in found[:-1]]
@@ -193,7 +196,7 @@ def test_every_width_is_tried_with_the_largest_group_that_divides(columns: int, 
 
 
 def test_values_beyond_what_a_scale_reaches_leave_the_wider_integers_and_the_dense_matrix() -> None:
-    linear = LinearSpec("layer", 4, 64, None, (Dense("dense", "f32"),))
+    linear = LinearSpec("layer", 4, 64, None, (Dense("f32"),))
     sensitivity = Sensitivity(np.eye(64), np.ones(4))
     for peak, bits in ((2e5, {3, 4, 5, 6, 8}), (1e9, set())):
         matrix = np.ones((4, 64))
@@ -209,7 +212,7 @@ def test_rows_of_a_large_matrix_stand_for_all(monkeypatch: pytest.MonkeyPatch) -
     size = np.exp(generator.standard_normal(3000))[:, None]
     matrix = size * generator.standard_normal((3000, 32))
     sensitivity = Sensitivity(moment_of(32), np.exp(2 * generator.standard_normal(3000)))
-    linear = LinearSpec("layer", 3000, 32, None, (Dense("dense", "bf16"),))
+    linear = LinearSpec("layer", 3000, 32, None, (Dense("bf16"),))
     quick = candidates(linear, matrix, sensitivity, GRIDS, ())
     monkeypatch.setattr(Sensitivity, "sample", lambda self, matrix: (matrix, self))
     full = candidates(linear, matrix, sensitivity, GRIDS, ())
@@ -222,7 +225,7 @@ def test_rows_of_a_large_matrix_stand_for_all(monkeypatch: pytest.MonkeyPatch) -
 def test_a_sampled_matrix_is_checked_in_full() -> None:
     matrix = np.ones((3000, 32))
     matrix[7, 3] = np.nan
-    linear = LinearSpec("layer", 3000, 32, None, (Dense("dense", "bf16"),))
+    linear = LinearSpec("layer", 3000, 32, None, (Dense("bf16"),))
     with pytest.raises(ConfigError, match="not finite"):
         candidates(linear, matrix, Sensitivity(moment_of(32), np.r_[np.zeros(2999), 1.0]), GRIDS, ())
 

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from mpo_exporter import assemble as assemble_module
 from mpo_exporter import export as export_module
-from mpo_exporter.build import Built, Tensors, build_linear, narrow, widen
 from mpo_exporter.export import Result, export
-from mpo_exporter.plan import Options
+from mpo_exporter.fit.layer import Built, Tensors, build_linear, narrow, widen
+from mpo_exporter.plan.named import Options
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, MpoWriter, OutputError, Quantized, Term
 from mpo_formats.layout import linear_tensors
 from mpo_formats.reference import matrix
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.layers.linear import load_linear
 from mpo_runtime.measure import compare
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import Config, forward, granite_config, network, some_ids, write_folder, write_weights
 
 # The second MLP size has no group; biases and an untied head are carried along.
@@ -271,12 +271,16 @@ def test_values_that_do_not_fit_name_their_layer(tmp_path: Path) -> None:
     assert left_behind(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("terms", [
-    (Quantized("quantized", 3, 16, False),),
-    (Dense("dense", "f16"), Mpo("mpo", (16, 1), (1, 32), (2,), "f32", 0)),
-    (Quantized("quantized", 2, 32, False), Mpo("mpo", (4, 4), (4, 8), (5,), "bf16", 0)),
-    (Mpo("mpo", (4, 4), (8, 4), (12,), "int4", 16), Mpo("mpo", (16, 1), (1, 32), (3,), "f16", 0)),
-], ids=["int3", "f16 + f32 cores", "int2 + bf16 cores", "int4 cores + f16 cores"])  # fmt: skip
+@pytest.mark.parametrize(
+    "terms",
+    [
+        (Quantized(3, 16, False),),
+        (Dense("f16"), Mpo((16, 1), (1, 32), (2,), "f32", 0)),
+        (Quantized(2, 32, False), Mpo((4, 4), (4, 8), (5,), "bf16", 0)),
+        (Mpo((4, 4), (8, 4), (12,), "int4", 16), Mpo((16, 1), (1, 32), (3,), "f16", 0)),
+    ],
+    ids=["int3", "f16 + f32 cores", "int2 + bf16 cores", "int4 cores + f16 cores"],
+)
 def test_any_sum_of_terms_can_be_fitted(terms: tuple[Term, ...]) -> None:
     """And further terms do not make the fit worse than the first one alone."""
     linear = LinearSpec("layer", 16, 32, None, terms)

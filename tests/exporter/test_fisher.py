@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from mpo_exporter.calibrate.fisher import LOOKUP, output_fisher
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import VOCABULARY, granite_config, write_folder
 
 WINDOWS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 12))

@@ -239,13 +239,16 @@ def test_a_singular_moment_is_loaded_and_logged(caplog: pytest.LogCaptureFixture
         assert np.isfinite(compensated(weights(4, 32, 0), np.zeros((32, 32)), 4, 32).matrix()).all()
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"matrix": np.full((4, 32), np.nan)}, "matrix: row 0, column 0 is nan, not finite"),
-    ({"moment": np.full((32, 32), np.inf)}, "second moment: has values that are not finite"),
-    ({"moment": np.eye(16)}, "do not fit together"),
-    ({"group": 64}, "do not fit together"),
-    ({"matrix": np.full((4, 32), 1e9)}, "exceed the range of half-precision scales"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"matrix": np.full((4, 32), np.nan)}, "matrix: row 0, column 0 is nan, not finite"),
+        ({"moment": np.full((32, 32), np.inf)}, "second moment: has values that are not finite"),
+        ({"moment": np.eye(16)}, "do not fit together"),
+        ({"group": 64}, "do not fit together"),
+        ({"matrix": np.full((4, 32), 1e9)}, "exceed the range of half-precision scales"),
+    ],
+)
 def test_what_cannot_be_rounded(change: dict[str, object], words: str) -> None:
     arguments = {"matrix": np.ones((4, 32)), "moment": np.eye(32), "bits": 4, "group": 32, **change}
     with pytest.raises(ConfigError, match=words):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpo_exporter.cli import main
+from mpo_exporter.cli.main import main
 from mpo_exporter.compactifai import CompactifAICompressor, load_granite_model
 from mpo_exporter.export import export
 from mpo_exporter.heal import run as run_module
@@ -25,13 +25,13 @@ from mpo_exporter.heal.run import Healed, heal, out_of_memory
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import fits
 from mpo_exporter.heal.train import Trainer as RealTrainer
-from mpo_exporter.plan import Options
+from mpo_exporter.plan.named import Options
 from mpo_formats import CheckpointError, ConfigError, LinearSpec, Mpo, MpoFile, OutputError, Quantized
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import compare
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, granite_config, some_ids, write_folder
 
 CONFIG = granite_config()
@@ -70,11 +70,11 @@ def file(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Checkpoint(teacher)
 
     def rough(linear: LinearSpec) -> LinearSpec:
-        base = Quantized("quantized", 2, 16, False)
+        base = Quantized(2, 16, False)
         rows, columns = linear.out_features, linear.in_features
         if ".mlp." not in linear.name:
             return replace(linear, terms=(base,))
-        return replace(linear, terms=(base, Mpo("mpo", (rows, 1), (1, columns), (4,), "int8", 16)))
+        return replace(linear, terms=(base, Mpo((rows, 1), (1, columns), (4,), "int8", 16)))
 
     held_out = TokenText("t", np.array(some_ids(100, 3, BOS)), 0, "0" * 64)
     layers = tuple(rough(linear) for linear in source.spec.linears)
@@ -163,9 +163,15 @@ def undisturbed(
 
 @pytest.mark.parametrize(("step", "chi_dropout"), [(2, 0.0), (5, 0.5), (13, 0.0)])
 def test_killed_and_resumed_is_the_same(
-    step: int, chi_dropout: float, file: Path, teacher: Path, text: Path, tmp_path: Path,
-    undisturbed: Callable[[Settings], Healed], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    step: int,
+    chi_dropout: float,
+    file: Path,
+    teacher: Path,
+    text: Path,
+    tmp_path: Path,
+    undisturbed: Callable[[Settings], Healed],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Before the first checkpoint of the whole model, after it, and after bonds were sorted, before step 12 of 13."""
     settings = replace(SETTINGS, tokens=1790, chi_dropout=chi_dropout)
     whole = undisturbed(settings)
@@ -287,16 +293,25 @@ def launched(tmp_path: Path, file: Path, teacher: Path, text: Path) -> Callable[
     def launch(processes: int) -> dict[str, Any]:
         root = Path(__file__).resolve().parent.parent.parent
         asked = {
-            "file": str(file), "teacher": str(teacher), "text": str(text), "target": str(tmp_path / f"{processes}.mpo"),
+            "file": str(file),
+            "teacher": str(teacher),
+            "text": str(text),
+            "target": str(tmp_path / f"{processes}.mpo"),
             "settings": {"tokens": 1200, "window": 32, "batch": 4, "micro_batch": 1},
-        }  # fmt: skip
+        }
         settings, result = tmp_path / "asked.json", tmp_path / "result.json"
         settings.write_text(json.dumps(asked))
         child = [str(Path(__file__).with_name("heal_child.py")), str(settings), str(result)]
         alone = [sys.executable, *child]
         together = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *child
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            *child,
+        ]
         roots = os.pathsep.join(str(root / part) for part in (".", "formats", "exporter"))
         environment = os.environ | {"PYTHONPATH": roots, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
@@ -323,9 +338,13 @@ def test_two_processes_follow_the_curve_of_one(launched: Callable[[int], dict[st
 
 
 def test_the_command_heals_and_prints_a_table(
-    file: Path, teacher: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    file: Path,
+    teacher: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     target = tmp_path / "healed.mpo"
     options = ["--heal-tokens", "300", "--window", "32", "--batch", "4", "--rate", "0.5", "--measure-tokens", "200"]
     words = [

@@ -18,15 +18,15 @@ import healing
 from judge import Judge
 from quality import Bench, Kept
 
-from mpo_exporter.build import Method
 from mpo_exporter.export import export
+from mpo_exporter.fit.layer import Method
 from mpo_exporter.heal.settings import Settings
-from mpo_exporter.plan import Options
-from mpo_exporter.sources import find_source
+from mpo_exporter.plan.named import Options
+from mpo_exporter.source import find_source
 from mpo_formats import Mpo, MpoFile
 from mpo_formats.architecture import EMBEDDING
-from mpo_runtime.checkpoint import Checkpoint
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, granite_config, some_ids, write_folder
 
 
@@ -60,8 +60,13 @@ def test_cores_fill_their_share_of_the_parameters_and_of_the_file(bench: Bench, 
 
 def test_the_largest_that_fits() -> None:
     assert [heal_rows.largest_chi(lambda chi, most=most: chi <= most) for most in (0, 1, 2, 7, 64, 1000)] == [
-        1, 1, 2, 7, 64, 1000,
-    ]  # fmt: skip
+        1,
+        1,
+        2,
+        7,
+        64,
+        1000,
+    ]
 
 
 def test_the_smallest_file_has_cores_alone(bench: Bench) -> None:
@@ -106,8 +111,16 @@ def test_a_dense_step_trains_all_weights_and_is_the_model(bench: Bench, tmp_path
     path = tmp_path / "cores.mpo"
     layers = heal_rows.of_parameters(0.3, balanced=True)(bench)
     export(bench.source.folder, path, Options("int4"), layers=layers)
-    asked = {"file": str(path), "dense": False, "codes": False, "batch": 2, "window": 33, "recompute": False,
-             "threads": 1, "device": "cpu"}  # fmt: skip
+    asked = {
+        "file": str(path),
+        "dense": False,
+        "codes": False,
+        "batch": 2,
+        "window": 33,
+        "recompute": False,
+        "threads": 1,
+        "device": "cpu",
+    }
     assert 0 < heal_cost.child(asked)["trained"] < found["trained"]
     with MpoFile(path) as file:
         assert file.spec.largest_bond() > 1

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from mpo_exporter.heal.blocks import stream_fisher
 from mpo_exporter.heal.ops import WindowOps
-from mpo_runtime.checkpoint import Checkpoint
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import VOCABULARY, granite_config, write_folder
 
 WINDOWS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 12))

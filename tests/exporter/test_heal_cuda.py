@@ -14,9 +14,9 @@ from mpo_exporter.heal import train
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import Settings
-from mpo_exporter.plan import Options
+from mpo_exporter.plan.named import Options
 from mpo_formats import LinearSpec, Mpo, Quantized
-from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, granite_config, some_ids, write_folder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -42,8 +42,8 @@ def file(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("file") / "rough.mpo"
 
     def rough(linear: LinearSpec) -> LinearSpec:
-        base = Quantized("quantized", 2, 16, False)
-        cores = Mpo("mpo", (linear.out_features, 1), (1, linear.in_features), (4,), "f16", 0)
+        base = Quantized(2, 16, False)
+        cores = Mpo((linear.out_features, 1), (1, linear.in_features), (4,), "f16", 0)
         return replace(linear, terms=(base, cores) if ".mlp." in linear.name else (base,))
 
     export(teacher, path, Options("int4"), layers=tuple(map(rough, Checkpoint(teacher).spec.linears)))

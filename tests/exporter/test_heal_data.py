@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from mpo_exporter.heal.data import HealingText, pack_windows, read_healing_text
-from mpo_exporter.sources import embedded_model
+from mpo_exporter.source import embedded_model
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.chat_template import ChatTemplate
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
-from mpo_runtime.text_rows import recognise
-from mpo_runtime.texts import read_tokens
-from mpo_runtime.tokenizer import Tokenizer
+from mpo_runtime.text.chat_template import ChatTemplate
+from mpo_runtime.text.rows import recognise
+from mpo_runtime.text.token_text import read_tokens
+from mpo_runtime.text.tokenizer import Tokenizer
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 CHAT = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
 ROWS = {
@@ -124,9 +124,13 @@ def test_texts_that_cannot_be_packed(
     ],
 )
 def test_texts_that_cannot_be_read(
-    name: str, content: bytes | None, only: bool, message: str, tmp_path: Path,
+    name: str,
+    content: bytes | None,
+    only: bool,
+    message: str,
+    tmp_path: Path,
     embedded: tuple[Tokenizer, ChatTemplate, Architecture],
-) -> None:  # fmt: skip
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -137,8 +141,11 @@ def test_texts_that_cannot_be_read(
 def test_a_row_that_the_template_refuses_is_named(
     tmp_path: Path, embedded: tuple[Tokenizer, ChatTemplate, Architecture]
 ) -> None:
-    strict = ChatTemplate("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-                          "{{ m.content }}{% endfor %}", isolated=False)  # fmt: skip
+    strict = ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{{ m.content }}{% endfor %}",
+        isolated=False,
+    )
     rows = [{"messages": CHAT}, {"messages": []}, {"messages": [*CHAT, {"role": "tool", "content": "1"}]}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpo_exporter.cli import main
+from mpo_exporter.cli.main import main
 from mpo_exporter.heal.checkpoint import Record, save_checkpoint
 from mpo_exporter.heal.exported import heal_settings
 from mpo_exporter.heal.run import work_folder

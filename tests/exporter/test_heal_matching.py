@@ -17,11 +17,11 @@ from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import Batch, Student
 from mpo_exporter.heal.teacher import TeacherFiles, matched_blocks, taught
 from mpo_exporter.heal.trainable import Trainables
-from mpo_exporter.plan import Options
+from mpo_exporter.plan.named import Options
 from mpo_formats import MpoFile
 from mpo_formats.packing import bf16_to_f32
-from mpo_runtime.checkpoint import Checkpoint
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, VOCABULARY, granite_config, some_ids, write_folder
 
 BLOCKS = 4

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from mpo_exporter.export import export
 from mpo_exporter.heal.run import heal
 from mpo_exporter.heal.settings import Settings
-from mpo_exporter.plan import Options
-from mpo_exporter.sensitivity import profile_layers, tensorized
+from mpo_exporter.measure.layerwise import profile_layers, tensorized
+from mpo_exporter.plan.named import Options
 from mpo_formats import CheckpointError, ConfigError, FormatError, MpoError, MpoFile, OutputError
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
 from tests.helpers import BOS, granite_config, some_ids, write_folder
 
 SETTINGS = Settings(tokens=300, window=32, train_codes=False)

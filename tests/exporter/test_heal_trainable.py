@@ -18,7 +18,7 @@ from mpo_formats import MpoFile
 from mpo_formats.layout import content_tensors
 from mpo_formats.reference import matrix
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
 from tests.helpers import forward, some_ids
 
 GOLDEN = sorted((Path(__file__).resolve().parent.parent / "golden").glob("*.mpo"))
@@ -124,8 +124,10 @@ def test_moving_codes_have_the_gradients_of_frozen_ones() -> None:
     codes = torch.randint(0, 8, (3, 32), generator=source, dtype=torch.uint8)
     latent = (codes + 0.4 * torch.rand(3, 32, generator=source)).requires_grad_()
     weight = torch.randn(3, 32, generator=source)
-    parts = [[torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)).requires_grad_() for seed in (1, 2)]
-             for _ in range(2)]  # fmt: skip
+    parts = [
+        [torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)).requires_grad_() for seed in (1, 2)]
+        for _ in range(2)
+    ]
     moving, frozen = cells(latent, *parts[0], 7), dequantize(codes, *parts[1])
     torch.testing.assert_close(moving, frozen)
     (moving * weight).sum().backward()

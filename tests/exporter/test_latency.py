@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mpo_exporter import latency as latency_module
-from mpo_exporter.latency import Latency, keep_table, no_slower_than, open_table, working_set_of
-from mpo_exporter.plan import operator
-from mpo_exporter.survey import Candidate
+from mpo_exporter.measure import latency as latency_module
+from mpo_exporter.measure.latency import Latency, keep_table, no_slower_than, open_table, working_set_of
+from mpo_exporter.measure.survey import Candidate
+from mpo_exporter.terms import operator
 from mpo_formats import Dense, LinearSpec, ModelSpec, Quantized
 from mpo_runtime import kernels
 from tests.exporter.test_plan import dense_model
@@ -18,11 +18,11 @@ from tests.exporter.test_plan import dense_model
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="times the native kernels")
 
 TERMS = (
-    (Quantized("quantized", 4, 32, False),),
-    (Quantized("quantized", 3, 32, True),),
-    (Quantized("quantized", 2, 64, False), operator((64, 1), (1, 64), 4, "int8")),
+    (Quantized(4, 32, False),),
+    (Quantized(3, 32, True),),
+    (Quantized(2, 64, False), operator((64, 1), (1, 64), 4, "int8")),
     (operator((8, 8), (8, 8), 5, "f16"),),
-    (Dense("dense", "bf16"),),
+    (Dense("bf16"),),
 )
 
 
@@ -41,9 +41,12 @@ def test_every_kind_of_term_is_timed_once_and_kept(spec: ModelSpec, monkeypatch:
     table = open_table(spec)
     table.fill([*layers, *layers])
     assert table.measured == len(TERMS) and all(0 < table.layer(layer) < 1 for layer in layers)
-    planned = dataclasses.replace(spec, linears=tuple(
-        dataclasses.replace(one, terms=TERMS[0]) if one.in_features == 64 else one for one in spec.linears
-    ))  # fmt: skip
+    planned = dataclasses.replace(
+        spec,
+        linears=tuple(
+            dataclasses.replace(one, terms=TERMS[0]) if one.in_features == 64 else one for one in spec.linears
+        ),
+    )
     seconds = table.token(planned)
     assert seconds >= sum(table.layer(linear) for linear in planned.linears)
     told: list[str] = []

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from mpo_exporter.calibrate import moments
 from mpo_exporter.calibrate.moments import Calibration, Moment, Sums
-from mpo_exporter.spill import mapped_file
+from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import ConfigError, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import VOCABULARY, granite_config, random_tensors, write_folder, write_weights
 
 Array = NDArray[np.float64]
@@ -68,8 +68,9 @@ def test_compressed_moments_are_those_of_the_compressed_model(tmp_path: Path) ->
     config = granite_config()
     tensors = random_tensors(config, 0, torch.float32)
     dense = write_folder(tmp_path / "dense", config)
-    noise = {name: value + 0.1 * value.std() * torch.randn_like(value) for name, value in tensors.items()
-             if value.dim() == 2}  # fmt: skip
+    noise = {
+        name: value + 0.1 * value.std() * torch.randn_like(value) for name, value in tensors.items() if value.dim() == 2
+    }
     other = write_folder(tmp_path / "other", config)
     write_weights(other, tensors | noise)
     found: dict[str, Moment] = {}
@@ -146,7 +147,7 @@ def test_a_built_matrix_of_another_shape(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr("mpo_exporter.spill.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("mpo_exporter.calibrate.spill.shutil.disk_usage", lambda _: usage)
 
     def refuse(*given: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -174,7 +175,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mpo_exporter.calibrate.moments import Calibration
-from mpo_runtime.checkpoint import Checkpoint
+from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.memory import peak_memory
 
 torch.set_num_threads(2)

@@ -9,25 +9,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_exporter.command import tell_cut_bonds
+from mpo_exporter.cli.export import tell_cut_bonds
 from mpo_exporter.fit.shapes import parameters
-from mpo_exporter.plan import CORE_SHARE, EMBEDDING_BITS, PLANS, KeyOptions, Options, plan_layers
+from mpo_exporter.plan.named import CORE_SHARE, EMBEDDING_BITS, PLANS, KeyOptions, Options, plan_layers
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
 from tests.formats import tiny
 
-BF16 = Dense("dense", "bf16")
-INT4 = Quantized("quantized", 4, 32, False)
+BF16 = Dense("bf16")
+INT4 = Quantized(4, 32, False)
 
 
 def dense_model(
     hidden: int = 64, inner: int = 128, blocks: int = 8, dtype: str = "bf16", tied: bool = False
 ) -> ModelSpec:
     """A model as the checkpoint reader describes it: every layer dense."""
-    changes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks, "head_dim": hidden // 2,
-               "vocab_size": 96, "tie_word_embeddings": tied}  # fmt: skip
+    changes = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "head_dim": hidden // 2,
+        "vocab_size": 96,
+        "tie_word_embeddings": tied,
+    }
     spec = tiny.model({}, **changes)
-    terms: tuple[Term, ...] = (Dense("dense", dtype),)
+    terms: tuple[Term, ...] = (Dense(dtype),)
     return dataclasses.replace(spec, linears=tuple(dataclasses.replace(row, terms=terms) for row in spec.linears))
 
 
@@ -49,7 +55,7 @@ def test_int4_rounds_everything_that_a_group_divides() -> None:
         f"model.layers.{block}.mlp.down_proj" for block in range(8)
     }
     small = planned(dense_model(inner=48), plan="int4")["model.layers.0.mlp.down_proj"]
-    assert small.terms == (Quantized("quantized", 4, 16, False),)
+    assert small.terms == (Quantized(4, 16, False),)
 
 
 def test_paper_spares_early_blocks_and_the_last_mlp() -> None:
@@ -82,16 +88,18 @@ def test_paper_cores_have_bonds_of_chi_or_full_rank(cores: int, chi: int) -> Non
 
 
 @given(
-    hidden=st.sampled_from([16, 64, 72, 100]), inner=st.sampled_from([128, 172, 96, 101]), cores=st.integers(2, 4),
+    hidden=st.sampled_from([16, 64, 72, 100]),
+    inner=st.sampled_from([128, 172, 96, 101]),
+    cores=st.integers(2, 4),
     chi=st.integers(1, 64),
-)  # fmt: skip
+)
 def test_auto_corrects_int4_with_few_small_cores(hidden: int, inner: int, cores: int, chi: int) -> None:
     """At most χ, at most their share of a matrix's parameters, and none where nothing was rounded."""
     layers = planned(dense_model(hidden, inner, blocks=1), plan="auto", cores=cores, chi=chi)
     for name, layer in layers.items():
         base, *correction = layer.terms
         if name in (EMBEDDING, HEAD):
-            assert base == (BF16 if hidden % 16 else Quantized("quantized", EMBEDDING_BITS, base.group, False))
+            assert base == (BF16 if hidden % 16 else Quantized(EMBEDDING_BITS, base.group, False))
             assert not correction
         elif isinstance(base, Dense):
             assert base == BF16 and layer.in_features % 16
@@ -109,7 +117,7 @@ def test_auto_corrects_int4_with_few_small_cores(hidden: int, inner: int, cores:
 def test_auto_uses_the_room_that_it_has() -> None:
     """A large matrix takes χ whole, in int8; a small one as many bonds as fit."""
     layers = planned(dense_model(hidden=256, inner=256, blocks=1), plan="auto", chi=4)
-    assert layers["model.layers.0.mlp.up_proj"].terms == (INT4, Mpo("mpo", (256, 1), (1, 256), (4,), "int8", 64))
+    assert layers["model.layers.0.mlp.up_proj"].terms == (INT4, Mpo((256, 1), (1, 256), (4,), "int8", 64))
     (_, most) = planned(dense_model(hidden=256, inner=256, blocks=1), plan="auto", chi=99)[
         "model.layers.0.mlp.up_proj"
     ].terms
@@ -178,7 +186,7 @@ def test_a_pattern_takes_the_place_of_what_paper_spares() -> None:
 
 
 def test_pinned_layers_keep_their_terms_in_every_plan() -> None:
-    terms = (Quantized("quantized", 2, 64, True),)
+    terms = (Quantized(2, 64, True),)
     for plan in PLANS:
         layers = planned(dense_model(), plan=plan, keys=KeyOptions(min_dim=16), pinned=((EMBEDDING, terms),))
         assert layers[EMBEDDING].terms == terms
@@ -186,31 +194,42 @@ def test_pinned_layers_keep_their_terms_in_every_plan() -> None:
         planned(dense_model(), plan="int4", file="mine", pinned=(("other", terms),))
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"plan": "best"}, "--plan best: expected one of auto, paper, k-proj, corrected, int4, dense, or file:PLAN.json"),
-    ({"chi": 0}, "--chi 0: the bond dimension must be at least 1"),
-    ({"chi": -1}, "--chi -1: the bond dimension must be at least 1"),
-    ({"cores": 1}, "--cores 1: expected 2 to 8"),
-    ({"cores": 9}, "--cores 9: expected 2 to 8"),
-    ({"plan": "int4", "max_kl": 0.1}, "--max-kl 0.1: expected more than 0 nats a token, and the plan auto"),
-    ({"max_kl": -1.0}, "--max-kl -1: expected more than 0"),
-    ({"max_kl": 0.1, "target_bytes": 5}, "--max-kl and a target in bytes: give one of them"),
-    ({"plan": "paper", "for_speed": True}, "--for-speed: expected the plan auto, found paper"),
-    ({"sensitivity": "exact"}, "--sensitivity exact: expected one of fast, full"),
-    ({"pattern": "("}, r"--layers \(: not a regular expression"),
-    ({"top_k": 3}, "expected the plan paper, k-proj, corrected, int4, found auto"),
-    ({"plan": "paper", "top_k": 0}, "--top-k 0: expected at least 1"),
-    ({"plan": "paper", "share": 1.5}, "--compression-ratio 1.5: expected more than 0 and at most 1"),
-    ({"plan": "paper", "share": 0.5, "top_k": 1}, "--top-k and --compression-ratio: give one of them"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"plan": "best"},
+            "--plan best: expected one of auto, paper, k-proj, corrected, int4, dense, or file:PLAN.json",
+        ),
+        ({"chi": 0}, "--chi 0: the bond dimension must be at least 1"),
+        ({"chi": -1}, "--chi -1: the bond dimension must be at least 1"),
+        ({"cores": 1}, "--cores 1: expected 2 to 8"),
+        ({"cores": 9}, "--cores 9: expected 2 to 8"),
+        ({"plan": "int4", "max_kl": 0.1}, "--max-kl 0.1: expected more than 0 nats a token, and the plan auto"),
+        ({"max_kl": -1.0}, "--max-kl -1: expected more than 0"),
+        ({"max_kl": 0.1, "target_bytes": 5}, "--max-kl and a target in bytes: give one of them"),
+        ({"plan": "paper", "for_speed": True}, "--for-speed: expected the plan auto, found paper"),
+        ({"sensitivity": "exact"}, "--sensitivity exact: expected one of fast, full"),
+        ({"pattern": "("}, r"--layers \(: not a regular expression"),
+        ({"top_k": 3}, "expected the plan paper, k-proj, corrected, int4, found auto"),
+        ({"plan": "paper", "top_k": 0}, "--top-k 0: expected at least 1"),
+        ({"plan": "paper", "share": 1.5}, "--compression-ratio 1.5: expected more than 0 and at most 1"),
+        ({"plan": "paper", "share": 0.5, "top_k": 1}, "--top-k and --compression-ratio: give one of them"),
+    ],
+)
 def test_options_that_cannot_be_honoured_are_named(options: dict[str, object], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         Options(**options)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"rank": 0}, "--rank 0"), ({"bits": 5}, "--quant-bits 5: expected one of 4, 8, 16"), ({"min_dim": 0}, "--min-dim 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 0}, "--rank 0"),
+        ({"bits": 5}, "--quant-bits 5: expected one of 4, 8, 16"),
+        ({"min_dim": 0}, "--min-dim 0"),
+    ],
+)
 def test_key_options_that_cannot_be_honoured(options: dict[str, object], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         KeyOptions(**options)
@@ -227,8 +246,13 @@ def test_only_what_was_given_is_recorded() -> None:
     assert Options("auto", chi=4).recorded() == {"plan": "auto", "chi": "4", "cores": "2"}
     found = Options("auto", max_kl=0.05, for_speed=True, pattern="mlp").recorded()
     assert found == {
-        "plan": "auto", "chi": "32", "cores": "2", "max_kl": "0.05", "for_speed": "True", "pattern": "mlp",
-    }  # fmt: skip
+        "plan": "auto",
+        "chi": "32",
+        "cores": "2",
+        "max_kl": "0.05",
+        "for_speed": "True",
+        "pattern": "mlp",
+    }
     assert Options("k-proj", keys=KeyOptions(rank=7)).recorded()["keys.rank"] == "7"
 
 
@@ -240,11 +264,11 @@ def test_a_chi_far_above_the_full_rank_is_planned_at_once() -> None:
 
 def test_a_layer_that_no_group_divides_keeps_its_two_bytes() -> None:
     source = dense_model(hidden=76, inner=131)
-    narrow = dataclasses.replace(source, linears=tuple(
-        dataclasses.replace(linear, terms=(Dense("dense", "f16"),)) for linear in source.linears
-    ))  # fmt: skip
+    narrow = dataclasses.replace(
+        source, linears=tuple(dataclasses.replace(linear, terms=(Dense("f16"),)) for linear in source.linears)
+    )
     for plan in ("int4", "corrected"):
-        assert {linear.terms for linear in plan_layers(narrow, Options(plan))} == {(Dense("dense", "f16"),)}
+        assert {linear.terms for linear in plan_layers(narrow, Options(plan))} == {(Dense("f16"),)}
 
 
 def test_a_chi_above_the_full_rank_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,30 +10,32 @@ import numpy as np
 import pytest
 import torch
 
-from mpo_exporter import latency as latency_module
-from mpo_exporter import surveys as surveys_module
-from mpo_exporter.budget import default_bytes, file_bytes
-from mpo_exporter.cache import Kept
 from mpo_exporter.export import export, planned_spec, planner_for
-from mpo_exporter.latency import Latency
-from mpo_exporter.plan import Options, integers
-from mpo_exporter.plans import make as make_module
-from mpo_exporter.plans.expected import layer_loss
-from mpo_exporter.plans.file import read_plan, write_plan
-from mpo_exporter.plans.make import Planner
-from mpo_exporter.plans.predict import correction, outcomes_shelf, predict, remember, within_kl
-from mpo_exporter.surveys import packed, unpacked
+from mpo_exporter.measure import latency as latency_module
+from mpo_exporter.measure import surveys as surveys_module
+from mpo_exporter.measure.cache import Kept
+from mpo_exporter.measure.expected import layer_loss
+from mpo_exporter.measure.latency import Latency
+from mpo_exporter.measure.surveys import packed, unpacked
+from mpo_exporter.plan.budget import default_bytes, file_bytes
+from mpo_exporter.plan.file import read_plan, write_plan
+from mpo_exporter.plan.named import Options
+from mpo_exporter.plan import planner as make_module
+from mpo_exporter.plan.planner import Planner
+from mpo_exporter.plan.predict import correction, outcomes_shelf, predict, remember, within_kl
+from mpo_exporter.terms import integers
 from mpo_formats import ConfigError, LinearSpec, ModelSpec, Mpo, MpoFile, PlanError, Quantized
 from mpo_formats.architecture import EMBEDDING
-from mpo_runtime.checkpoint import Checkpoint
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import granite_config, some_ids, write_folder
 
 TEXT = TokenText("calibration", np.array(some_ids(24 * 63), np.int64), 0, "1" * 64)
 HELD_OUT = TokenText("held-out", np.array(some_ids(512, 9), np.int64), 0, "2" * 64)
 # Logits small enough that the random model's distribution is no single token's.
-CONFIG = granite_config(hidden_size=64, intermediate_size=128, num_hidden_layers=3, logits_scaling=16.0,
-                        embedding_multiplier=1.0)  # fmt: skip
+CONFIG = granite_config(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=3, logits_scaling=16.0, embedding_multiplier=1.0
+)
 WINDOWS = 12
 UP = "model.layers.1.mlp.up_proj"
 
@@ -75,9 +77,13 @@ def test_another_budget_does_not_survey_again(folder: Path, tmp_path: Path, monk
     for number, more in enumerate(sizes):
         target = tmp_path / f"{number}.mpo"
         result = export(
-            folder, target, Options("auto", target_bytes=least + more), calibration=TEXT, windows=WINDOWS,
+            folder,
+            target,
+            Options("auto", target_bytes=least + more),
+            calibration=TEXT,
+            windows=WINDOWS,
             tell=told.append,
-        )  # fmt: skip
+        )
         assert 0.985 * (least + more) < result.file_bytes <= least + more
         files.append(target.read_bytes())
     assert len(surveyed) == 1
@@ -88,8 +94,14 @@ def test_another_budget_does_not_survey_again(folder: Path, tmp_path: Path, monk
     raw[-100] ^= 1
     kept.write_bytes(raw)
     told.clear()
-    export(folder, tmp_path / "again.mpo", Options("auto", target_bytes=least + sizes[0]), calibration=TEXT,
-           windows=WINDOWS, tell=told.append)  # fmt: skip
+    export(
+        folder,
+        tmp_path / "again.mpo",
+        Options("auto", target_bytes=least + sizes[0]),
+        calibration=TEXT,
+        windows=WINDOWS,
+        tell=told.append,
+    )
     assert "is damaged; measuring again" in told[0] and len(surveyed) == 2
     assert (tmp_path / "again.mpo").read_bytes() == files[0]
 
@@ -101,8 +113,11 @@ def test_a_survey_is_kept_whole(planner: Planner) -> None:
 
 
 def test_the_least_sensitive_layers_are_chosen(planner: Planner, spec: ModelSpec) -> None:
-    losses = {linear.name: layer_loss(planner.survey(), dataclasses.replace(linear, terms=(integers(64, 4),)))
-              for linear in spec.linears if linear.in_features == 64 and linear.name != EMBEDDING}  # fmt: skip
+    losses = {
+        linear.name: layer_loss(planner.survey(), dataclasses.replace(linear, terms=(integers(64, 4),)))
+        for linear in spec.linears
+        if linear.in_features == 64 and linear.name != EMBEDDING
+    }
     order = sorted(losses, key=lambda name: losses[name] or 0.0)
     planned = planner.layers(spec, Options("int4", top_k=3, pattern="q_proj|k_proj|v_proj|o_proj|gate|up"))
     changed = {linear.name for linear, plain in zip(planned, spec.linears, strict=True) if linear != plain}
@@ -159,8 +174,9 @@ def test_layers_that_a_pattern_leaves_out_stay_dense_in_an_allocation(planner: P
 
 
 def test_below_integers_cores_alone_and_below_these_the_minimum(planner: Planner, spec: ModelSpec) -> None:
-    integers_least = bytes_of(spec, tuple(dataclasses.replace(linear, terms=(Quantized("quantized", 2, 64, False),))
-                                          for linear in spec.linears))  # fmt: skip
+    integers_least = bytes_of(
+        spec, tuple(dataclasses.replace(linear, terms=(Quantized(2, 64, False),)) for linear in spec.linears)
+    )
     planned = planner.layers(spec, Options("auto", chi=2, target_bytes=integers_least - 2000))
     assert any(linear.terms[0].kind == "mpo" for linear in planned)
     assert bytes_of(spec, planned) <= integers_least - 2000
@@ -219,11 +235,12 @@ def test_predictions_against_what_came_out(folder: Path, planner: Planner, tmp_p
     assert first.memory_bytes > first.file_bytes and first.export_seconds > 0
 
 
-def test_a_prediction_is_corrected_by_the_nearest_outcome(planner: Planner, spec: ModelSpec, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_prediction_is_corrected_by_the_nearest_outcome(
+    planner: Planner, spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MPO_CACHE", str(tmp_path))
     assert correction(planner, 0.1) == 1
-    from mpo_exporter.plans.expected import total_loss
+    from mpo_exporter.measure.expected import total_loss
 
     for bits, factor in ((4, 2.0), (2, 3.0)):
         linears = tuple(dataclasses.replace(one, terms=(integers(one.in_features, bits, 64),)) for one in spec.linears)
@@ -234,8 +251,9 @@ def test_a_prediction_is_corrected_by_the_nearest_outcome(planner: Planner, spec
             assert correction(planner, 1.01 * loss) == pytest.approx(factor)
 
 
-def test_an_export_that_missed_teaches_the_next_one(planner: Planner, tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_an_export_that_missed_teaches_the_next_one(
+    planner: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once the correction was looked up at the KL that was asked for, and the third export repeated the second."""
     monkeypatch.setenv("MPO_CACHE", str(tmp_path))
     asked = Options("auto", max_kl=5e-4)
@@ -268,12 +286,21 @@ def write(path: Path, content: object) -> Path:
 
 
 def test_a_plan_file_overrides_single_layers(folder: Path, spec: ModelSpec, tmp_path: Path, planner: Planner) -> None:
-    path = write(tmp_path / "plan.json", {
-        "version": 1, "plan": "int4", "layers": [
-            {"layer": UP, "terms": [{"kind": "quantized", "bits": 2, "group": 64}, {"kind": "mpo", "chi": 3}]},
-            {"match": "layers.0.*q_proj", "terms": [{"kind": "mpo", "chi": 5, "shape": "balanced", "dtype": "f16"}]},
-            {"layer": EMBEDDING, "terms": [{"kind": "dense"}]},
-        ]})  # fmt: skip
+    path = write(
+        tmp_path / "plan.json",
+        {
+            "version": 1,
+            "plan": "int4",
+            "layers": [
+                {"layer": UP, "terms": [{"kind": "quantized", "bits": 2, "group": 64}, {"kind": "mpo", "chi": 3}]},
+                {
+                    "match": "layers.0.*q_proj",
+                    "terms": [{"kind": "mpo", "chi": 5, "shape": "balanced", "dtype": "f16"}],
+                },
+                {"layer": EMBEDDING, "terms": [{"kind": "dense"}]},
+            ],
+        },
+    )
     options = read_plan(path, spec, Options())
     result = export(folder, tmp_path / "out.mpo", options)
     with MpoFile(result.path) as file:
@@ -281,7 +308,7 @@ def test_a_plan_file_overrides_single_layers(folder: Path, spec: ModelSpec, tmp_
         layers = {linear.name: linear for linear in file.spec.linears}
         assert file.spec.provenance.options["file"] == "plan.json"
     assert [term.kind for term in layers[UP].terms] == ["quantized", "mpo"]
-    assert layers[UP].terms[0] == Quantized("quantized", 2, 64, False)
+    assert layers[UP].terms[0] == Quantized(2, 64, False)
     assert layers["model.layers.0.self_attn.q_proj"].terms[0].bonds == (5,)
     assert layers[EMBEDDING] == spec.linear(EMBEDDING)
     assert layers["model.layers.2.mlp.up_proj"].terms == (integers(64, 4),)

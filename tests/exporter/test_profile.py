@@ -12,23 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from mpo_exporter.build import build_linear
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.calibrate.windows import cut_calibration
+from mpo_exporter.cli.profile_command import run_profile
 from mpo_exporter.export import export
-from mpo_exporter.plan import Options, integers
-from mpo_exporter.profile import full
-from mpo_exporter.profile.command import run_profile
-from mpo_exporter.profile.full import check_windows, measured_alone
-from mpo_exporter.profile.plots import DEPTH, HEAT
-from mpo_exporter.profile.summary import Judged, Profile, rank_correlation
+from mpo_exporter.fit.layer import build_linear
+from mpo_exporter.measure import sensitivity as full
+from mpo_exporter.measure.sensitivity import check_windows, measured_alone
+from mpo_exporter.measure.summary import Judged, Profile, rank_correlation
+from mpo_exporter.plan.named import Options
+from mpo_exporter.report.profile_plots import DEPTH, HEAT
+from mpo_exporter.terms import integers
 from mpo_formats import ConfigError, LinearSpec, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import compare
 from mpo_runtime.model import load_network
-from mpo_runtime.texts import TokenText
-from mpo_runtime.weights import open_weights
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import open_weights
 from tests.helpers import granite_config, some_ids, write_folder
 
 TEXT = TokenText("calibration", np.array(some_ids(16 * 63), np.int64), 0, "1" * 64)
@@ -36,8 +37,13 @@ TEXT = TokenText("calibration", np.array(some_ids(16 * 63), np.int64), 0, "1" * 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = granite_config(hidden_size=64, intermediate_size=128, logits_scaling=16.0, embedding_multiplier=1.0,
-                            tie_word_embeddings=request.param)  # fmt: skip
+    config = granite_config(
+        hidden_size=64,
+        intermediate_size=128,
+        logits_scaling=16.0,
+        embedding_multiplier=1.0,
+        tie_word_embeddings=request.param,
+    )
     return write_folder(tmp_path_factory.mktemp("source") / "model", config, dtype=torch.bfloat16)
 
 
@@ -54,8 +60,11 @@ def test_a_measured_layer_is_what_an_export_of_that_layer_alone_gives(
     walk = Calibration(source, cut_calibration(TEXT, source.architecture, count=8), tmp_path)
     windows = check_windows(TEXT, walk)
     assert not {row.tobytes() for row in windows} & {row.tobytes() for row in walk.windows}
-    wanted = [one for one in coarse(source) if one.name.endswith(("1.mlp.down_proj", "0.self_attn.k_proj"))
-              or one.name in (EMBEDDING, HEAD)]  # fmt: skip
+    wanted = [
+        one
+        for one in coarse(source)
+        if one.name.endswith(("1.mlp.down_proj", "0.self_attn.k_proj")) or one.name in (EMBEDDING, HEAD)
+    ]
     found = {one.layer: one for one in measured_alone(source, TEXT, walk, wanted)}
     moments: dict[str, Moment] = {name: moment for names, moment in walk.dense() for name in names}
     dense = load_network(open_weights(folder), backend="reference")
@@ -178,12 +187,15 @@ def test_plots_without_matplotlib_name_the_extra(
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["profile.json"]
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"level": "exact"}, "--level exact: expected one of fast, full"),
-    ({"bits": 7}, "--bits 7: expected one of 8, 6"),
-    ({"chi": 0}, "--chi 0"),
-    ({"windows": 0}, "--calib-windows 0: expected at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"level": "exact"}, "--level exact: expected one of fast, full"),
+        ({"bits": 7}, "--bits 7: expected one of 8, 6"),
+        ({"chi": 0}, "--chi 0"),
+        ({"windows": 0}, "--calib-windows 0: expected at least 1"),
+    ],
+)
 def test_options_that_cannot_be_honoured(change: dict[str, Any], words: str) -> None:
     given = {"level": "fast", "bits": 2, "chi": 4, "windows": 8} | change
     with pytest.raises(ConfigError, match=words):
@@ -199,7 +211,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_key_projections_keep_their_norm(folder: Path, tmp_path: Path) -> None:
-    from mpo_exporter.plan import KeyOptions
+    from mpo_exporter.plan.named import KeyOptions
     from mpo_formats import MpoFile
     from mpo_formats.reference import matrix
 

@@ -15,7 +15,8 @@ from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.export import Result, export
 from mpo_exporter.fit.common import activation_error, cholesky_root
-from mpo_exporter.plan import Options
+from mpo_exporter.measure.survey import survey
+from mpo_exporter.plan.named import Options
 from mpo_exporter.progress import silent
 from mpo_exporter.report import facts, footprint
 from mpo_exporter.report.alternative import predicted_curve
@@ -27,14 +28,13 @@ from mpo_exporter.report.next_step import wrote
 from mpo_exporter.report.record import Recorder
 from mpo_exporter.report.samples import repeated_share, write_texts
 from mpo_exporter.report.terminal import print_whole
-from mpo_exporter.survey import survey
 from mpo_formats import ConfigError, FormatError, MpoFile, OutputError
 from mpo_formats.layout import linear_bytes
 from mpo_formats.reference import matrix
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import compare
 from mpo_runtime.model import load
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import byte_tokenizer, granite_config, network, some_ids, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,18 +57,32 @@ def recorder() -> Recorder:
 def exported(source: Path, recorder: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Result:
     target = tmp_path_factory.mktemp("file") / "little.mpo"
     return export(
-        source, target, Options("auto", chi=3), text=TEXT, prefixes=(1,), calibration=CALIBRATION, windows=8,
-        progress=recorder.progress, watch=recorder.watch,
-    )  # fmt: skip
+        source,
+        target,
+        Options("auto", chi=3),
+        text=TEXT,
+        prefixes=(1,),
+        calibration=CALIBRATION,
+        windows=8,
+        progress=recorder.progress,
+        watch=recorder.watch,
+    )
 
 
 @pytest.fixture(scope="module")
 def job(source: Path, exported: Result, recorder: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(
-        file=exported.path, teacher=source, name="little", folder=tmp_path_factory.mktemp("report"), text=TEXT,
-        calibration=CALIBRATION, fit_windows=8, threads=1, comparison=exported.comparison,
+        file=exported.path,
+        teacher=source,
+        name="little",
+        folder=tmp_path_factory.mktemp("report"),
+        text=TEXT,
+        calibration=CALIBRATION,
+        fit_windows=8,
+        threads=1,
+        comparison=exported.comparison,
         compression=recorder.compression(),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +111,10 @@ def test_quality_is_what_the_measure_says(report: Report, job: Job, source: Path
         assert (found.perplexity, found.error) == (expected.model.perplexity, expected.model.error)
         assert (found.dense_perplexity, found.dense_error) == (expected.reference.perplexity, expected.reference.error)
         assert (found.kl_mean, found.kl_999, found.same_top1) == (
-            expected.kl_mean, expected.kl_999, expected.same_top1,
-        )  # fmt: skip
+            expected.kl_mean,
+            expected.kl_999,
+            expected.same_top1,
+        )
         assert (found.cosine, found.mse) == (expected.cosine, expected.mse)
         assert (found.text, found.tokens, found.window) == (TEXT.name, TEXT.ids.size, expected.model.window)
     assert alone.compression is None and "give --report to the export" in alone.missing["compression"]
@@ -289,8 +305,18 @@ def test_the_table_says_plainly_what_is_slower(
     plain = " ".join(out.split())
     assert "decodes more slowly than the dense model on this machine: 10.0 against 20.0 tokens/s" in plain
     assert "[bold]text" in plain
-    for word in ("parameters", "file bytes", "memory", "decoding, tokens/s", "perplexity", "logits, cosine",
-                 "repeated 4-grams", "early stops", "layers with cores", "KL without cores"):  # fmt: skip
+    for word in (
+        "parameters",
+        "file bytes",
+        "memory",
+        "decoding, tokens/s",
+        "perplexity",
+        "logits, cosine",
+        "repeated 4-grams",
+        "early stops",
+        "layers with cores",
+        "KL without cores",
+    ):
         assert word in plain
 
 

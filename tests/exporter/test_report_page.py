@@ -67,23 +67,53 @@ def report() -> Report:
     quality = Measured("held-out.txt", "0" * 64, 999, 512, 40.0, 3.0, 41.0, 3.1, 0.01, 0.2, 0.93, 0.999, 0.02)
     prompts = (Prompt("Once upon a time", False, sample("dense text"), sample("our text")),)
     return Report(
-        format="mpo-report", version=1, made="2026-11-25T00:00:00+00:00",
-        subject=Subject("model", "model.mpo", "source", "1" * 64, None, "mpo-runtime 0.1.0", {"plan": "auto"}, "granite",
-                        3, 48, 64, 4, 2, 300, True),
+        format="mpo-report",
+        version=1,
+        made="2026-11-25T00:00:00+00:00",
+        subject=Subject(
+            "model",
+            "model.mpo",
+            "source",
+            "1" * 64,
+            None,
+            "mpo-runtime 0.1.0",
+            {"plan": "auto"},
+            "granite",
+            3,
+            48,
+            64,
+            4,
+            2,
+            300,
+            True,
+        ),
         sizes=Sizes(30_000, 31_000, 60_000, 60_000, 20_000, 16.0, 5.33),
-        ratios=Ratios(31 / 30, 1 / 3, 0.9, 1.5), quality=quality,
+        ratios=Ratios(31 / 30, 1 / 3, 0.9, 1.5),
+        quality=quality,
         speed=Speed((10.0, 11.0, 12.0), (15.0, 16.5, 17.0), 11.0, 16.5, 32, 16, False),
-        memory=Memory(50_000_000, 45_000_000, 30_000_000, 30_000_000, 16), core_layers=3, layers=(table, *layers),
-        calibrated=None, without_cores=WithoutCores(19_900, 40.5, 3.0, 0.008, 0.15, 0.94, 30.0),
-        points=(Point("dense", "dense bf16", 60_000, 0.0, 40.0), Point("this file", "this file", 20_000, 0.01, 41.0),
-                Point("without cores", "same bytes, no cores", 19_900, 0.008, 40.5),
-                Point("prefix", "χ = 1", 18_000, 0.02, 42.0), Point("earlier", "earlier, 3.00 bits", 11_000, 0.2, 50.0)),
+        memory=Memory(50_000_000, 45_000_000, 30_000_000, 30_000_000, 16),
+        core_layers=3,
+        layers=(table, *layers),
+        calibrated=None,
+        without_cores=WithoutCores(19_900, 40.5, 3.0, 0.008, 0.15, 0.94, 30.0),
+        points=(
+            Point("dense", "dense bf16", 60_000, 0.0, 40.0),
+            Point("this file", "this file", 20_000, 0.01, 41.0),
+            Point("without cores", "same bytes, no cores", 19_900, 0.008, 40.5),
+            Point("prefix", "χ = 1", 18_000, 0.02, 42.0),
+            Point("earlier", "earlier, 3.00 bits", 11_000, 0.2, 50.0),
+        ),
         predicted=(Predicted(10_000, 0.3), Predicted(20_000, 0.009)),
         texts=Texts(0.7, 1, 96, 12, 0.1, 0.25, 0, 0, prompts),
-        compression=Compression(60.0, (Stage("fitting", 0.0, 40.0, 6), Stage("measuring", 40.0, 60.0, 3)),
-                                tuple(Step(one.name, 6.0 * index, 5.0, 0.04) for index, one in enumerate(layers))),
-        machine=Machine("a processor", 2, "native", "avx2", 2), costs=(Cost("quality", 3.0),), missing={},
-    )  # fmt: skip
+        compression=Compression(
+            60.0,
+            (Stage("fitting", 0.0, 40.0, 6), Stage("measuring", 40.0, 60.0, 3)),
+            tuple(Step(one.name, 6.0 * index, 5.0, 0.04) for index, one in enumerate(layers)),
+        ),
+        machine=Machine("a processor", 2, "native", "avx2", 2),
+        costs=(Cost("quality", 3.0),),
+        missing={},
+    )
 
 
 def tree(text: str) -> ElementTree.Element:
@@ -100,23 +130,53 @@ def shown(root: ElementTree.Element) -> str:
 def bare(report: Report) -> Report:
     """The same file, of which nothing but its sizes was measured."""
     return dataclasses.replace(
-        report, quality=None, speed=None, memory=None, texts=None, compression=None, without_cores=None, points=(),
-        predicted=(), ratios=Ratios(1.0, 0.3, None, None), core_layers=0,
+        report,
+        quality=None,
+        speed=None,
+        memory=None,
+        texts=None,
+        compression=None,
+        without_cores=None,
+        points=(),
+        predicted=(),
+        ratios=Ratios(1.0, 0.3, None, None),
+        core_layers=0,
         layers=tuple(dataclasses.replace(one, error=None, norm=None, spectrum=None) for one in report.layers),
         missing={part: f"no {part} today" for part in ("quality", "speed", "memory", "texts", "compression")},
-    )  # fmt: skip
+    )
 
 
 def test_the_page_is_whole_and_says_the_figures(report: Report) -> None:
     root = tree(page(report))
     words = shown(root)
-    for figure in ("41.00 ± 3.10", "40.00 ± 3.00", "+2.5 %", "93.0 %", "0.99900", "0.33×", "1.50×", "0.90×", "1.03×",
-                   "3 of 7 layers", "Cores do not pay here", "dense text", "our text", "11.0 → 16.5 tokens/s"):  # fmt: skip
+    for figure in (
+        "41.00 ± 3.10",
+        "40.00 ± 3.00",
+        "+2.5 %",
+        "93.0 %",
+        "0.99900",
+        "0.33×",
+        "1.50×",
+        "0.90×",
+        "1.03×",
+        "3 of 7 layers",
+        "Cores do not pay here",
+        "dense text",
+        "our text",
+        "11.0 → 16.5 tokens/s",
+    ):
         assert figure in words, figure
     assert len(root.findall(".//svg")) > 5
     titles = [found.text for found in root.iter("h2")]
-    assert titles == ["Quality", "Cores", "Decisions", "Spectra", "Progress of the compression", "Generated text",
-                      "How this was measured"]  # fmt: skip
+    assert titles == [
+        "Quality",
+        "Cores",
+        "Decisions",
+        "Spectra",
+        "Progress of the compression",
+        "Generated text",
+        "How this was measured",
+    ]
 
 
 def test_what_was_not_measured_is_said(report: Report) -> None:
@@ -167,7 +227,7 @@ def test_hostile_names_and_texts_stay_text(report: Report) -> None:
         machine=dataclasses.replace(report.machine, processor=HOSTILE, kernels=HOSTILE),
         compression=Compression(9.0, (Stage(HOSTILE, 0.0, 9.0, 1),), (Step(HOSTILE, 1.0, 1.0, 0.1),)),
         missing={HOSTILE: HOSTILE},
-    )  # fmt: skip
+    )
     text = page(bad)
     assert text.encode("utf-8")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text)

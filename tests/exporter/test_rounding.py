@@ -35,9 +35,12 @@ def plain(matrix: Matrix, bits: int, group: int) -> Matrix:
 
 
 @given(
-    bits=st.sampled_from(BITS), group=st.sampled_from(GROUPS), groups=st.integers(1, 3), seed=st.integers(0, 99),
+    bits=st.sampled_from(BITS),
+    group=st.sampled_from(GROUPS),
+    groups=st.integers(1, 3),
+    seed=st.integers(0, 99),
     spread=st.sampled_from([1e-3, 1.0, 50.0]),
-)  # fmt: skip
+)
 def test_every_group_is_at_least_as_close_as_by_the_plain_rule(
     bits: int, group: int, groups: int, seed: int, spread: float
 ) -> None:

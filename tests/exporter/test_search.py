@@ -71,7 +71,7 @@ def test_all_shapes_are_scored_by_what_they_drop() -> None:
 @given(out=st.tuples(*[st.integers(1, 6)] * 2), inner=st.tuples(*[st.integers(1, 6)] * 2), chi=st.integers(1, 4))
 def test_multiply_adds_are_those_of_the_runtime(out: Dims, inner: Dims, chi: int) -> None:
     chi = min(chi, *full_rank(out, inner))
-    term = Mpo("mpo", out, inner, (chi,), "f16", 0)
+    term = Mpo(out, inner, (chi,), "f16", 0)
     wanted = min(sweep_cost(term, 1, reverse) for reverse in (False, True))
     assert chi * bond_multiply_adds(out, inner) == wanted
 
@@ -88,10 +88,15 @@ def test_limits_hold() -> None:
         search.search(matrix, moment, never)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"parameters": 0}, "at least 1 parameter"), ({"parameters": 5, "multiply_adds": 0}, "at least 1 parameter"),
-    ({"parameters": 5, "seconds": 1.0}, "go together"), ({"parameters": 5, "latency": lambda *_: 1.0}, "go together"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"parameters": 0}, "at least 1 parameter"),
+        ({"parameters": 5, "multiply_adds": 0}, "at least 1 parameter"),
+        ({"parameters": 5, "seconds": 1.0}, "go together"),
+        ({"parameters": 5, "latency": lambda *_: 1.0}, "go together"),
+    ],
+)
 def test_limits_that_cannot_be(options, words: str) -> None:
     with pytest.raises(PlanError, match=words):
         Limits(**options)

@@ -39,10 +39,19 @@ def test_all_divisors_in_order(size: int) -> None:
     assert divisors(size) == [divisor for divisor in range(1, size + 1) if size % divisor == 0]
 
 
-@pytest.mark.parametrize(("size", "count", "dims"), [
-    (4096, 2, (64, 64)), (4096, 3, (16, 16, 16)), (12800, 2, (128, 100)), (172, 2, (43, 4)), (127, 2, (127, 1)),
-    (127, 3, (127, 1, 1)), (1, 2, (1, 1)), (6, 4, (3, 2, 1, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "count", "dims"),
+    [
+        (4096, 2, (64, 64)),
+        (4096, 3, (16, 16, 16)),
+        (12800, 2, (128, 100)),
+        (172, 2, (43, 4)),
+        (127, 2, (127, 1)),
+        (127, 3, (127, 1, 1)),
+        (1, 2, (1, 1)),
+        (6, 4, (3, 2, 1, 1)),
+    ],
+)
 def test_known_splits(size: int, count: int, dims: tuple[int, ...]) -> None:
     """Square where the size is one, unequal where its primes are, (p, 1, …) for a prime."""
     assert balanced_dims(size, count) == dims
@@ -66,7 +75,7 @@ def test_low_rank_is_a_member_of_the_family() -> None:
 def test_parameters_are_those_of_the_stored_cores(rows: int, columns: int, count: int) -> None:
     out_dims, in_dims = balanced_shape(rows, columns, count)
     bonds = (1,) * (count - 1)
-    term = Mpo("mpo", out_dims, in_dims, bonds, "f16", 0)
+    term = Mpo(out_dims, in_dims, bonds, "f16", 0)
     assert parameters(out_dims, in_dims, bonds) == sum(math.prod(shape) for shape in term.core_shapes())
 
 

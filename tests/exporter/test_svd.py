@@ -139,13 +139,17 @@ def refuse_large(function, limit):
     return small
 
 
-@pytest.mark.parametrize(("matrix", "chi", "words"), [
-    (np.ones((4, 6)), 0, "chi: expected at least 1, found 0"),
-    (np.ones((4, 6)), -3, "chi: expected at least 1, found -3"),
-    (np.ones((4, 5)), 2, "does not multiply to a matrix of"),
-    (np.full((4, 6), np.nan), 2, "not finite"),
-    (np.full((4, 6), np.inf), 2, "not finite"),
-], ids=["zero", "negative", "shape", "nan", "infinite"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("matrix", "chi", "words"),
+    [
+        (np.ones((4, 6)), 0, "chi: expected at least 1, found 0"),
+        (np.ones((4, 6)), -3, "chi: expected at least 1, found -3"),
+        (np.ones((4, 5)), 2, "does not multiply to a matrix of"),
+        (np.full((4, 6), np.nan), 2, "not finite"),
+        (np.full((4, 6), np.inf), 2, "not finite"),
+    ],
+    ids=["zero", "negative", "shape", "nan", "infinite"],
+)
 def test_what_cannot_be_fitted(matrix: Matrix, chi: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         sequential_svd(matrix, (2, 2), (2, 3), chi)

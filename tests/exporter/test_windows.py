@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mpo_exporter.calibrate.windows import calibration_text, cut_calibration
-from mpo_exporter.sources import find_source
+from mpo_exporter.source import find_source
 from mpo_formats import ConfigError
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, VOCABULARY, granite_config, write_folder
 
 
@@ -58,10 +58,13 @@ def test_chat_rows_pass_through_the_template(tmp_path: Path) -> None:
     assert "user" in shown
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("", "holds no text"),
-    ("too short", r"short\.txt: \d+ tokens are too few to calibrate on, expected at least 252; .*--calib"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no text"),
+        ("too short", r"short\.txt: \d+ tokens are too few to calibrate on, expected at least 252; .*--calib"),
+    ],
+)
 def test_too_little_text(source: Checkpoint, tmp_path: Path, content: str, words: str) -> None:
     file = tmp_path / "short.txt"
     file.write_text(content)

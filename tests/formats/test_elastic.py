@@ -54,7 +54,7 @@ def truncated_matrix(cores: list[np.ndarray[Any, Any]], chi: int) -> np.ndarray[
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_prefix_of_the_cores_is_the_truncated_operator(tmp_path: Path, count: int, dtype: Any) -> None:
     outs, ins, bonds = SHAPES[count]
-    term = Mpo("mpo", outs, ins, bonds, dtype, 16 if dtype.startswith("int") else 0)
+    term = Mpo(outs, ins, bonds, dtype, 16 if dtype.startswith("int") else 0)
     spec = tiny.model({tiny.GATE: (term,)})
     content = tiny.write(tmp_path / "a.mpo", spec)
     cores = [stored_core(content, f"{tiny.GATE}.0.core{index}", term, index) for index in range(count)]
@@ -87,7 +87,7 @@ def test_only_cores_are_cut(tmp_path: Path) -> None:
 
 def test_what_a_prefix_needs_is_contiguous_at_both_ends_and_strided_between(tmp_path: Path) -> None:
     outs, ins, bonds = SHAPES[3]
-    term = Mpo("mpo", outs, ins, bonds, "int8", 16)
+    term = Mpo(outs, ins, bonds, "int8", 16)
     tiny.write(tmp_path / "a.mpo", tiny.model({tiny.GATE: (term,)}))
     with MpoFile(tmp_path / "a.mpo") as file:
         for index, (full, cut) in enumerate(zip(term.core_shapes(), term.truncated(4).core_shapes(), strict=True)):

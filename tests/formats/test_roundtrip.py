@@ -18,14 +18,14 @@ from mpo_formats.spec import BITS, CoreType, FloatType
 from tests.formats import tiny
 
 FEATURES: dict[str, Term] = {
-    **{f"dense-{dtype}": Dense("dense", dtype) for dtype in get_args(FloatType)},
+    **{f"dense-{dtype}": Dense(dtype) for dtype in get_args(FloatType)},
     **{
-        f"int{bits}-{'zeros' if zeros else 'plain'}": Quantized("quantized", bits, 16, zeros)
+        f"int{bits}-{'zeros' if zeros else 'plain'}": Quantized(bits, 16, zeros)
         for bits in BITS
         for zeros in (False, True)
     },
     **{
-        f"mpo{len(bonds) + 1}-{dtype}": Mpo("mpo", outs, ins, bonds, dtype, 16 if dtype.startswith("int") else 0)
+        f"mpo{len(bonds) + 1}-{dtype}": Mpo(outs, ins, bonds, dtype, 16 if dtype.startswith("int") else 0)
         for outs, ins, bonds in (((16, 8), (4, 8), (7,)), ((8, 4, 4), (2, 4, 4), (7, 5)))
         for dtype in get_args(CoreType)
     },

@@ -36,7 +36,7 @@ from mpo_formats.spec import full_rank
 from tests.formats import tiny
 
 SPEC = (Path(__file__).resolve().parents[2] / "formats" / "SPEC.md").read_text(encoding="utf-8")
-MPO = Mpo("mpo", (4, 4), (8, 4), (6,), "int8", 16)
+MPO = Mpo((4, 4), (8, 4), (6,), "int8", 16)
 QUALITY = tiny.certificates().entries[0].quality
 PROVENANCE = tiny.model().provenance
 
@@ -44,12 +44,12 @@ PROVENANCE = tiny.model().provenance
 @pytest.mark.parametrize(
     ("record", "changes", "message"),
     [
-        (Dense("dense", "f32"), {"dtype": "u8"}, "dtype: expected one of f32, f16, bf16, found 'u8'"),
-        (Dense("dense", "f32"), {"kind": "mpo"}, "kind: expected one of dense, found 'mpo'"),
-        (Quantized("quantized", 4, 32, True), {"bits": 7}, "bits: expected one of 8, 6, 5, 4, 3, 2, found 7"),
-        (Quantized("quantized", 4, 32, True), {"bits": 4.0}, "found 4.0"),
-        (Quantized("quantized", 4, 32, True), {"group": 24}, "group: expected one of 16, 32, 64, 128, 256, found 24"),
-        (Quantized("quantized", 4, 32, True), {"zeros": 1}, "zeros: expected one of False, True, found 1"),
+        (Dense("f32"), {"dtype": "u8"}, "dtype: expected one of f32, f16, bf16, found 'u8'"),
+        (Dense("f32"), {"kind": "mpo"}, "kind: expected one of dense, found 'mpo'"),
+        (Quantized(4, 32, True), {"bits": 7}, "bits: expected one of 8, 6, 5, 4, 3, 2, found 7"),
+        (Quantized(4, 32, True), {"bits": 4.0}, "found 4.0"),
+        (Quantized(4, 32, True), {"group": 24}, "group: expected one of 16, 32, 64, 128, 256, found 24"),
+        (Quantized(4, 32, True), {"zeros": 1}, "zeros: expected one of False, True, found 1"),
         (MPO, {"bonds": (0,)}, "bonds: expected an integer from 1 to 2147483647, found 0"),
         (MPO, {"bonds": (17,)}, r"bonds\[0\]: expected at most the full rank 16, found 17"),
         (MPO, {"bonds": (6, 6)}, "bonds: expected 1 for 2 cores, found 2"),
@@ -106,9 +106,9 @@ def test_an_invalid_record_cannot_be_built(record: Any, changes: dict[str, Any],
     ("changes", "message"),
     [
         ({"terms": ()}, "n: expected 1 to 8 terms, found 0"),
-        ({"terms": (Dense("dense", "f32"),) * 9}, "n: expected 1 to 8 terms, found 9"),
+        ({"terms": (Dense("f32"),) * 9}, "n: expected 1 to 8 terms, found 9"),
         ({"bias": "int8"}, "n: bias: expected one of f32, f16, bf16, None, found 'int8'"),
-        ({"terms": (Quantized("quantized", 4, 64, False),)}, "n: group 64 does not divide the 32 inputs"),
+        ({"terms": (Quantized(4, 64, False),)}, "n: group 64 does not divide the 32 inputs"),
         ({"out_features": 20}, r"n: out_dims \[4, 4\] multiply to 16, expected 20"),
         ({"in_features": 33}, r"n: in_dims \[8, 4\] multiply to 32, expected 33"),
         ({"name": ""}, "layer name: expected 1 to 200 printable ASCII characters, found ''"),
@@ -146,7 +146,7 @@ def test_a_model_has_exactly_the_layers_of_its_architecture() -> None:
 def test_shapes_and_prefixes_of_an_operator(factors: list[tuple[int, int]], bond: int, chi: int) -> None:
     outs, ins = zip(*factors, strict=True)
     most = full_rank(outs, ins)
-    term = Mpo("mpo", outs, ins, tuple(min(bond, rank) for rank in most), "f32", 0)
+    term = Mpo(outs, ins, tuple(min(bond, rank) for rank in most), "f32", 0)
     cut = term.truncated(chi)
     assert cut.bonds == tuple(min(value, chi) for value in term.bonds)
     shapes = cut.core_shapes()

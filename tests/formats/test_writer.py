@@ -213,7 +213,7 @@ def test_file_systems_that_cannot_sync_folders_are_accepted(tmp_path: Path, monk
         real(descriptor)
 
     monkeypatch.setattr(writer.os, "fsync", refuse_folders)
-    tiny.write(tmp_path / "a.mpo", tiny.model({tiny.VALUE: (Dense("dense", "f16"),)}))
+    tiny.write(tmp_path / "a.mpo", tiny.model({tiny.VALUE: (Dense("f16"),)}))
     MpoFile(tmp_path / "a.mpo", verify=True).close()
     monkeypatch.setattr(writer.os, "fsync", lambda descriptor: refuse_folders(descriptor, 5))
     with pytest.raises(OutputError, match="Input/output error"):

@@ -63,12 +63,12 @@ ARCHITECTURE = Architecture(
 
 # One file with every kind of term; the other layers are dense bf16. q is [16, 32], k and v [8, 32], gate [128, 32].
 TERMS: dict[str, tuple[Term, ...]] = {
-    QUERY: (Quantized("quantized", 5, 16, True), Mpo("mpo", (4, 4), (8, 4), (6,), "f16", 0)),
-    KEY: (Quantized("quantized", 4, 32, False), Mpo("mpo", (2, 4, 1), (8, 4, 1), (5, 1), "f32", 0)),
-    VALUE: (Dense("dense", "f32"),),
-    GATE: (Mpo("mpo", (8, 4, 4), (2, 4, 4), (7, 5), "int8", 16),),
-    UP: (Quantized("quantized", 2, 32, False),),
-    DOWN: (Quantized("quantized", 2, 32, False),),
+    QUERY: (Quantized(5, 16, True), Mpo((4, 4), (8, 4), (6,), "f16", 0)),
+    KEY: (Quantized(4, 32, False), Mpo((2, 4, 1), (8, 4, 1), (5, 1), "f32", 0)),
+    VALUE: (Dense("f32"),),
+    GATE: (Mpo((8, 4, 4), (2, 4, 4), (7, 5), "int8", 16),),
+    UP: (Quantized(2, 32, False),),
+    DOWN: (Quantized(2, 32, False),),
 }
 
 
@@ -79,7 +79,7 @@ def model(terms: Mapping[str, tuple[Term, ...]] | None = None, **changes: Any) -
     return ModelSpec(
         architecture,
         tuple(
-            LinearSpec(name, rows, columns, "f32" if bias else None, chosen.get(name, (Dense("dense", "bf16"),)))
+            LinearSpec(name, rows, columns, "f32" if bias else None, chosen.get(name, (Dense("bf16"),)))
             for name, rows, columns, bias in architecture.linear_sizes()
         ),
         tuple(VectorSpec(name, size, "bf16") for name, size in architecture.vector_sizes()),

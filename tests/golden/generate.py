@@ -47,7 +47,7 @@ FILES = {
     "generation_config.json": b'{"eos_token_id": [0, 1]}',
 }
 # What the layers hold whose matrices are not among the expected ones.
-PLAIN: tuple[tuple[Term, ...], ...] = ((Dense("dense", "bf16"),), (Quantized("quantized", 2, 32, False),))
+PLAIN: tuple[tuple[Term, ...], ...] = ((Dense("bf16"),), (Quantized(2, 32, False),))
 LLAMA3 = Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 32)
 
 
@@ -63,30 +63,28 @@ def features() -> dict[str, ModelSpec]:
     """The golden files by name."""
     result = {
         # q_proj with stored zeros in groups of 32, o_proj without zeros in groups of 16
-        f"int{bits}": feature(
-            {QUERY: (Quantized("quantized", bits, 32, True),), OUT: (Quantized("quantized", bits, 16, False),)}
-        )
+        f"int{bits}": feature({QUERY: (Quantized(bits, 32, True),), OUT: (Quantized(bits, 16, False),)})
         for bits in PLANES
     }
     for dtype in ("f32", "f16", "bf16"):
-        result[f"dense-{dtype}"] = feature({QUERY: (Dense("dense", dtype),)})
-    result["mpo-2-cores"] = feature({QUERY: (Mpo("mpo", (16, 1), (1, 32), (5,), "bf16", 0),)})
-    result["mpo-3-cores"] = feature({QUERY: (Mpo("mpo", (2, 4, 2), (4, 4, 2), (5, 3), "f16", 0),)})
-    result["mpo-int8"] = feature({QUERY: (Mpo("mpo", (4, 4), (8, 4), (6,), "int8", 16),)})
-    int4 = Mpo("mpo", (8, 4, 4), (2, 4, 4), (4, 3), "int4", 16)
+        result[f"dense-{dtype}"] = feature({QUERY: (Dense(dtype),)})
+    result["mpo-2-cores"] = feature({QUERY: (Mpo((16, 1), (1, 32), (5,), "bf16", 0),)})
+    result["mpo-3-cores"] = feature({QUERY: (Mpo((2, 4, 2), (4, 4, 2), (5, 3), "f16", 0),)})
+    result["mpo-int8"] = feature({QUERY: (Mpo((4, 4), (8, 4), (6,), "int8", 16),)})
+    int4 = Mpo((8, 4, 4), (2, 4, 4), (4, 3), "int4", 16)
     small = {tiny.UP: PLAIN[1], tiny.DOWN: PLAIN[1]}
     result["mpo-int4"] = feature({GATE: (int4,), **small}, intermediate_size=128)
     result["sum"] = feature(
         {
             QUERY: (
-                Quantized("quantized", 3, 16, True),
-                Mpo("mpo", (4, 4), (8, 4), (4,), "f32", 0),
-                Dense("dense", "f16"),
+                Quantized(3, 16, True),
+                Mpo((4, 4), (8, 4), (4,), "f32", 0),
+                Dense("f16"),
             )
         }
     )
     result["bias-untied"] = feature(
-        {HEAD: (Dense("dense", "f32"),)}, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+        {HEAD: (Dense("f32"),)}, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
     )
     result["rope-llama3"] = feature({}, model_type="llama", rope=LLAMA3)
     result["files-certificate"] = feature({}, tuple(FILES))

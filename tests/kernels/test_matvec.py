@@ -180,9 +180,15 @@ def test_extreme_codes_do_not_overflow(bits: int, level: str) -> None:
         planes = pack(codes, bits, 32)
         scale = np.ones((3, columns // 32), np.float16)
         handle = native.quantized_matrix(
-            bits, 3, columns, 32, placed(planes[0], 0), placed(planes[1], 0) if len(planes) > 1 else None,
-            placed(scale, 0), None,
-        )  # fmt: skip
+            bits,
+            3,
+            columns,
+            32,
+            placed(planes[0], 0),
+            placed(planes[1], 0) if len(planes) > 1 else None,
+            placed(scale, 0),
+            None,
+        )
         for value in (127.0, -127.0):
             x = np.full((5, columns), value, np.float32)
             y = np.empty((5, 3), np.float32)

@@ -88,7 +88,7 @@ def operators(draw: st.DrawFn, out: int, inner: int) -> Mpo:
     group = math.gcd(*(o * i for o, i in zip(out_dims, in_dims, strict=True)))
     groups = [size for size in GROUPS if group % size == 0]
     dtype = draw(st.sampled_from(["f32", "f16", "bf16", *(["int8", "int4"] if groups else [])]))
-    return Mpo("mpo", out_dims, in_dims, bonds, dtype, draw(st.sampled_from(groups)) if dtype.startswith("i") else 0)
+    return Mpo(out_dims, in_dims, bonds, dtype, draw(st.sampled_from(groups)) if dtype.startswith("i") else 0)
 
 
 @st.composite

@@ -247,8 +247,10 @@ def test_the_commands(
     typed: Callable[[str], None], conversation: Conversation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk = tmp_path / "a talk.json"
-    typed(f"/system Be brief\r/set temperature 0\r/set top_p 2\rhello\r/save {talk}\r/clear\r/regen\r/load {talk}\r"
-          "/stats\r/show\r/nonsense\r /usr is a folder\r/help\r/bye\rnever read\r")  # fmt: skip
+    typed(
+        f"/system Be brief\r/set temperature 0\r/set top_p 2\rhello\r/save {talk}\r/clear\r/regen\r/load {talk}\r"
+        "/stats\r/show\r/nonsense\r /usr is a folder\r/help\r/bye\rnever read\r"
+    )
     out = capsys.readouterr().out
     assert conversation.system == "Be brief"
     assert conversation.settings.sampling.temperature == 0

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_formats.errors import ConfigError
-from mpo_runtime.chat_template import ChatTemplate
+from mpo_runtime.text.chat_template import ChatTemplate
 
 FOLDER = Path(__file__).parent / "templates"
 NAMES = ["chatml", "llama3", "mistral", "gemma", "zephyr"]
@@ -213,7 +213,7 @@ def test_bombs_end_in_the_helper(name: str) -> None:
 
 
 def test_a_rendering_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpo_runtime.chat_template.SECONDS", 0.5)
+    monkeypatch.setattr("mpo_runtime.text.chat_template.SECONDS", 0.5)
     slow = (
         "{% set x = 'a' * 999999 %}{% for i in range(99999) %}{% set y = x|upper|lower|replace('a', 'b') %}{% endfor %}"
     )

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from mpo_formats import CheckpointError, Dense
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.layers.linear import float_tensor
-from mpo_runtime.weights import open_weights
+from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import open_weights
 from tests.helpers import granite_config, random_tensors, tensor_shapes, write_folder, write_weights
 
 CONFIG = granite_config(num_hidden_layers=1, attention_bias=True, tie_word_embeddings=False)
@@ -40,7 +40,7 @@ def test_every_tensor_is_read_as_it_is_stored(tmp_path: Path, shards: int, dtype
         ours = tensor.replace("proj.weight", "proj.0.weight")
         assert checkpoint.dtype(ours) == name
         np.testing.assert_array_equal(float_tensor(checkpoint, ours).numpy(), expected[tensor].float().numpy())
-    assert {linear.terms for linear in checkpoint.spec.linears} == {(Dense("dense", name),)}
+    assert {linear.terms for linear in checkpoint.spec.linears} == {(Dense(name),)}
     assert [linear.name for linear in checkpoint.spec.linears if linear.bias] == [
         f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"
     ]
@@ -124,11 +124,17 @@ def text(name: str, content: str) -> Callable[[Path], None]:
 NORM = "model.norm.weight"
 DAMAGED = "model.safetensors: truncated or damaged shard: "
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json; copy it from the model's"),
+    "no config.json": (
+        lambda folder: (folder / "config.json").unlink(),
+        "has no config.json; copy it from the model's",
+    ),
     "config is not JSON": (text("config.json", "{"), "config.json: cannot be read"),
     "config is a list": (text("config.json", "[]"), "config.json: expected a JSON object"),
     "generation_config is not JSON": (text("generation_config.json", "?"), "generation_config.json: cannot be read"),
-    "no shard": (lambda folder: (folder / SHARD).unlink(), "model.safetensors: missing shard; only safetensors are read"),
+    "no shard": (
+        lambda folder: (folder / SHARD).unlink(),
+        "model.safetensors: missing shard; only safetensors are read",
+    ),
     "empty shard": (cut(0), DAMAGED + "header of 0 bytes in a file of 0; download it again"),
     "three bytes": (cut(3), DAMAGED),
     "cut in the header": (cut(100), DAMAGED + "header of "),
@@ -137,7 +143,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "header is not JSON": (lambda folder: (folder / SHARD).write_bytes(b"\x04" + bytes(7) + b"{no}"), "is not JSON"),
     "header is a list": (header(lambda table: [1]), "is not a JSON object; download it again"),
     "a row is no object": (header(lambda table: table.update({NORM: 3})), f"does not say where {NORM} lies"),
-    "a row lacks its shape": (header(lambda table: table[NORM].pop("shape")and None), f"does not say where {NORM} lies"),
+    "a row lacks its shape": (
+        header(lambda table: table[NORM].pop("shape") and None),
+        f"does not say where {NORM} lies",
+    ),
     "offsets of text": (header(lambda table: table[NORM].update(data_offsets=["a", "b"])), f"where {NORM} lies"),
     "one offset": (header(lambda table: table[NORM].update(data_offsets=[1])), f"where {NORM} lies"),
     "negative offsets": (header(lambda table: table[NORM].update(data_offsets=[-128, 0])), f"{DAMAGED}{NORM} has 128"),
@@ -145,19 +154,28 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "negative shape": (header(lambda table: table[NORM].update(shape=[-4, -8])), f"{NORM} has 128 bytes for shape [-4"),
     "too few bytes": (header(lambda table: table[NORM].update(shape=[64])), f"{NORM} has 128 bytes for shape [64]"),
     "missing tensor": (without(NORM), f"tensor {NORM} is missing; download the folder again"),
-    "missing bias": (without("model.layers.0.self_attn.k_proj.bias"), "tensor model.layers.0.self_attn.k_proj.bias is "),
+    "missing bias": (
+        without("model.layers.0.self_attn.k_proj.bias"),
+        "tensor model.layers.0.self_attn.k_proj.bias is ",
+    ),
     "missing head": (without("lm_head.weight"), "tensor lm_head.weight is missing"),
     "another shape": (replaced(NORM, torch.ones(31)), f"tensor {NORM} has shape [31], config.json demands [32]"),
     "another rank": (replaced(NORM, torch.ones(32, 1)), f"tensor {NORM} has shape [32, 1], config.json demands [32]"),
-    "integers": (replaced(NORM, torch.ones(32, dtype=torch.int8)), f"{NORM} has type I8, expected one of F32, F16, BF16"),
+    "integers": (
+        replaced(NORM, torch.ones(32, dtype=torch.int8)),
+        f"{NORM} has type I8, expected one of F32, F16, BF16",
+    ),
     "unknown tensor": (
         replaced("model.layers.0.self_attn.q_norm.weight", torch.ones(8)),
         "tensor model.layers.0.self_attn.q_norm.weight has no place in this architecture",
     ),
     "index without a map": (text(INDEX, "{}"), "index.json: no weight_map; download the folder again"),
-    "shard of the index missing": (text(INDEX, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: missing shard"),
+    "shard of the index missing": (
+        text(INDEX, '{"weight_map": {"a": "b.safetensors"}}'),
+        "b.safetensors: missing shard",
+    ),
     "shard elsewhere": (text(INDEX, '{"weight_map": {"a": "../model/model.safetensors"}}'), "missing shard"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mpo_formats import CheckpointError, Rope
-from mpo_runtime.config import architecture_from_config
+from mpo_runtime.weights.config import architecture_from_config
 from tests.helpers import EOS, granite_config
 
 PLAIN = Rope(10000.0, "default", 1.0, 0.0, 0.0, 0)
@@ -38,9 +38,20 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import GraniteConfig
 
     default = GraniteConfig()
-    names = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "embedding_multiplier", "rope_theta",
-             "residual_multiplier", "attention_multiplier", "logits_scaling", "attention_bias", "mlp_bias",
-             "tie_word_embeddings", "hidden_act")  # fmt: skip
+    names = (
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "embedding_multiplier",
+        "rope_theta",
+        "residual_multiplier",
+        "attention_multiplier",
+        "logits_scaling",
+        "attention_bias",
+        "mlp_bias",
+        "tie_word_embeddings",
+        "hidden_act",
+    )
     found = read(**dict.fromkeys(names))
     for name in names:
         if hasattr(found, name) and name != "num_key_value_heads":
@@ -56,16 +67,22 @@ def test_a_llama_has_no_multipliers() -> None:
     assert found.head_dim == 16
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({}, PLAIN),
-    ({"rope_theta": 5}, Rope(5.0, "default", 1.0, 0.0, 0.0, 0)),
-    ({"rope_theta": None}, PLAIN),
-    ({"rope_scaling": {"type": "linear", "factor": 2}}, Rope(10000.0, "linear", 2.0, 0.0, 0.0, 0)),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, Rope(10000.0, "linear", 2.0, 0.0, 0.0, 0)),
-    ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 16)),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, Rope(7.0, "default", 1.0, 0.0, 0.0, 0)),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0, **LLAMA3}}, Rope(7.0, "llama3", 8.0, 1.0, 4.0, 16)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, PLAIN),
+        ({"rope_theta": 5}, Rope(5.0, "default", 1.0, 0.0, 0.0, 0)),
+        ({"rope_theta": None}, PLAIN),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, Rope(10000.0, "linear", 2.0, 0.0, 0.0, 0)),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, Rope(10000.0, "linear", 2.0, 0.0, 0.0, 0)),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 16)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, Rope(7.0, "default", 1.0, 0.0, 0.0, 0)),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0, **LLAMA3}},
+            Rope(7.0, "llama3", 8.0, 1.0, 4.0, 16),
+        ),
+    ],
+)
 def test_both_spellings_of_rope(changes: dict[str, Any], expected: Rope) -> None:
     assert read(**changes).rope == expected
 
@@ -77,36 +94,43 @@ def test_end_tokens_of_both_files() -> None:
     assert read(eos_token_id=None).eos_token_ids == ()
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported; expected one of granite, llama"),
-    ({"model_type": None}, "model_type None is not supported"),
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; expected 'silu'"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "has quantization_config: the model is quantised already"),
-    ({"num_local_experts": 8}, "has num_local_experts: the model has experts"),
-    ({"sliding_window": 128}, "has sliding_window"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported; expected default, l"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "RoPE scaling 'dynamic' is not supported"),
-    ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE scaling 'llama3' lacks 'low_freq_factor'"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "RoPE scaling 'linear' lacks 'factor'; complete config.json"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor: expected at least 1, found 0.5"),
-    ({"rope_scaling": "linear"}, "rope_scaling: expected an object, found 'linear'"),
-    ({"rope_theta": "many"}, "config.json: "),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 is not supported"),
-    ({"hidden_size": None}, "hidden_size: expected an integer, found None"),
-    ({"vocab_size": "258"}, "vocab_size: expected an integer, found '258'"),
-    ({"num_attention_heads": 0}, "num_attention_heads"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide the 4 attention heads"),
-    ({"head_dim": 7}, "head_dim: expected an even size"),
-    ({"head_dim": "eight"}, "config.json: "),
-    ({"rms_norm_eps": "tiny"}, "rms_norm_eps: expected a number, found 'tiny'"),
-    ({"rms_norm_eps": 0}, "rms_norm_eps: expected more than 0"),
-    ({"logits_scaling": 0}, "logits_scaling: expected another number than 0"),
-    ({"embedding_multiplier": [1]}, "embedding_multiplier: expected a number"),
-    ({"attention_multiplier": float("nan")}, "attention_multiplier: expected a finite number"),
-    ({"bos_token_id": 258}, "bos_token_id: expected an integer from 0 to 257"),
-    ({"eos_token_id": [2, 999]}, "eos_token_ids: expected an integer from 0 to 257"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported; expected one of granite, llama"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; expected 'silu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "has quantization_config: the model is quantised already"),
+        ({"num_local_experts": 8}, "has num_local_experts: the model has experts"),
+        ({"sliding_window": 128}, "has sliding_window"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "RoPE scaling 'yarn' is not supported; expected default, l",
+        ),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "RoPE scaling 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE scaling 'llama3' lacks 'low_freq_factor'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "RoPE scaling 'linear' lacks 'factor'; complete config.json"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor: expected at least 1, found 0.5"),
+        ({"rope_scaling": "linear"}, "rope_scaling: expected an object, found 'linear'"),
+        ({"rope_theta": "many"}, "config.json: "),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 is not supported"),
+        ({"hidden_size": None}, "hidden_size: expected an integer, found None"),
+        ({"vocab_size": "258"}, "vocab_size: expected an integer, found '258'"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide the 4 attention heads"),
+        ({"head_dim": 7}, "head_dim: expected an even size"),
+        ({"head_dim": "eight"}, "config.json: "),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps: expected a number, found 'tiny'"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps: expected more than 0"),
+        ({"logits_scaling": 0}, "logits_scaling: expected another number than 0"),
+        ({"embedding_multiplier": [1]}, "embedding_multiplier: expected a number"),
+        ({"attention_multiplier": float("nan")}, "attention_multiplier: expected a finite number"),
+        ({"bos_token_id": 258}, "bos_token_id: expected an integer from 0 to 257"),
+        ({"eos_token_id": [2, 999]}, "eos_token_ids: expected an integer from 0 to 257"),
+    ],
+    ids=str,
+)
 def test_what_cannot_be_honoured_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(words)) as error:
         read(**changes)

@@ -32,7 +32,7 @@ def operators(draw: st.DrawFn) -> Mpo:
     factors = st.lists(st.integers(1, 3), min_size=count, max_size=count)
     out_dims, in_dims = tuple(draw(factors)), tuple(draw(factors))
     bonds = tuple(draw(st.integers(1, most)) for most in full_rank(out_dims, in_dims))
-    return Mpo("mpo", out_dims, in_dims, bonds, "f32", 0)
+    return Mpo(out_dims, in_dims, bonds, "f32", 0)
 
 
 def random_term(spec: Mpo) -> MpoTerm:
@@ -116,10 +116,10 @@ def test_the_cheapest_order_is_chosen(spec: Mpo, rows: int) -> None:
 
 
 def test_each_order_is_cheapest_somewhere() -> None:
-    low_rank = Mpo("mpo", (64, 1), (1, 64), (4,), "f32", 0)
+    low_rank = Mpo((64, 1), (1, 64), (4,), "f32", 0)
     assert choose_order(low_rank, 1) == "right"
-    assert choose_order(Mpo("mpo", (1, 64), (64, 1), (4,), "f32", 0), 1) == "left"
-    assert choose_order(Mpo("mpo", (8, 8), (8, 8), (64,), "f32", 0), 1000) == "densify"
+    assert choose_order(Mpo((1, 64), (64, 1), (4,), "f32", 0), 1) == "left"
+    assert choose_order(Mpo((8, 8), (8, 8), (64,), "f32", 0), 1000) == "densify"
 
 
 @pytest.mark.parametrize("chi", [None, 1, 3, 100])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
-from mpo_runtime.chat_template import ChatTemplate, encode_chat
-from mpo_runtime.tokenizer import Tokenizer
+from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.text.tokenizer import Tokenizer
 from tests.runtime.test_chat_template import TALK, USER, read
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpo_formats import ConfigError
 from mpo_runtime.engine import Engine, Step
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.sampler import SamplingOptions
 from tests.helpers import EOS, VOCABULARY, forward, granite_config, network, some_ids, write_folder
 
@@ -135,12 +135,16 @@ def test_why_a_generation_ends(model: GraniteModel) -> None:
     assert finishes(longest) == ["length"]
 
 
-@pytest.mark.parametrize(("ids", "words"), [
-    ([], "prompt: is empty"),
-    (some_ids(CONTEXT), f"prompt: {CONTEXT} tokens do not fit into a context of {CONTEXT}; shorten it"),
-    ([3, VOCABULARY], f"prompt: token id {VOCABULARY} lies outside the vocabulary of {VOCABULARY}"),
-    ([-1, 3], "prompt: token id -1 lies outside"),
-], ids=["empty", "long", "large", "negative"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([], "prompt: is empty"),
+        (some_ids(CONTEXT), f"prompt: {CONTEXT} tokens do not fit into a context of {CONTEXT}; shorten it"),
+        ([3, VOCABULARY], f"prompt: token id {VOCABULARY} lies outside the vocabulary of {VOCABULARY}"),
+        ([-1, 3], "prompt: token id -1 lies outside"),
+    ],
+    ids=["empty", "long", "large", "negative"],
+)
 def test_prompts_that_cannot_be_run(model: GraniteModel, ids: list[int], words: str) -> None:
     engine = Engine(model)
     with pytest.raises(ConfigError, match=words):
@@ -151,8 +155,10 @@ def test_prompts_that_cannot_be_run(model: GraniteModel, ids: list[int], words: 
     np.testing.assert_allclose(engine.prefill([1, 2]), forward(model, [[1, 2]])[0, -1], atol=1e-5)
 
 
-@pytest.mark.parametrize(("context", "words"), [(CONTEXT + 1, f"the model was made for {CONTEXT}"), (1, "at least 2"),
-                                                (0, "at least 2"), (-5, "at least 2")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("context", "words"),
+    [(CONTEXT + 1, f"the model was made for {CONTEXT}"), (1, "at least 2"), (0, "at least 2"), (-5, "at least 2")],
+)
 def test_contexts_that_cannot_be_allocated(model: GraniteModel, context: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Engine(model, context=context)

@@ -104,10 +104,20 @@ def test_any_configuration_equals_transformers(config: Config, dtype: str, shard
         np.testing.assert_allclose(forward(network(folder), rows), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scaling", [{"rope_type": "linear", "factor": 4.0}, {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}], ids=["linear", "llama3"])  # fmt: skip
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=["linear", "llama3"],
+)
 def test_rope_scaling_changes_the_logits(tmp_path: Path, scaling: dict[str, Any]) -> None:
     """The oracle test would pass if both sides ignored the scaling."""
     plain = write_folder(tmp_path / "plain")
@@ -131,8 +141,8 @@ def test_the_shared_model_equals_transformers(shared: Path, name: str) -> None:
 def test_weights_rebuilt_at_every_use_give_the_same_logits(tmp_path: Path) -> None:
     """The path of machines whose memory does not hold the matrices in float32."""
     from mpo_runtime.backends.reference import ReferenceOps
-    from mpo_runtime.models.granite import GraniteModel
-    from mpo_runtime.weights import open_weights
+    from mpo_runtime.models.decoder import GraniteModel
+    from mpo_runtime.weights.protocol import open_weights
 
     weights = open_weights(write_folder(tmp_path / "model", dtype=torch.bfloat16))
     rows = [some_ids(9)]

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from mpo_formats import ConfigError
 from mpo_runtime.measure import compare, cut_windows, perplexity, summarise
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
 from tests.helpers import BOS, VOCABULARY, granite_config, network, some_ids, write_folder
 
 logging.set_verbosity_error()
@@ -154,13 +154,17 @@ def test_the_default_window_is_the_context_of_a_small_model(models: dict[str, Gr
     np.testing.assert_array_equal(np.concatenate([part[1:] for part in windows]), some_ids(200))
 
 
-@pytest.mark.parametrize(("ids", "window", "words"), [
-    (IDS, 1, "window: expected 2 to 64 tokens, found 1"),
-    (IDS, 65, "window: expected 2 to 64 tokens, found 65"),
-    (IDS[:0], None, "text: too short"),
-    (np.array([3, VOCABULARY]), None, f"token id {VOCABULARY} lies outside the vocabulary of {VOCABULARY}"),
-    (np.array([3, -7]), None, "token id -7 lies outside"),
-], ids=["small", "large", "empty", "unknown", "negative"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ids", "window", "words"),
+    [
+        (IDS, 1, "window: expected 2 to 64 tokens, found 1"),
+        (IDS, 65, "window: expected 2 to 64 tokens, found 65"),
+        (IDS[:0], None, "text: too short"),
+        (np.array([3, VOCABULARY]), None, f"token id {VOCABULARY} lies outside the vocabulary of {VOCABULARY}"),
+        (np.array([3, -7]), None, "token id -7 lies outside"),
+    ],
+    ids=["small", "large", "empty", "unknown", "negative"],
+)
 def test_texts_that_cannot_be_measured(
     models: dict[str, GraniteModel], ids: NDArray[np.int64], window: int | None, words: str
 ) -> None:

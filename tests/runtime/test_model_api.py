@@ -159,23 +159,30 @@ def test_a_failure_inside_a_generation_releases_the_lock(model: Model, monkeypat
     assert not model.engine.lock.locked()
     # What the engine holds is still true: the same prompt continues as a fresh engine continues it.
     again = [piece.token for piece in model.generate("Hello", temperature=0, max_tokens=6)]
-    assert again == [step.token for step in Engine(model.network).generate(
-        [BOS, *RAW.encode("Hello", add_special_tokens=False).ids], SamplingOptions(temperature=0), max_tokens=6)]  # fmt: skip
+    assert again == [
+        step.token
+        for step in Engine(model.network).generate(
+            [BOS, *RAW.encode("Hello", add_special_tokens=False).ids], SamplingOptions(temperature=0), max_tokens=6
+        )
+    ]
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    (lambda m: m.generate(""), None),
-    (lambda m: m.generate([]), "prompt: is empty"),
-    (lambda m: m.generate([VOCABULARY]), "lies outside the vocabulary"),
-    (lambda m: m.generate("a", max_tokens=0), "max_tokens: expected at least 1, found 0"),
-    (lambda m: m.generate("a", temperature=-1), "temperature is -1, expected 0 or more"),
-    (lambda m: m.generate("a", heat=1), "options heat: expected some of temperature, top_k"),
-    (lambda m: m.chat([{"role": "user", "content": "a"}]), "chat: the model has no chat template; use generate"),
-    (lambda m: m.generate("a", logit_bias={VOCABULARY: 1.0}), f"logit_bias: token id {VOCABULARY} lies outside"),
-    (lambda m: m.score("") , "score: expected at least 2 tokens"),
-    (lambda m: m.score([1, VOCABULARY]), f"token id {VOCABULARY} lies outside"),
-    (lambda m: m.score([-1, 1]), "token id -1 lies outside"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.generate(""), None),
+        (lambda m: m.generate([]), "prompt: is empty"),
+        (lambda m: m.generate([VOCABULARY]), "lies outside the vocabulary"),
+        (lambda m: m.generate("a", max_tokens=0), "max_tokens: expected at least 1, found 0"),
+        (lambda m: m.generate("a", temperature=-1), "temperature is -1, expected 0 or more"),
+        (lambda m: m.generate("a", heat=1), "options heat: expected some of temperature, top_k"),
+        (lambda m: m.chat([{"role": "user", "content": "a"}]), "chat: the model has no chat template; use generate"),
+        (lambda m: m.generate("a", logit_bias={VOCABULARY: 1.0}), f"logit_bias: token id {VOCABULARY} lies outside"),
+        (lambda m: m.score(""), "score: expected at least 2 tokens"),
+        (lambda m: m.score([1, VOCABULARY]), f"token id {VOCABULARY} lies outside"),
+        (lambda m: m.score([-1, 1]), "token id -1 lies outside"),
+    ],
+)
 def test_calls_that_cannot_be_honoured(model: Model, call: Callable[[Model], Any], words: str | None) -> None:
     """They fail at the call, before anything is generated; an empty text is the begin-of-text token alone."""
     if words is None:
@@ -185,13 +192,16 @@ def test_calls_that_cannot_be_honoured(model: Model, call: Callable[[Model], Any
         call(model)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"chi": 0}, "chi: expected at least 1, found 0"),
-    ({"threads": 0}, "threads: expected at least 1, found 0"),
-    ({"device": "abacus"}, "device abacus: expected cpu, cuda"),
-    ({"context": 1}, "context: expected at least 2 tokens, found 1"),
-    ({"context": 65}, "context of 65 tokens: the model was made for 64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"chi": 0}, "chi: expected at least 1, found 0"),
+        ({"threads": 0}, "threads: expected at least 1, found 0"),
+        ({"device": "abacus"}, "device abacus: expected cpu, cuda"),
+        ({"context": 1}, "context: expected at least 2 tokens, found 1"),
+        ({"context": 65}, "context of 65 tokens: the model was made for 64"),
+    ],
+)
 def test_options_of_load_that_cannot_be_honoured(folder: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load(folder, **options)

@@ -45,7 +45,9 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "group is 24": lambda: native.Matrix.integer("w", 8, 2, 48, 24, [raw(96)], raw(8), None),
     "group 32 does not divide 48": lambda: native.Matrix.integer("w", 8, 2, 48, 32, [raw(96)], raw(4), None),
     "3 bits are 2": lambda: native.Matrix.integer("w", 3, 2, 32, 32, [raw(16)], raw(4), None),
-    "plane 1 has 9 bytes, expected 8": lambda: native.Matrix.integer("w", 3, 2, 32, 32, [raw(16), raw(9)], raw(4), None),
+    "plane 1 has 9 bytes, expected 8": lambda: native.Matrix.integer(
+        "w", 3, 2, 32, 32, [raw(16), raw(9)], raw(4), None
+    ),
     "scale has 5 bytes": lambda: native.Matrix.integer("w", 8, 2, 32, 32, [raw(64)], raw(5), None),
     "zero has 2 bytes": lambda: native.Matrix.integer("w", 8, 2, 32, 32, [raw(64)], raw(4), raw(2)),
     "has no terms": lambda: native.Linear("layer", 2, 2, [], [], None),
@@ -55,9 +57,10 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "does not fit its neighbour": lambda: native.Operator([core(1, 3, 2, 2), core(2, 1, 2, 2)], False),
     "fit its neighbour or its matrix": lambda: native.Operator([core(1, 3, 2, 2, rows=2), core(3, 1, 2, 2)], False),
     "the last bond is 2": lambda: native.Operator([core(1, 3, 2, 2), core(3, 2, 2, 2)], False),
-    "an operator is not": lambda: native.Linear("l", 2, 2, [], [native.Operator([core(1, 1, 2, 2), core(1, 1, 2, 2)], False)],
-                                                None),
-}  # fmt: skip
+    "an operator is not": lambda: native.Linear(
+        "l", 2, 2, [], [native.Operator([core(1, 1, 2, 2), core(1, 1, 2, 2)], False)], None
+    ),
+}
 
 
 @pytest.mark.parametrize("message", LAYERS)

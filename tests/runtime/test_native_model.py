@@ -14,18 +14,18 @@ import pytest
 from numpy.typing import NDArray
 
 from mpo_exporter.export import export
-from mpo_exporter.plan import Options
-from mpo_exporter.sources import embedded_model
+from mpo_exporter.plan.named import Options
+from mpo_exporter.source import embedded_model
 from mpo_formats import ConfigError
 from mpo_runtime import kernels, load
 from mpo_runtime.engine import Engine
 from mpo_runtime.measure import compare
 from mpo_runtime.model import load_network
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.sampler import SamplingOptions
-from mpo_runtime.texts import BUILT_IN_TEXT, read_tokens
-from mpo_runtime.tokenizer import Tokenizer
-from mpo_runtime.weights import open_weights
+from mpo_runtime.text.token_text import BUILT_IN_TEXT, read_tokens
+from mpo_runtime.text.tokenizer import Tokenizer
+from mpo_runtime.weights.protocol import open_weights
 from tests.conftest import ROOT
 from tests.helpers import forward, granite_config, network, some_ids, write_folder
 from tests.runtime.native_cases import LEVELS, level, needs_native
@@ -111,8 +111,15 @@ def test_small_trained_models(shared: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Biases, an untied head, odd sizes."""
-    changes = {"hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 6, "num_key_value_heads": 3,
-               "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}  # fmt: skip
+    changes = {
+        "hidden_size": 36,
+        "intermediate_size": 50,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+    }
     return write_folder(tmp_path_factory.mktemp("odd") / "model", granite_config(**changes), seed=4)
 
 
@@ -129,8 +136,11 @@ def test_rows_of_unequal_length_in_two_steps_and_rewinding(odd: Path) -> None:
     for part in (0, 1, 1):  # the second part twice, after forgetting it
         if cache.lengths == [10, 2, 6]:
             cache.rewind(0)
-            ours.hidden(ours.ops.ids([[*row[:length], *[0] * (5 - length)] for row, length in zip(rows, lengths, strict=True)]),
-                        cache, lengths)  # fmt: skip
+            ours.hidden(
+                ours.ops.ids([[*row[:length], *[0] * (5 - length)] for row, length in zip(rows, lengths, strict=True)]),
+                cache,
+                lengths,
+            )
         new = [row[part * length : (part + 1) * length] for row, length in zip(rows, lengths, strict=True)]
         padded = [row + [7] * (5 - len(row)) for row in new]
         logits = ours.logits(ours.hidden(ours.ops.ids(padded), cache, lengths))
@@ -190,8 +200,9 @@ def test_any_number_of_threads_and_of_callers(files: dict[str, Path]) -> None:
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     roots = os.pathsep.join(str(ROOT / part) for part in ("", "formats", "exporter"))
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": roots}, capture_output=True, text=True,
-                          check=False, timeout=120)  # fmt: skip
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": roots}, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 CLI = """
@@ -230,7 +241,7 @@ FORK = """
 import os, sys
 import numpy as np
 from mpo_runtime.model import load_network
-from mpo_runtime.weights import open_weights
+from mpo_runtime.weights.protocol import open_weights
 model = load_network(open_weights(sys.argv[1]), threads=3, backend="native")
 def logits():
     cache = model.ops.new_cache(model.architecture, 1, 40)

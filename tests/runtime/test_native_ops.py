@@ -131,8 +131,13 @@ def test_rope_and_attention(
     rope = Rope(
         1e4, scaling, *((8.0, 1.0, 4.0, 64) if scaling == "llama3" else (1.0 + (scaling == "linear"), 0.0, 0.0, 0))
     )
-    changes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": size, "rope": rope,
-               "max_position_embeddings": 4096}  # fmt: skip
+    changes = {
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": size,
+        "rope": rope,
+        "max_position_embeddings": 4096,
+    }
     spec = model({}, **changes)
     weights = Held(spec, arrays(spec))
     ours = NativeOps(weights, kv_type=kv_type)
@@ -204,7 +209,7 @@ def test_long_contexts_are_split_over_positions(isa: str, threads: int) -> None:
 
 
 def test_logits_are_divided_by_the_scaling() -> None:
-    spec = model({EMBEDDING: (Quantized("quantized", 6, 32, False),)})
+    spec = model({EMBEDDING: (Quantized(6, 32, False),)})
     ours, reference = both(Held(spec, arrays(spec)), activations="float")
     x = normal((2, 1, 32), 0)
     for scaling in (1.0, 7.0):
@@ -213,7 +218,7 @@ def test_logits_are_divided_by_the_scaling() -> None:
 
 
 def test_two_terms_of_a_kind_are_added() -> None:
-    terms = (Dense("dense", "f16"), Quantized("quantized", 3, 16, True), Dense("dense", "bf16"))
+    terms = (Dense("f16"), Quantized(3, 16, True), Dense("bf16"))
     spec = model({GATE: terms})
     ours, reference = both(Held(spec, arrays(spec)), activations="float")
     x = normal((1, 3, 32), 0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_formats.errors import ConfigError
-from mpo_runtime.stopping import StopMatcher
+from mpo_runtime.text.stopping import StopMatcher
 
 TEXT = st.text("ab\n", max_size=30)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mpo_formats import ConfigError
-from mpo_runtime.chat_template import ChatTemplate
-from mpo_runtime.texts import read_tokens
-from mpo_runtime.tokenizer import Tokenizer
+from mpo_runtime.text.chat_template import ChatTemplate
+from mpo_runtime.text.token_text import read_tokens
+from mpo_runtime.text.tokenizer import Tokenizer
 from tests.helpers import EOS, byte_tokenizer
 
 RAW = byte_tokenizer()
@@ -110,20 +110,24 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
         assert text.content_bytes == 0
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("bad.txt", b"abc\xff", "not UTF-8 at byte 3; convert it first"),
-    ("bad.jsonl", '{"text": "a"}\n{"text"', "line 2 is not JSON; expected one object a line"),
-    ("bad.jsonl", '{"text": 3}', "line 1: expected an object with `text`"),
-    ("bad.jsonl", '["text"]', "line 1: expected an object with `text`"),
-    ("bad.jsonl", '{"messages": ["hello"]}', "`messages` "),
-    ("bad.jsonl", '{"messages": [{"role": "user", "content": null}]}', "all of them strings"),
-    ("bad.jsonl", "[" * 100_000, "line 1 is not JSON"),
-    ("bad.u16", b"abc", "3 bytes, expected two for each token id"),
-    ("bad.npy", b"not an array", "not a .npy file of numbers"),
-    ("bad.npy", b"", "not a .npy file of numbers"),
-    ("bad.txt", "\n  \n", "holds no text"),
-    ("bad.jsonl", "\n\n", "holds no text"),
-], ids=["utf-8", "json", "number", "list", "messages", "null", "deep", "odd", "npy", "empty", "blank", "no rows"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("bad.txt", b"abc\xff", "not UTF-8 at byte 3; convert it first"),
+        ("bad.jsonl", '{"text": "a"}\n{"text"', "line 2 is not JSON; expected one object a line"),
+        ("bad.jsonl", '{"text": 3}', "line 1: expected an object with `text`"),
+        ("bad.jsonl", '["text"]', "line 1: expected an object with `text`"),
+        ("bad.jsonl", '{"messages": ["hello"]}', "`messages` "),
+        ("bad.jsonl", '{"messages": [{"role": "user", "content": null}]}', "all of them strings"),
+        ("bad.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("bad.u16", b"abc", "3 bytes, expected two for each token id"),
+        ("bad.npy", b"not an array", "not a .npy file of numbers"),
+        ("bad.npy", b"", "not a .npy file of numbers"),
+        ("bad.txt", "\n  \n", "holds no text"),
+        ("bad.jsonl", "\n\n", "holds no text"),
+    ],
+    ids=["utf-8", "json", "number", "list", "messages", "null", "deep", "odd", "npy", "empty", "blank", "no rows"],
+)
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
     path = written(tmp_path, name, content)
     with pytest.raises(ConfigError, match=words) as error:

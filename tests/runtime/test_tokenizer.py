@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from mpo_formats.errors import CheckpointError, ConfigError
-from mpo_runtime.tokenizer import StreamDecoder, Tokenizer
+from mpo_runtime.text.tokenizer import StreamDecoder, Tokenizer
 
 CONFIG = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -333,9 +333,12 @@ def test_shared_tokenizers(shared: Path, folder: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.special_ids.isdisjoint(ids)
     assert "".join(stream(tokenizer, ids)) == text
-    assert tokenizer.encode(text.split("</s>")[0]) == RawTokenizer.from_file(str(shared / folder / "tokenizer.json")).encode(
-        text.split("</s>")[0], add_special_tokens=False
-    ).ids  # fmt: skip
+    assert (
+        tokenizer.encode(text.split("</s>")[0])
+        == RawTokenizer.from_file(str(shared / folder / "tokenizer.json"))
+        .encode(text.split("</s>")[0], add_special_tokens=False)
+        .ids
+    )
     for step in (1, 7, 101):
         check_stream(tokenizer, [(index * step * 31) % tokenizer.vocab_size for index in range(400)], True)
         check_stream(tokenizer, [(index * step * 17) % tokenizer.vocab_size for index in range(400)], False)

@@ -19,8 +19,8 @@ from mpo_exporter.calibrate.upstream import RecordingOps, block_cache
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import Linear
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.weights import Weights
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.weights.protocol import Weights
 
 Progress = Callable[[int, int], None]
 Vector = NDArray[np.float64]
@@ -109,8 +109,9 @@ def _add_batch(
         for block in range(architecture.num_hidden_layers):
             states.append(run(states[-1], block))
             if not torch.isfinite(states[-1]).all():
-                raise ConfigError(f"model.layers.{block}: its output is not finite on the calibration text; "
-                                  "check the source model")  # fmt: skip
+                raise ConfigError(
+                    f"model.layers.{block}: its output is not finite on the calibration text; check the source model"
+                )
     gradient = head_gradient(model, squares, states.pop(), generator)
     for block in reversed(range(architecture.num_hidden_layers)):
         x = states.pop().requires_grad_()

@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.calibrate.spill import mapped_file
 from mpo_exporter.calibrate.upstream import Upstream
-from mpo_exporter.spill import mapped_file
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import widen
-from mpo_runtime.weights import Weights
+from mpo_runtime.weights.protocol import Weights
 
 Matrix = NDArray[np.float64]
 Single = NDArray[np.float32]
@@ -104,8 +104,10 @@ class Calibration:
 
     def __init__(self, source: Weights, windows: NDArray[np.int64], folder: Path, *, batch: int = 8) -> None:
         if windows.ndim != 2 or not windows.size or batch < 1:
-            raise ConfigError(f"calibration: expected windows [N, W] in batches of at least 1, found an array of shape "
-                              f"{list(windows.shape)} in batches of {batch}")  # fmt: skip
+            raise ConfigError(
+                f"calibration: expected windows [N, W] in batches of at least 1, found an array of shape "
+                f"{list(windows.shape)} in batches of {batch}"
+            )
         self.source = source
         self.architecture = source.spec.architecture
         self.windows = windows
@@ -169,8 +171,10 @@ class Calibration:
                 built = build(name, dense_matrix(self.source, name), moment)
                 spec = originals[name].spec
                 if built.shape != (spec.out_features, spec.in_features):
-                    raise ConfigError(f"{name}: expected a compressed matrix of {spec.out_features} x "
-                                      f"{spec.in_features}, found {list(built.shape)}")  # fmt: skip
+                    raise ConfigError(
+                        f"{name}: expected a compressed matrix of {spec.out_features} x "
+                        f"{spec.in_features}, found {list(built.shape)}"
+                    )
                 mapped.append(work / f"{name}.matrix")
                 ours.ops.replace(name, spill(mapped[-1], built))
             del moment  # before the next one takes its memory

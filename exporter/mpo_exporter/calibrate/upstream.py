@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.spill import mapped_file
+from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import ReferenceOps, TorchCache
 from mpo_runtime.layers.linear import Linear, MatrixTerm
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.weights import Weights
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.weights.protocol import Weights
 
 
 class Enough(Exception):
@@ -126,8 +126,9 @@ class RecordingOps(ReferenceOps):
     def holding(self, block: int, only: tuple[str, ...] | None = None) -> Iterator[None]:
         """Keeps the matrices of a block in memory, in float32; of `only` these layers where they are given."""
         prefix = f"model.layers.{block}."
-        layers = [layer for name, layer in self.linears.items()
-                  if (name.startswith(prefix) if only is None else name in only)]  # fmt: skip
+        layers = [
+            layer for name, layer in self.linears.items() if (name.startswith(prefix) if only is None else name in only)
+        ]
         terms = [term for layer in layers for term in layer.terms if isinstance(term, MatrixTerm) and term.held is None]
         for term in terms:
             term.held = term.rebuild()

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.sources import data_folder
+from mpo_exporter.source import data_folder
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.chat_template import ChatTemplate
-from mpo_runtime.texts import TokenText, read_tokens
-from mpo_runtime.tokenizer import Tokenizer
+from mpo_runtime.text.chat_template import ChatTemplate
+from mpo_runtime.text.token_text import TokenText, read_tokens
+from mpo_runtime.text.tokenizer import Tokenizer
 
 # Windows of the prototype in METHOD.md; more change the fits little.
 WINDOW = 256
@@ -47,19 +47,24 @@ def cut_calibration(
     longest = architecture.max_position_embeddings
     size = min(WINDOW, longest) if window is None else window
     if not 2 <= size <= longest or count < 1:
-        raise ConfigError(f"calibration: expected windows of 2 to {longest} tokens and at least 1 of them, "
-                          f"found {count} of {size}")  # fmt: skip
+        raise ConfigError(
+            f"calibration: expected windows of 2 to {longest} tokens and at least 1 of them, found {count} of {size}"
+        )
     outside = text.ids[(text.ids < 0) | (text.ids >= architecture.vocab_size)]
     if outside.size:
-        raise ConfigError(f"{text.name}: token id {outside[0]} lies outside the vocabulary of {architecture.vocab_size}; "
-                          "tokenise it with this model's tokenizer")  # fmt: skip
+        raise ConfigError(
+            f"{text.name}: token id {outside[0]} lies outside the vocabulary of {architecture.vocab_size}; "
+            "tokenise it with this model's tokenizer"
+        )
     lead = architecture.bos_token_id
     step = size if lead is None else size - 1
     whole = text.ids.size // step
     least = min(LEAST_WINDOWS, count)
     if whole < least:
-        raise ConfigError(f"{text.name}: {text.ids.size} tokens are too few to calibrate on, expected at least "
-                          f"{least * step}; give a longer text with --calib")  # fmt: skip
+        raise ConfigError(
+            f"{text.name}: {text.ids.size} tokens are too few to calibrate on, expected at least "
+            f"{least * step}; give a longer text with --calib"
+        )
     kept = np.linspace(0, whole - 1, min(count, whole)).round().astype(np.int64)
     windows = text.ids[: whole * step].reshape(whole, step)[kept]
     if lead is None:

@@ -73,8 +73,9 @@ def require_finite(matrix: Matrix, name: str) -> None:
     finite = np.isfinite(matrix)
     if not finite.all():
         row, column = (int(place) for place in np.unravel_index(int(finite.argmin()), matrix.shape))
-        raise ConfigError(f"{name}: row {row}, column {column} is {matrix[row, column]}, not finite; "
-                          "check the source model")  # fmt: skip
+        raise ConfigError(
+            f"{name}: row {row}, column {column} is {matrix[row, column]}, not finite; check the source model"
+        )
 
 
 def unfold(matrix: Matrix, out_dims: Dims, in_dims: Dims) -> Matrix:
@@ -159,8 +160,11 @@ def _root(moment: Matrix) -> Matrix:
             load = load * 10 if load else LEAST_LOAD
             continue
         if load:
-            log.warning("moment of size %d is singular: %.0e of its mean diagonal was added; more calibration text "
-                        "would help", size, load)  # fmt: skip
+            log.warning(
+                "moment of size %d is singular: %.0e of its mean diagonal was added; more calibration text would help",
+                size,
+                load,
+            )
         return root
 
 

@@ -40,8 +40,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.parameters < 1 or (self.multiply_adds is not None and self.multiply_adds < 1):
-            raise PlanError(f"limits: expected at least 1 parameter and multiply-add, found {self.parameters} and "
-                            f"{self.multiply_adds}")  # fmt: skip
+            raise PlanError(
+                f"limits: expected at least 1 parameter and multiply-add, found {self.parameters} and "
+                f"{self.multiply_adds}"
+            )
         if (self.seconds is None) != (self.latency is None):
             raise PlanError("limits: seconds and latency go together; give both or neither")
 
@@ -143,8 +145,10 @@ def search(
     """
     scored = score_shapes(matrix, moment, limits)
     if not scored:
-        raise PlanError(f"cores: no factor shape of a {matrix.shape[0]} x {matrix.shape[1]} matrix has as little as "
-                        f"{limits.parameters} parameters within the limits; allow more")  # fmt: skip
+        raise PlanError(
+            f"cores: no factor shape of a {matrix.shape[0]} x {matrix.shape[1]} matrix has as little as "
+            f"{limits.parameters} parameters within the limits; allow more"
+        )
     plain = [shape for shape in scored if (shape.out_dims, shape.in_dims) == low_rank_shape(*matrix.shape)]
     closed = [shape for shape in scored if min(shape.in_dims) == 1 and shape not in plain]
     chosen = plain + closed[:1] + [shape for shape in scored if min(shape.in_dims) > 1][:keep]

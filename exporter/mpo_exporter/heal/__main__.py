@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mpo_exporter.heal.cli import main
+from mpo_exporter.cli.heal import main
 
 main()

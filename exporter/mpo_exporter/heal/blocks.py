@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.fisher import Squares, head_gradient
+from mpo_exporter.calibrate.spill import mapped_file
 from mpo_exporter.heal.ops import compute, run_block
-from mpo_exporter.spill import mapped_file
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
 
 
 class Stream:

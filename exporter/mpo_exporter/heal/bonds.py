@@ -17,7 +17,7 @@ from torch import Tensor
 from mpo_exporter.fit.bonds import order_bonds
 from mpo_exporter.heal.ops import HealingOps, run_block
 from mpo_exporter.heal.trainable import Cores, IntegerCore, Trainables
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
 
 Matrix = NDArray[np.float64]
 

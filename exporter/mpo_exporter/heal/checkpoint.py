@@ -81,8 +81,9 @@ def load_checkpoint(folder: Path, digest: str, *, others: bool = False) -> tuple
     if record.digest != digest:
         if others:
             return None
-        raise ConfigError(f"{path}: is of a healing with other settings, data or models; "
-                          f"give those, or remove {folder} to start over")  # fmt: skip
+        raise ConfigError(
+            f"{path}: is of a healing with other settings, data or models; give those, or remove {folder} to start over"
+        )
     return record, tensors
 
 

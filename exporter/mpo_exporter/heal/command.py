@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mpo_exporter.command import held_out_text
+from mpo_exporter.cli.export import held_out_text
 from mpo_exporter.export import measure_file
 from mpo_exporter.heal.checkpoint import NAME
 from mpo_exporter.heal.distributed import joined
@@ -18,14 +18,14 @@ from mpo_exporter.heal.progress import shown, silent
 from mpo_exporter.heal.run import Healed, heal, work_folder
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.report.next_step import wrote
-from mpo_exporter.sources import find_source
+from mpo_exporter.source import find_source
 from mpo_formats import ConfigError
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import Comparison
 from mpo_runtime.model import check_device, set_threads
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 
 def run_heal(
@@ -59,9 +59,17 @@ def run_heal(
         showing = shown("heal") if workers.first else nullcontext(silent)
         with telling_of_checkpoints(work or work_folder(target)), showing as update:
             result = heal(
-                file, source.folder, target, settings, text=text, held_out=held_out, force=force, work=work,
-                workers=workers, progress=update,
-            )  # fmt: skip
+                file,
+                source.folder,
+                target,
+                settings,
+                text=text,
+                held_out=held_out,
+                force=force,
+                work=work,
+                workers=workers,
+                progress=update,
+            )
         if workers.first:
             before = measured_before(file, source.folder, held_out, workers.device)
             print_healed(result, before, held_out, reason)
@@ -104,14 +112,19 @@ def print_healed(result: Healed, before: Comparison | None, text: TokenText | No
             column.justify = "right"
         after, dense = result.comparison, before.reference
         figures = (before.model, after.model)
-        table.add_row("perplexity", f"{dense.perplexity:.2f} ± {dense.error:.2f}",
-                      *(f"{item.perplexity:.2f} ± {item.error:.2f}" for item in figures))  # fmt: skip
+        table.add_row(
+            "perplexity",
+            f"{dense.perplexity:.2f} ± {dense.error:.2f}",
+            *(f"{item.perplexity:.2f} ± {item.error:.2f}" for item in figures),
+        )
         table.add_row("KL to dense, mean", "0", f"{before.kl_mean:.4f}", f"{after.kl_mean:.4f}")
         table.add_row("KL to dense, 99.9 %", "0", f"{before.kl_999:.4f}", f"{after.kl_999:.4f}")
         table.add_row("same top token", "100 %", f"{100 * before.same_top1:.1f} %", f"{100 * after.same_top1:.1f} %")
         console.print(table)
-        console.print(f"measured on the first {text.ids.size:,} tokens of {text.name}, held-out text; "
-                      "nothing was trained on it", highlight=False)  # fmt: skip
+        console.print(
+            f"measured on the first {text.ids.size:,} tokens of {text.name}, held-out text; nothing was trained on it",
+            highlight=False,
+        )
         if after.kl_mean > before.kl_mean:
             console.print(
                 "healing made this file worse: heal longer, or with lower rates (--rate 0.3)", highlight=False

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.sources import data_folder
+from mpo_exporter.source import data_folder
 from mpo_formats import Architecture, ConfigError, MpoError
-from mpo_runtime.chat_template import ChatTemplate, encode_chat
-from mpo_runtime.text_rows import Message, parse_row
-from mpo_runtime.texts import TokenText, read_tokens
-from mpo_runtime.tokenizer import Tokenizer
+from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.text.rows import Message, parse_row
+from mpo_runtime.text.token_text import TokenText, read_tokens
+from mpo_runtime.text.tokenizer import Tokenizer
 
 WINDOW = 256
 
@@ -39,7 +39,7 @@ def read_healing_text(
 ) -> HealingText:
     """Reads a healing text, the embedded one where `path` is None.
 
-    `.jsonl` rows are of the layouts that mpo_runtime.text_rows recognises; other files are read as `read_tokens` does. A
+    `.jsonl` rows are of the layouts that mpo_runtime.text.rows recognises; other files are read as `read_tokens` does. A
     text that was read already may be given in the place of its path.
 
     Args:
@@ -139,8 +139,10 @@ def pack_windows(
         raise ConfigError(f"--window {size}: expected 2 to {longest} tokens, the model's context")
     outside = text.ids[(text.ids < 0) | (text.ids >= architecture.vocab_size)]
     if outside.size:
-        raise ConfigError(f"{text.name}: token id {outside[0]} lies outside the vocabulary of {architecture.vocab_size}; "
-                          "tokenise it with this model's tokenizer")  # fmt: skip
+        raise ConfigError(
+            f"{text.name}: token id {outside[0]} lies outside the vocabulary of {architecture.vocab_size}; "
+            "tokenise it with this model's tokenizer"
+        )
     lead = [] if architecture.bos_token_id is None else [architecture.bos_token_id]
     step = size - len(lead)
     whole = text.ids.size // step
@@ -150,6 +152,8 @@ def pack_windows(
     counts = np.concatenate((np.zeros((whole, len(lead)), np.bool_), counts), axis=1)
     kept = counts[:, 1:].any(axis=1)
     if int(kept.sum()) < batch:
-        raise ConfigError(f"{text.name}: {text.ids.size} tokens fill {int(kept.sum())} windows of {size}, expected at "
-                          f"least {batch}; give a longer text, or lower --window or --batch")  # fmt: skip
+        raise ConfigError(
+            f"{text.name}: {text.ids.size} tokens fill {int(kept.sum())} windows of {size}, expected at "
+            f"least {batch}; give a longer text, or lower --window or --batch"
+        )
     return ids[kept], counts[kept]

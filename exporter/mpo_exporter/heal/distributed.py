@@ -79,8 +79,10 @@ def joined(device: str) -> Iterator[Workers]:
     if device.startswith("cuda"):
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
-            raise ConfigError(f"process {local}: this machine has {torch.cuda.device_count()} CUDA devices; "
-                              "start as many processes with torchrun --nproc-per-node")  # fmt: skip
+            raise ConfigError(
+                f"process {local}: this machine has {torch.cuda.device_count()} CUDA devices; "
+                "start as many processes with torchrun --nproc-per-node"
+            )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)

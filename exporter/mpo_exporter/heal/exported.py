@@ -11,9 +11,9 @@ from mpo_exporter.heal.progress import shown
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import Settings, parse_tokens
 from mpo_formats import MpoError
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 
 def heal_settings(
@@ -45,9 +45,13 @@ def check_healing(folder: Path, settings: Settings, text: Path | None) -> dict[s
     pack_windows(words, source.architecture, settings.window, settings.batch)
     digest, number = "0" * 64, "0" * 12
     return {
-        "healed_tokens": number, "healed_minutes": number, "healed_teacher_sha256": digest,
-        "healed_text": words.name, "healed_text_sha256": digest, "healed_codes": "trained",
-    }  # fmt: skip
+        "healed_tokens": number,
+        "healed_minutes": number,
+        "healed_teacher_sha256": digest,
+        "healed_text": words.name,
+        "healed_text_sha256": digest,
+        "healed_codes": "trained",
+    }
 
 
 def heal_exported(
@@ -64,7 +68,18 @@ def heal_exported(
     path, kl = exported.path, exported.comparison.kl_mean if exported.comparison else None
     try:
         with shown("heal") as update:
-            return heal(path, folder, path, settings, text=text, held_out=held_out, force=True,
-                        others=True, workers=Workers(device=device), progress=update, most_kl=kl)  # fmt: skip
+            return heal(
+                path,
+                folder,
+                path,
+                settings,
+                text=text,
+                held_out=held_out,
+                force=True,
+                others=True,
+                workers=Workers(device=device),
+                progress=update,
+                most_kl=kl,
+            )
     except MpoError as error:
         raise type(error)(f"{error}; {path} is the file before healing") from None

@@ -13,8 +13,8 @@ from torch import Tensor
 from mpo_exporter.heal.trainable import Trainables
 from mpo_runtime.backends.reference import ReferenceOps, rotate
 from mpo_runtime.layers.linear import Linear
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.weights import Weights
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.weights.protocol import Weights
 
 
 def multiplies_bf16(device: str) -> bool:

@@ -19,11 +19,11 @@ from mpo_exporter.heal.save import Output, Worse, write_healed
 from mpo_exporter.heal.session import Session
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.trainable import Trainables
-from mpo_exporter.sources import require_finite_weights
+from mpo_exporter.source import require_finite_weights
 from mpo_formats import ConfigError, MpoFile, OutputError
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import Comparison
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +149,10 @@ def saying_what_to_lower(session: Session) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise ConfigError(f"healing: out of memory at {session.place}; lower --micro-batch, --window or --top-k, or "
-                          "spread the work with torchrun") from None  # fmt: skip
+        raise ConfigError(
+            f"healing: out of memory at {session.place}; lower --micro-batch, --window or --top-k, or "
+            "spread the work with torchrun"
+        ) from None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -11,9 +11,9 @@ from mpo_formats import Certificate, Certificates, ModelSpec, MpoFile, MpoWriter
 from mpo_formats.provenance import MOST_OPTIONS
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText
-from mpo_runtime.weights import Weights
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.protocol import Weights
 
 
 class Worse(Exception):

@@ -30,10 +30,10 @@ from mpo_exporter.heal.teacher import Lesson, TeacherFiles, check_teacher, match
 from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import MpoFile
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.model import read_text_files
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 # Where minutes bound the training, the teacher may take this share of them, and blocks see so many batches of text.
 TEACHER_SHARE = 0.25
@@ -127,8 +127,10 @@ class Session:
             self._heal_blocks(lesson.felt)
             return self._heal_whole(lesson)
         except NotFinite as error:
-            raise NotFinite(f"{error}; {self._kept()}; give lower learning rates (--rate 0.3) or a lower --cross-entropy, "
-                            f"after removing {self.folder}: with other settings healing begins anew") from None  # fmt: skip
+            raise NotFinite(
+                f"{error}; {self._kept()}; give lower learning rates (--rate 0.3) or a lower --cross-entropy, "
+                f"after removing {self.folder}: with other settings healing begins anew"
+            ) from None
 
     def _kept(self) -> str:
         if self.saved_step is None:
@@ -160,8 +162,12 @@ class Session:
         steps, weighs = self._whole_steps(), bool(self.matched) or self.settings.block_share > 0
         weighed = self.data.windows[:FISHER_WINDOWS] if weighs else None  # whatever the length of the training
         if steps is not None:
-            self._keep(min(len(self.data.windows), max(steps, self._steps(self.settings.block_share) or 0)
-                           * self.settings.batch))  # fmt: skip
+            self._keep(
+                min(
+                    len(self.data.windows),
+                    max(steps, self._steps(self.settings.block_share) or 0) * self.settings.batch,
+                )
+            )
         of = self.file.spec.architecture
         shape = (len(self.data.windows), self.data.span, min(self.settings.top_k, of.vocab_size))
         asked = (self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:], self.matched, weighs)
@@ -175,9 +181,14 @@ class Session:
         done = 0
         if self.workers.first:
             done = files.write(
-                self.source, self.data.windows, weighed, batch=self.settings.micro_batch,
-                device=self.workers.device, progress=self.progress, enough=None if seconds is None else enough,
-            )  # fmt: skip
+                self.source,
+                self.data.windows,
+                weighed,
+                batch=self.settings.micro_batch,
+                device=self.workers.device,
+                progress=self.progress,
+                enough=None if seconds is None else enough,
+            )
         self._keep(int(self.workers.agree(done)))
         return files.open()
 
@@ -261,8 +272,9 @@ class Session:
         tokens = len(self.data.windows) * self.data.span
         share = settings.matching(self.file.spec.architecture.parameters(), tokens) / (2 * max(len(self.matched), 1))
         matched = {block: share * lesson.felt[block].to(self.workers.device) for block in self.matched}
-        student = Student(self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute,
-                          matched=matched)  # fmt: skip
+        student = Student(
+            self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute, matched=matched
+        )
         trainer = Trainer(student, everything, settings, self.workers, fixed=not recompute)
         if record.step:
             trainer.set_rates(record.rates)

@@ -14,7 +14,7 @@ from mpo_exporter.heal.ops import HealingOps, run_block
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import free_memory
-from mpo_runtime.models.granite import GraniteModel
+from mpo_runtime.models.decoder import GraniteModel
 
 # Logits that are held at a time.
 HEAD_LOGITS = 1 << 26
@@ -80,9 +80,15 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, model: GraniteModel, ops: HealingOps, trainables: Trainables, *, cross_entropy: float, recompute: bool,
+        self,
+        model: GraniteModel,
+        ops: HealingOps,
+        trainables: Trainables,
+        *,
+        cross_entropy: float,
+        recompute: bool,
         matched: Mapping[int, Tensor],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.model, self.ops = model, ops
         self.trainables = trainables

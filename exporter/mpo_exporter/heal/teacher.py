@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.calibrate.spill import claim
 from mpo_exporter.heal.blocks import stream_fisher
 from mpo_exporter.heal.ops import WindowOps, compute, run_block
 from mpo_exporter.heal.progress import Progress
 from mpo_exporter.heal.student import head_tokens
-from mpo_exporter.spill import claim
 from mpo_formats import Architecture, CheckpointError
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.tokenizer import Tokenizer
-from mpo_runtime.weights import Weights
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.tokenizer import Tokenizer
+from mpo_runtime.weights.protocol import Weights
 
 # What may differ between a file and its teacher: neither changes what the same ids mean.
 FREE = ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_token_ids")
@@ -39,15 +39,19 @@ def check_teacher(
     file, teacher = asdict(ours), asdict(theirs)
     for key, value in file.items():
         if key not in FREE and teacher[key] != value:
-            raise CheckpointError(f"teacher {name}: {key} is {teacher[key]}, the file has {value}; "
-                                  "give the model that the file was made from")  # fmt: skip
+            raise CheckpointError(
+                f"teacher {name}: {key} is {teacher[key]}, the file has {value}; "
+                "give the model that the file was made from"
+            )
     first, second = tokenizers
     if first is None or second is None:
         return
     for token in range(ours.vocab_size):
         if first.id_to_token(token) != second.id_to_token(token):
-            raise CheckpointError(f"teacher {name}: token {token} is {second.id_to_token(token)!r}, in the file "
-                                  f"{first.id_to_token(token)!r}; give the model that the file was made from")  # fmt: skip
+            raise CheckpointError(
+                f"teacher {name}: token {token} is {second.id_to_token(token)!r}, in the file "
+                f"{first.id_to_token(token)!r}; give the model that the file was made from"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,17 @@ class TeacherFiles:
             return 0
         return int(np.load(self.done, allow_pickle=False))
 
-    def write(self, teacher: Weights, windows: NDArray[np.int64], weighed: NDArray[np.int64] | None, *, batch: int,
-              device: str, progress: Progress, enough: Callable[[], bool] | None = None) -> int:  # fmt: skip
+    def write(
+        self,
+        teacher: Weights,
+        windows: NDArray[np.int64],
+        weighed: NDArray[np.int64] | None,
+        *,
+        batch: int,
+        device: str,
+        progress: Progress,
+        enough: Callable[[], bool] | None = None,
+    ) -> int:
         """Runs the teacher on windows [N, W] until all are done or it is `enough`; returns how many are done.
 
         Those of an earlier run are taken where they suffice: where there is no `enough`, as many as are wanted.
@@ -136,8 +149,11 @@ class TeacherFiles:
         needed = sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in self.files)
         files = [np.lib.format.open_memmap(path, "w+", kind, shape) for path, kind, shape in self.files]
         for path, _, _ in self.files:
-            claim(path, f"what the teacher says takes {needed:,} bytes",
-                  "lower --match-blocks, --top-k or the tokens of the text")  # fmt: skip
+            claim(
+                path,
+                f"what the teacher says takes {needed:,} bytes",
+                "lower --match-blocks, --top-k or the tokens of the text",
+            )
         return files
 
     def open(self) -> Lesson:

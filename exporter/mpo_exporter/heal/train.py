@@ -115,9 +115,11 @@ class Trainer:
     def restart(self) -> None:
         """Forgets the optimizer's state."""
         rates = {
-            "core": self.settings.core_rate, "code": self.settings.code_rate,
-            "scale": self.settings.scale_rate, "norm": self.settings.norm_rate,
-        }  # fmt: skip
+            "core": self.settings.core_rate,
+            "code": self.settings.code_rate,
+            "scale": self.settings.scale_rate,
+            "norm": self.settings.norm_rate,
+        }
         groups: dict[tuple[str, float], dict[str, Any]] = {}
         for index, (kind, parameter, unit) in enumerate(self.trainables.learning()):
             # Integers and scales of one unit are one group, one kernel on a GPU; other units follow what is trained.

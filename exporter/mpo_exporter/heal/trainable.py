@@ -21,7 +21,7 @@ from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, VectorSpec
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import implicit_zero, pack, unpack
 from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, float_tensor
-from mpo_runtime.weights import Weights
+from mpo_runtime.weights.protocol import Weights
 
 # Latent numbers stay this far around their codes when they are told the dense matrix. At the edges of the cells (0.49) the
 # first noisy steps flipped many codes of error-compensated matrices, whose joint choice is better than each one's nearest.

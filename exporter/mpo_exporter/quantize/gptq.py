@@ -35,9 +35,13 @@ TOLERANCE = 0.01
 
 
 def target(
-    matrix: Matrix, moment: Matrix, cross: Single | None, drift: Single | None = None, damping: float = DAMPING,
+    matrix: Matrix,
+    moment: Matrix,
+    cross: Single | None,
+    drift: Single | None = None,
+    damping: float = DAMPING,
     group: int = 1,
-) -> Matrix:  # fmt: skip
+) -> Matrix:
     """The matrix to fit: W, or (W E[x x̂ᵀ] + D) C⁻¹ where the inputs x̂ differ from the dense model's x.
 
     That is the least-squares map from x̂ to W x, so errors of earlier layers are made up for as far as a linear map can, and
@@ -68,9 +72,15 @@ class Grid:
 
 
 def compensated(
-    matrix: Matrix, moment: Matrix, bits: int, group: int, *, zeros: bool = False,
-    turns: int = TURNS, damping: float = DAMPING,
-) -> Integers:  # fmt: skip
+    matrix: Matrix,
+    moment: Matrix,
+    bits: int,
+    group: int,
+    *,
+    zeros: bool = False,
+    turns: int = TURNS,
+    damping: float = DAMPING,
+) -> Integers:
     """Quantises W [O, I] for inputs of second moment C [I, I], in groups of `group` columns.
 
     Args:
@@ -98,9 +108,12 @@ def compensated(
         for stacked in (torch.cat([getattr(part, name) for part in parts], 1) for name in ("scale", "zero"))
     )
     return Integers(
-        restored.T.contiguous().numpy(), scale.T.half().contiguous().numpy(),
-        zero.T.half().contiguous().numpy() if zeros else None, bits, group,
-    )  # fmt: skip
+        restored.T.contiguous().numpy(),
+        scale.T.half().contiguous().numpy(),
+        zero.T.half().contiguous().numpy() if zeros else None,
+        bits,
+        group,
+    )
 
 
 def expected_residuals(

@@ -83,9 +83,13 @@ def _starts(values: Tensor, levels: Levels) -> list[tuple[Tensor, Tensor]]:
 
 
 def _better(
-    best: tuple[Tensor, Tensor, Tensor] | None, values: Tensor, weight: Tensor, scale: Tensor, zero: Tensor,
+    best: tuple[Tensor, Tensor, Tensor] | None,
+    values: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor,
     levels: Levels,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     scale, zero = half(scale), half(zero)
     residual = values - scale * (encode(values, inverse(scale), zero, levels) - zero)
     error = weight @ residual.square_()

@@ -7,20 +7,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpo_exporter.allocate import Candidate, descend_hulls, front
-from mpo_exporter.budget import allocated_layers
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import WINDOW, cut_calibration
 from mpo_exporter.export import export, measure_file
-from mpo_exporter.plan import Options
+from mpo_exporter.measure.survey import Survey, stored_bytes, survey
+from mpo_exporter.plan.allocate import descend_hulls, front
+from mpo_exporter.plan.budget import allocated_layers
+from mpo_exporter.plan.named import Options
 from mpo_exporter.progress import Progress
 from mpo_exporter.report.facts import Predicted, WithoutCores
-from mpo_exporter.survey import Survey, stored_bytes, survey
+from mpo_exporter.terms import Candidate
 from mpo_formats import ModelSpec
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.checkpoint import Checkpoint
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 # Weights times calibration tokens up to which the alternative is fitted if the user says nothing.
 BUDGET = 5e11
@@ -60,9 +61,16 @@ def without_cores(
         integers = {name: without_operators(row) for name, row in surveyed.candidates.items()}
         layers = allocated_layers(spec, integers, file_bytes)
         result = export(
-            source.folder, target, Options("int4"), calibration=calibration, windows=windows, layers=layers,
-            surveyed=surveyed, device=device, progress=progress,
-        )  # fmt: skip
+            source.folder,
+            target,
+            Options("int4"),
+            calibration=calibration,
+            windows=windows,
+            layers=layers,
+            surveyed=surveyed,
+            device=device,
+            progress=progress,
+        )
         dense = GraniteModel(source.architecture, ReferenceOps(source, device=device))
         found = measure_file(target, None, dense, text, device, progress)
     return WithoutCores(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT
-from mpo_exporter.command import calibration_for, held_out_text
-from mpo_exporter.plan import Options
+from mpo_exporter.cli.export import calibration_for, held_out_text
+from mpo_exporter.plan.named import Options
 from mpo_exporter.report.facts import Report
 from mpo_exporter.report.folder import prepare
 from mpo_exporter.report.gather import Job
 from mpo_exporter.report.make import make_report
-from mpo_exporter.sources import find_source
+from mpo_exporter.source import find_source
 from mpo_formats import ConfigError
 from mpo_runtime.model import check_device, set_threads
 

@@ -33,8 +33,10 @@ def prepare(folder: Path, force: bool) -> Report | None:
     with contextlib.suppress(OSError):
         content = (folder / JSON).read_bytes()
     if FORMAT.encode() not in content[:200] and not force:
-        raise OutputError(f"{folder}: holds something else than a report ({sorted(names)[0]!r}); "
-                          "give another folder, or --force to write the report beside it")  # fmt: skip
+        raise OutputError(
+            f"{folder}: holds something else than a report ({sorted(names)[0]!r}); "
+            "give another folder, or --force to write the report beside it"
+        )
     try:
         return from_text(content, str(folder / JSON))
     except FormatError:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT
 from mpo_exporter.export import measure_file
+from mpo_exporter.measure.survey import Survey
 from mpo_exporter.progress import Progress, silent
 from mpo_exporter.report.alternative import affordable, predicted_curve, without_cores
 from mpo_exporter.report.facts import (
@@ -40,15 +41,14 @@ from mpo_exporter.report.subject import (
     sizes_of,
     subject_of,
 )
-from mpo_exporter.survey import Survey
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.checkpoint import Checkpoint
 from mpo_runtime.measure import Comparison
 from mpo_runtime.memory import available_memory
 from mpo_runtime.model import Model, load
-from mpo_runtime.models.granite import GraniteModel
-from mpo_runtime.texts import TokenText
+from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.checkpoint import Checkpoint
 
 CONTEXT = 512
 # A dense model above this share of the free memory would be read from disk again for every token.
@@ -102,12 +102,16 @@ def gather(job: Job, progress: Progress = silent) -> Report:
 def require_same_model(file: MpoFile, source: Checkpoint) -> None:
     """Raises ConfigError unless the file was made from this dense model."""
     if file.spec.architecture != source.architecture:
-        raise ConfigError(f"{file.name}: its architecture is not that of {source.folder.name}; "
-                          "give the model that it was made from with --teacher")  # fmt: skip
+        raise ConfigError(
+            f"{file.name}: its architecture is not that of {source.folder.name}; "
+            "give the model that it was made from with --teacher"
+        )
     known = file.spec.provenance.source_sha256
     if known and known != source.sha256():
-        raise ConfigError(f"{file.name}: was made from {file.spec.provenance.source} with SHA-256 {known[:12]}…, "
-                          f"{source.folder.name} is another; give that one with --teacher")  # fmt: skip
+        raise ConfigError(
+            f"{file.name}: was made from {file.spec.provenance.source} with SHA-256 {known[:12]}…, "
+            f"{source.folder.name} is another; give that one with --teacher"
+        )
 
 
 @dataclass(slots=True)
@@ -241,9 +245,17 @@ class Work:
             return None
         with self.timed("without cores"):
             return without_cores(
-                self.source, self.file.spec, self.file.size, job.text, job.calibration, windows, job.surveyed,
-                job.folder, job.device, self.progress,
-            )  # fmt: skip
+                self.source,
+                self.file.spec,
+                self.file.size,
+                job.text,
+                job.calibration,
+                windows,
+                job.surveyed,
+                job.folder,
+                job.device,
+                self.progress,
+            )
 
 
 def earlier_points(earlier: Report | None, quality: Measured, source_sha256: str) -> list[Point]:

@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.moments import Calibration, dense_matrix
 from mpo_exporter.calibrate.windows import cut_calibration
+from mpo_exporter.measure.survey import stored_bytes
 from mpo_exporter.progress import Progress
 from mpo_exporter.report.facts import Calibrated, Layer, Norm, Spectrum, Step, Term
 from mpo_exporter.report.record import relative_error
-from mpo_exporter.survey import stored_bytes
 from mpo_formats import Dense, LinearSpec, MpoFile, Quantized
 from mpo_formats import Term as StoredTerm
 from mpo_formats.layout import ELEMENTS, term_tensors
 from mpo_formats.reference import matrix as stored_matrix
 from mpo_runtime.cli.inspect import term_text
-from mpo_runtime.texts import TokenText
-from mpo_runtime.weights import Weights
+from mpo_runtime.text.token_text import TokenText
+from mpo_runtime.weights.protocol import Weights
 
 Matrix = NDArray[np.float64]
 # Multiply-adds that measuring layers may take if the user says nothing: half a minute on a slow core.
@@ -79,9 +79,7 @@ def term_facts(linear: LinearSpec, index: int, term: StoredTerm) -> Term:
         words = term_text(term) + (" with zeros" if term.zeros else "")
         return Term(term.kind, words, term.bits, term.group, 0, (), (), size)
     bits = term.core_bits or 8 * ELEMENTS[term.dtype][1]
-    return Term(
-        term.kind, term_text(term), bits, term.group, max(term.bonds), term.out_dims, term.in_dims, size
-    )  # fmt: skip
+    return Term(term.kind, term_text(term), bits, term.group, max(term.bonds), term.out_dims, term.in_dims, size)
 
 
 def affordable_windows(source: Weights, window: int, asked: int | None) -> int:

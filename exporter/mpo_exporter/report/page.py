@@ -39,13 +39,18 @@ def page(report: Report) -> str:
 def page_header(report: Report) -> Markup:
     """Name, what it comes to, and the four ratios."""
     subject = report.subject
-    shape = (f"{subject.model_type}, {subject.blocks} blocks, hidden {subject.hidden}, MLP {subject.inner}, "
-             f"{subject.heads} heads, vocabulary {subject.vocabulary:,}")  # fmt: skip
+    shape = (
+        f"{subject.model_type}, {subject.blocks} blocks, hidden {subject.hidden}, MLP {subject.inner}, "
+        f"{subject.heads} heads, vocabulary {subject.vocabulary:,}"
+    )
     slower = None
     if report.speed and report.speed.slower:
-        slower = element("p", f"This file decodes more slowly than the dense model on this machine: "
-                              f"{report.speed.median:.1f} against {report.speed.dense_median:.1f} tokens/s.",
-                         class_="plainly")  # fmt: skip
+        slower = element(
+            "p",
+            f"This file decodes more slowly than the dense model on this machine: "
+            f"{report.speed.median:.1f} against {report.speed.dense_median:.1f} tokens/s.",
+            class_="plainly",
+        )
     return element(
         "header",
         element("p", f"Report of the export · {subject.file}", class_="eyebrow"),
@@ -60,8 +65,10 @@ def page_header(report: Report) -> Markup:
 def verdict(report: Report) -> str:
     """The outcome in two sentences."""
     sizes, found = report.sizes, report.quality
-    first = (f"{size_text(sizes.file_bytes)} in the place of {size_text(sizes.dense_bytes)}: {sizes.bits_per_weight:.2f} "
-             "bits for each weight of the dense model, embeddings and tokenizer included. ")  # fmt: skip
+    first = (
+        f"{size_text(sizes.file_bytes)} in the place of {size_text(sizes.dense_bytes)}: {sizes.bits_per_weight:.2f} "
+        "bits for each weight of the dense model, embeddings and tokenizer included. "
+    )
     if found is None:
         return first + "Quality was not measured: " + report.missing.get("quality", "") + "."
     return first + (
@@ -80,19 +87,23 @@ def cards(report: Report) -> Markup:
         card("Parameters stored", ratios.parameters, f"{sizes.dense_parameters:,} → {sizes.parameters:,}"),
         card("File size", ratios.bytes, f"{size_text(sizes.dense_bytes)} → {size_text(sizes.file_bytes)}"),
         card(
-            "Peak memory", ratios.memory,
+            "Peak memory",
+            ratios.memory,
             f"{size_text(memory.dense_peak)} → {size_text(memory.peak)}, of which {size_text(memory.base)} before loading"
-            if memory else report.missing.get("memory", ""),
+            if memory
+            else report.missing.get("memory", ""),
         ),
         card(
-            "Decoding speed", ratios.speed,
+            "Decoding speed",
+            ratios.speed,
             f"{speed.dense_median:.1f} → {speed.median:.1f} tokens/s, {measured.backend} backend"
             + (", slower than dense" if speed.slower else "")
-            if speed else report.missing.get("speed", ""),
+            if speed
+            else report.missing.get("speed", ""),
             warn=speed is not None and speed.slower,
         ),
         class_="cards",
-    )  # fmt: skip
+    )
 
 
 def card(name: str, ratio: float | None, detail: str, *, warn: bool = False) -> Markup:
@@ -102,8 +113,9 @@ def card(name: str, ratio: float | None, detail: str, *, warn: bool = False) -> 
     else:
         figure = element("p", times(ratio), class_="ratio warn" if warn else "ratio")
         meter = element("p", element("i"), class_="meter", style=f"--v:{min(100 * ratio, 100):.1f}%")
-    return element("div", element("p", name, class_="name"), figure, meter, element("p", detail, class_="detail"),
-                   class_="card")  # fmt: skip
+    return element(
+        "div", element("p", name, class_="name"), figure, meter, element("p", detail, class_="detail"), class_="card"
+    )
 
 
 def section(title: str, lead: Child, *content: Child) -> Markup:
@@ -117,13 +129,18 @@ def quality_section(report: Report) -> Markup | None:
     found = report.quality
     if found is None:
         return section("Quality", f"Not measured: {report.missing.get('quality', '')}.")
-    lead = (f"On the first {found.tokens:,} tokens of {found.text}, held-out text on which nothing was trained or "
-            f"calibrated, in windows of {found.window} tokens. The two perplexities share their text, so their difference "
-            "is far surer than either.")  # fmt: skip
+    lead = (
+        f"On the first {found.tokens:,} tokens of {found.text}, held-out text on which nothing was trained or "
+        f"calibrated, in windows of {found.window} tokens. The two perplexities share their text, so their difference "
+        "is far surer than either."
+    )
     return section(
-        "Quality", lead,
-        element("div", quality_table(found), element("div", quality_plot(report), points_details(report)), class_="pair"),
-    )  # fmt: skip
+        "Quality",
+        lead,
+        element(
+            "div", quality_table(found), element("div", quality_plot(report), points_details(report)), class_="pair"
+        ),
+    )
 
 
 def points_details(report: Report) -> Markup:
@@ -156,18 +173,23 @@ def cores_section(report: Report) -> Markup:
         else "Cores pay here: the same bytes in integers alone are farther from the dense model."
     )
     how = f"Fitted to the same kind of calibration text and measured on the same tokens, in {seconds(plain.seconds)}."
-    return section("Cores", f"{lead} {outcome} {how}",
-                   element("div", plain_table(found, plain, report.sizes.file_bytes), class_="pair"))  # fmt: skip
+    return section(
+        "Cores",
+        f"{lead} {outcome} {how}",
+        element("div", plain_table(found, plain, report.sizes.file_bytes), class_="pair"),
+    )
 
 
 def decision_section(report: Report) -> Markup:
     """What every matrix is stored as."""
     lead = "Bits per weight count scales, offsets and cores. " + error_words(report)
     return section(
-        "Decisions", lead, heat_maps(report),
+        "Decisions",
+        lead,
+        heat_maps(report),
         element("details", element("summary", "Layers by decision"), decision_table(report), open=""),
         element("details", element("summary", f"All {len(report.layers)} layers"), layer_table(report)),
-    )  # fmt: skip
+    )
 
 
 def error_words(report: Report) -> str:
@@ -176,8 +198,10 @@ def error_words(report: Report) -> str:
     if not norms:
         return "The layers' errors were not measured: " + report.missing.get("calibrated", "") + "."
     if report.calibrated:
-        return (f"The error is that of a layer's output relative to the output itself, with the activations of the dense "
-                f"model on {report.calibrated.tokens:,} tokens of {report.calibrated.text}.")  # fmt: skip
+        return (
+            f"The error is that of a layer's output relative to the output itself, with the activations of the dense "
+            f"model on {report.calibrated.tokens:,} tokens of {report.calibrated.text}."
+        )
     if norms == {"fit"}:
         return "The error is that of a layer's output in the norm that the layer was fitted in."
     return "The error is that of the weights, relative to the weights: without calibration text nothing tells which matter."
@@ -196,8 +220,10 @@ def spectrum_section(report: Report) -> Markup:
         else "Singular values of the weights."
     )
     measured = f" Of {len(spectrums)} of {len(report.layers)} layers." if len(spectrums) < len(report.layers) else ""
-    lead = (f"{what} Relative to the largest, both axes logarithmic, one line a block. The steeper a line falls, the "
-            f"cheaper cores are; beside each name, the rank that holds 90 % of the energy.{measured}")  # fmt: skip
+    lead = (
+        f"{what} Relative to the largest, both axes logarithmic, one line a block. The steeper a line falls, the "
+        f"cheaper cores are; beside each name, the rank that holds 90 % of the energy.{measured}"
+    )
     ramp = element("p", "first block", element("i"), "last block", class_="ramp depth bits")
     return section("Spectra", lead, ramp, element("div", panels, class_="panels"))
 
@@ -213,20 +239,40 @@ def progress_section(report: Report) -> Markup:
     total = sum(stage.end - stage.start for stage in went.stages) or 1.0
     count = max(len(went.stages) - 1, 1)
     shares = [(stage, f"--v:{100 - 75 * number / count:.0f}%") for number, stage in enumerate(went.stages)]
-    bar = element("div", [element("i", title=f"{stage.name}: {seconds(stage.end - stage.start)}",
-                                  style=f"{shade};--w:{(stage.end - stage.start) / total:.4f}") for stage, shade in shares],
-                  class_="stages")  # fmt: skip
-    keys = element("ul", [element("li", element("i", class_="key", style=shade),
-                                  f"{stage.name} {seconds(stage.end - stage.start)}") for stage, shade in shares],
-                   class_="legend")  # fmt: skip
-    lead = (f"{seconds(went.seconds)} from the first step to the last. Each layer is fitted to what the compressed layers "
-            "before it make of the calibration text, and the error is in that norm.")  # fmt: skip
+    bar = element(
+        "div",
+        [
+            element(
+                "i",
+                title=f"{stage.name}: {seconds(stage.end - stage.start)}",
+                style=f"{shade};--w:{(stage.end - stage.start) / total:.4f}",
+            )
+            for stage, shade in shares
+        ],
+        class_="stages",
+    )
+    keys = element(
+        "ul",
+        [
+            element("li", element("i", class_="key", style=shade), f"{stage.name} {seconds(stage.end - stage.start)}")
+            for stage, shade in shares
+        ],
+        class_="legend",
+    )
+    lead = (
+        f"{seconds(went.seconds)} from the first step to the last. Each layer is fitted to what the compressed layers "
+        "before it make of the calibration text, and the error is in that norm."
+    )
     if report.calibrated is None:
         lead = f"{seconds(went.seconds)} from the first step to the last."
     return section(
-        "Progress of the compression", lead, bar, keys, kind_legend(went),
+        "Progress of the compression",
+        lead,
+        bar,
+        keys,
+        kind_legend(went),
         element("div", element("div", errors), element("div", spent), class_="pair"),
-    )  # fmt: skip
+    )
 
 
 def text_section(report: Report) -> Markup:
@@ -248,10 +294,14 @@ def prompt_block(prompt: Prompt) -> Markup:
     return element(
         "div",
         element("p", prompt.prompt, " ", element("span", kind)),
-        element("div", said("dense", prompt.dense) if prompt.dense else None, said("this file", prompt.compressed),
-                class_="pair"),
+        element(
+            "div",
+            said("dense", prompt.dense) if prompt.dense else None,
+            said("this file", prompt.compressed),
+            class_="pair",
+        ),
         class_="prompt",
-    )  # fmt: skip
+    )
 
 
 def said(name: str, sample: Sample) -> Markup:
@@ -277,18 +327,38 @@ def details_section(report: Report) -> Markup:
         rows.append(("Held-out text", f"{report.quality.text}, SHA-256 {report.quality.text_sha256}"))
     if report.calibrated:
         found = report.calibrated
-        rows.append(("Errors and spectra", f"{found.windows} windows, {found.tokens:,} tokens of {found.text}, SHA-256 "
-                     f"{found.text_sha256}; dense upstream"))  # fmt: skip
+        rows.append(
+            (
+                "Errors and spectra",
+                f"{found.windows} windows, {found.tokens:,} tokens of {found.text}, SHA-256 "
+                f"{found.text_sha256}; dense upstream",
+            )
+        )
     if report.speed:
         rounds = report.speed
-        rows.append(("Speed", f"medians of {len(rounds.dense)} rounds of {rounds.tokens} tokens after a prompt of "
-                     f"{rounds.prompt_tokens}, the two in turns; {spread(rounds.dense)} dense, "
-                     f"{spread(rounds.compressed)} this file"))  # fmt: skip
+        rows.append(
+            (
+                "Speed",
+                f"medians of {len(rounds.dense)} rounds of {rounds.tokens} tokens after a prompt of "
+                f"{rounds.prompt_tokens}, the two in turns; {spread(rounds.dense)} dense, "
+                f"{spread(rounds.compressed)} this file",
+            )
+        )
     if report.memory:
-        rows.append(("Memory", f"largest resident size of a process that loads a model and decodes {report.memory.tokens} "
-                     "tokens, mapped pages of the file included"))  # fmt: skip
-    rows.append(("Machine", f"{machine.processor}, {machine.cores} processors, {machine.threads} threads, "
-                 f"{machine.backend} backend ({machine.kernels})"))  # fmt: skip
+        rows.append(
+            (
+                "Memory",
+                f"largest resident size of a process that loads a model and decodes {report.memory.tokens} "
+                "tokens, mapped pages of the file included",
+            )
+        )
+    rows.append(
+        (
+            "Machine",
+            f"{machine.processor}, {machine.cores} processors, {machine.threads} threads, "
+            f"{machine.backend} backend ({machine.kernels})",
+        )
+    )
     rows.append(("This report took", ", ".join(f"{cost.part} {seconds(cost.seconds)}" for cost in report.costs)))
     rows += [("Not measured", f"{part.replace('_', ' ')}: {reason}") for part, reason in report.missing.items()]
     listed = element("dl", [join(element("dt", name), element("dd", words)) for name, words in rows])

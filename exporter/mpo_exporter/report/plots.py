@@ -28,8 +28,9 @@ KIND_NAMES = {"attention": "attention", "mlp": "MLP", "other": "embedding and he
 
 def legend(entries: Sequence[tuple[Markup, str]]) -> Markup:
     """Marks and what they mean."""
-    items = [element("li", element("svg", mark, viewBox="0 0 20 14", aria_hidden="true"), name)
-             for mark, name in entries]  # fmt: skip
+    items = [
+        element("li", element("svg", mark, viewBox="0 0 20 14", aria_hidden="true"), name) for mark, name in entries
+    ]
     return element("ul", items, class_="legend")
 
 
@@ -117,15 +118,23 @@ def spectrum_panel(matrix: str, found: Sequence[tuple[Layer, Spectrum]], blocks:
     x = Scale(1, max(max(spectrum.rank for _, spectrum in found), 2), left, right, log=True)
     y = Scale(SPECTRUM_FLOOR, 1, bottom, top, log=True)
     drawn: list[Child] = [
-        x_axis(x, bottom, top, "rank", [(value, f"{value:g}") for value in (1.0, 10.0, 100.0, 1000.0, 10000.0)
-                                        if value <= x.high]),
+        x_axis(
+            x,
+            bottom,
+            top,
+            "rank",
+            [(value, f"{value:g}") for value in (1.0, 10.0, 100.0, 1000.0, 10000.0) if value <= x.high],
+        ),
         y_axis(y, left, right, "", [(value, f"{value:g}") for value in (1.0, 0.1, 0.01, 0.001)]),
         element("text", short(matrix), x=left, y=16.0, class_="panel"),
         text(right, 16, f"90 % in {range_text([spectrum.rank_90 for _, spectrum in found])}", "label", "end"),
-    ]  # fmt: skip
+    ]
     for layer, spectrum in found:
-        shown = [(x(rank), y(value)) for rank, value in zip(spectrum.ranks, spectrum.values, strict=True)
-                 if value >= SPECTRUM_FLOOR]  # fmt: skip
+        shown = [
+            (x(rank), y(value))
+            for rank, value in zip(spectrum.ranks, spectrum.values, strict=True)
+            if value >= SPECTRUM_FLOOR
+        ]
         depth = 1.0 if layer.block is None or blocks < 2 else layer.block / (blocks - 1)
         words = f"{layer.name}: 90 % of the energy in {spectrum.rank_90} of {spectrum.rank} values"
         drawn.append(element("g", element("title", words), path(shown, "depth"), style=f"--v:{15 + 85 * depth:.0f}%"))
@@ -175,8 +184,17 @@ def progress_plots(compression: Compression) -> tuple[Markup, Markup]:
         title = element("title", words)
         first.append(element("circle", title, cx=x(number), cy=y(step.error), r=3.6, class_=f"dot {kind}"))
         at = times(step.seconds)
-        second.append(element("rect", title, x=x(number) - width / 2, y=at, width=width, height=max(BOTTOM - at, 0.5),
-                              class_=f"bar {kind}"))  # fmt: skip
+        second.append(
+            element(
+                "rect",
+                title,
+                x=x(number) - width / 2,
+                y=at,
+                width=width,
+                height=max(BOTTOM - at, 0.5),
+                class_=f"bar {kind}",
+            )
+        )
     return (
         figure(WIDTH, HEIGHT, "Error of each layer's fit, in the order of the work", first),
         figure(WIDTH, HEIGHT, "Time of each layer's fit, in the order of the work", second),
@@ -186,5 +204,10 @@ def progress_plots(compression: Compression) -> tuple[Markup, Markup]:
 def kind_legend(compression: Compression) -> Markup:
     """The colours of the kinds of layers."""
     found = {kind_of(step.layer) for step in compression.steps}
-    return legend([(element("circle", cx=10.0, cy=7.0, r=4.0, class_=f"dot {kind}"), KIND_NAMES[kind])
-                   for _, kind in KINDS if kind in found])  # fmt: skip
+    return legend(
+        [
+            (element("circle", cx=10.0, cy=7.0, r=4.0, class_=f"dot {kind}"), KIND_NAMES[kind])
+            for _, kind in KINDS
+            if kind in found
+        ]
+    )

@@ -14,7 +14,7 @@ from mpo_runtime import kernels
 from mpo_runtime.backends import choose_backend
 from mpo_runtime.cli.inspect import stored_parameters
 from mpo_runtime.measure import Comparison
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
 
 PROCESSORS = Path("/proc/cpuinfo")
 

@@ -19,13 +19,21 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[Child]], numbers: int = 1
     def cell(name: str, column: int, content: Child) -> Markup:
         return element(name, content, class_="n" if column >= numbers else None)
 
-    head = element("tr", [element("th", title, scope="col", class_="n" if column >= numbers else None)
-                          for column, title in enumerate(heads)])  # fmt: skip
+    head = element(
+        "tr",
+        [
+            element("th", title, scope="col", class_="n" if column >= numbers else None)
+            for column, title in enumerate(heads)
+        ],
+    )
     body = [
-        element("tr", [cell("td" if column else "th", column, content) for column, content in enumerate(row)],
-                class_="this" if index == marked else None)
+        element(
+            "tr",
+            [cell("td" if column else "th", column, content) for column, content in enumerate(row)],
+            class_="this" if index == marked else None,
+        )
         for index, row in enumerate(rows)
-    ]  # fmt: skip
+    ]
     return element("div", element("table", element("thead", head), element("tbody", body)), class_="scroll")
 
 
@@ -101,15 +109,23 @@ def heat_map(
         "tr", element("th", "block", scope="col"), [element("th", short(name), scope="col") for name in columns]
     )
     body = [
-        element("tr", element("th", str(block), scope="row"),
-                [heat_cell(cells.get((block, name)), value, write, low, high, log) for name in columns])
+        element(
+            "tr",
+            element("th", str(block), scope="row"),
+            [heat_cell(cells.get((block, name)), value, write, low, high, log) for name in columns],
+        )
         for block in sorted({block for block, _ in cells})
-    ]  # fmt: skip
+    ]
     other = [layer for layer in layers if layer.block is None]
     below = "; ".join(f"{short(layer.matrix)} {write(found)}" for layer in other if (found := value(layer)) is not None)
     ramp = element("p", write(low), element("i"), write(high), element("span", below) if below else None, class_="ramp")
-    return element("div", element("h3", title), element("table", element("thead", head), element("tbody", body)), ramp,
-                   class_=f"heat {hue}")  # fmt: skip
+    return element(
+        "div",
+        element("h3", title),
+        element("table", element("thead", head), element("tbody", body)),
+        ramp,
+        class_=f"heat {hue}",
+    )
 
 
 def heat_cell(
@@ -130,8 +146,13 @@ def heat_cell(
         share = math.log(found / low) / math.log(high / low)
     else:
         share = (found - low) / (high - low)
-    return element("td", write(found), style=f"--v:{8 + 84 * share:.0f}%", class_="deep" if share > 0.62 else None,
-                   title=f"{layer.name}: {terms(layer)}")  # fmt: skip
+    return element(
+        "td",
+        write(found),
+        style=f"--v:{8 + 84 * share:.0f}%",
+        class_="deep" if share > 0.62 else None,
+        title=f"{layer.name}: {terms(layer)}",
+    )
 
 
 def heat_maps(report: Report) -> Markup:
@@ -144,8 +165,16 @@ def heat_maps(report: Report) -> Markup:
     if report.core_layers:
         maps.append(heat_map("Bond dimension χ of the cores", "chi", report.layers, chi, "{:.0f}".format))
     if any(layer.error is not None for layer in report.layers):
-        maps.append(heat_map("Relative error (%)", "error", report.layers, lambda layer: layer.error,
-                             lambda share: f"{100 * share:.{2 if share < 0.01 else 1}f}", log=True))  # fmt: skip
+        maps.append(
+            heat_map(
+                "Relative error (%)",
+                "error",
+                report.layers,
+                lambda layer: layer.error,
+                lambda share: f"{100 * share:.{2 if share < 0.01 else 1}f}",
+                log=True,
+            )
+        )
     return element("div", maps, class_="heats")
 
 

@@ -17,7 +17,7 @@ from mpo_exporter.report.folder import JSON, PAGE
 from mpo_exporter.report.next_step import wrote
 from mpo_exporter.report.subject import measured, sizes_of
 from mpo_runtime.cli.console import size_text
-from mpo_runtime.texts import TokenText
+from mpo_runtime.text.token_text import TokenText
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,13 @@ def print_report(result: Result, text: TokenText | None, reason: str, healed: He
     quality = measured(result.comparison, text) if result.comparison and text else None
     again = measured(healed.comparison, text) if healed and healed.comparison and text else None
     rows = Rows(
-        sizes_of(result.spec, result.source, result.file_bytes), quality, result.core_layers, len(result.spec.linears),
-        healed=healed is not None, healed_quality=again,
-    )  # fmt: skip
+        sizes_of(result.spec, result.source, result.file_bytes),
+        quality,
+        result.core_layers,
+        len(result.spec.linears),
+        healed=healed is not None,
+        healed_quality=again,
+    )
     console = Console()
     console.print(table(rows))
     say(console, measured_on(quality, reason))
@@ -72,15 +76,24 @@ def print_whole(report: Report, folder: Path) -> None:
     console.print(
         table(
             Rows(
-                report.sizes, report.quality, report.core_layers, len(report.layers),
-                report.speed, report.memory, report.texts, report.without_cores,
+                report.sizes,
+                report.quality,
+                report.core_layers,
+                len(report.layers),
+                report.speed,
+                report.memory,
+                report.texts,
+                report.without_cores,
             )
         )
-    )  # fmt: skip
+    )
     say(console, measured_on(report.quality, report.missing.get("quality", "")))
     if report.speed and report.speed.slower:
-        say(console, f"This file decodes more slowly than the dense model on this machine: "
-                     f"{report.speed.median:.1f} against {report.speed.dense_median:.1f} tokens/s")  # fmt: skip
+        say(
+            console,
+            f"This file decodes more slowly than the dense model on this machine: "
+            f"{report.speed.median:.1f} against {report.speed.dense_median:.1f} tokens/s",
+        )
     for part, reason in report.missing.items():
         if part not in ("quality", "compression", "without_cores") or (part == "without_cores" and report.core_layers):
             say(console, f"{part.replace('_', ' ')}: not measured, {reason}")
@@ -116,10 +129,18 @@ def table(rows: Rows) -> Table:
         result.add_row(name, dense, ours, *[ours if healed is None else healed] * rows.healed, change)
 
     sizes = rows.sizes
-    add("parameters", f"{sizes.dense_parameters:,}", f"{sizes.parameters:,}",
-        change(sizes.parameters, sizes.dense_parameters))  # fmt: skip
-    add("file bytes", size_text(sizes.dense_bytes), size_text(sizes.file_bytes),
-        change(sizes.file_bytes, sizes.dense_bytes))  # fmt: skip
+    add(
+        "parameters",
+        f"{sizes.dense_parameters:,}",
+        f"{sizes.parameters:,}",
+        change(sizes.parameters, sizes.dense_parameters),
+    )
+    add(
+        "file bytes",
+        size_text(sizes.dense_bytes),
+        size_text(sizes.file_bytes),
+        change(sizes.file_bytes, sizes.dense_bytes),
+    )
     before, after = sizes.dense_bits_per_weight, sizes.bits_per_weight
     add("bits per weight", f"{before:.2f}", f"{after:.2f}", change(after, before))
     if rows.memory:
@@ -149,8 +170,12 @@ def quality_rows(add: Callable[..., None], before: Measured, healed: Measured | 
     def each(name: str, dense: str, form: Callable[[Measured], str], change: str = "") -> None:
         add(name, dense, form(before), change, form(last))
 
-    each("perplexity", f"{before.dense_perplexity:.2f} ± {before.dense_error:.2f}",
-         lambda one: f"{one.perplexity:.2f} ± {one.error:.2f}", change(last.perplexity, before.dense_perplexity))  # fmt: skip
+    each(
+        "perplexity",
+        f"{before.dense_perplexity:.2f} ± {before.dense_error:.2f}",
+        lambda one: f"{one.perplexity:.2f} ± {one.error:.2f}",
+        change(last.perplexity, before.dense_perplexity),
+    )
     each("KL to dense, mean", "0", lambda one: f"{one.kl_mean:.4f}")
     each("KL to dense, 99.9 %", "0", lambda one: f"{one.kl_999:.4f}")
     each("same top token", "100 %", lambda one: f"{100 * one.same_top1:.1f} %")

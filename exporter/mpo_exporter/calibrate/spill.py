@@ -1,0 +1,48 @@
+"""Files that hold for a while what memory has no room for: mapped, and with all their bytes on the disk beforehand."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_formats import OutputError
+from mpo_formats.writer import reserve
+
+
+def mapped_file(
+    file: Path, shape: tuple[int, ...], what: str = "calibration", remedy: str = "give another work folder"
+) -> NDArray[np.float32]:
+    """A new file of float32 zeros, mapped.
+
+    Raises:
+        OutputError: as `claim`.
+    """
+    size = 4 * math.prod(shape)
+    with file.open("wb") as handle:
+        handle.truncate(size)
+    claim(file, f"{what} spills {size:,} bytes", remedy)
+    return np.memmap(file, np.float32, "r+", shape=shape)
+
+
+def claim(file: Path, what: str, remedy: str) -> None:
+    """Has the disk give a sparse file all its bytes: a write to a mapped page that found none would end the process.
+
+    Raises:
+        OutputError: when the disk has fewer left; the file is removed.
+    """
+    size, free = file.stat().st_size, shutil.disk_usage(file.parent).free
+    try:
+        with file.open("r+b") as handle:
+            if not reserve(handle.fileno(), size) and size > free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise OutputError(
+            f"{file.parent}: {what}, the disk has {free:,} left ({error.strerror}); free some, or {remedy}"
+        ) from None

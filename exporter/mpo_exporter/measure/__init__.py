@@ -1,0 +1,1 @@
+"""What layers and this machine measure: surveys, sensitivity, latency, and where they are kept."""

@@ -1,0 +1,142 @@
+"""How long an export takes on this machine: small pieces of the same work are timed once and kept."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from mpo_exporter.calibrate.moments import Moment
+from mpo_exporter.fit.layer import Method, build_linear
+from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
+from mpo_exporter.measure.cache import Kept, Shelf, Tell, untold
+from mpo_exporter.measure.latency import machine_key
+from mpo_exporter.terms import operator
+from mpo_formats import LinearSpec, ModelSpec, Mpo, Quantized, Term
+
+# Rows and columns that a fit is timed on at most: its time grows with the weights, and a little more with the columns.
+MOST_ROWS, MOST_COLUMNS = 256, 1024
+# Side of the product that tells how fast activations are run.
+PRODUCT = 512
+# Passes over a block that the calibrated walk makes, over both upstreams together (see Calibration.compress).
+PASSES = 6
+
+
+@dataclass(slots=True)
+class Rates:
+    """Seconds by what was timed, and what of it is new."""
+
+    seconds: dict[str, float]
+    measured: int = 0
+
+    def of(self, key: str, measure: Callable[[], float]) -> float:
+        """The figure under a key, measured where it is not known."""
+        if key not in self.seconds:
+            self.seconds[key] = measure()
+            self.measured += 1
+        return self.seconds[key]
+
+
+def open_rates(tell: Tell = untold) -> Rates:
+    """What is known of this machine."""
+    kept = rates_shelf().read(tell)
+    return Rates({} if kept is None else kept.content)
+
+
+def keep_rates(rates: Rates, tell: Tell = untold) -> None:
+    """Keeps what is new."""
+    if rates.measured:
+        rates_shelf().write(Kept(rates.seconds), tell)
+        rates.measured = 0
+
+
+def rates_shelf() -> Shelf:
+    """Where rates are kept: by the machine and the threads of torch."""
+    key = machine_key() | {"torch": torch.__version__, "torch threads": torch.get_num_threads()}
+    return Shelf("rates", platform.machine() or "cpu", (), key)
+
+
+def fit_seconds(spec: ModelSpec, calibrated: bool, rates: Rates) -> float:
+    """Seconds to fit all layers of a planned model."""
+    total = 0.0
+    for linear in spec.linears:
+        kinds = "+".join(shape_kind(term) for term in linear.terms)
+        if kinds == "dense":
+            continue
+        rows, columns = min(linear.out_features, MOST_ROWS), min(linear.in_features, MOST_COLUMNS)
+        key = f"fit {kinds} {'calibrated' if calibrated else 'blind'} {rows}x{columns}"
+        seconds = rates.of(key, timed_fit(linear, rows, columns, calibrated))
+        total += seconds / (rows * columns) * linear.out_features * linear.in_features
+    return total
+
+
+def shape_kind(term: Term) -> str:
+    """What a fit's time depends on: integers, low-rank cores, balanced cores and their number."""
+    if isinstance(term, Mpo):
+        return f"mpo{len(term.out_dims)}{'' if min(term.in_dims) == 1 else ' balanced'} χ{max(term.bonds)}"
+    return term.kind
+
+
+def timed_fit(linear: LinearSpec, rows: int, columns: int, calibrated: bool) -> Callable[[], float]:
+    """A measurement of the fit of such terms on a random matrix of that size."""
+
+    def measure() -> float:
+        terms = tuple(fitted_to(term, rows, columns) for term in linear.terms)
+        source = np.random.default_rng(0)
+        matrix = source.standard_normal((rows, columns)).astype(np.float32)
+        inputs = source.standard_normal((2 * columns, columns))
+        moment = Moment(inputs.T @ inputs / len(inputs), None, len(inputs)) if calibrated else None
+        start = time.perf_counter()
+        build_linear(LinearSpec("timed", rows, columns, None, terms), matrix, "f32", moment, Method())
+        return time.perf_counter() - start
+
+    return measure
+
+
+def fitted_to(term: Term, rows: int, columns: int) -> Term:
+    """The term for a matrix of another size."""
+    if isinstance(term, Mpo):
+        low_rank = min(term.in_dims) == 1
+        shape = low_rank_shape(rows, columns) if low_rank else balanced_shape(rows, columns, len(term.out_dims))
+        return operator(*shape, max(term.bonds), term.dtype)
+    if isinstance(term, Quantized) and columns % term.group:
+        return replace(term, group=16)
+    return term
+
+
+def run_seconds(parameters: int, tokens: int, passes: float, rates: Rates) -> float:
+    """Seconds to run tokens through all matrices so many times."""
+    each = rates.of("product", product_seconds) / PRODUCT**3
+    return each * parameters * tokens * passes
+
+
+def product_seconds() -> float:
+    """Seconds of one product of two square matrices in torch."""
+    a, b = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
+    a @ b
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ b
+    return (time.perf_counter() - start) / 3
+
+
+def base_memory(rates: Rates) -> int:
+    """Bytes that a program takes which has loaded this runtime, but no model; 0 where the system does not tell."""
+
+    def measure() -> float:
+        # VmHWM and not getrusage: a child process starts with its parent's peak there.
+        code = (
+            "import mpo_runtime.backends.native, mpo_runtime.model, mpo_runtime.engine, mpo_runtime.text.tokenizer\n"
+            "rows = [row.split() for row in open('/proc/self/status')]\n"
+            "print([int(row[1]) for row in rows if row[0] == 'VmHWM:'][0] * 1024)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        return float(done.stdout) if done.returncode == 0 else 0.0
+
+    return int(rates.of("base memory", measure))

@@ -1,0 +1,1 @@
+"""Plans: which terms each layer gets."""

@@ -1,0 +1,180 @@
+"""A plan for a file of a given size: the survey's candidates, chosen so that the whole file fits.
+
+The header's length depends on the plan, so each candidate is charged for what it adds there (estimated), and what the
+estimate is off by is corrected in a search over the bytes that the layers may take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from mpo_exporter.measure.survey import stored_bytes
+from mpo_exporter.plan.allocate import choose, front
+from mpo_exporter.quantize.rounding import fitting_group
+from mpo_exporter.terms import Candidate
+from mpo_formats import LinearSpec, ModelSpec, PlanError, container
+from mpo_formats.codec import to_json
+from mpo_formats.layout import DIGEST_SIZE, PADDING, file_tensors, linear_tensors
+from mpo_formats.spec import GROUPS
+from mpo_formats.writer import spec_metadata
+
+Candidates = Mapping[str, Sequence[Candidate]]
+# Bits of the whole file per weight where the user names no target.
+DEFAULT_BITS = 4.25
+# A model is small where its header, tokenizer and certificate take more than this share of the default target.
+SMALL_SHARE = 1 / 4
+# No layer gets less than this share of the average bits: predicted losses are least to be trusted there (METHOD.md).
+FLOOR = 1 / 2
+ATTEMPTS = 40
+# A plan that leaves less than this share of the target unused is not improved any more.
+SLACK = 1 / 2000
+# What an allocation is tried with on top of the bytes that the charge allows it.
+MARGINS = (64, 192, 448)
+# Bytes of one tensor's entry in the header besides its name and shape, and the precision of a target for `--max-kl`.
+ENTRY = 60
+PRECISION = 1 / 500
+
+
+def file_bytes(spec: ModelSpec) -> int:
+    """Bytes of the whole file that a spec demands: header, tensors, padding, certificate and checksums."""
+    tensors = file_tensors(spec)
+    return len(container.write_header(spec_metadata(spec), tensors)) + sum(tensor.size for tensor in tensors)
+
+
+def default_bytes(spec: ModelSpec) -> int:
+    """The target where the user names none: 4.25 bits of the whole file per weight of the model.
+
+    In a model so small that header, tokenizer, norms and certificate take more than a quarter of that, they come on top.
+    Layers whose rows no group divides stay dense, and count as what they take then.
+    """
+    wanted = int(DEFAULT_BITS * spec.architecture.parameters() / 8)
+    for linear in spec.linears:
+        if fitting_group(linear.in_features, max(GROUPS)) is None:
+            weights = linear.out_features * linear.in_features
+            wanted += 2 * weights - int(DEFAULT_BITS * weights / 8)
+    fixed = file_bytes(spec) - sum(stored_bytes(linear) for linear in spec.linears)
+    return wanted if fixed <= SMALL_SHARE * wanted else wanted + fixed
+
+
+def least_bytes(spec: ModelSpec, candidates: Candidates) -> int:
+    """The size of the smallest file that the candidates make."""
+    return file_bytes(
+        with_choice(spec, {name: min(row, key=lambda one: one.bytes) for name, row in candidates.items()})
+    )
+
+
+def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int) -> tuple[LinearSpec, ...]:
+    """The layers of a file of at most `target_bytes`, its header and embedded files included, and hardly less.
+
+    Args:
+        spec: of the file, with any terms.
+
+    Raises:
+        PlanError: when even the smallest candidates make a larger file.
+    """
+    least = least_bytes(spec, candidates)
+    if least > target_bytes:
+        raise PlanError(
+            f"target: {target_bytes:,} bytes are too few, the smallest file of this model takes {least:,}; "
+            "give a larger target"
+        )
+    charged = {linear.name: [charge(linear, one) for one in front(candidates[linear.name])] for linear in spec.linears}
+    weights = {linear.name: linear.out_features * linear.in_features for linear in spec.linears}
+    low = sum(min(one.bytes for one in row) for row in charged.values())
+    high, budget = target_bytes, low + target_bytes - least
+    best = with_choice(spec, {name: min(row, key=lambda one: one.bytes) for name, row in charged.items()})
+    most, before = 0, best
+
+    def planned_within(budget: int) -> tuple[ModelSpec, int]:
+        planned = with_choice(spec, choose(floored(charged, weights, budget), budget))
+        return planned, file_bytes(planned)
+
+    for _ in range(ATTEMPTS):
+        planned, size = planned_within(budget)
+        left = target_bytes - size
+        if left < 0:
+            high = budget
+            if planned == before:  # coarse choices: less is planned only where this plan no longer fits
+                high = budget = min(budget, charged_bytes(planned, charged))
+            before = planned
+        else:
+            low = max(low, budget)
+            best, most = (planned, size) if size > most else (best, most)
+        if 0 <= left <= SLACK * target_bytes or high - low < ENTRY:
+            break
+        budget = budget + left if low < budget + left < high else (low + high) // 2
+    # The charge is off by some bytes: a plan that would just not fit by it may fit, and lose less.
+    tries = [planned_within(low + extra) for extra in MARGINS]
+    fitting = [best, *(planned for planned, size in tries if most <= size <= target_bytes)]
+    return min(fitting, key=lambda planned: expected_loss(planned.linears, candidates) or 0.0).linears
+
+
+def charged_bytes(planned: ModelSpec, charged: Candidates) -> int:
+    """The bytes that a plan's layers are charged."""
+    return sum(
+        next(one.bytes for one in charged[linear.name] if one.terms == linear.terms) for linear in planned.linears
+    )
+
+
+def charge(linear: LinearSpec, candidate: Candidate) -> Candidate:
+    """A candidate whose bytes include what it is expected to add to the header and the checksums."""
+    built = replace(linear, terms=candidate.terms)
+    entries = 0
+    for tensor in linear_tensors(built):
+        entries += ENTRY + len(tensor.name) + len(str(tensor.shape)) + DIGEST_SIZE
+        entries += ENTRY + len(PADDING) + DIGEST_SIZE if tensor.padding else 0
+    return replace(candidate, bytes=candidate.bytes + entries + len(to_json(built)))
+
+
+def floored(candidates: Candidates, weights: Mapping[str, int], budget: int) -> Candidates:
+    """The candidates that give a layer at least half of the bits that all would get if they were shared evenly.
+
+    Where that leaves none, the layer's largest; where these do not fit into the budget, all candidates as they are.
+    """
+    share = FLOOR * budget / sum(weights.values())
+    kept = {
+        name: [one for one in row if one.bytes >= share * weights[name]] or [max(row, key=lambda one: one.bytes)]
+        for name, row in candidates.items()
+    }
+    return kept if sum(min(one.bytes for one in row) for row in kept.values()) <= budget else candidates
+
+
+def layers_within_loss(spec: ModelSpec, candidates: Candidates, most: float) -> tuple[LinearSpec, ...]:
+    """The layers of the smallest file whose expected loss is at most `most` nats a token, within 0.2 % of its bytes.
+
+    Raises:
+        PlanError: where no plan's loss is as small.
+    """
+    largest = {name: min(row, key=lambda one: (one.loss, one.bytes)) for name, row in candidates.items()}
+    least = sum(one.loss for one in largest.values())
+    if least > most:
+        raise PlanError(f"--max-kl {most:g}: the least that any plan of this model is expected to reach is {least:.4g}")
+    best = with_choice(spec, largest).linears
+    low, high = least_bytes(spec, candidates), file_bytes(with_choice(spec, largest))
+    while high - low > PRECISION * high:
+        middle = (low + high) // 2
+        planned = allocated_layers(spec, candidates, middle)
+        if (found := expected_loss(planned, candidates)) is not None and found <= most:
+            best, high = planned, middle
+        else:
+            low = middle
+    smallest = allocated_layers(spec, candidates, low)
+    found = expected_loss(smallest, candidates)
+    return smallest if found is not None and found <= most else best
+
+
+def expected_loss(linears: Sequence[LinearSpec], candidates: Candidates) -> float | None:
+    """The summed loss of layers in nats a token, None where one of them is not among the candidates."""
+    total = 0.0
+    for linear in linears:
+        found = [one.loss for one in candidates[linear.name] if one.terms == linear.terms]
+        if not found:
+            return None
+        total += found[0]
+    return total
+
+
+def with_choice(spec: ModelSpec, chosen: Mapping[str, Candidate]) -> ModelSpec:
+    """The spec with every layer's terms replaced by the chosen ones."""
+    return replace(spec, linears=tuple(replace(linear, terms=chosen[linear.name].terms) for linear in spec.linears))

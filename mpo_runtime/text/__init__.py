@@ -1,0 +1,1 @@
+"""Text: tokenizer, chat templates, stopping, and texts as tokens."""

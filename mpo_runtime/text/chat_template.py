@@ -1,0 +1,312 @@
+"""Chat templates: a list of messages to the text, and safely to the token ids, that a model was trained on.
+
+A template is a program that came with the model's file, so it is run with minijinja, which has no way to Python and a
+limit on steps (fuel), and, because fuel does not bound memory (`{% set x = x ~ x %}` doubles a string in one step,
+and an allocation that fails ends the process), in a helper process with a limit on memory and time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import IO, Any
+
+from mpo_formats.errors import ConfigError
+from mpo_runtime.forks import renew_in_children
+from mpo_runtime.text.template_helper import MEMORY, TemplateFailure, compile_template, read_frame, write_frame
+from mpo_runtime.text.tokenizer import Disguise, Tokenizer
+
+SECONDS = 5.0  # for one rendering in the helper process
+SECONDS_TO_START = 60.0  # for starting it, on a slow machine
+LONGEST_TEMPLATE = 1 << 20  # characters
+_DEEPEST = 64  # levels of lists and objects in a message
+_BOOT = "import sys; sys.path[:] = sys.argv[1:]; from mpo_runtime import template_helper; template_helper.serve()"
+# A template that asks what kind of thing a content is, or loops over it, takes lists of parts itself.
+_TAKES_PARTS = re.compile(
+    r"content['\"\])]*\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)"
+    r"|\bfor\s+\w+\s+in\s+[\w.\[\]'\"]*content\b"
+)
+
+
+class ChatTemplate:
+    """A Jinja chat template, rendered as transformers' `apply_chat_template` renders it.
+
+    isolated: renders in a helper process that is started by the first rendering and may use 512 MiB and 5 seconds;
+    without it (for templates you trust, or where a program cannot start a Python interpreter) only steps are limited.
+    The text is byte for byte jinja2's, except that trimming keeps U+001C to U+001F, which only Python calls white
+    space; Python's rarer string methods (`rsplit`, `zfill`, `removeprefix`, the operator %) are errors.
+    Safe to use from several threads, which take turns. `close` ends the helper early.
+    """
+
+    def __init__(self, source: str, *, isolated: bool = True) -> None:
+        if not isinstance(source, str):
+            raise ConfigError(f"chat template is a {type(source).__name__}, expected the template's text")
+        if len(source) > LONGEST_TEMPLATE:
+            raise ConfigError(f"chat template has {len(source)} characters, expected at most {LONGEST_TEMPLATE}")
+        self.source = source
+        self.takes_parts = _TAKES_PARTS.search(source) is not None
+        self._lock = threading.Lock()
+        self._isolated = isolated
+        self._renderer: Callable[[dict[str, Any]], str] | None = None
+        self._finalizer: Callable[[], object] | None = None
+        renew_in_children(self)
+
+    def renew_after_fork(self) -> None:
+        """Lets a child of this process render: the helper, and a thread that may have been using it, are its parent's."""
+        self._lock = threading.Lock()
+        self._renderer = self._finalizer = None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Renders a conversation to text.
+
+        A message has a `role` and a `content`: a string, or a list of parts {"type": "text", "text": …}, which are
+        joined by line breaks for a template that does not take lists. All data must be plain (JSON's types).
+        `variables` are seen by the template (`bos_token`, `eos_token`, `thinking`, …).
+
+        Raises:
+            ConfigError: where a message has another form, or the template is wrong, refuses the conversation
+                (`raise_exception`) or runs out of its limits.
+        """
+        data = _template_data(self, messages, tools, documents, variables)
+        return self._render({**data, "add_generation_prompt": bool(add_generation_prompt)})
+
+    def close(self) -> None:
+        """Ends the helper process, if there is one; the next rendering starts another."""
+        with self._lock:
+            self._stop()
+
+    def _render(self, data: dict[str, Any]) -> str:
+        with self._lock:
+            try:
+                if self._renderer is None:
+                    self._renderer = self._start()
+                return self._renderer(data)
+            except TemplateFailure as error:
+                if isinstance(error, _HelperEnded):
+                    self._stop()
+                raise ConfigError(f"chat template: {error}") from None
+            except BaseException:
+                self._stop()  # interrupted in the middle of an exchange
+                raise
+
+    def _start(self) -> Callable[[dict[str, Any]], str]:
+        if not self._isolated:
+            return compile_template(self.source)
+        helper = _Helper(self.source)
+        self._finalizer = weakref.finalize(self, helper.stop)
+        return helper.render
+
+    def _stop(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
+        self._renderer = self._finalizer = None
+
+
+def encode_chat(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    trusted_roles: Collection[str] = (),
+    **variables: Any,
+) -> list[int]:
+    """Renders a conversation to token ids in which only the template itself can write special tokens.
+
+    Text in messages, tools, documents and variables that spells a special token, or an added token that the template
+    spells, is encoded as plain text. To tell the two apart, the first character of each such spelling (and of the
+    beginning of one at the end of a text, or the end of one at its start) is replaced by a private-use character
+    before the template runs and put back after its special tokens were found. The replacement keeps length, order and
+    white space, so trimming, splitting and slicing in the template do what they did; a template that looks for that
+    very spelling in a message does not find it. A conversation without such text gives exactly the ids of the text
+    that `render` returns. Not covered: a template that removes characters from the middle of a message could put a
+    spelling together that was not there before.
+
+    The tokenizer's `bos_token`, `eos_token` and other named tokens are variables of the template.
+
+    Args:
+        trusted_roles: roles whose messages may contain special tokens, such as ("assistant",) where the assistant's
+            messages are the model's own output (a tool call that starts with `<|tool_call|>`).
+
+    Raises:
+        ConfigError: as `ChatTemplate.render`.
+    """
+    data = _template_data(template, messages, tools, documents, variables)
+    literal = {
+        text: index for text, index in tokenizer.added_tokens.items() if text.strip() and text in template.source
+    }
+    control = {**literal, **{text: index for text, index in tokenizer.special_tokens.items() if text.strip()}}
+    disguise = Disguise(control, surrounding=json.dumps(data, ensure_ascii=False) + template.source)
+    prepared = {key: disguise.apply(value) for key, value in data.items() if key != "messages"}
+    prepared["messages"] = [
+        message if message["role"] in trusted_roles else disguise.apply(message) for message in data["messages"]
+    ]
+    text = template._render(
+        {**_named_tokens(tokenizer), **prepared, "add_generation_prompt": bool(add_generation_prompt)}
+    )
+    return tokenizer.encode_disguised(text, disguise)
+
+
+def _named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The tokens that tokenizer_config.json names, as transformers gives them to a template (`bos_token`, …)."""
+    named: dict[str, str] = {}
+    for key, token in tokenizer.config.items():
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if key.endswith("_token") and isinstance(text, str):
+            named[key] = text
+    return named
+
+
+def _template_data(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    documents: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Checked plain copies of everything that a template sees, except add_generation_prompt."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise ConfigError("messages: expected a list of at least one {role, content}")
+    checked = [_message(message, f"messages[{index}]", template) for index, message in enumerate(messages)]
+    data: dict[str, Any] = {"messages": checked}
+    for name, items in (("tools", tools), ("documents", documents)):
+        data[name] = None if items is None else _plain(items, name)
+        if items is not None and not (isinstance(data[name], list) and all(isinstance(i, dict) for i in data[name])):
+            raise ConfigError(f"{name}: expected a list of objects")
+    return {**{name: _plain(value, name) for name, value in variables.items()}, **data}
+
+
+def _message(message: object, where: str, template: ChatTemplate) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ConfigError(f"{where} is a {type(message).__name__}, expected an object with role and content")
+    copy: dict[str, Any] = _plain(message, where)
+    if not isinstance(copy.get("role"), str) or not copy["role"]:
+        raise ConfigError(f"{where}.role is {copy.get('role')!r}, expected a role such as 'user'")
+    content = copy.get("content")
+    if isinstance(content, list):
+        for index, part in enumerate(content):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ConfigError(
+                    f'{where}.content[{index}] is no {{"type": "text", "text": …}}; only text is supported'
+                )
+        if not template.takes_parts:
+            copy["content"] = "\n".join(part["text"] for part in content)
+    elif not isinstance(content, str) and not (content is None and copy.get("tool_calls")):
+        raise ConfigError(f"{where}.content is a {type(content).__name__}, expected a string or a list of text parts")
+    return copy
+
+
+def _plain(value: object, where: str, depth: int = 0) -> Any:
+    """A copy of JSON-like data in exact built-in types; raises ConfigError naming what is not."""
+    if depth > _DEEPEST:
+        raise ConfigError(f"{where}: nested deeper than {_DEEPEST} levels")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        text = str.__str__(value)
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ConfigError(f"{where}: holds a lone surrogate; it is not Unicode text")
+        return text
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ConfigError(f"{where}: has the key {key!r}, expected strings as keys")
+        return {_plain(key, where): _plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+    raise ConfigError(f"{where} is a {type(value).__name__}, expected plain data (text, numbers, lists, objects)")
+
+
+class _HelperEnded(TemplateFailure):
+    """The helper process ended in the middle of a rendering."""
+
+
+class _Helper:
+    """The parent's end of a helper process that renders one template."""
+
+    def __init__(self, source: str) -> None:
+        command = [sys.executable, "-I", "-c", _BOOT, *map(str, sys.path)]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self._owner = os.getpid()
+        self._expired = False
+        unable = ConfigError(
+            f"chat template: the helper process ({sys.executable}) does not start; "
+            "ChatTemplate(…, isolated=False) renders without one"
+        )
+        try:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null)
+        except OSError:
+            raise unable from None
+        try:
+            if self._exchange(None, SECONDS_TO_START) is None:
+                raise unable
+            self._answer(source.encode())
+        except BaseException:
+            self.stop()
+            raise
+
+    def render(self, data: dict[str, Any]) -> str:
+        """Renders in the helper; raises TemplateFailure where the template fails or ends the helper."""
+        return self._answer(json.dumps(data).encode())
+
+    def stop(self) -> None:
+        """Ends the process and closes its pipes; in a fork of the process that started it, does nothing."""
+        if self._owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):  # what could not be written any more
+                    _open(stream).close()
+
+    def _answer(self, request: bytes) -> str:
+        answer = self._exchange(request, SECONDS)
+        if answer is None:
+            limits = f"needs more than {MEMORY >> 20} MiB of memory, or crashed its helper process"
+            raise _HelperEnded(f"takes longer than {SECONDS:g} seconds" if self._expired else limits)
+        if answer[:1] != b"+":
+            raise TemplateFailure(answer[1:].decode())
+        return answer[1:].decode()
+
+    def _exchange(self, request: bytes | None, seconds: float) -> bytes | None:
+        """Sends a request (none for the greeting) and returns the answer, or None where the helper ended."""
+        timer = threading.Timer(seconds, self._expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            if request is not None:
+                write_frame(_open(self._process.stdin), request)
+            return read_frame(_open(self._process.stdout))
+        except OSError:
+            return None
+        finally:
+            timer.cancel()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._process.kill()
+
+
+def _open(stream: IO[bytes] | None) -> IO[bytes]:
+    if stream is None:
+        raise OSError("the helper process has no pipe")
+    return stream
