@@ -148,7 +148,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All rounds, and what they gave."""
-    from mpo_runtime import kernels
+    from mpo_runtime import native
 
     entrants, bandwidths = contestants(arguments), []
     for entrant in entrants:
@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "size": arguments.size,
         "tokens": arguments.tokens,
         "read_bandwidth": bandwidth,
-        "kernels": kernels.active(),
+        "kernels": native.active(),
         "rows": rows,
     }
 

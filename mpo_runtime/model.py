@@ -308,11 +308,11 @@ def load_network(
     check_activations(activations)
     ops: Ops
     if choose_backend(backend, device) == "native":
-        from mpo_runtime import kernels
+        from mpo_runtime import native
         from mpo_runtime.backends.native import NativeOps
 
-        kernels.instruction_set()
-        kernels.set_threads(checked_threads(threads))
+        native.instruction_set()
+        native.set_threads(checked_threads(threads))
         if kv_type == "auto":
             kv_type = "f16" if activations == "int8" and has_integers(weights) else "f32"
         ops = NativeOps(weights, chi=chi, kv_type=kv_type, activations=activations)

@@ -16,19 +16,19 @@ def choose_backend(backend: str, device: str) -> Literal["native", "reference"]:
     Raises:
         ConfigError: for another name, or for native kernels that were not built or cannot run on the device.
     """
-    from mpo_runtime import kernels
+    from mpo_runtime import native
 
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend}: expected one of {', '.join(BACKENDS)}")
     if backend == "native":
         if device != "cpu":
             raise ConfigError(f"backend native: runs on the CPU, not on {device}; leave --backend out")
-        if not kernels.native_available():
+        if not native.available():
             raise ConfigError(
                 "backend native: its kernels were not built; install a C++ compiler and mpo-runtime again"
             )
     if backend == "auto":
-        return "native" if device == "cpu" and kernels.native_available() else "reference"
+        return "native" if device == "cpu" and native.available() else "reference"
     return "native" if backend == "native" else "reference"
 
 

@@ -17,7 +17,7 @@ from mpo_exporter.export import export
 from mpo_exporter.plan.named import Options
 from mpo_exporter.source import embedded_model
 from mpo_formats import ConfigError
-from mpo_runtime import kernels, load
+from mpo_runtime import load, native
 from mpo_runtime.engine import Engine
 from mpo_runtime.measure import compare
 from mpo_runtime.model import load_network
@@ -179,11 +179,11 @@ def test_what_the_cache_is_stored_in_where_nothing_is_said(
 def test_any_number_of_threads_and_of_callers(files: dict[str, Path]) -> None:
     model = network(files["auto"], backend="native")
     ids = [some_ids(60, 1, 4096)]
-    before = int(kernels.active()["threads"])
+    before = int(native.active()["threads"])
     try:
-        kernels.set_threads(1)
+        native.set_threads(1)
         expected = forward(model, ids)
-        kernels.set_threads(4)
+        native.set_threads(4)
         found: list[NDArray[np.float32]] = []
         callers = [threading.Thread(target=lambda: found.append(forward(model, ids))) for _ in range(4)]
         for caller in callers:
@@ -191,7 +191,7 @@ def test_any_number_of_threads_and_of_callers(files: dict[str, Path]) -> None:
         for caller in callers:
             caller.join(120)
     finally:
-        kernels.set_threads(before)
+        native.set_threads(before)
     assert len(found) == 4
     for logits in found:
         np.testing.assert_array_equal(logits, expected)
@@ -287,7 +287,7 @@ def test_an_instruction_set_that_is_not_here(odd: Path) -> None:
 def test_native_is_what_a_cpu_gets(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(odd) as model:
         assert model.network.ops.name == "native"
-    monkeypatch.setattr(kernels, "_HAS_NATIVE", False)
+    monkeypatch.setattr(native, "_HAS_NATIVE", False)
     with load(odd) as model:
         assert model.network.ops.name == "reference"
     with pytest.raises(ConfigError, match="its kernels were not built"):
