@@ -36,10 +36,9 @@ from mpo_formats import LinearSpec, MpoFile, Quantized
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime import native
 from mpo_runtime.engine import Engine
-from mpo_runtime.model import load_network
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from mpo_runtime.weights.protocol import open_weights
 
 BAR, DEFAULT_BAR = 0.9, 1.02
 # Widths and groups that somebody would give all matrices, and more bits for the tables.

@@ -30,8 +30,7 @@ from machine import describe_machine, read_bandwidth
 from synthetic import SyntheticPlan, granite, write_synthetic
 
 from mpo_runtime.engine import Engine
-from mpo_runtime.model import load_network
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime.loading import load_network, open_weights
 
 PROMPT = 32
 

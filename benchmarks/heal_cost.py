@@ -39,9 +39,10 @@ from mpo_exporter.plan.named import Options
 from mpo_exporter.source import find_source
 from mpo_formats import LinearSpec
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor
+from mpo_runtime.loading import open_weights
 from mpo_runtime.memory import peak_memory
 from mpo_runtime.models.decoder import GraniteModel
-from mpo_runtime.weights.protocol import Weights, open_weights
+from mpo_runtime.weights.protocol import Weights
 
 STEPS = 5
 

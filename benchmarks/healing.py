@@ -44,8 +44,8 @@ from mpo_exporter.plan.named import PLANS, Options
 from mpo_exporter.source import data_folder
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import check_device, read_text_files
 from mpo_runtime.measure import compare, cut_windows
-from mpo_runtime.model import check_device, read_text_files
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.text.token_text import TokenText, read_tokens
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from mpo_exporter.source import data_folder
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.measure import Comparison, compare, window_logits
-from mpo_runtime.model import read_text_files
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.text.token_text import TokenText, read_tokens
 from mpo_runtime.weights.checkpoint import Checkpoint

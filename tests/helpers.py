@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mpo_runtime.model import load_network
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.models.decoder import GraniteModel
-from mpo_runtime.weights.protocol import open_weights
 
 # Matrices this small are multiplied faster by one thread, above all where others use the machine.
 torch.set_num_threads(1)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mpo_formats.errors import ConfigError
-from mpo_runtime.model import Model, Piece, load
+from mpo_runtime.loading import load
+from mpo_runtime.model import Model, Piece
 from mpo_runtime.sampler import Choice, SamplingOptions
 
 

@@ -12,9 +12,8 @@ from mpo_formats import Dense, LinearSpec, ModelSpec, MpoFile, Quantized, Term
 from mpo_formats.errors import ConfigError
 from mpo_formats.layout import content_tensors, linear_bytes
 from mpo_runtime import native
-from mpo_runtime.backends import choose_backend
 from mpo_runtime.cli.console import size_text
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime.loading import choose_backend, open_weights
 
 
 def term_text(term: Term) -> str:

@@ -141,8 +141,8 @@ def test_the_shared_model_equals_transformers(shared: Path, name: str) -> None:
 def test_weights_rebuilt_at_every_use_give_the_same_logits(tmp_path: Path) -> None:
     """The path of machines whose memory does not hold the matrices in float32."""
     from mpo_runtime.backends.reference import ReferenceOps
+    from mpo_runtime.loading import open_weights
     from mpo_runtime.models.decoder import GraniteModel
-    from mpo_runtime.weights.protocol import open_weights
 
     weights = open_weights(write_folder(tmp_path / "model", dtype=torch.bfloat16))
     rows = [some_ids(9)]

@@ -19,13 +19,12 @@ from mpo_exporter.source import embedded_model
 from mpo_formats import ConfigError
 from mpo_runtime import load, native
 from mpo_runtime.engine import Engine
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.measure import compare
-from mpo_runtime.model import load_network
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, read_tokens
 from mpo_runtime.text.tokenizer import Tokenizer
-from mpo_runtime.weights.protocol import open_weights
 from tests.conftest import ROOT
 from tests.helpers import forward, granite_config, network, some_ids, write_folder
 from tests.runtime.native_cases import LEVELS, level, needs_native
@@ -240,8 +239,8 @@ def test_torch_is_never_imported(files: dict[str, Path], arguments: tuple[str, .
 FORK = """
 import os, sys
 import numpy as np
-from mpo_runtime.model import load_network
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime.loading import load_network
+from mpo_runtime.loading import open_weights
 model = load_network(open_weights(sys.argv[1]), threads=3, backend="native")
 def logits():
     cache = model.ops.new_cache(model.architecture, 1, 40)

@@ -21,8 +21,8 @@ from mpo_exporter.report.next_step import wrote
 from mpo_exporter.source import find_source
 from mpo_formats import ConfigError
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import check_device, set_threads
 from mpo_runtime.measure import Comparison
-from mpo_runtime.model import check_device, set_threads
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint

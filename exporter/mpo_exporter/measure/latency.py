@@ -200,7 +200,7 @@ def small_model(spec: ModelSpec, blocks: int) -> ModelSpec:
 
 def time_step(spec: ModelSpec) -> float:
     """Seconds of one decoded token of a model of noise: the fastest of some, after a short prompt."""
-    from mpo_runtime.model import load_network
+    from mpo_runtime.loading import load_network
 
     network = load_network(Noise(spec, {tensor.name: tensor for tensor in content_tensors(spec)}), backend="native")
     context = min(CONTEXT, spec.architecture.max_position_embeddings)

@@ -43,9 +43,10 @@ from mpo_exporter.report.subject import (
 )
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import load
 from mpo_runtime.measure import Comparison
 from mpo_runtime.memory import available_memory
-from mpo_runtime.model import Model, load
+from mpo_runtime.model import Model
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint

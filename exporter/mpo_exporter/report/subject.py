@@ -11,8 +11,8 @@ from mpo_exporter.report.facts import Machine, Measured, Memory, Point, Ratios, 
 from mpo_formats import Certificates, ModelSpec
 from mpo_formats.layout import ELEMENTS, content_tensors, linear_bytes
 from mpo_runtime import native
-from mpo_runtime.backends import choose_backend
 from mpo_runtime.cli.inspect import stored_parameters
+from mpo_runtime.loading import choose_backend
 from mpo_runtime.measure import Comparison
 from mpo_runtime.text.token_text import TokenText
 
