@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.forks import renew_in_children
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.sampler import Sampler, SamplingOptions
 
 FinishReason = Literal["stop", "length"]
@@ -45,7 +45,7 @@ class Engine:
         ConfigError: for a context of less than 2 tokens or above the model's longest.
     """
 
-    def __init__(self, model: GraniteModel, *, context: int | None = None, chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(self, model: Decoder, *, context: int | None = None, chunk: int = PREFILL_CHUNK) -> None:
         self.model = model
         self.context = default_context(model.architecture, context)
         if self.context < 2:

@@ -10,7 +10,8 @@ from mpo_formats import ConfigError
 from mpo_runtime import native
 from mpo_runtime.backends.ops import check_activations
 from mpo_runtime.model import Model
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights import store
@@ -85,7 +86,7 @@ def load_network(
     threads: int | None = None,
     kv_type: str = "auto",
     activations: str = "int8",
-) -> GraniteModel:
+) -> Decoder:
     """Loads the weights into a backend and returns the forward pass over it; the options are those of `load`.
 
     Raises:
@@ -109,7 +110,7 @@ def load_network(
         set_threads(threads)
         check_device(device)
         ops = ReferenceOps(weights, chi=chi, device=device, kv_type="f32" if kv_type == "auto" else kv_type)
-    return GraniteModel(weights.spec.architecture, ops)
+    return decoder_for(weights.spec.architecture, ops)
 
 
 def choose_backend(backend: str, device: str) -> Literal["native", "reference"]:

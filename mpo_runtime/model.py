@@ -16,7 +16,7 @@ from mpo_runtime.engine import PREFILL_CHUNK, Engine, check_prompt
 from mpo_runtime.engine import FinishReason as FinishReason
 from mpo_runtime.forks import renew_in_children
 from mpo_runtime.measure import check_ids, log_softmax, piecewise_logits
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.sampler import Choice, SamplingOptions, top_logprobs
 from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
 from mpo_runtime.text.stopping import StopMatcher
@@ -76,7 +76,7 @@ class Model:
     def __init__(
         self,
         weights: Weights,
-        network: GraniteModel,
+        network: Decoder,
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
         *,

@@ -21,7 +21,7 @@ from mpo_runtime import load, native
 from mpo_runtime.engine import Engine
 from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.measure import compare
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, read_tokens
 from mpo_runtime.text.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return names
 
 
-def greedy(model: GraniteModel, prompt: list[int], count: int) -> list[int]:
+def greedy(model: Decoder, prompt: list[int], count: int) -> list[int]:
     return [step.token for step in Engine(model).generate(prompt, GREEDY, max_tokens=count, stop_ids=())]
 
 
