@@ -27,7 +27,7 @@ import numpy as np
 from machine import command_line, describe_machine
 from numpy.typing import NDArray
 
-from mpo_exporter.calibrate.moments import Calibration, dense_matrix
+from mpo_exporter.calibrate.moments import Calibration, Moment, dense_matrix
 from mpo_exporter.calibrate.windows import COUNT, calibration_text, cut_calibration
 from mpo_exporter.fit import als, search, svd, sweep, whitened
 from mpo_exporter.fit.common import Cores, activation_error
@@ -42,7 +42,7 @@ from mpo_runtime.weights.checkpoint import Checkpoint
 
 Matrix = NDArray[np.float64]
 Dims = tuple[int, ...]
-Fit = Callable[[Matrix, Matrix, Dims, Dims, int], Cores]
+Fit = Callable[[Matrix, Moment, Dims, Dims, int], Cores]
 BALANCED = {"sequential SVD, balanced": svd.fit, "ALS, balanced": als.fit}
 LOW_RANK = {"plain SVD": svd.fit, "whitened SVD": whitened.fit}
 SIZES = ((1024, 1024), (4096, 1024), (4096, 4096), (12800, 4096), (4096, 12800))
@@ -80,11 +80,11 @@ def largest_chi(out_dims: Dims, in_dims: Dims, limit: int) -> int:
     return low
 
 
-def fit_matrix(name: str, matrix: Matrix, moment: Matrix, share: float) -> dict[str, object]:
+def fit_matrix(name: str, matrix: Matrix, moment: Moment, share: float) -> dict[str, object]:
     """Relative errors of all methods on one matrix at that share of its parameters."""
     rows, columns = matrix.shape
     limit = int(share * matrix.size)
-    norm = activation_error(matrix, moment)
+    norm = activation_error(matrix, moment.second)
     errors = {}
     for methods, cores in ((BALANCED, 2), (LOW_RANK, None)):
         shape = shape_of(rows, columns, cores)
@@ -109,7 +109,7 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
         for names, moment in Calibration(source, windows, Path(folder)).dense():
             for name in names:
                 if name not in (EMBEDDING, HEAD):
-                    results.append(fit_matrix(name, dense_matrix(source, name), moment.second, arguments.share))
+                    results.append(fit_matrix(name, dense_matrix(source, name), moment, arguments.share))
                     print(f"\r{len(results)} matrices", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     methods = list(results[0]["errors"])
@@ -138,7 +138,7 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def synthetic(rows: int, columns: int) -> tuple[Matrix, Matrix]:
+def synthetic(rows: int, columns: int) -> tuple[Matrix, Moment]:
     """A matrix and a moment of decaying spectra; of the right size, of no model."""
     source = np.random.default_rng(0)
     decay = 1 / np.arange(1.0, 257)
@@ -147,7 +147,7 @@ def synthetic(rows: int, columns: int) -> tuple[Matrix, Matrix]:
     moment[np.diag_indices(columns)] += 0.1
     matrix = source.standard_normal((rows, columns))
     matrix += (source.standard_normal((rows, 256)) * 8 * decay) @ source.standard_normal((256, columns))
-    return matrix / columns**0.5, moment
+    return matrix / columns**0.5, Moment(moment)
 
 
 def time_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[str, object]:

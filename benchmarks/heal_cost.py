@@ -57,7 +57,7 @@ class DenseLayer(nn.Module):
 
     def linear(self, chi: int | None) -> Linear:
         """The layer with its present weights."""
-        return Linear(self.spec, [MatrixTerm(self.values, self.values.clone, lambda ids: self.values[ids])], None)
+        return Linear(self.spec, [MatrixTerm.of(self.values)], None)
 
 
 class DenseTrainables(nn.Module):

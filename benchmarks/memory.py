@@ -88,8 +88,8 @@ def walk(folder: Path, windows: int) -> list[dict[str, object]]:
         before = time.monotonic()
         if name == EMBEDDING:
             return matrix.astype(np.float32)
-        wanted = target(matrix, moment.second, moment.cross, moment.drift, group=GROUP)
-        found = compensated(wanted, moment.second, 4, GROUP, turns=1).matrix().astype(np.float32)
+        wanted = target(matrix, moment, group=GROUP)
+        found = compensated(wanted, moment, 4, GROUP, turns=1).matrix().astype(np.float32)
         row = {
             "layer": name,
             "shape": matrix.shape,

@@ -32,7 +32,6 @@ from verdict import markdown
 from mpo_formats import LinearSpec, PlanError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.layers.linear import MatrixTerm
 from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
@@ -175,10 +174,8 @@ def measure_file(path: Path, source: Checkpoint, judge: Judge) -> tuple[dict[str
     """The figures of a GGUF file's matrices in our runtime, norms as they were, and the bytes of its tensors."""
     matrices, size = read_matrices(path, source)
     ops = ReferenceOps(source, held=True)
-    for name, layer in ops.linears.items():
-        [term] = layer.terms
-        assert isinstance(term, MatrixTerm) and term.held is not None
-        term.held = torch.tensor(matrices[name])
+    for linear in source.spec.linears:
+        ops.replace(linear.name, torch.tensor(matrices[linear.name]))
     return judge.ops(ops), size
 
 

@@ -189,7 +189,7 @@ def test_a_width_without_a_group_stays_dense() -> None:
 def test_every_width_is_tried_with_the_largest_group_that_divides(columns: int, groups: set[int]) -> None:
     linear = LinearSpec("layer", 4, columns, None, (Dense("bf16"),))
     matrix = np.random.default_rng(0).standard_normal((4, columns))
-    found = candidates(linear, matrix, Sensitivity(np.eye(columns), np.ones(4)), chis=())
+    found = candidates(linear, matrix, Sensitivity(Moment(np.eye(columns)), np.ones(4)), chis=())
     terms = [one.terms[0] for one in found[:-1]]
     assert {term.bits for term in terms} == {2, 3, 4, 5, 6, 8}
     assert {term.group for term in terms} == groups and len(set(terms)) == len(terms)
@@ -197,7 +197,7 @@ def test_every_width_is_tried_with_the_largest_group_that_divides(columns: int, 
 
 def test_values_beyond_what_a_scale_reaches_leave_the_wider_integers_and_the_dense_matrix() -> None:
     linear = LinearSpec("layer", 4, 64, None, (Dense("f32"),))
-    sensitivity = Sensitivity(np.eye(64), np.ones(4))
+    sensitivity = Sensitivity(Moment(np.eye(64)), np.ones(4))
     for peak, bits in ((2e5, {3, 4, 5, 6, 8}), (1e9, set())):
         matrix = np.ones((4, 64))
         matrix[1, 2] = peak
@@ -211,7 +211,7 @@ def test_rows_of_a_large_matrix_stand_for_all(monkeypatch: pytest.MonkeyPatch) -
     generator = np.random.default_rng(4)
     size = np.exp(generator.standard_normal(3000))[:, None]
     matrix = size * generator.standard_normal((3000, 32))
-    sensitivity = Sensitivity(moment_of(32), np.exp(2 * generator.standard_normal(3000)))
+    sensitivity = Sensitivity(Moment(moment_of(32)), np.exp(2 * generator.standard_normal(3000)))
     linear = LinearSpec("layer", 3000, 32, None, (Dense("bf16"),))
     quick = candidates(linear, matrix, sensitivity, GRIDS, ())
     monkeypatch.setattr(Sensitivity, "sample", lambda self, matrix: (matrix, self))
@@ -227,7 +227,7 @@ def test_a_sampled_matrix_is_checked_in_full() -> None:
     matrix[7, 3] = np.nan
     linear = LinearSpec("layer", 3000, 32, None, (Dense("bf16"),))
     with pytest.raises(ConfigError, match="not finite"):
-        candidates(linear, matrix, Sensitivity(moment_of(32), np.r_[np.zeros(2999), 1.0]), GRIDS, ())
+        candidates(linear, matrix, Sensitivity(Moment(moment_of(32)), np.r_[np.zeros(2999), 1.0]), GRIDS, ())
 
 
 class Listening(ReferenceOps):
@@ -246,7 +246,7 @@ def test_drift_is_what_the_stream_has_lost(folder: Path, tmp_path: Path) -> None
     architecture = source.architecture
     windows = cut_calibration(TEXT, architecture, window=32)
     ops = Listening(source)
-    table = ops.linears[EMBEDDING].terms[0].weight()
+    table = ops.weights(EMBEDDING).weight()
     changed = table + 0.1 * torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
     seen: dict[str, Moment] = {}
 
@@ -255,7 +255,7 @@ def test_drift_is_what_the_stream_has_lost(folder: Path, tmp_path: Path) -> None
         return matrix.astype(np.float32)
 
     Calibration(source, windows, tmp_path).compress(build, embedding=changed.numpy())
-    ops.linears[EMBEDDING].terms[0].held = changed
+    ops.replace(EMBEDDING, changed)
     model = decoder_for(architecture, ops)
     model.hidden(ops.ids(windows.tolist()), ops.new_cache(architecture, len(windows), 32), [32] * len(windows))
     lost = architecture.embedding_multiplier * (table - changed)[windows.reshape(-1)].double().numpy()

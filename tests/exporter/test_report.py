@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpo_exporter.calibrate.hessian import cholesky_root
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.export import Result, export
-from mpo_exporter.fit.common import activation_error, cholesky_root
+from mpo_exporter.fit.common import activation_error
 from mpo_exporter.measure.survey import survey
 from mpo_exporter.plan.named import Options
 from mpo_exporter.progress import silent

@@ -17,7 +17,6 @@ from mpo_exporter.fit.svd import contract, sequential_svd
 from mpo_exporter.source import require_finite_weights
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.layers.linear import Linear, MatrixTerm
 from mpo_runtime.measure import Comparison, compare, window_logits
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.models.registry import decoder_for
@@ -120,14 +119,8 @@ def remembering(
 @contextmanager
 def replaced(ops: ReferenceOps, name: str, matrix: Matrix) -> Iterator[None]:
     """Puts another matrix in a layer's place for a while."""
-    original = ops.linears[name]
-    weight = torch.from_numpy(matrix.astype(np.float32)).to(ops.device)
-    term = MatrixTerm(weight, lambda: weight, lambda ids: weight[ids])
-    ops.linears[name] = Linear(original.spec, [term], original.bias)
-    try:
+    with ops.replaced(name, torch.from_numpy(matrix.astype(np.float32))):
         yield
-    finally:
-        ops.linears[name] = original
 
 
 def entry(name: str, result: Comparison, matrix: Matrix, approximation: Matrix) -> LayerSensitivity:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.moments import Calibration, Moment
-from mpo_exporter.calibrate.upstream import block_cache
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.fit.layer import Built, build_linear
 from mpo_exporter.measure.cache import Kept, Shelf, Tell, untold
@@ -69,13 +68,12 @@ class Probe(ReferenceOps):
 
     def __init__(self, source: Checkpoint) -> None:
         super().__init__(source)
-        self.watched, self.dense = "", self.linears[EMBEDDING]
-        self.forget("")
+        self.forget(EMBEDDING)
 
     def forget(self, name: str) -> None:
         """Starts anew with the layer of that name."""
         self.watched = name
-        self.dense = self.linears[name or EMBEDDING]
+        self.dense: Any = self.weights(name)
         self.cosine, self.drift, self.tokens = 0.0, 0.0, 0
 
     def see(self, ours: Tensor, theirs: Tensor) -> None:
@@ -125,7 +123,7 @@ class Judge:
 
     def block(self, x: Tensor, block: int) -> Tensor:
         """One block on all windows [N, W, E]."""
-        y: Tensor = self.model.block(x, block_cache(self.model.architecture, x.shape[0], x.shape[1], x.device), block)
+        y: Tensor = self.model.block(x, self.ops.block_cache(self.model.architecture, *x.shape[:2]), block)
         return y
 
     def losses(self, hidden: Tensor) -> float:
@@ -143,7 +141,7 @@ class Judge:
         name = linear.name
         self.ops.forget(name)
         first = first_block(name, self.model.architecture.num_hidden_layers)
-        original = self.ops.linears[HEAD if HEAD in self.ops.linears else EMBEDDING]
+        original: Any = self.ops.weights(EMBEDDING if self.model.architecture.tie_word_embeddings else HEAD)
         with replaced(self.ops, name, built.matrix):
             x = self.model.embed(self.ids) if name == EMBEDDING else self.states[first]
             for block in range(first, self.model.architecture.num_hidden_layers):

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.fisher import LOOKUP, output_fisher
-from mpo_exporter.calibrate.moments import Calibration
-from mpo_exporter.fit.common import cholesky_root, require_finite, unfold
+from mpo_exporter.calibrate.moments import Calibration, Moment, require_finite
+from mpo_exporter.fit.common import unfold
 from mpo_exporter.fit.layer import widen
 from mpo_exporter.fit.search import EXACT_SIZE, whiten
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
@@ -56,8 +56,13 @@ class Sensitivity:
     looked up, `table_sensitivity` says.
     """
 
-    hessian: Matrix
+    moment: Moment
     rows: Vector
+
+    @property
+    def hessian(self) -> Matrix:
+        """H [I, I]."""
+        return self.moment.second
 
     def loss(self, residual: Matrix, weight: Vector) -> float:
         """The expected loss of rounding errors r [O, I] whose R H Rᵀ is Σ_j weight_j r_j² in each row."""
@@ -78,7 +83,7 @@ class Sensitivity:
             return matrix, self
         ends = np.cumsum(self.rows) / total
         picks = np.searchsorted(ends, (np.arange(count) + 0.5) / count).clip(max=len(matrix) - 1)
-        return matrix[picks], Sensitivity(self.hessian, np.full(count, total / count))
+        return matrix[picks], Sensitivity(self.moment, np.full(count, total / count))
 
 
 def table_sensitivity(
@@ -93,9 +98,9 @@ def table_sensitivity(
     seen = frequency / max(float(frequency.mean()), 1e-30)
     hessian = np.diag(float(frequency.mean()) * lookup)
     if moment is None or fisher is None:
-        return Sensitivity(hessian, seen)
+        return Sensitivity(Moment(hessian), seen)
     mean = max(float(fisher.mean()), 1e-30)
-    return Sensitivity(hessian + mean * moment, (seen + fisher / mean) / 2)
+    return Sensitivity(Moment(hessian + mean * moment), (seen + fisher / mean) / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +180,7 @@ def sensitivities(
             if name == EMBEDDING:
                 yield name, table_sensitivity(frequency, fisher[LOOKUP], moment.second, fisher[name])
             else:
-                yield name, Sensitivity(moment.second, fisher[name])
+                yield name, Sensitivity(moment, fisher[name])
 
 
 def dense_matrix(source: Weights, name: str) -> Matrix:
@@ -209,7 +214,7 @@ def candidates(
     for part in (cored, set(fitting) - cored):
         picked = [grid for grid in fitting if grid in part]
         rows, counted = (matrix, sensitivity) if part is cored else sensitivity.sample(matrix)
-        residuals, weight = expected_residuals(rows, sensitivity.hessian, picked, max(grid.group for grid in fitting))
+        residuals, weight = expected_residuals(rows, sensitivity.moment, picked, max(grid.group for grid in fitting))
         for grid, residual in zip(picked, residuals, strict=True):
             base = Quantized(grid.bits, grid.group, grid.zeros)
             share = DESCENT.get(grid.bits, FINER)
@@ -233,7 +238,7 @@ def alone(matrix: Matrix, sensitivity: Sensitivity, chis: Sequence[int] = LADDER
     For balanced factors the moment's partial traces stand in for it, and the sum is scaled to the moment's own.
     """
     rows = np.sqrt(sensitivity.rows / 2)[:, None]
-    low_rank = tails(rows * (matrix @ cholesky_root(sensitivity.hessian)), chis)
+    low_rank = tails(rows * (matrix @ sensitivity.moment.root), chis)
     out_dims, in_dims = balanced_shape(matrix.shape[0], matrix.shape[1], 2)
     turned = unfold(whiten(rows * matrix, sensitivity.hessian, (in_dims[0], in_dims[1])), out_dims, in_dims)
     folded = turned.reshape(out_dims[0] * in_dims[0], -1)
