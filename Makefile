@@ -71,13 +71,13 @@ clean:
 $(VENV)/.installed-export: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing into $(VENV); PyTorch is large, so the first time takes minutes"
 	$(PIP) install -q -c constraints.txt -e '.[export]'
-	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
+	@$(BIN)/python -c "from mpo_runtime import native; print('native kernels:', native.active()['native'])"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing into $(VENV) with the test tools; the first time takes minutes"
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
+	@$(BIN)/python -c "from mpo_runtime import native; print('native kernels:', native.active()['native'])"
 	@touch $@ $(VENV)/.installed-export
 
 $(VENV)/.created:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,21 @@ from numpy.typing import NDArray
 from transformers import GraniteForCausalLM, LlamaForCausalLM
 from transformers.utils import logging
 
-from tests.helpers import Config, forward, granite_config, network, some_ids, write_folder
+from mpo_formats.architecture import ModelType
+from mpo_runtime.backends.ops import Array
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import MODELS
+from tests.helpers import (
+    Config,
+    forward,
+    granite_config,
+    network,
+    random_tensors,
+    some_ids,
+    write_folder,
+    write_weights,
+)
+from tests.runtime.native_cases import needs_native
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -141,13 +155,39 @@ def test_the_shared_model_equals_transformers(shared: Path, name: str) -> None:
 def test_weights_rebuilt_at_every_use_give_the_same_logits(tmp_path: Path) -> None:
     """The path of machines whose memory does not hold the matrices in float32."""
     from mpo_runtime.backends.reference import ReferenceOps
-    from mpo_runtime.models.decoder import GraniteModel
-    from mpo_runtime.weights.protocol import open_weights
+    from mpo_runtime.loading import open_weights
+    from mpo_runtime.models.registry import decoder_for
 
     weights = open_weights(write_folder(tmp_path / "model", dtype=torch.bfloat16))
     rows = [some_ids(9)]
     held, rebuilt = (
-        forward(GraniteModel(weights.spec.architecture, ReferenceOps(weights, held=held)), rows)
+        forward(decoder_for(weights.spec.architecture, ReferenceOps(weights, held=held)), rows)
         for held in (True, False)
     )
     np.testing.assert_array_equal(held, rebuilt)
+
+
+def test_every_model_type_has_a_file_of_its_name() -> None:
+    assert set(MODELS) == set(get_args(ModelType))
+    for kind, model in MODELS.items():
+        assert model.__module__ == f"mpo_runtime.models.{kind}" and issubclass(model, Decoder)
+
+
+class WithoutMlp(Decoder):
+    """An architecture that differs in one part."""
+
+    def feed_forward(self, h: Array, name: str) -> Array:
+        return self.ops.add_scaled(h, h, -1.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+def test_an_overridden_part_is_what_a_backend_runs(tmp_path: Path, backend: str) -> None:
+    folder, rows = write_folder(tmp_path / "model"), [some_ids(9)]
+    whole = network(folder, backend=backend, activations="float")
+    found = forward(WithoutMlp(whole.architecture, whole.ops), rows)
+    tensors = random_tensors(granite_config(), 0, torch.float32)
+    zeroed = {name: torch.zeros_like(array) if "down_proj" in name else array for name, array in tensors.items()}
+    without = write_folder(tmp_path / "without")
+    write_weights(without, zeroed)
+    np.testing.assert_allclose(found, oracle(without, rows), atol=1e-4)
+    assert np.abs(found - forward(whole, rows)).max() > 1e-2

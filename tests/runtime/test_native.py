@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from mpo_formats.layout import PLANES
 from mpo_formats.spec import GROUPS
-from mpo_runtime import kernels
+from mpo_runtime import native
 
-needs_native = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels were not built")
+needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +102,17 @@ def test_numpy_equals_the_float64_loop(case: Case) -> None:
     expected = by_hand(case)
     # Two float32 roundings: half a unit of the last place each.
     np.testing.assert_allclose(
-        kernels.dequantize_numpy(case.planes, case.bits, case.scale, case.zero), expected, rtol=2.0**-23, atol=0
+        native.dequantize_numpy(case.planes, case.bits, case.scale, case.zero), expected, rtol=2.0**-23, atol=0
     )
 
 
 @needs_native
 @given(case=cases)
 def test_native_equals_numpy_bit_for_bit_on_every_instruction_set(case: Case) -> None:
-    expected = kernels.dequantize_numpy(case.planes, case.bits, case.scale, case.zero).view(np.uint32)
+    expected = native.dequantize_numpy(case.planes, case.bits, case.scale, case.zero).view(np.uint32)
     for isa, result in native_all(case).items():
         np.testing.assert_array_equal(result.view(np.uint32), expected, err_msg=isa)
-    chosen = kernels.dequantize(case.planes, case.bits, case.scale, case.zero)
+    chosen = native.dequantize(case.planes, case.bits, case.scale, case.zero)
     np.testing.assert_array_equal(chosen.view(np.uint32), expected)
 
 
@@ -121,18 +121,18 @@ def test_native_converts_every_finite_half() -> None:
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     scale = halves[np.isfinite(halves)].reshape(-1, 8)
     ones = np.full((*scale.shape, 16), 129, dtype=np.uint8)  # 129 - 128 = 1: the result is the scale itself
-    result = kernels.dequantize([ones], 8, scale).reshape(*scale.shape, 16)
+    result = native.dequantize([ones], 8, scale).reshape(*scale.shape, 16)
     np.testing.assert_array_equal(result, np.repeat(scale[..., None].astype(np.float32), 16, axis=-1))
 
 
 def test_more_rows_than_one_chunk_of_the_numpy_path() -> None:
     case = make_case(4, group=128, rows=150, groups=20, with_zero=False)
-    result = kernels.dequantize_numpy(case.planes, 4, case.scale)
+    result = native.dequantize_numpy(case.planes, 4, case.scale)
     expected = case.scale[..., None].astype(np.float32) * (case.levels - np.float32(8))
     np.testing.assert_array_equal(result, expected.reshape(150, -1))
 
 
-@pytest.mark.parametrize("function", [kernels.dequantize, kernels.dequantize_numpy])
+@pytest.mark.parametrize("function", [native.dequantize, native.dequantize_numpy])
 def test_empty_read_only_and_strided_inputs(function: Callable[..., NDArray[np.float32]]) -> None:
     for rows, groups in ((0, 2), (2, 0), (0, 0)):
         empty = make_case(6, rows=rows, groups=groups)
@@ -167,7 +167,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("function", [kernels.dequantize, kernels.dequantize_numpy])
+@pytest.mark.parametrize("function", [native.dequantize, native.dequantize_numpy])
 @pytest.mark.parametrize("message", ERRORS)
 def test_what_does_not_fit_is_refused(function: Callable[..., NDArray[np.float32]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -205,8 +205,8 @@ def test_the_native_function_guards_itself(message: str) -> None:
 
 
 def test_active_names_what_runs() -> None:
-    names = kernels.active()
-    if kernels.native_available():
+    names = native.active()
+    if native.available():
         from mpo_runtime import _native
 
         assert _native.isas()[0] == _native.isa()
@@ -219,7 +219,29 @@ def test_active_names_what_runs() -> None:
         assert names["dequantize"] == "numpy"
 
 
+@needs_native
+def test_a_timed_pass_runs_every_layer() -> None:
+    from mpo_runtime import _native
+
+    def layer(rows: int, columns: int) -> Any:
+        matrix = _native.Matrix.dense("w", "f32", rows, columns, np.zeros(4 * rows * columns, np.uint8))
+        return _native.Linear("layer", rows, columns, [matrix], [], None)
+
+    run = native.timed_pass([layer(3, 5), layer(3, 5)], tokens=2)
+    assert run() > 0 and run() > 0
+    with pytest.raises(ValueError):
+        native.timed_pass([layer(3, 5), layer(3, 4)])
+
+
+def test_without_kernels_there_is_nothing_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_HAS_NATIVE", False)
+    with pytest.raises(RuntimeError, match="timed_pass: needs the native kernels"):
+        native.timed_pass([])
+    with pytest.raises(RuntimeError, match="read_bandwidth: needs the native kernels"):
+        native.read_bandwidth(np.ones(8, np.uint64), 1)
+
+
 def test_native_kernels_are_there_where_they_must_be() -> None:
     if os.environ.get("MPO_REQUIRE_NATIVE") != "1":
         pytest.skip("MPO_REQUIRE_NATIVE=1 makes this a requirement; .ci/run sets it where a C++ compiler is there")
-    assert kernels.native_available(), kernels.active()["native"]
+    assert native.available(), native.active()["native"]
