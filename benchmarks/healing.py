@@ -1,4 +1,4 @@
-"""What healing gives back, by plan: quality before and after, tokens and minutes. The README's table.
+"""What healing gives back, by plan: quality before and after, tokens and minutes. Tables of docs/results.md.
 
     python benchmarks/healing.py                       # the table: 1 M tokens a row, test text
     python benchmarks/healing.py --only auto --tokens 500k --corpus ../shared/corpus
@@ -57,7 +57,7 @@ SVD = Method(cores="whitened")
 
 
 def table_rows() -> Iterator[Row]:
-    """The rows of the README's table."""
+    """The rows of the table of a million tokens."""
     for bits in (4.25, 3.3, 3.0, 2.5):
         yield Row(f"auto, {bits} bits", auto(bits))
     yield Row("auto, 3.0 bits, cores of χ = 8 among them", cored(3.0, 8))
