@@ -40,7 +40,8 @@ from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import shown
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings, parse_tokens
-from mpo_exporter.plan.named import PLANS, Options
+from mpo_exporter.plan.named import PLANS
+from mpo_exporter.plan.options import Options
 from mpo_exporter.source import data_folder
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
