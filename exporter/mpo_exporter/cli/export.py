@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from rich.table import Table
 
 from mpo_exporter.export import ExportTask, Listener, Result, export, planned_spec, planner_for
 from mpo_exporter.heal.exported import check_healing, heal_exported, heal_settings
-from mpo_exporter.heal.settings import Settings
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.file import write_plan
 from mpo_exporter.plan.options import Options
@@ -22,7 +22,7 @@ from mpo_exporter.report.gather import Job
 from mpo_exporter.report.make import make_report
 from mpo_exporter.report.record import Recorder
 from mpo_exporter.report.terminal import print_healing, print_report
-from mpo_exporter.request import ExportRequest
+from mpo_exporter.request import ExportRequest, HealingRequest
 from mpo_exporter.source import Source, open_source
 from mpo_exporter.terms import stored_bytes
 from mpo_exporter.texts import calibration_for, held_out_text
@@ -43,41 +43,27 @@ def run_export(request: ExportRequest) -> Result | None:
         MpoError: for a request that cannot be honoured, before any long work where that can be known.
     """
     request.machine.prepare()
-    settings = healing_settings(request)
+    healing = request.healing or HealingRequest()
+    settings = heal_settings(request.healing is not None, healing.tokens, healing.epochs, healing.minutes)
     with open_source(request.model) as source:
         target = request.target(source.name)
         request.check_paths(target)
         earlier = None if request.report is None or request.dry_run else prepare(request.report, request.force)
-        healing_text = request.healing.text if request.healing else None
-        reserved = check_healing(source.folder, settings, healing_text) if settings else {}
-        text, reason = held_out_text(source, request.measure.text, request.measure.tokens)
-        calibration, fitted_to = calibration_for(
-            source, request.options, request.calibration.text, request.calibration.windows
-        )
-        options = request.options if calibration is None else with_default_target(request.options, source.spec)
-        task = ExportTask(
-            target=target,
-            options=options,
-            force=request.force,
-            calibration=calibration,
-            windows=request.calibration.windows,
-            text=text,
-            prefixes=request.prefixes,
-            device=request.machine.device,
-            reserved=reserved,
-        )
+        reserved = check_healing(source.folder, settings, healing.text) if settings else {}
+        task, reason, fitted_to = resolved(request, source, target, reserved)
         if request.dry_run:
             show_plan(source, task, request.save_plan)
             return None
-        print(f"exporting {source.name} to {target} ({asked(options, source.spec)}); {fitted_to}", flush=True)
+        print(f"exporting {source.name} to {target} ({asked(task.options, source.spec)}); {fitted_to}", flush=True)
         result, recorder = export_within_kl(source, task, recorded=request.report is not None)
-        print_cut_bonds(result.spec, options)
+        print_cut_bonds(result.spec, task.options)
         if request.save_plan:
             write_plan(request.save_plan, result.spec.linears, force=request.force)
-        device = request.machine.device
-        healed = heal_exported(result, source.folder, settings, healing_text, text, device) if settings else None
+        healed = None
+        if settings:
+            healed = heal_exported(result, source.folder, settings, healing.text, task.text, task.device)
         if request.report is None:
-            print_report(result, text, reason, healed)
+            print_report(result, task.text, reason, healed)
             return result
         print_healing(healed)
         better = healed if healed and healed.written else result
@@ -87,11 +73,11 @@ def run_export(request: ExportRequest) -> Result | None:
                 teacher=source.folder,
                 name=source.name,
                 folder=request.report,
-                text=text,
+                text=task.text,
                 why_no_text=reason,
-                calibration=calibration,
-                fit_windows=request.calibration.windows,
-                device=device,
+                calibration=task.calibration,
+                fit_windows=task.windows,
+                device=task.device,
                 threads=request.machine.threads,
                 earlier=earlier,
                 comparison=better.comparison,
@@ -102,12 +88,29 @@ def run_export(request: ExportRequest) -> Result | None:
         return result
 
 
-def healing_settings(request: ExportRequest) -> Settings | None:
-    """How to heal after the export, None if that was not asked for; raises ConfigError for bounds that cannot be had."""
-    healing = request.healing
-    if healing is None:
-        return None
-    return heal_settings(True, healing.tokens, healing.epochs, healing.minutes)
+def resolved(
+    request: ExportRequest, source: Source, target: Path, reserved: Mapping[str, str]
+) -> tuple[ExportTask, str, str]:
+    """The task of a request for an open model; the reason why nothing is measured; and what layers are fitted to, in words.
+
+    Args:
+        reserved: the longest entries that healing will add to the provenance.
+    """
+    text, reason = held_out_text(source, request.measure.text, request.measure.tokens)
+    windows = request.calibration.windows
+    calibration, fitted_to = calibration_for(source, request.options, request.calibration.text, windows)
+    task = ExportTask(
+        target=target,
+        options=request.options if calibration is None else with_default_target(request.options, source.spec),
+        force=request.force,
+        calibration=calibration,
+        windows=windows,
+        text=text,
+        prefixes=request.prefixes,
+        device=request.machine.device,
+        reserved=reserved,
+    )
+    return task, reason, fitted_to
 
 
 def export_within_kl(source: Source, task: ExportTask, *, recorded: bool) -> tuple[Result, Recorder]:
