@@ -34,14 +34,15 @@ from machine import command_line, describe_machine, device_name
 from numpy.typing import NDArray
 from quality import Bench, add_options, open_bench
 
-from mpo_exporter.export import export
+from mpo_exporter.export import ExportTask, export
 from mpo_exporter.fit.layer import Method
 from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.progress import shown
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings, parse_tokens
-from mpo_exporter.plan.named import PLANS, Options
-from mpo_exporter.source import data_folder
+from mpo_exporter.plan.named import PLANS
+from mpo_exporter.plan.options import Options
+from mpo_exporter.source import data_folder, open_source
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.loading import check_device, read_text_files
@@ -182,8 +183,7 @@ class Table:
         begin = time.perf_counter()
         rough = self.bench.cache / f"{file_key}.mpo"
         if not rough.exists():
-            export(
-                self.bench.source.folder,
+            task = ExportTask(
                 rough,
                 Options("int4"),
                 layers=row.layers(self.bench),
@@ -192,6 +192,8 @@ class Table:
                 windows=self.bench.windows,
                 surveyed=self.bench.survey(),
             )
+            with open_source(self.bench.source.folder) as source:
+                export(source, task)
         before = measured(self.bench, rough)
         exported = time.perf_counter() - begin
         after, result = self.healed(row.name, rough, settings) if heals else (before, None)

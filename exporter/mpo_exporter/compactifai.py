@@ -22,19 +22,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo_exporter.export import Result, export
+from mpo_exporter.export import ExportTask, Result, export
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import Settings
-from mpo_exporter.measure.layerwise import LayerSensitivity, profile_layers, tensorized
-from mpo_exporter.plan.named import Options
-from mpo_exporter.source import data_folder, find_source
+from mpo_exporter.measure.sensitivity import LayerSensitivity, compressed_alone, even_windows
+from mpo_exporter.plan.named import PAPER, plan_layers
+from mpo_exporter.plan.options import Choice, Options
+from mpo_exporter.source import ModelFolder, Source, data_folder, open_source, require_finite_weights
 from mpo_formats import Architecture, ConfigError
+from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.cli.inspect import stored_parameters
 from mpo_runtime.engine import Engine
-from mpo_runtime.loading import load_network, open_weights, read_text_files
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights.checkpoint import Checkpoint
 
 # Tokens generated in each stretch when the speeds of two models are compared, and how many stretches.
 SPEED_TOKENS = 16
@@ -50,6 +51,10 @@ class GraniteSource:
     revision: str | None
     architecture: Architecture
 
+    def open(self) -> Source:
+        """The model's weights, tokenizer and chat template, to be closed again."""
+        return Source(ModelFolder(self.folder, self.name, self.revision))
+
 
 def load_granite_model(model: str | Path = "granite") -> GraniteSource:
     """Finds a model: `demo`, `granite`, `granite-2b`, a Hugging Face folder or a hub id.
@@ -59,11 +64,8 @@ def load_granite_model(model: str | Path = "granite") -> GraniteSource:
     Raises:
         CheckpointError: when there is no such model, or it is not a Granite or Llama.
     """
-    source = find_source(str(model))
-    checkpoint = Checkpoint(source.folder)
-    architecture = checkpoint.architecture
-    checkpoint.close()
-    return GraniteSource(source.folder, source.name, source.revision, architecture)
+    with open_source(model) as source:
+        return GraniteSource(source.folder, source.name, source.revision, source.architecture)
 
 
 def prepare_validation_data(model: GraniteSource, text: str | Path | None = None, max_tokens: int = 4096) -> TokenText:
@@ -84,6 +86,11 @@ def prepare_healing_data(model: GraniteSource, text: str | Path | None = None, m
     return first_tokens(model, data_folder() / "healing.jsonl" if text is None else Path(text), max_tokens)
 
 
+def paper_options(chi: int, layers: tuple[str, ...]) -> Options:
+    """The published method: fp16 cores of bond dimension χ for these layers, int4 for the rest."""
+    return Options(PAPER.name, chi, choice=Choice(names=layers))
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raises ConfigError for a value that is not a whole number of at least `least`."""
     if not isinstance(value, int) or value < least:
@@ -93,12 +100,8 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 def first_tokens(model: GraniteSource, path: Path, count: int) -> TokenText:
     """The first `count` tokens of a text in the model's vocabulary."""
     check_count("max_tokens", count, least=2)
-    checkpoint = Checkpoint(model.folder)
-    try:
-        whole = read_tokens(path, *read_text_files(checkpoint))
-    finally:
-        checkpoint.close()
-    return whole.first(count)
+    with model.open() as source:
+        return read_tokens(path, *source.text_files).first(count)
 
 
 class LayerSensitivityProfiler:
@@ -116,10 +119,24 @@ class LayerSensitivityProfiler:
         self._profile: list[LayerSensitivity] | None = None
 
     def profile(self) -> list[LayerSensitivity]:
-        """All layers, the least sensitive first; measured once."""
+        """All layers, the least sensitive first; measured once.
+
+        Raises:
+            CheckpointError: for a model with weights that are not finite.
+        """
         if self._profile is None:
-            self._profile = profile_layers(self.model.folder, self.validation, tensorized(self.bond_dimension))
+            with self.model.open() as source:
+                self._profile = self._measured(source)
         return list(self._profile)
+
+    def _measured(self, source: Source) -> list[LayerSensitivity]:
+        require_finite_weights(source.weights, source.name)
+        windows = even_windows(self.validation, source.architecture)
+        names = [linear.name for linear in source.spec.linears if linear.name not in (EMBEDDING, HEAD)]
+        planned = plan_layers(source.spec, paper_options(self.bond_dimension, tuple(names)))
+        layers = [linear for linear in planned if linear.name in names]
+        found = (one for _, one in compressed_alone(source.weights, windows, layers))
+        return sorted(found, key=lambda one: (one.kl_mean, one.layer))
 
     def get_compression_candidates(self, top_k: int = 10) -> list[LayerSensitivity]:
         """The `top_k` layers whose compression hurts least.
@@ -181,8 +198,9 @@ class CompactifAICompressor:
         profile = self._profiler.profile() if self._profiler else []
         count = max(1, round(self.compression_ratio * len(profile)))
         layers = tuple(item.layer for item in profile[:count])
-        options = Options(plan="paper", chi=self.bond_dimension, layers=layers)
-        result = export(model.folder, Path(path), options, force=force, revision=model.revision, text=validation)
+        task = ExportTask(Path(path), paper_options(self.bond_dimension, layers), force=force, text=validation)
+        with model.open() as source:
+            result = export(source, task)
         return CompressionResult(result.path, layers, compression_stats(result), evaluation_results(result, model))
 
     def heal_model(self, compressed: str | Path, model: GraniteSource, **given: Any) -> Healed:

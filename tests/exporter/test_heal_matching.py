@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mpo_exporter.export import export
 from mpo_exporter.heal.blocks import stream_fisher
 from mpo_exporter.heal.ops import HealingOps, WindowOps, run_block
 from mpo_exporter.heal.run import heal
@@ -17,12 +16,12 @@ from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import Batch, Student
 from mpo_exporter.heal.teacher import TeacherFiles, matched_blocks, taught
 from mpo_exporter.heal.trainable import Trainables
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_formats import MpoFile
 from mpo_formats.packing import bf16_to_f32
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import BOS, VOCABULARY, granite_config, some_ids, write_folder
+from tests.helpers import BOS, VOCABULARY, export_folder, granite_config, some_ids, write_folder
 
 BLOCKS = 4
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 13))
@@ -38,7 +37,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rough(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("file") / "rough.mpo"
-    export(teacher, path, Options("int4"))
+    export_folder(teacher, path, Options("int4"))
     return path
 
 
@@ -108,7 +107,7 @@ def test_a_healing_matches_block_by_block(teacher: Path, rough: Path, tmp_path: 
     """The file of the dense model itself has nothing to learn; in 4 bits the errors count beside the divergence."""
     text, dense = tmp_path / "ids.npy", tmp_path / "dense.mpo"
     np.save(text, np.array(some_ids(930, 7, BOS)))
-    export(teacher, dense, Options("dense"))
+    export_folder(teacher, dense, Options("dense"))
     losses = {}
     for name, file, weight in (("dense", dense, 50.0), ("matched", rough, 50.0), ("logits alone", rough, 0.0)):
         settings = Settings(tokens=500, window=32, match_blocks=2, match_weight=weight, block_share=0)

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.resources
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.text.chat_template import ChatTemplate
-from mpo_runtime.text.token_text import TokenText, read_tokens
-from mpo_runtime.text.tokenizer import Tokenizer
+from mpo_runtime.text.token_text import TokenText
 
 # Tokens of a window, and windows: more of them change the fits little (docs/method.md).
 WINDOW = 256
 COUNT = 96
 # With fewer windows the moments of the activations would mostly be noise.
 LEAST_WINDOWS = 4
-EMBEDDED_TEXT = Path(str(importlib.resources.files("mpo_exporter") / "data")) / "calibration.jsonl"
-
-
-def calibration_text(path: Path | None, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> TokenText:
-    """Reads a calibration text as `read_tokens` does, chat rows through the template.
-
-    Args:
-        path: None for the embedded text.
-
-    Raises:
-        ConfigError: for a file that cannot be read or that has no text.
-    """
-    return read_tokens(path or EMBEDDED_TEXT, tokenizer, template)
 
 
 def cut_calibration(

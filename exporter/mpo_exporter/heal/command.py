@@ -10,20 +10,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mpo_exporter.cli.export import held_out_text
-from mpo_exporter.export import measure_file
+from mpo_exporter.certify import Certifier
 from mpo_exporter.heal.checkpoint import NAME
 from mpo_exporter.heal.distributed import joined
 from mpo_exporter.heal.progress import shown, silent
 from mpo_exporter.heal.run import Healed, heal, work_folder
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.report.next_step import wrote
-from mpo_exporter.source import find_source
+from mpo_exporter.request import Machine, MeasureRequest
+from mpo_exporter.source import find_source, open_source
+from mpo_exporter.texts import held_out_text
 from mpo_formats import ConfigError
-from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.loading import check_device, set_threads
 from mpo_runtime.measure import Comparison
-from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -36,22 +34,18 @@ def run_heal(
     force: bool,
     text: Path | None,
     work: Path | None,
-    eval_text: Path | None,
-    measure_tokens: int | None,
-    device: str,
-    threads: int | None,
+    measure: MeasureRequest,
+    machine: Machine,
 ) -> Healed:
     """Heals a file and prints quality before and after."""
-    check_device(device)
-    if measure_tokens is not None and measure_tokens < 0:
-        raise ConfigError(f"--measure-tokens {measure_tokens}: expected 0 or more")
-    set_threads(threads)
+    machine.prepare()
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; give a .mpo file that mpo-export wrote")
     target = out or file.with_name(f"{file.stem}-healed.mpo")
     source = find_source(teacher)
-    held_out, reason = held_out_text(source.folder, eval_text, measure_tokens)
-    with joined(device) as workers:
+    with open_source(teacher) as opened:
+        held_out, reason = held_out_text(opened, measure.text, measure.tokens)
+    with joined(machine.device) as workers:
         if workers.first:
             begun = ((work or work_folder(target)) / NAME).exists()
             going_on = "; going on from the last checkpoint" if begun else ""
@@ -93,8 +87,7 @@ def measured_before(file: Path, teacher: Path, text: TokenText | None, device: s
         return None
     source = Checkpoint(teacher)
     try:
-        dense = decoder_for(source.architecture, ReferenceOps(source, device=device))
-        return measure_file(file, None, dense, text, device, lambda stage, done, total: None)
+        return Certifier(source, text, device=device).compare(file)
     finally:
         source.close()
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mpo_exporter.export import measure_file, quality
+from mpo_exporter.certify import Certifier
 from mpo_exporter.heal.trainable import Arrays, Trainables
-from mpo_formats import Certificate, Certificates, ModelSpec, MpoFile, MpoWriter
+from mpo_formats import Certificates, ModelSpec, MpoFile, MpoWriter
 from mpo_formats.provenance import MOST_OPTIONS
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison
-from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import Weights
 
@@ -61,14 +59,14 @@ def write_healed(file: MpoFile, trainables: Trainables, teacher: Weights, out: O
     def measure(path: Path) -> Certificates:
         if out.text is None:
             return Certificates(())
-        dense = decoder_for(teacher.spec.architecture, ReferenceOps(teacher, device=out.device))
+        certifier = Certifier(teacher, out.text, device=out.device)
         entries = []
         prefixes = sorted({entry.chi for entry in file.certificates().entries if entry.chi is not None}, reverse=True)
         for chi in (None, *prefixes):
-            found.append(measure_file(path, chi, dense, out.text, out.device, lambda stage, done, total: None))
+            found.append(certifier.compare(path, chi))
             if out.most_kl is not None and found[0].kl_mean > out.most_kl:
                 raise Worse(found[0])
-            entries.append(Certificate(chi, quality(found[-1], out.text)))
+            entries.append(certifier.certificate(chi, found[-1]))
         return Certificates(tuple(entries))
 
     spec = healed_spec(file.spec, out.facts)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from mpo_exporter.quantize.grid import Levels, encode, inverse, search
 from mpo_formats import ConfigError
 from mpo_formats.packing import implicit_zero, pack
-from mpo_formats.spec import GROUPS
 
 Matrix = NDArray[np.float64]
 # Factors by which a group's range is scaled to find the lowest squared error: its extreme value may be clipped by a quarter.
@@ -41,14 +40,6 @@ class Integers:
     def planes(self) -> list[NDArray[np.uint8]]:
         """The packed planes, low bits first."""
         return pack(self.codes, self.bits, self.group)
-
-
-def fitting_group(columns: int, wanted: int) -> int | None:
-    """The largest allowed group of at most `wanted` that divides a row of so many columns; None where none does.
-
-    A matrix whose rows no group divides is stored in bf16: 172 = 4 · 43, for example.
-    """
-    return max((group for group in GROUPS if group <= wanted and columns % group == 0), default=None)
 
 
 def round_to_nearest(

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import WINDOW, cut_calibration
-from mpo_exporter.export import export, measure_file
-from mpo_exporter.measure.survey import Survey, stored_bytes, survey
+from mpo_exporter.certify import Certifier
+from mpo_exporter.export import ExportTask, Listener, export
+from mpo_exporter.measure.survey import Survey, survey
 from mpo_exporter.plan.allocate import descend_hulls, front
 from mpo_exporter.plan.budget import allocated_layers
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.progress import Progress
 from mpo_exporter.report.facts import Predicted, WithoutCores
-from mpo_exporter.terms import Candidate
+from mpo_exporter.source import open_source
+from mpo_exporter.terms import Candidate, stored_bytes
 from mpo_formats import ModelSpec
-from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -60,19 +60,18 @@ def without_cores(
             surveyed = survey(source, walk, progress=progress)
         integers = {name: without_operators(row) for name, row in surveyed.candidates.items()}
         layers = allocated_layers(spec, integers, file_bytes)
-        result = export(
-            source.folder,
-            target,
-            Options("int4"),
+        task = ExportTask(
+            target=target,
+            options=Options("int4"),
             calibration=calibration,
             windows=windows,
             layers=layers,
             surveyed=surveyed,
             device=device,
-            progress=progress,
         )
-        dense = decoder_for(source.architecture, ReferenceOps(source, device=device))
-        found = measure_file(target, None, dense, text, device, progress)
+        with open_source(source.folder) as opened:
+            result = export(opened, task, Listener(progress))
+        found = Certifier(source, text, device=device, progress=progress).compare(target)
     return WithoutCores(
         file_bytes=result.file_bytes,
         perplexity=found.model.perplexity,

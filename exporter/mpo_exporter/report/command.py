@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT
-from mpo_exporter.cli.export import calibration_for, held_out_text
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.report.facts import Report
 from mpo_exporter.report.folder import prepare
 from mpo_exporter.report.gather import Job
 from mpo_exporter.report.make import make_report
-from mpo_exporter.source import find_source
+from mpo_exporter.request import Machine, MeasureRequest, check_folder
+from mpo_exporter.source import open_source
+from mpo_exporter.texts import calibration_for, held_out_text
 from mpo_formats import ConfigError
-from mpo_runtime.loading import check_device, set_threads
 
 
 def run_report(
@@ -21,27 +21,24 @@ def run_report(
     teacher: str,
     out: Path,
     force: bool,
-    text: Path | None,
-    measure_tokens: int | None,
+    measure: MeasureRequest,
     calib: Path | None,
     calib_windows: int | None,
     without_cores: bool | None,
-    device: str,
-    threads: int | None,
+    machine: Machine,
 ) -> Report:
     """Makes the report of an existing file."""
-    check_device(device)
-    for name, value in (("--measure-tokens", measure_tokens), ("--calib-windows", calib_windows)):
-        if value is not None and value < 0:
-            raise ConfigError(f"{name} {value}: expected 0 or more")
-    set_threads(threads)
+    machine.prepare()
+    if calib_windows is not None and calib_windows < 0:
+        raise ConfigError(f"--calib-windows {calib_windows}: expected 0 or more")
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; give a .mpo file that mpo-export wrote")
-    source = find_source(teacher)
+    check_folder(out, "--out")
     earlier = prepare(out, force)
-    held_out, reason = held_out_text(source.folder, text, measure_tokens)
     windows = COUNT if calib_windows is None else calib_windows
-    calibration, _ = calibration_for(source.folder, Options(), "auto", calib, windows)
+    with open_source(teacher) as source:
+        held_out, reason = held_out_text(source, measure.text, measure.tokens)
+        calibration, _ = calibration_for(source, Options(), calib, windows)
     print(f"measuring {file} beside {source.name} into {out}", flush=True)
     return make_report(
         Job(
@@ -54,8 +51,8 @@ def run_report(
             calibration=calibration,
             calib_windows=calib_windows,
             fit_windows=windows,
-            device=device,
-            threads=threads,
+            device=machine.device,
+            threads=machine.threads,
             without_cores=without_cores,
             earlier=earlier,
         )

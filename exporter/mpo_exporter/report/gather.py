@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT
-from mpo_exporter.export import measure_file
+from mpo_exporter.certify import Certifier
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.progress import Progress, silent
 from mpo_exporter.report.alternative import affordable, predicted_curve, without_cores
@@ -42,12 +42,10 @@ from mpo_exporter.report.subject import (
     subject_of,
 )
 from mpo_formats import ConfigError, MpoFile
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.loading import load
 from mpo_runtime.measure import Comparison
 from mpo_runtime.memory import available_memory
 from mpo_runtime.model import Model
-from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -181,8 +179,8 @@ class Work:
             self.missing["quality"] = self.job.why_no_text
             return None
         with self.timed("quality"):
-            dense = decoder_for(self.source.architecture, ReferenceOps(self.source, device=self.job.device))
-            return measure_file(self.job.file, None, dense, self.job.text, self.job.device, self.progress)
+            certifier = Certifier(self.source, self.job.text, device=self.job.device, progress=self.progress)
+            return certifier.compare(self.job.file)
 
     def runs(self) -> tuple[Speed | None, Memory | None, Texts | None]:
         """Speed, memory and texts: what the two models do when they run."""

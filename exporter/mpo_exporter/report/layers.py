@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.moments import Calibration, dense_matrix
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.measure.survey import stored_bytes
 from mpo_exporter.progress import Progress
 from mpo_exporter.report.facts import Calibrated, Layer, Norm, Spectrum, Step, Term
 from mpo_exporter.report.record import relative_error
+from mpo_exporter.terms import stored_bytes
 from mpo_formats import Dense, LinearSpec, MpoFile, Quantized
 from mpo_formats import Term as StoredTerm
 from mpo_formats.layout import ELEMENTS, term_tensors

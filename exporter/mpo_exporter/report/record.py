@@ -7,7 +7,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.calibrate.moments import Moment
+from mpo_exporter.export import Fitted
 from mpo_exporter.fit.common import activation_error
 from mpo_exporter.progress import Progress, silent
 from mpo_exporter.report.facts import Compression, Stage, Step
@@ -16,7 +16,7 @@ Matrix = NDArray[np.float64]
 
 
 class Recorder:
-    """Hand `progress` and `watch` to an export, and ask for `compression` afterwards; `update` is told of progress too."""
+    """Its `progress` and `fitted` go into an export's Listener; `compression` is what they recorded. Progress is passed on."""
 
     def __init__(self, update: Progress = silent) -> None:
         self.update = update
@@ -32,11 +32,11 @@ class Recorder:
         self.last = now
         self.update(stage, done, total)
 
-    def watch(self, name: str, matrix: Matrix, fitted: Matrix, moment: Moment | None, seconds: float) -> None:
-        """Notes one layer's fit: the dense matrix, what a reader makes of the stored one, and the moment it was fitted to."""
+    def fitted(self, fit: Fitted) -> None:
+        """Notes one layer's fit."""
         end = time.perf_counter() - self.start
-        second = None if moment is None else moment.second
-        self.steps.append(Step(name, end, seconds, relative_error(matrix, fitted, second)))
+        second = None if fit.moment is None else fit.moment.second
+        self.steps.append(Step(fit.layer, end, fit.seconds, relative_error(fit.dense, fit.stored, second)))
 
     def compression(self) -> Compression:
         """What was heard so far."""
