@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from mpo_exporter.export import export
 from mpo_exporter.fit.layer import Method
-from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.ops import HealingOps
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import Batch, Student
 from mpo_exporter.heal.teacher import matched_blocks
 from mpo_exporter.heal.train import STEPS_BEFORE_GRAPH, Trainer
 from mpo_exporter.heal.trainable import Trainables, Vector
+from mpo_exporter.heal.workers import Workers
 from mpo_exporter.plan.named import Options
 from mpo_exporter.source import find_source
 from mpo_formats import LinearSpec

@@ -36,10 +36,9 @@ from quality import Bench, add_options, open_bench
 
 from mpo_exporter.export import export
 from mpo_exporter.fit.layer import Method
-from mpo_exporter.heal.distributed import Workers
-from mpo_exporter.heal.progress import shown
 from mpo_exporter.heal.run import Healed, heal
-from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings, parse_tokens
+from mpo_exporter.heal.settings import DEFAULT_TOKENS, HealRequest, Settings, parse_tokens
+from mpo_exporter.heal.workers import Workers, shown
 from mpo_exporter.plan.named import PLANS, Options
 from mpo_exporter.source import data_folder
 from mpo_formats import ConfigError, MpoFile
@@ -221,19 +220,18 @@ class Table:
     def healed(self, name: str, rough: Path, settings: Settings) -> tuple[dict[str, dict[str, float]], Healed]:
         """Heals a file and measures it; the teacher's scores are kept for the next row."""
         target = rough.with_suffix(".healed.mpo")
+        request = HealRequest(
+            rough,
+            self.bench.source.folder,
+            target,
+            settings,
+            text=self.text,
+            work=self.bench.cache / "work",
+            force=True,
+            discard_other=True,
+        )
         with shown(name) as update:
-            result = heal(
-                rough,
-                self.bench.source.folder,
-                target,
-                settings,
-                text=self.text,
-                force=True,
-                others=True,
-                work=self.bench.cache / "work",
-                progress=update,
-                workers=self.workers,
-            )
+            result = heal(request, self.workers, update)
         found = measured(self.bench, target)
         return found, result
 

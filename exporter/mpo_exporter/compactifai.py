@@ -24,7 +24,7 @@ from typing import Any
 
 from mpo_exporter.export import Result, export
 from mpo_exporter.heal.run import Healed, heal
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.settings import HealRequest, Settings
 from mpo_exporter.measure.layerwise import LayerSensitivity, profile_layers, tensorized
 from mpo_exporter.plan.named import Options
 from mpo_exporter.source import data_folder, find_source
@@ -220,7 +220,7 @@ def heal_model(
     target = source.with_name(f"{source.stem}-healed.mpo") if path is None else Path(path)
     chosen = Settings(tokens=tokens, epochs=epochs, minutes=minutes, **settings)
     text = Path(healing) if isinstance(healing, str) else healing
-    return heal(source, model.folder, target, chosen, text=text, held_out=validation, force=force)
+    return heal(HealRequest(source, model.folder, target, chosen, text=text, held_out=validation, force=force))
 
 
 def compression_stats(result: Result) -> dict[str, float]:

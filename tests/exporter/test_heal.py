@@ -22,7 +22,7 @@ from mpo_exporter.heal import run as run_module
 from mpo_exporter.heal import session as session_module
 from mpo_exporter.heal.checkpoint import NAME, load_checkpoint
 from mpo_exporter.heal.run import Healed, heal, out_of_memory
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.settings import HealRequest, Settings
 from mpo_exporter.heal.student import fits
 from mpo_exporter.heal.train import Trainer as RealTrainer
 from mpo_exporter.plan.named import Options
@@ -84,7 +84,7 @@ def file(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def healed(file: Path, teacher: Path, text: Path, target: Path, **options: Any) -> Healed:
-    return heal(file, teacher, target, options.pop("settings", SETTINGS), text=text, **options)
+    return heal(HealRequest(file, teacher, target, options.pop("settings", SETTINGS), text=text, **options))
 
 
 def test_healing_helps_and_the_file_says_so(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_the_teacher_s_scores_serve_shorter_healings(file: Path, teacher: Path, 
         target = tmp_path / f"{tokens}.mpo"
         settings = replace(SETTINGS, tokens=tokens)
         curves[tokens] = healed(
-            file, teacher, text, target, settings=settings, work=tmp_path / "kept", others=True
+            file, teacher, text, target, settings=settings, work=tmp_path / "kept", discard_other=True
         ).curve
         [done] = (tmp_path / "kept").glob("teacher-*-done.npy")
         assert int(np.load(done)) == {600: 16, 300: 16, 900: 28}[tokens]

@@ -11,9 +11,9 @@ import torch
 
 from mpo_exporter.export import export
 from mpo_exporter.heal import train
-from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.run import Healed, heal
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.settings import HealRequest, Settings
+from mpo_exporter.heal.workers import Workers
 from mpo_exporter.plan.named import Options
 from mpo_formats import LinearSpec, Mpo, Quantized
 from mpo_runtime.weights.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ def file(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def healed(file: Path, teacher: Path, text: Path, target: Path, device: str, settings: Settings = SETTINGS) -> Healed:
-    return heal(file, teacher, target, settings, text=text, workers=Workers(device=device))
+    return heal(HealRequest(file, teacher, target, settings, text=text), Workers(device=device))
 
 
 def test_a_gpu_heals_as_a_cpu_does(

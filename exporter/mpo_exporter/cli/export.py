@@ -9,8 +9,8 @@ from pathlib import Path
 from mpo_exporter.calibrate.windows import COUNT, calibration_text
 from mpo_exporter.cli.show_plan import print_plan
 from mpo_exporter.export import Result, export, planned_spec, planner_for
-from mpo_exporter.heal.exported import check_healing, heal_exported
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.command import check_healing, heal_exported
+from mpo_exporter.heal.settings import HealRequest, Settings
 from mpo_exporter.plan.file import write_plan
 from mpo_exporter.plan.named import Options
 from mpo_exporter.plan.predict import predict
@@ -95,7 +95,10 @@ def run_export(
         if not misses(result, options, number + 1 < MOST_EXPORTS):
             break
     tell_cut_bonds(result.spec, options)
-    healed = heal_exported(result, source.folder, heal, heal_text, held_out, device) if heal else None
+    healed = None
+    if heal:
+        request = HealRequest(target, source.folder, target, heal, text=heal_text, held_out=held_out)
+        healed = heal_exported(result, request, device)
     if report is None:
         print_report(result, held_out, reason, healed)
         return result

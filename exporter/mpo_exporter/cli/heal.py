@@ -101,7 +101,7 @@ def heal(
     threads: Threads = None,
 ) -> None:
     """Retrain a compressed model briefly, so that it gives again what the dense model gives."""
-    from mpo_exporter.heal.command import run_heal
+    from mpo_exporter.heal.command import HealCommand, run_heal
     from mpo_exporter.heal.settings import Settings, parse_tokens
 
     settings = Settings(
@@ -121,7 +121,21 @@ def heal(
         chi_dropout=chi_dropout,
         seed=seed,
     ).faster(rate)
-    run_heal(file, teacher, settings, out, force, text, work, eval_text, measure_tokens, device, threads)
+    run_heal(
+        HealCommand(
+            file=file,
+            teacher=teacher,
+            settings=settings,
+            out=out,
+            force=force,
+            text=text,
+            work=work,
+            eval_text=eval_text,
+            measure_tokens=measure_tokens,
+            device=device,
+            threads=threads,
+        )
+    )
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def export(
 ) -> None:
     """Compress a decoder model into one .mpo file and report what that cost."""
     from mpo_exporter.cli.export import run_export
-    from mpo_exporter.heal.exported import heal_settings
+    from mpo_exporter.heal.command import heal_settings
     from mpo_exporter.request import Asked
 
     asked = Asked(

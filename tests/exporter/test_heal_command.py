@@ -13,9 +13,8 @@ import torch
 
 from mpo_exporter.cli.main import main
 from mpo_exporter.heal.checkpoint import Record, save_checkpoint
-from mpo_exporter.heal.exported import heal_settings
-from mpo_exporter.heal.run import work_folder
-from mpo_exporter.heal.settings import Settings, parse_tokens
+from mpo_exporter.heal.command import heal_settings
+from mpo_exporter.heal.settings import HealRequest, Settings, parse_tokens
 from mpo_exporter.heal.train import Trainer
 from mpo_formats import ConfigError, MpoFile
 from tests.helpers import BOS, granite_config, some_ids, write_folder
@@ -87,7 +86,7 @@ def test_a_healing_that_does_not_help_leaves_the_exported_file(
     target = tmp_path / "model.mpo"
     with monkeypatch.context() as patch:
         faster = Settings(tokens=2000).faster(1000)
-        patch.setattr("mpo_exporter.heal.exported.Settings", lambda **given: faster)
+        patch.setattr("mpo_exporter.heal.command.Settings", lambda **given: faster)
         code, printed, _ = command("--heal-tokens", "2k", "--out", str(target))
     assert code == 0 and "healing raised the KL: the file is the one before healing" in " ".join(printed.split())
     assert list(tmp_path.iterdir()) == [target]
@@ -103,7 +102,7 @@ def test_a_report_too_says_that_healing_was_not_kept(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faster = Settings(tokens=2000).faster(1000)
-    monkeypatch.setattr("mpo_exporter.heal.exported.Settings", lambda **given: faster)
+    monkeypatch.setattr("mpo_exporter.heal.command.Settings", lambda **given: faster)
     given = "--heal-tokens", "2k", "--out", str(tmp_path / "model.mpo"), "--report", str(tmp_path / "report")
     code, printed, _ = command(*given)
     assert code == 0 and "healing raised the KL: the file is the one before healing" in " ".join(printed.split())
@@ -127,7 +126,7 @@ def test_a_target_leaves_room_for_what_healing_records(
 def test_a_begun_healing_of_another_file_does_not_matter(command: Command, tmp_path: Path) -> None:
     target = tmp_path / "model.mpo"
     assert command("--heal-tokens", "300", "--out", str(target))[0] == 0
-    folder = work_folder(target)
+    folder = HealRequest(target, target, target).folder
     size = target.stat().st_size
     folder.mkdir()
     save_checkpoint(folder, Record("of another"), {})
