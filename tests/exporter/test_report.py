@@ -19,14 +19,13 @@ from mpo_exporter.measure.survey import survey
 from mpo_exporter.plan.named import Options
 from mpo_exporter.progress import silent
 from mpo_exporter.report import facts, footprint
-from mpo_exporter.report.alternative import predicted_curve
 from mpo_exporter.report.facts import Point, Report, from_text, to_text
-from mpo_exporter.report.folder import JSON, PAGE, prepare, write
-from mpo_exporter.report.gather import Job, earlier_points, gather
-from mpo_exporter.report.layers import spectrum
+from mpo_exporter.report.gather import gather
+from mpo_exporter.report.job import JSON, PAGE, Job, prepare, write
+from mpo_exporter.report.layers import Recorder, spectrum
 from mpo_exporter.report.next_step import wrote
-from mpo_exporter.report.record import Recorder
-from mpo_exporter.report.samples import repeated_share, write_texts
+from mpo_exporter.report.runs import repeated_share, write_texts
+from mpo_exporter.report.sizes import earlier_points, predicted_curve
 from mpo_exporter.report.terminal import print_whole
 from mpo_formats import ConfigError, FormatError, MpoFile, OutputError
 from mpo_formats.layout import linear_bytes

@@ -9,16 +9,15 @@ from pathlib import Path
 from mpo_exporter.calibrate.windows import COUNT, calibration_text
 from mpo_exporter.cli.show_plan import print_plan
 from mpo_exporter.export import Result, export, planned_spec, planner_for
-from mpo_exporter.heal.command import check_healing, heal_exported
+from mpo_exporter.heal.command import check_healing, heal_exported, healing_notes
 from mpo_exporter.heal.settings import HealRequest, Settings
 from mpo_exporter.plan.file import write_plan
 from mpo_exporter.plan.named import Options
 from mpo_exporter.plan.predict import predict
-from mpo_exporter.report.folder import prepare
-from mpo_exporter.report.gather import Job
-from mpo_exporter.report.make import make_report
-from mpo_exporter.report.record import Recorder
-from mpo_exporter.report.terminal import print_healing, print_report
+from mpo_exporter.report.command import make_report
+from mpo_exporter.report.job import Job, prepare
+from mpo_exporter.report.layers import Recorder
+from mpo_exporter.report.terminal import HealedStage, print_report
 from mpo_exporter.request import Asked
 from mpo_exporter.source import Source, find_source
 from mpo_formats import ConfigError, ModelSpec, OutputError
@@ -99,10 +98,12 @@ def run_export(
     if heal:
         request = HealRequest(target, source.folder, target, heal, text=heal_text, held_out=held_out)
         healed = heal_exported(result, request, device)
+    notes = healing_notes(healed) if healed else []
     if report is None:
-        print_report(result, held_out, reason, healed)
+        print_report(result, held_out, reason, HealedStage(healed.comparison, notes) if healed else None)
         return result
-    print_healing(healed)
+    for note in notes:
+        tell(note)
     better = healed if healed and healed.written else result
     make_report(
         Job(

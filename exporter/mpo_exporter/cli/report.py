@@ -66,9 +66,23 @@ def report(
     threads: Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")] = None,
 ) -> None:
     """Measure a .mpo file beside its dense model and write the report: a page, JSON, and a table here."""
-    from mpo_exporter.report.command import run_report
+    from mpo_exporter.report.command import ReportCommand, run_report
 
-    run_report(file, teacher, out, force, text, measure_tokens, calib, calib_windows, without_cores, device, threads)
+    run_report(
+        ReportCommand(
+            file=file,
+            teacher=teacher,
+            out=out,
+            force=force,
+            text=text,
+            measure_tokens=measure_tokens,
+            calib=calib,
+            calib_windows=calib_windows,
+            without_cores=without_cores,
+            device=device,
+            threads=threads,
+        )
+    )
 
 
 def main() -> None:
