@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from judge import Judge, calibration_tokens, domain_texts
-from machine import command_line, describe_machine
+from parts.judge import Judge, calibration_tokens, domain_texts
+from parts.machine import command_line, describe_machine
 
 from mpo_exporter.export import export, planned_spec, planner_for
 from mpo_exporter.measure.survey import stored_bytes

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from launch import launch
-from machine import describe_machine, read_bandwidth
+from parts.machine import describe_machine, read_bandwidth
 from synthetic import SyntheticPlan, granite, write_synthetic
 
 from mpo_runtime.engine import Engine

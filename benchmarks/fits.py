@@ -24,8 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from machine import command_line, describe_machine
 from numpy.typing import NDArray
+from parts.machine import command_line, describe_machine
 
 from mpo_exporter.calibrate.moments import Calibration, dense_matrix
 from mpo_exporter.calibrate.windows import COUNT, calibration_text, cut_calibration

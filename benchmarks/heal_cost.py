@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heal_rows import of_parameters, uniform
-from machine import describe_machine, device_name
+from parts.heal_rows import of_parameters, uniform
+from parts.machine import describe_machine, device_name
 from quality import Bench, Kept
 from synthetic import SyntheticPlan, write_layers, write_synthetic
 from torch import Tensor, nn

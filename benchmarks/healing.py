@@ -28,10 +28,10 @@ from typing import Any
 import heal_cost
 import numpy as np
 import torch
-from heal_rows import PAPER_BITS, Row, auto, based, cored, of_bytes, of_parameters, planned, smallest
-from judge import DOMAINS, domain_texts, figures
-from machine import command_line, describe_machine, device_name
 from numpy.typing import NDArray
+from parts.heal_rows import PAPER_BITS, Row, auto, based, cored, of_bytes, of_parameters, planned, smallest
+from parts.judge import DOMAINS, domain_texts, figures
+from parts.machine import command_line, describe_machine, device_name
 from quality import Bench, add_options, open_bench
 
 from mpo_exporter.export import export

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe_machine, read_bandwidth
+from parts.machine import describe_machine, read_bandwidth
 
 import mpo_runtime._native as native
 from mpo_formats.layout import PLANES

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import describe_machine
 from numpy.typing import NDArray
+from parts.machine import describe_machine
 from safetensors.torch import save_file
 
 from mpo_exporter.calibrate.moments import Calibration, Moment

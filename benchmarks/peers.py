@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from judge import Judge
 from numpy.typing import NDArray
+from parts.judge import Judge
+from parts.rows import COMPENSATED, Row, allocated, allocated_bytes
+from parts.verdict import markdown
 from quality import Bench, add_options, open_bench, write_results
-from rows import COMPENSATED, Row, allocated, allocated_bytes
-from verdict import markdown
 
 from mpo_formats import LinearSpec, PlanError
 from mpo_formats.architecture import EMBEDDING, HEAD

@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from judge import DOMAINS, Judge, calibration_tokens, domain_texts
-from machine import command_line, describe_machine
-from rows import Row, make_row, planned_rows, vector_bytes
-from verdict import divergence, markdown, plot, where_cores_help
+from parts.judge import DOMAINS, Judge, calibration_tokens, domain_texts
+from parts.machine import command_line, describe_machine
+from parts.rows import Row, make_row, planned_rows, vector_bytes
+from parts.verdict import divergence, markdown, plot, where_cores_help
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration

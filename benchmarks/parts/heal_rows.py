@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from quality import Bench
-from rows import allocated as beside_cores
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
@@ -23,6 +22,7 @@ from mpo_exporter.terms import Candidate, operator
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.spec import CoreType
+from parts.rows import allocated as beside_cores
 
 Linears = tuple[LinearSpec, ...]
 # The paper's file sizes are 93 % below float32: 7 % of four bytes a weight.

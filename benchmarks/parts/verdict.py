@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from judge import DOMAINS
-from rows import ALONE, METHODS
+from parts.judge import DOMAINS
+from parts.rows import ALONE, METHODS
 
 Entry = dict[str, Any]
 # Relative differences of KL below this are called none.
