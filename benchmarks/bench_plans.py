@@ -26,9 +26,9 @@ from mpo_runtime.model import read_text_files
 from mpo_runtime.text.token_text import read_tokens
 from mpo_runtime.weights.checkpoint import Checkpoint
 
-# The plan `auto` at so many bits of the whole file per weight.
+# Bits of the whole file per weight for the plan `auto`.
 BITS = (4.25, 3.5, 3.0, 2.6)
-# Each with whether it is fitted to the built-in calibration text.
+# The plans, each with whether it is fitted to the built-in calibration text.
 PLANS = (
     (Options("dense"), False),
     (Options("corrected", chi=32), True),

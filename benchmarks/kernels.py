@@ -130,7 +130,7 @@ def torch_entrants(arguments: argparse.Namespace) -> Iterator[Entrant]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of all entrants."""
+    """Measures all rounds of all entrants."""
     kernels.set_threads(arguments.threads)
     entrants = [integer_entrant(bits, group, arguments) for bits in WIDTHS for group in arguments.groups]
     entrants += [integer_entrant(4, 32, arguments, chi=32), dense_entrant(arguments), *torch_entrants(arguments)]
