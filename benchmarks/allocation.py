@@ -26,12 +26,11 @@ from parts.judge import Judge, calibration_tokens, domain_texts
 from parts.machine import command_line, describe_machine
 
 from mpo_exporter.export import export, planned_spec, planner_for
-from mpo_exporter.measure.survey import stored_bytes
 from mpo_exporter.plan.budget import default_bytes, file_bytes
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.plan.predict import predict
 from mpo_exporter.source import find_source
-from mpo_exporter.terms import integers
+from mpo_exporter.terms import integers, stored_bytes
 from mpo_formats import LinearSpec, MpoFile, Quantized
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime import kernels

@@ -19,7 +19,7 @@ import torch
 
 from mpo_exporter.calibrate.windows import calibration_text
 from mpo_exporter.export import Result, export
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.source import data_folder, find_source
 from mpo_runtime import __version__
 from mpo_runtime.model import read_text_files

@@ -35,7 +35,7 @@ from mpo_exporter.heal.teacher import matched_blocks
 from mpo_exporter.heal.train import STEPS_BEFORE_GRAPH, Trainer
 from mpo_exporter.heal.trainable import Trainables, Vector
 from mpo_exporter.heal.workers import Workers
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.source import find_source
 from mpo_formats import LinearSpec
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor

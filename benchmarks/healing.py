@@ -39,7 +39,8 @@ from mpo_exporter.fit.layer import Method
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import DEFAULT_TOKENS, HealRequest, Settings, parse_tokens
 from mpo_exporter.heal.workers import Workers, shown
-from mpo_exporter.plan.named import PLANS, Options
+from mpo_exporter.plan.named import PLANS
+from mpo_exporter.plan.options import Options
 from mpo_exporter.source import data_folder
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps

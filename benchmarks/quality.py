@@ -32,10 +32,10 @@ from parts.verdict import divergence, markdown, plot, where_cores_help
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.export import export
-from mpo_exporter.measure.survey import Survey, stored_bytes
-from mpo_exporter.measure.surveys import kept_survey
-from mpo_exporter.plan.named import Options
+from mpo_exporter.measure.survey import Survey, cached_survey
+from mpo_exporter.plan.options import Options
 from mpo_exporter.source import find_source
+from mpo_exporter.terms import stored_bytes
 from mpo_formats import MpoFile, PlanError
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ class Bench:
             ids = cut_calibration(self.calibration, self.source.architecture, count=self.windows)
             with tempfile.TemporaryDirectory() as folder:
                 walk = Calibration(self.source, ids, Path(folder))
-                self.surveyed = kept_survey(self.source, walk, self.calibration, tell=print)
+                self.surveyed = cached_survey(self.source, walk, self.calibration, log=print)
         return self.surveyed
 
     def key(self, *facts: Any) -> str:

@@ -12,7 +12,8 @@ import typer.main
 from mpo_exporter.cli import main as cli
 from mpo_exporter.cli import profile as profile_cli
 from mpo_exporter.plan.file import LAYER_KEYS, PLAN_KEYS, SHAPES, TERM_KEYS, read_plan
-from mpo_exporter.plan.named import PLANS, Options
+from mpo_exporter.plan.named import PLANS
+from mpo_exporter.plan.options import Options
 from mpo_formats.spec import BITS, GROUPS
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import granite_config, write_folder

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 from quality import Bench
 
-from mpo_exporter.calibrate.moments import Calibration
+from mpo_exporter.calibrate.moments import Calibration, dense_matrix
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.fit.layer import Method
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
-from mpo_exporter.measure.survey import dense_matrix, sensitivities, stored_bytes
+from mpo_exporter.measure.survey import sensitivities
 from mpo_exporter.plan.budget import allocated_layers, file_bytes
-from mpo_exporter.plan.named import Options, plan_layers
-from mpo_exporter.quantize.rounding import fitting_group
-from mpo_exporter.terms import Candidate, operator
+from mpo_exporter.plan.named import plan_layers
+from mpo_exporter.plan.options import Options
+from mpo_exporter.terms import Candidate, fitting_group, operator, stored_bytes
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.spec import CoreType

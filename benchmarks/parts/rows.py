@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 from mpo_exporter.fit.layer import Method
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
-from mpo_exporter.measure.survey import Survey, stored_bytes
+from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.allocate import choose
 from mpo_exporter.plan.budget import allocated_layers, file_bytes
-from mpo_exporter.quantize.rounding import fitting_group
-from mpo_exporter.terms import Candidate, operator
+from mpo_exporter.terms import Candidate, fitting_group, operator, stored_bytes
 from mpo_formats import Dense, LinearSpec, ModelSpec, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.weights.checkpoint import Checkpoint

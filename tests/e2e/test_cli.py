@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpo_exporter import assemble as assemble_module
+from mpo_exporter import export as export_module
 from mpo_formats import CheckpointError, MpoFile, MpoWriter
 from mpo_runtime.cli import main as runtime_cli
 from mpo_runtime.measure import compare, perplexity
 from tests.e2e.conftest import Outcome, Run
-from tests.helpers import granite_config, network, some_ids, write_folder, write_weights
+from tests.helpers import export_folder, granite_config, network, some_ids, write_folder, write_weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODULES = {"mpo-run": "mpo_runtime.cli.main", "mpo-export": "mpo_exporter.cli.main"}
@@ -59,10 +59,9 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mpo_exporter.export import export
-    from mpo_exporter.plan.named import Options
+    from mpo_exporter.plan.options import Options
 
-    return export(folder, tmp_path_factory.mktemp("file") / "little.mpo", Options("auto", chi=2)).path
+    return export_folder(folder, tmp_path_factory.mktemp("file") / "little.mpo", Options("auto", chi=2)).path
 
 
 @pytest.fixture
@@ -297,7 +296,7 @@ def old(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_known_before_the_work(run: Run, folder: Path, old: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(assemble_module, "build_linear", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(export_module, "build_linear", lambda *_: pytest.fail("the work began"))
     outcome = run("mpo-export", folder, "--force", "--measure-tokens", 0)
     outcome.assert_error("mpo-export", "little.mpo: cannot write", "No space left on device", "free some space")
     assert re.search(r"cannot write \d+\.\d MB", outcome.err)
@@ -328,7 +327,7 @@ def test_an_interrupted_export_leaves_nothing(
     target = tmp_path / "little.mpo"
     if force:
         target.write_bytes(b"an older file")
-    build, calls = assemble_module.build_linear, []
+    build, calls = export_module.build_linear, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -336,7 +335,7 @@ def test_an_interrupted_export_leaves_nothing(
             raise KeyboardInterrupt
         return build(*arguments)
 
-    monkeypatch.setattr(assemble_module, "build_linear", interrupted)
+    monkeypatch.setattr(export_module, "build_linear", interrupted)
     outcome = run("mpo-export", folder, "--measure-tokens", 0, *(["--force"] if force else []))
     assert outcome.code != 0
     assert "Traceback" not in outcome.err

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from mpo_exporter.plan.budget import default_bytes
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.request import Asked, size_bytes
 from mpo_formats import ConfigError, PlanError
 from tests.exporter.test_budget import size_of

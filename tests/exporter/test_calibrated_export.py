@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.export import export
 from mpo_exporter.fit.common import activation_error
 from mpo_exporter.fit.layer import Method, build_linear
-from mpo_exporter.measure.survey import Sensitivity, Survey, candidates, stored_bytes, survey, table_sensitivity
+from mpo_exporter.measure.candidates import Sensitivity, candidates, table_sensitivity
+from mpo_exporter.measure.survey import Survey, survey
 from mpo_exporter.plan.budget import allocated_layers, file_bytes
-from mpo_exporter.plan.named import Options, plan_layers
+from mpo_exporter.plan.named import plan_layers
+from mpo_exporter.plan.options import Options
 from mpo_exporter.quantize.gptq import Grid
+from mpo_exporter.terms import stored_bytes
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, OutputError, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
@@ -26,7 +28,7 @@ from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import granite_config, some_ids, write_folder
+from tests.helpers import export_folder, granite_config, some_ids, write_folder
 
 GRIDS = (Grid(2, 32), Grid(2, 32, True), Grid(3, 32), Grid(4, 32), Grid(8, 32))
 TEXT = TokenText("calibration", np.array(some_ids(24 * 32), np.int64), 0, "1" * 64)
@@ -54,7 +56,7 @@ def uniform(folder: Path, *terms: Term) -> tuple[LinearSpec, ...]:
 
 def divergence(folder: Path, target: Path, bits: int, **options: object) -> float:
     layers = uniform(folder, Quantized(bits, 32, False))
-    result = export(folder, target, Options("int4"), layers=layers, text=HELD_OUT, **options)
+    result = export_folder(folder, target, Options("int4"), layers=layers, text=HELD_OUT, **options)
     assert result.comparison is not None
     return result.comparison.kl_mean
 
@@ -68,7 +70,7 @@ def test_calibration_lowers_the_divergence_from_the_dense_model(folder: Path, tm
 def test_calibrated_exports_are_deterministic_and_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.mpo" for name in "ab"]
     for path in paths:
-        export(folder, path, Options("auto", chi=4), calibration=TEXT)
+        export_folder(folder, path, Options("auto", chi=4), calibration=TEXT)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(tmp_path.iterdir()) == paths
     with MpoFile(paths[0]) as file:
@@ -104,7 +106,7 @@ def test_a_target_is_never_exceeded_and_nearly_used(
         file_bytes(dataclasses.replace(spec, linears=uniform(folder, Quantized(bits, 32, False)))) for bits in (2, 8)
     )
     target = round(smallest + share * (largest - smallest)) + 500  # provenance says a little more than the source's
-    result = export(
+    result = export_folder(
         folder, tmp_path / "out.mpo", Options("auto", target_bytes=target), calibration=TEXT, surveyed=surveyed
     )
     assert result.file_bytes <= target
@@ -116,7 +118,7 @@ def test_allocation_beats_one_width_at_the_same_bytes(folder: Path, surveyed: Su
     flat = tmp_path / "flat.mpo"
     plain = divergence(folder, flat, 3, calibration=TEXT, surveyed=surveyed)
     options = Options("auto", target_bytes=flat.stat().st_size)
-    result = export(folder, tmp_path / "ours.mpo", options, calibration=TEXT, surveyed=surveyed, text=HELD_OUT)
+    result = export_folder(folder, tmp_path / "ours.mpo", options, calibration=TEXT, surveyed=surveyed, text=HELD_OUT)
     assert result.comparison is not None and result.comparison.kl_mean < 1.05 * plain
 
 
@@ -124,11 +126,11 @@ def test_targets_that_cannot_be_met(folder: Path, surveyed: Survey, tmp_path: Pa
     with pytest.raises(PlanError, match="target: 1,000 bytes are too few, the smallest file of this model takes"):
         allocated_layers(Checkpoint(folder).spec, surveyed.candidates, 1000)
     with pytest.raises(ConfigError, match="give one with --calib"):
-        export(folder, tmp_path / "out.mpo", Options("auto", target_bytes=10**6))
+        export_folder(folder, tmp_path / "out.mpo", Options("auto", target_bytes=10**6))
     with pytest.raises(PlanError, match="target 0: expected at least 1 byte"):
         Options("auto", target_bytes=0)
     with pytest.raises(OutputError, match="cannot write"):
-        export(folder, tmp_path / "missing" / "out.mpo", Options("auto"), calibration=TEXT)
+        export_folder(folder, tmp_path / "missing" / "out.mpo", Options("auto"), calibration=TEXT)
     assert not (tmp_path / "missing").exists()
 
 

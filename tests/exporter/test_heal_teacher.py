@@ -12,19 +12,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mpo_exporter.export import export
 from mpo_exporter.heal.ops import HealingOps, WindowOps, run_block
 from mpo_exporter.heal.run import heal
-from mpo_exporter.heal.settings import HealRequest, Settings
+from mpo_exporter.heal.settings import HealJob, Settings
 from mpo_exporter.heal.student import Batch, Student
 from mpo_exporter.heal.teacher import TeacherFiles, matched_blocks, output_fisher, taught
 from mpo_exporter.heal.trainable import Trainables
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_formats import MpoFile
 from mpo_formats.packing import bf16_to_f32
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import BOS, VOCABULARY, granite_config, some_ids, write_folder
+from tests.helpers import BOS, VOCABULARY, export_folder, granite_config, some_ids, write_folder
 
 BLOCKS = 4
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 13))
@@ -43,7 +42,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rough(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("file") / "rough.mpo"
-    export(teacher, path, Options("int4"))
+    export_folder(teacher, path, Options("int4"))
     return path
 
 
@@ -136,12 +135,12 @@ def test_a_healing_matches_block_by_block(teacher: Path, rough: Path, tmp_path: 
     """The file of the dense model itself has nothing to learn; in 4 bits the errors count beside the divergence."""
     text, dense = tmp_path / "ids.npy", tmp_path / "dense.mpo"
     np.save(text, np.array(some_ids(930, 7, BOS)))
-    export(teacher, dense, Options("dense"))
+    export_folder(teacher, dense, Options("dense"))
     losses = {}
     for name, file, weight in (("dense", dense, 50.0), ("matched", rough, 50.0), ("logits alone", rough, 0.0)):
         settings = Settings(tokens=500, window=32, match_blocks=2, match_weight=weight, block_share=0)
-        request = HealRequest(file, teacher, tmp_path / f"{name}-healed.mpo", settings, text=text)
-        losses[name] = heal(request).curve[0]
+        job = HealJob(file, tmp_path / f"{name}-healed.mpo", settings, text=text)
+        losses[name] = heal_folder(teacher, job).curve[0]
     assert losses["matched"] > 5 * losses["logits alone"] > 0
     assert losses["dense"] < 0.01 * losses["matched"]
 
@@ -175,8 +174,8 @@ def test_without_weight_nothing_of_blocks_is_kept(teacher: Path, rough: Path, tm
         work = tmp_path / str(weight)
         settings = Settings(tokens=500, window=32, match_weight=weight, block_share=0)
         with pytest.raises(ZeroDivisionError):
-            request = HealRequest(rough, teacher, tmp_path / "healed.mpo", settings, text=text, work=work)
-            heal(request, progress=stopping)
+            job = HealJob(rough, tmp_path / "healed.mpo", settings, text=text, work=work)
+            heal_folder(teacher, job, progress=stopping)
         sizes[weight] = sorted(path.name.split("-")[-1] for path in work.glob("teacher-*"))
     assert sizes[0.0] == ["done.npy", "fisher.npy", "scores.npy", "tokens.npy"]
     assert sizes[1.0] == ["done.npy", "fisher.npy", "scores.npy", "states.npy", "tokens.npy"]

@@ -9,8 +9,7 @@ import pytest
 
 from mpo_exporter.measure import latency as latency_module
 from mpo_exporter.measure.latency import Latency, keep_table, no_slower_than, open_table, working_set_of
-from mpo_exporter.measure.survey import Candidate
-from mpo_exporter.terms import operator
+from mpo_exporter.terms import Candidate, operator
 from mpo_formats import Dense, LinearSpec, ModelSpec, Quantized
 from mpo_runtime import kernels
 from tests.exporter.test_plan import dense_model

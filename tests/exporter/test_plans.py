@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mpo_exporter.measure.expected import layer_loss
+from mpo_exporter.measure.surveys import packed, unpacked
 
-from mpo_exporter.export import export, planned_spec, planner_for
+from mpo_exporter.export import planned_spec, planner_for
 from mpo_exporter.measure import latency as latency_module
 from mpo_exporter.measure import surveys as surveys_module
 from mpo_exporter.measure.cache import Kept
-from mpo_exporter.measure.expected import layer_loss
 from mpo_exporter.measure.latency import Latency
-from mpo_exporter.measure.surveys import packed, unpacked
+from mpo_exporter.plan import planner as make_module
 from mpo_exporter.plan.budget import default_bytes, file_bytes
 from mpo_exporter.plan.file import read_plan, write_plan
-from mpo_exporter.plan.named import Options
-from mpo_exporter.plan import planner as make_module
+from mpo_exporter.plan.options import Options
 from mpo_exporter.plan.planner import Planner
 from mpo_exporter.plan.predict import correction, outcomes_shelf, predict, remember, within_kl
 from mpo_exporter.terms import integers
@@ -28,7 +28,7 @@ from mpo_formats import ConfigError, LinearSpec, ModelSpec, Mpo, MpoFile, PlanEr
 from mpo_formats.architecture import EMBEDDING
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import granite_config, some_ids, write_folder
+from tests.helpers import export_folder, granite_config, some_ids, write_folder
 
 TEXT = TokenText("calibration", np.array(some_ids(24 * 63), np.int64), 0, "1" * 64)
 HELD_OUT = TokenText("held-out", np.array(some_ids(512, 9), np.int64), 0, "2" * 64)
@@ -76,7 +76,7 @@ def test_another_budget_does_not_survey_again(folder: Path, tmp_path: Path, monk
     least = default_bytes(Checkpoint(folder).spec)
     for number, more in enumerate(sizes):
         target = tmp_path / f"{number}.mpo"
-        result = export(
+        result = export_folder(
             folder,
             target,
             Options("auto", target_bytes=least + more),
@@ -94,7 +94,7 @@ def test_another_budget_does_not_survey_again(folder: Path, tmp_path: Path, monk
     raw[-100] ^= 1
     kept.write_bytes(raw)
     told.clear()
-    export(
+    export_folder(
         folder,
         tmp_path / "again.mpo",
         Options("auto", target_bytes=least + sizes[0]),
@@ -225,7 +225,7 @@ def test_predictions_against_what_came_out(folder: Path, planner: Planner, tmp_p
     options = Options("auto", target_bytes=round(0.9 * default_bytes(planner.source.spec)))
     spec = planned_spec(planner, options, None)
     first = predict(planner, spec)
-    result = export(folder, tmp_path / "out.mpo", options, calibration=TEXT, windows=WINDOWS, text=HELD_OUT)
+    result = export_folder(folder, tmp_path / "out.mpo", options, calibration=TEXT, windows=WINDOWS, text=HELD_OUT)
     assert result.comparison is not None and first.kl is not None
     assert first.file_bytes == result.file_bytes
     assert result.spec.linears == spec.linears
@@ -302,7 +302,7 @@ def test_a_plan_file_overrides_single_layers(folder: Path, spec: ModelSpec, tmp_
         },
     )
     options = read_plan(path, spec, Options())
-    result = export(folder, tmp_path / "out.mpo", options)
+    result = export_folder(folder, tmp_path / "out.mpo", options)
     with MpoFile(result.path) as file:
         file.verify()
         layers = {linear.name: linear for linear in file.spec.linears}

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mpo_exporter.cli.profile_command import run_profile
+from mpo_exporter.measure.summary import Judged, Profile, rank_correlation
 
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.cli.profile_command import run_profile
-from mpo_exporter.export import export
 from mpo_exporter.fit.layer import build_linear
 from mpo_exporter.measure import sensitivity as full
 from mpo_exporter.measure.sensitivity import check_windows, measured_alone
-from mpo_exporter.measure.summary import Judged, Profile, rank_correlation
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.report.profile_plots import DEPTH, HEAT
 from mpo_exporter.terms import integers
 from mpo_formats import ConfigError, LinearSpec, OutputError
@@ -30,7 +29,7 @@ from mpo_runtime.model import load_network
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.weights.protocol import open_weights
-from tests.helpers import granite_config, some_ids, write_folder
+from tests.helpers import export_folder, granite_config, some_ids, write_folder
 
 TEXT = TokenText("calibration", np.array(some_ids(16 * 63), np.int64), 0, "1" * 64)
 
@@ -211,7 +210,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_key_projections_keep_their_norm(folder: Path, tmp_path: Path) -> None:
-    from mpo_exporter.plan.named import KeyOptions
+    from mpo_exporter.plan.options import KeyOptions
     from mpo_formats import MpoFile
     from mpo_formats.reference import matrix
 
@@ -219,7 +218,7 @@ def test_key_projections_keep_their_norm(folder: Path, tmp_path: Path) -> None:
     ratios = {}
     for norm in (True, False):
         options = Options("k-proj", keys=KeyOptions(4, 16, norm, 16))
-        with MpoFile(export(folder, tmp_path / f"{norm}.mpo", options).path) as file:
+        with MpoFile(export_folder(folder, tmp_path / f"{norm}.mpo", options).path) as file:
             for linear in file.spec.linears:
                 raw = source.array(f"{linear.name}.0.weight")
                 dense = build_linear(source.spec.linear(linear.name), raw, "bf16").matrix

@@ -13,10 +13,10 @@ import pytest
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.export import Result, export
+from mpo_exporter.export import Listener, Result
 from mpo_exporter.fit.common import activation_error, cholesky_root
 from mpo_exporter.measure.survey import survey
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.progress import silent
 from mpo_exporter.report import facts, footprint
 from mpo_exporter.report.facts import Point, Report, from_text, to_text
@@ -34,7 +34,7 @@ from mpo_runtime.measure import compare
 from mpo_runtime.model import load
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import byte_tokenizer, granite_config, network, some_ids, write_folder
+from tests.helpers import byte_tokenizer, export_folder, granite_config, network, some_ids, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CALIBRATION = TokenText("calibration.txt", np.array(some_ids(700, 1)), 700, "1" * 64)
@@ -55,7 +55,7 @@ def recorder() -> Recorder:
 @pytest.fixture(scope="module")
 def exported(source: Path, recorder: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Result:
     target = tmp_path_factory.mktemp("file") / "little.mpo"
-    return export(
+    return export_folder(
         source,
         target,
         Options("auto", chi=3),
@@ -63,8 +63,7 @@ def exported(source: Path, recorder: Recorder, tmp_path_factory: pytest.TempPath
         prefixes=(1,),
         calibration=CALIBRATION,
         windows=8,
-        progress=recorder.progress,
-        watch=recorder.watch,
+        listener=Listener(recorder.progress, fitted=recorder.fitted),
     )
 
 
@@ -345,5 +344,5 @@ def test_the_command_that_suits_a_file(tmp_path: Path, files: tuple[str, ...], c
     if "chat_template.jinja" in files:
         (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     path = tmp_path / "model.mpo"
-    export(folder, path, Options("int4"))
+    export_folder(folder, path, Options("int4"))
     assert command in wrote(path)

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.source import data_folder
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.text.chat_template import ChatTemplate
-from mpo_runtime.text.token_text import TokenText, read_tokens
-from mpo_runtime.text.tokenizer import Tokenizer
+from mpo_runtime.text.token_text import TokenText
 
 # Windows of the prototype in METHOD.md; more change the fits little.
 WINDOW = 256
 COUNT = 96
 # Less text than this says too little about any direction of the activations.
 LEAST_WINDOWS = 4
-
-
-def calibration_text(path: Path | None, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> TokenText:
-    """Reads the calibration text: a file as `read_tokens` takes it, chat rows through the template; None: the embedded one.
-
-    Raises:
-        ConfigError: for a file that cannot be read or that holds no text.
-    """
-    return read_tokens(path or data_folder() / "calibration.jsonl", tokenizer, template)
 
 
 def cut_calibration(

@@ -4,108 +4,93 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from mpo_exporter.export import Result, measure_file
+from mpo_exporter.certify import Certifier
+from mpo_exporter.export import Result
 from mpo_exporter.heal.checkpoint import NAME
 from mpo_exporter.heal.data import healing_data
 from mpo_exporter.heal.run import Healed, heal
-from mpo_exporter.heal.settings import HealRequest, Settings, parse_tokens
-from mpo_exporter.heal.workers import Workers, joined, shown, silent
-from mpo_exporter.source import find_source
+from mpo_exporter.heal.settings import HealJob, Settings, parse_tokens
+from mpo_exporter.heal.workers import Workers, joined, shown
+from mpo_exporter.request import HealingRequest, Machine, MeasureRequest
+from mpo_exporter.source import Source, open_source
+from mpo_exporter.texts import held_out_text
 from mpo_formats import ConfigError, MpoError
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison
-from mpo_runtime.model import check_device, read_text_files, set_threads
-from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class HealCommand:
-    """The options of `mpo-export heal`, as they were given.
+    """One healing, as `mpo-export heal FILE` asks for it.
 
-    `text` is trained on, `eval_text` and `measure_tokens` say what quality is measured on.
+    Args:
+        file: a `.mpo` file.
+        teacher: the dense model that it was made from, as `open_source` takes it.
+        out: the file to write; None: FILE-healed.mpo beside the file.
+        text: to train on; None: the embedded healing text.
+        work: folder for checkpoints and the teacher's outputs, which is kept; None: one beside the output, not kept.
     """
 
     file: Path
     teacher: str
-    settings: Settings
+    settings: Settings = field(default_factory=Settings)
     out: Path | None = None
     force: bool = False
     text: Path | None = None
     work: Path | None = None
-    eval_text: Path | None = None
-    measure_tokens: int | None = None
-    device: str = "cpu"
-    threads: int | None = None
+    measure: MeasureRequest = field(default_factory=MeasureRequest)
+    machine: Machine = field(default_factory=Machine)
 
 
-def run_heal(given: HealCommand) -> Healed:
-    """Heals a file and prints its quality before and after.
+def run_heal(command: HealCommand) -> Healed | None:
+    """Heals a file and prints its quality before and after; returns None in all processes but the first.
 
     Raises:
-        MpoError: as `heal` does, and for options out of range.
+        MpoError: as `heal` does.
     """
-    from mpo_exporter.cli.export import held_out_text
-
-    check_device(given.device)
-    if given.measure_tokens is not None and given.measure_tokens < 0:
-        raise ConfigError(f"--measure-tokens {given.measure_tokens}: expected 0 or more")
-    set_threads(given.threads)
-    file = given.file
+    command.machine.prepare()
+    file, measure = command.file, command.measure
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; give a .mpo file that mpo-export wrote")
-    source = find_source(given.teacher)
-    held_out, reason = held_out_text(source.folder, given.eval_text, given.measure_tokens)
-    request = HealRequest(
-        file=file,
-        teacher=source.folder,
-        target=given.out or file.with_name(f"{file.stem}-healed.mpo"),
-        settings=given.settings,
-        text=given.text,
-        held_out=held_out,
-        work=given.work,
-        force=given.force,
-    )
-    with joined(given.device) as workers:
-        if workers.first:
-            resumed = "; continuing from the last checkpoint" if (request.folder / NAME).exists() else ""
-            print(f"healing {file} by {source.name} into {request.target}{resumed}", flush=True)
-        with telling_of_checkpoints(request), shown("heal") if workers.first else nullcontext(silent) as update:
-            result = heal(request, workers, update)
-        if workers.first:
-            print_healed(result, quality_before(request, workers.device), held_out, reason)
+    with open_source(command.teacher) as source, joined(command.machine.device) as workers:
+        held_out, reason = held_out_text(source, measure.text, measure.tokens)
+        job = HealJob(
+            file=file,
+            target=command.out or file.with_name(f"{file.stem}-healed.mpo"),
+            settings=command.settings,
+            text=command.text,
+            held_out=held_out,
+            work=command.work,
+            force=command.force,
+        )
+        if not workers.first:
+            heal(source, job, workers)
+            return None
+        resumed = "; continuing from the last checkpoint" if (job.folder / NAME).exists() else ""
+        print(f"healing {file} by {source.name} into {job.target}{resumed}", flush=True)
+        with telling_of_checkpoints(job), shown("heal") as update:
+            result = heal(source, job, workers, update)
+        before = Certifier(source.weights, held_out, device=workers.device).compare(file) if held_out else None
+    print_healed(result, before, held_out, reason)
     return result
 
 
 @contextmanager
-def telling_of_checkpoints(request: HealRequest) -> Iterator[None]:
+def telling_of_checkpoints(job: HealJob) -> Iterator[None]:
     """When the user stops a healing that has a checkpoint, says that the same command continues it."""
     try:
         yield
     except KeyboardInterrupt:
-        if (request.folder / NAME).exists():
+        if (job.folder / NAME).exists():
             print("stopped; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
         raise
-
-
-def quality_before(request: HealRequest, device: str) -> Comparison | None:
-    """The unhealed file against its teacher on the held-out text, if there is one."""
-    if request.held_out is None:
-        return None
-    source = Checkpoint(request.teacher)
-    try:
-        dense = GraniteModel(source.architecture, ReferenceOps(source, device=device))
-        return measure_file(request.file, None, dense, request.held_out, device, lambda stage, done, total: None)
-    finally:
-        source.close()
 
 
 def print_healed(result: Healed, before: Comparison | None, text: TokenText | None, reason: str) -> None:
@@ -114,8 +99,6 @@ def print_healed(result: Healed, before: Comparison | None, text: TokenText | No
     Args:
         text: what quality was measured on, None where it was not measured, for `reason`.
     """
-    from mpo_exporter.report.next_step import wrote
-
     console = Console()
     if before and result.comparison and text:
         table = Table("", "dense", "before", "healed")
@@ -143,29 +126,20 @@ def print_healed(result: Healed, before: Comparison | None, text: TokenText | No
     else:
         console.print(f"quality was not measured: {reason}", highlight=False)
     console.print(f"trained on {result.tokens:,} tokens in {result.minutes:.1f} minutes", highlight=False)
-    console.print(wrote(result.path), highlight=False, markup=False, soft_wrap=True)
 
 
-def heal_settings(
-    wanted: bool, tokens: str | None, epochs: float | None, minutes: float | None, text: Path | None = None
-) -> Settings | None:
-    """The settings of an export's healing stage, None where none was asked for.
-
-    Args:
-        wanted: whether `--heal` was given.
-        tokens, epochs, minutes, text: the values of `--heal-tokens`, `--heal-epochs`, `--heal-minutes` and `--heal-text`,
-            each of which implies `--heal`.
+def heal_settings(request: HealingRequest) -> Settings:
+    """The settings of an export's healing stage.
 
     Raises:
-        ConfigError: for two limits at once, or one that cannot be read.
+        ConfigError: for more than one of tokens, epochs and minutes, or one that cannot be read.
     """
-    if not wanted and all(value is None for value in (tokens, epochs, minutes, text)):
-        return None
-    return Settings(tokens=None if tokens is None else parse_tokens(tokens), epochs=epochs, minutes=minutes)
+    tokens = None if request.tokens is None else parse_tokens(request.tokens)
+    return Settings(tokens=tokens, epochs=request.epochs, minutes=request.minutes)
 
 
-def check_healing(folder: Path, settings: Settings, text: Path | None) -> dict[str, str]:
-    """Reads the healing text before the export begins, so that a text that cannot be used is refused early.
+def check_healing(source: Source, settings: Settings, text: Path | None) -> dict[str, str]:
+    """Reads the healing text before an export begins, so that one that cannot be used is refused early.
 
     Returns:
         Placeholders of the largest size for what healing will add to the file's provenance, so that an export with a
@@ -174,10 +148,7 @@ def check_healing(folder: Path, settings: Settings, text: Path | None) -> dict[s
     Raises:
         ConfigError: naming file and line of what cannot be read, or for a text that is too short.
     """
-    source = Checkpoint(folder)
-    readers = read_text_files(source)
-    source.close()
-    data = healing_data(text, readers, source.architecture, settings)
+    data = healing_data(text, source.text_files, source.architecture, settings)
     digest, number = "0" * 64, "0" * 12
     return {
         "healed_tokens": number,
@@ -189,7 +160,7 @@ def check_healing(folder: Path, settings: Settings, text: Path | None) -> dict[s
     }
 
 
-def heal_exported(exported: Result, request: HealRequest, device: str) -> Healed:
+def heal_exported(source: Source, exported: Result, job: HealJob, device: str) -> Healed:
     """Heals a file that was just exported, in its place.
 
     The healed file is complete and measured before it replaces the exported one. The exported file remains if healing
@@ -199,16 +170,16 @@ def heal_exported(exported: Result, request: HealRequest, device: str) -> Healed
         MpoError: as `heal` does; the message adds that the file is the unhealed one.
     """
     most_kl = exported.comparison.kl_mean if exported.comparison else None
-    request = replace(request, force=True, discard_other=True, most_kl=most_kl)
+    job = replace(job, force=True, discard_other=True, most_kl=most_kl)
     try:
         with shown("heal") as update:
-            return heal(request, Workers(device=device), update)
+            return heal(source, job, Workers(device=device), update)
     except MpoError as error:
         raise type(error)(f"{error}; {exported.path} is the file before healing") from None
 
 
 def healing_notes(healed: Healed) -> list[str]:
-    """How long an exported file was healed, and whether the healed form was kept."""
+    """How long an exported file was healed, and whether the healed file was kept."""
     notes = [f"healed on {healed.tokens:,} tokens in {healed.minutes:.1f} minutes"]
     if not healed.written:
         notes.append("healing raised the KL: the file is the one before healing; heal longer (--heal-tokens)")

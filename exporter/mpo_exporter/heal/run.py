@@ -11,19 +11,17 @@ from pathlib import Path
 
 import torch
 
-from mpo_exporter.export import measure_file, quality, require_folder
+from mpo_exporter.certify import Certifier
+from mpo_exporter.export import require_folder
 from mpo_exporter.heal.checkpoint import NAME
 from mpo_exporter.heal.session import Session
-from mpo_exporter.heal.settings import HealRequest
+from mpo_exporter.heal.settings import HealJob
 from mpo_exporter.heal.trainable import Arrays, Trainables
 from mpo_exporter.heal.workers import Progress, Workers, silent
-from mpo_exporter.source import require_finite_weights
-from mpo_formats import Certificate, Certificates, ConfigError, ModelSpec, MpoFile, MpoWriter, OutputError
+from mpo_exporter.source import Source, require_finite_weights
+from mpo_formats import Certificates, ConfigError, ModelSpec, MpoFile, MpoWriter, OutputError
 from mpo_formats.provenance import MOST_OPTIONS
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison
-from mpo_runtime.models.decoder import GraniteModel
-from mpo_runtime.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class Healed:
         tokens, minutes: spent on the training.
         block_curves, curve: the loss of every step, for each block and for the whole model.
         comparison: the healed model against the teacher on held-out text, where that was measured.
-        written: False where its KL was above the request's `most_kl`, so that nothing was written.
+        written: False where its KL was above the job's `most_kl`, so that nothing was written.
     """
 
     path: Path
@@ -55,13 +53,14 @@ class Worse(Exception):
         self.comparison = comparison
 
 
-def heal(request: HealRequest, workers: Workers | None = None, progress: Progress = silent) -> Healed:
+def heal(source: Source, job: HealJob, workers: Workers | None = None, progress: Progress = silent) -> Healed:
     """Retrains a file against its teacher and writes the result.
 
-    An interrupted healing continues from its last checkpoint when it is called again with the same request.
+    An interrupted healing continues from its last checkpoint when it is called again with the same arguments.
 
     Args:
-        workers: the processes that share the work; each of them must call this with the same request.
+        source: the dense model that the file was made from, the teacher.
+        workers: the processes that share the work; each of them must call this with the same job.
 
     Raises:
         FormatError: for a damaged file.
@@ -71,14 +70,13 @@ def heal(request: HealRequest, workers: Workers | None = None, progress: Progres
         OutputError: when the target exists and `force` is not given, or cannot be written.
     """
     workers = workers or Workers()
-    check_target(request.target, request.force)
-    request.settings.check_processes(workers.count)
-    file, source = MpoFile(request.file), Checkpoint(request.teacher)
-    try:
+    check_target(job.target, job.force)
+    job.settings.check_processes(workers.count)
+    with MpoFile(job.file) as file:
         file.verify()  # otherwise damaged bytes would come out in a file whose checksums are right
-        require_finite_weights(source, f"teacher {request.teacher.name}")
-        session = Session(request, file, source, workers, progress)
-        make_folder(request.folder)
+        require_finite_weights(source.weights, f"teacher {source.folder.name}")
+        session = Session(job, file, source, workers, progress)
+        make_folder(job.folder)
         with saying_what_to_lower(session):
             trainables = session.run()
             session.place = "writing the file"
@@ -89,14 +87,11 @@ def heal(request: HealRequest, workers: Workers | None = None, progress: Progres
                 except Worse as worse:
                     comparison, written = worse.comparison, False
             workers.wait()
-    finally:
-        source.close()
-        file.close()
     if workers.first:
-        clean(request)
+        clean(job)
     record = session.record
     minutes = record.seconds / 60
-    return Healed(request.target, record.tokens, minutes, record.block_curves, record.curve, comparison, written)
+    return Healed(job.target, record.tokens, minutes, record.block_curves, record.curve, comparison, written)
 
 
 def write_healed(session: Session, trainables: Trainables) -> Comparison | None:
@@ -105,29 +100,29 @@ def write_healed(session: Session, trainables: Trainables) -> Comparison | None:
     The prefixes named in the certificate of the original file are measured again too.
 
     Raises:
-        Worse: when its KL is above the request's `most_kl`; nothing is written then.
+        Worse: when its KL is above the job's `most_kl`; nothing is written then.
         OutputError: when the target exists and `force` is not given, or cannot be written.
     """
-    request, file, device = session.request, session.file, session.workers.device
-    text, found = request.held_out, list[Comparison]()
+    job, file = session.job, session.file
+    text, found = job.held_out, list[Comparison]()
 
     def measure(path: Path) -> Certificates:
         if text is None:
             return Certificates(())
-        dense = GraniteModel(session.source.spec.architecture, ReferenceOps(session.source, device=device))
+        certifier = Certifier(session.source.weights, text, device=session.workers.device)
         entries = []
         prefixes = sorted({entry.chi for entry in file.certificates().entries if entry.chi is not None}, reverse=True)
         for chi in (None, *prefixes):
-            found.append(measure_file(path, chi, dense, text, device, lambda stage, done, total: None))
-            if request.most_kl is not None and found[0].kl_mean > request.most_kl:
+            found.append(certifier.compare(path, chi))
+            if job.most_kl is not None and found[0].kl_mean > job.most_kl:
                 raise Worse(found[0])
-            entries.append(Certificate(chi, quality(found[-1], text)))
+            entries.append(certifier.certificate(chi, found[-1]))
         return Certificates(tuple(entries))
 
     built: Arrays = {}
     layers = dict(trainables.layers)
     vectors = {f"{name}.weight": vector for name, vector in trainables.vectors.items()}
-    with MpoWriter(request.target, healed_spec(file.spec, session.facts()), force=request.force) as writer:
+    with MpoWriter(job.target, healed_spec(file.spec, session.facts()), force=job.force) as writer:
         for tensor in writer.pending():
             name = tensor.name
             if name in vectors:
@@ -151,12 +146,12 @@ def healed_spec(spec: ModelSpec, facts: dict[str, str]) -> ModelSpec:
     return replace(spec, provenance=replace(spec.provenance, options=options))
 
 
-def clean(request: HealRequest) -> None:
+def clean(job: HealJob) -> None:
     """Removes the work folder; of one that the user named, only the checkpoint."""
-    if request.work is None:
-        shutil.rmtree(request.folder)
+    if job.work is None:
+        shutil.rmtree(job.folder)
     else:
-        (request.folder / NAME).unlink(missing_ok=True)
+        (job.folder / NAME).unlink(missing_ok=True)
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -18,16 +18,16 @@ from mpo_exporter.heal.checkpoint import (
 )
 from mpo_exporter.heal.data import healing_data
 from mpo_exporter.heal.ops import HealingOps, WindowOps
-from mpo_exporter.heal.settings import DEFAULT_TOKENS, HealRequest
+from mpo_exporter.heal.settings import DEFAULT_TOKENS, HealJob
 from mpo_exporter.heal.student import Batch, BlockStudent, Stream, Student, fits
 from mpo_exporter.heal.teacher import Lesson, TeacherFiles, check_teacher, matched_blocks
 from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
 from mpo_exporter.heal.trainable import Trainables
 from mpo_exporter.heal.workers import Progress, Workers
+from mpo_exporter.source import Source
 from mpo_formats import MpoFile
 from mpo_runtime.model import read_text_files
 from mpo_runtime.models.decoder import GraniteModel
-from mpo_runtime.weights.checkpoint import Checkpoint
 
 # Where minutes limit the training, the teacher may take this share of them, and single blocks see this many batches.
 TEACHER_SHARE = 0.25
@@ -48,8 +48,9 @@ class Session:
     """One healing, with its open file and teacher.
 
     Args:
-        request: what to heal and how.
-        file, source: the opened file and its opened teacher.
+        job: what to heal and how.
+        file: the opened file.
+        source: the dense model, its teacher.
         workers: this process among those that share the work.
 
     Raises:
@@ -58,26 +59,21 @@ class Session:
     """
 
     def __init__(
-        self, request: HealRequest, file: MpoFile, source: Checkpoint, workers: Workers, progress: Progress
+        self, job: HealJob, file: MpoFile, source: Source, workers: Workers, progress: Progress
     ) -> None:
-        self.request, self.file, self.source = request, file, source
+        self.job, self.file, self.source = job, file, source
         self.workers, self.progress = workers, progress
-        self.settings, self.folder = request.settings, request.folder
+        self.settings, self.folder = job.settings, job.folder
         self.architecture = file.spec.architecture
         self.place = "the start"  # what is being done, for messages
         self.codes = self.settings.moves_codes(self.architecture.parameters())
         readers = read_text_files(file)
-        check_teacher(
-            source.folder.name,
-            self.architecture,
-            source.spec.architecture,
-            (readers[0], read_text_files(source)[0]),
-        )
-        self.data = healing_data(request.text, readers, self.architecture, self.settings)
-        self.teacher_sha256 = source.sha256()
+        check_teacher(source, self.architecture, readers[0])
+        self.data = healing_data(job.text, readers, self.architecture, self.settings)
+        self.teacher_sha256 = source.weights.sha256()
         contents = hashlib.sha256(file.array("mpo.checksums").tobytes()).hexdigest()
         digest = self.settings.digest(contents, self.teacher_sha256, self.data.digest)
-        found = load_checkpoint(self.folder, digest, discard_other=request.discard_other)
+        found = load_checkpoint(self.folder, digest, discard_other=job.discard_other)
         self.record, self.saved = found or (Record(digest), {})
         self.saved_step = None if found is None else self.record.step
         self.clock = Clock(self.record.seconds)
@@ -153,7 +149,7 @@ class Session:
         done = 0
         if self.workers.first:
             done = files.write(
-                self.source,
+                self.source.weights,
                 self.data.windows,
                 weighed,
                 batch=self.settings.micro_batch,
@@ -181,7 +177,7 @@ class Session:
         device = self.workers.device
         # On a CPU the dense matrices are rebuilt for each use, which saves memory; a GPU would have to wait for that.
         held = None if device.startswith("cuda") else False
-        dense = GraniteModel(self.source.spec.architecture, WindowOps(self.source, held=held, device=device))
+        dense = GraniteModel(self.source.architecture, WindowOps(self.source.weights, held=held, device=device))
         ours, theirs = (
             Stream(model, inputs, here / name, self.settings.micro_batch, device)
             for model, name in ((self.model, "healed.states"), (dense, "dense.states"))
@@ -241,7 +237,7 @@ class Session:
         """Trains all layers and vectors together on the teacher's outputs, and puts the bonds in order."""
         settings, record = self.settings, self.record
         everything = Trainables(self.file, self.names, moving=self.codes)
-        everything.aim(self.source)
+        everything.aim(self.source.weights)
         everything.load_state_dict(self.learned, strict=False)
         everything.to(self.workers.device)
         student = self._student(everything, lesson.fisher)

@@ -1,4 +1,4 @@
-"""What one healing is asked to do: how to train (Settings), and from which files to which (HealRequest)."""
+"""What one healing is asked to do: how to train (Settings), and which file into which (HealJob)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mpo_formats import ConfigError
@@ -130,12 +130,11 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class HealRequest:
-    """One healing: the file to heal, its teacher, the file to write, and how.
+class HealJob:
+    """One healing: the file to heal, the file to write, and how.
 
     Args:
         file: a `.mpo` file.
-        teacher: the Hugging Face folder that the file was made from.
         target: the file to write; may be `file` itself.
         text: the text to train on, or its path; None: the embedded healing text.
         held_out: tokens to measure the result on; None: nothing is measured.
@@ -147,9 +146,8 @@ class HealRequest:
     """
 
     file: Path
-    teacher: Path
     target: Path
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
     text: Path | TokenText | None = None
     held_out: TokenText | None = None
     work: Path | None = None

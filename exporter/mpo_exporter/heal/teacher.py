@@ -22,6 +22,7 @@ from mpo_exporter.calibrate.fisher import Squares, head_gradient
 from mpo_exporter.calibrate.spill import claim
 from mpo_exporter.heal.ops import WindowOps, autocast, head_tokens, run_block
 from mpo_exporter.heal.workers import Progress
+from mpo_exporter.source import Source
 from mpo_formats import Architecture, CheckpointError
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.text.tokenizer import Tokenizer
@@ -31,34 +32,31 @@ from mpo_runtime.weights.protocol import Weights
 MAY_DIFFER = ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_token_ids")
 
 
-def check_teacher(
-    name: str, ours: Architecture, theirs: Architecture, tokenizers: tuple[Tokenizer | None, Tokenizer | None]
-) -> None:
+def check_teacher(source: Source, architecture: Architecture, tokenizer: Tokenizer | None) -> None:
     """Refuses a teacher whose architecture or vocabulary differs from the file's.
 
     Args:
-        name: the teacher's, for messages.
-        ours, theirs: the architectures of the file and of the teacher.
-        tokenizers: of the file and of the teacher; compared where both have one.
+        source: the teacher.
+        architecture, tokenizer: of the file; tokenizers are compared if both have one.
 
     Raises:
         CheckpointError: naming the first field or the first token that differs.
     """
-    file, teacher = asdict(ours), asdict(theirs)
+    name, file, teacher = source.folder.name, asdict(architecture), asdict(source.architecture)
     for key, value in file.items():
         if key not in MAY_DIFFER and teacher[key] != value:
             raise CheckpointError(
                 f"teacher {name}: {key} is {teacher[key]}, the file has {value}; "
                 "give the model that the file was made from"
             )
-    first, second = tokenizers
-    if first is None or second is None:
+    theirs = source.tokenizer
+    if tokenizer is None or theirs is None:
         return
-    for token in range(ours.vocab_size):
-        if first.id_to_token(token) != second.id_to_token(token):
+    for token in range(architecture.vocab_size):
+        if tokenizer.id_to_token(token) != theirs.id_to_token(token):
             raise CheckpointError(
-                f"teacher {name}: token {token} is {second.id_to_token(token)!r}, in the file "
-                f"{first.id_to_token(token)!r}; give the model that the file was made from"
+                f"teacher {name}: token {token} is {theirs.id_to_token(token)!r}, in the file "
+                f"{tokenizer.id_to_token(token)!r}; give the model that the file was made from"
             )
 
 

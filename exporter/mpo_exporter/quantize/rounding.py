@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from mpo_exporter.quantize.grid import Levels, encode, inverse, search
 from mpo_formats import ConfigError
 from mpo_formats.packing import implicit_zero, pack
-from mpo_formats.spec import GROUPS
 
 Matrix = NDArray[np.float64]
 # The extreme value of a group may be clipped by up to a quarter where that lowers the squared error.
@@ -41,15 +40,6 @@ class Integers:
     def planes(self) -> list[NDArray[np.uint8]]:
         """The packed planes, low bits first."""
         return pack(self.codes, self.bits, self.group)
-
-
-def fitting_group(columns: int, wanted: int) -> int | None:
-    """The largest allowed group of at most `wanted` that divides a row, or None: such a row stays in bf16.
-
-    This is the rule for rows that the group does not divide: 172 = 4 · 43 is divided by no group, so its matrix is stored
-    dense.
-    """
-    return max((group for group in GROUPS if group <= wanted and columns % group == 0), default=None)
 
 
 def round_to_nearest(

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import WINDOW, cut_calibration
-from mpo_exporter.export import export, measure_file
+from mpo_exporter.certify import Certifier
+from mpo_exporter.export import ExportTask, Listener, export
 from mpo_exporter.measure.survey import Survey, survey
 from mpo_exporter.plan.budget import allocated_layers
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.progress import Progress, silent
 from mpo_exporter.report.facts import (
     FORMAT,
@@ -47,16 +48,14 @@ from mpo_exporter.report.sizes import (
     sizes_of,
     without_operators,
 )
+from mpo_exporter.source import Source
 from mpo_formats import ConfigError, ModelSpec, MpoFile
 from mpo_runtime import kernels
 from mpo_runtime.backends import choose_backend
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison
 from mpo_runtime.memory import available_memory
 from mpo_runtime.model import Model, load
-from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
 
 # The context that both models run with, in tokens.
 CONTEXT = 512
@@ -67,22 +66,21 @@ FIT_BUDGET = 5e11
 PROCESSORS = Path("/proc/cpuinfo")
 
 
-def gather(job: Job, progress: Progress = silent) -> Report:
+def gather(source: Source, job: Job, progress: Progress = silent) -> Report:
     """Measures a file and its dense model.
 
+    Args:
+        source: the dense model.
+
     Raises:
-        ConfigError: when the file was made from another model than the teacher.
-        MpoError: for a damaged file or teacher.
+        ConfigError: when the file was made from another model.
+        MpoError: for a damaged file or model.
     """
-    source = Checkpoint(job.teacher)
-    try:
-        with MpoFile(job.file) as file:
-            return Gatherer(job, file, source, progress).report()
-    finally:
-        source.close()
+    with MpoFile(job.file) as file:
+        return Gatherer(source, job, file, progress).report()
 
 
-def require_same_model(file: MpoFile, source: Checkpoint) -> None:
+def require_same_model(file: MpoFile, source: Source) -> None:
     """Raises ConfigError unless the file was made from this dense model."""
     if file.spec.architecture != source.architecture:
         raise ConfigError(
@@ -90,7 +88,7 @@ def require_same_model(file: MpoFile, source: Checkpoint) -> None:
             "give the model that it was made from with --teacher"
         )
     known = file.spec.provenance.source_sha256
-    if known and known != source.sha256():
+    if known and known != source.weights.sha256():
         raise ConfigError(
             f"{file.name}: was made from {file.spec.provenance.source} with SHA-256 {known[:12]}…, "
             f"{source.folder.name} is another; give that one with --teacher"
@@ -101,9 +99,9 @@ def require_same_model(file: MpoFile, source: Checkpoint) -> None:
 class Gatherer:
     """A report in the making, with the time that its parts took and the reasons why parts are missing."""
 
+    source: Source
     job: Job
     file: MpoFile
-    source: Checkpoint
     progress: Progress
     costs: list[Cost] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
@@ -167,8 +165,8 @@ class Gatherer:
 
     def compared(self, path: Path, text: TokenText) -> Comparison:
         """A file against the dense model on a text."""
-        dense = GraniteModel(self.source.architecture, ReferenceOps(self.source, device=self.job.device))
-        return measure_file(path, None, dense, text, self.job.device, self.progress)
+        certifier = Certifier(self.source.weights, text, device=self.job.device, progress=self.progress)
+        return certifier.compare(path)
 
     def runs(self) -> tuple[Speed | None, Memory | None, Texts | None]:
         """Decoding speed, memory and generated texts of both models."""
@@ -180,7 +178,7 @@ class Gatherer:
         memory: Memory | str = why
         with ExitStack() as stack:
             compressed = stack.enter_context(self.load(job.file, context))
-            dense = stack.enter_context(self.load(job.teacher, context)) if fits else None
+            dense = stack.enter_context(self.load(self.source.folder, context)) if fits else None
             if dense:
                 with self.timed("speed"):
                     speed = decode_speed(dense, compressed, self.progress)
@@ -189,7 +187,7 @@ class Gatherer:
                 texts = write_texts(dense, compressed, slowest, self.progress)
         if fits:
             with self.timed("memory"):
-                memory = memory_use(job.teacher, job.file, context, job.threads)
+                memory = memory_use(self.source.folder, job.file, context, job.threads)
         found = {"speed": speed, "memory": memory, "texts": texts}
         self.missing |= {part: reason for part, reason in found.items() if isinstance(reason, str)}
         return (
@@ -205,7 +203,7 @@ class Gatherer:
     def layers(self) -> tuple[tuple[Layer, ...], Calibrated | None]:
         """Every layer with its error and spectrum, and the text on which these were measured."""
         with self.timed("layers"):
-            layers, calibrated, reason = measured_layers(self.job, self.file, self.source, self.progress)
+            layers, calibrated, reason = measured_layers(self.job, self.file, self.source.weights, self.progress)
         if reason:
             self.missing["calibrated"] = reason
         return layers, calibrated
@@ -236,17 +234,16 @@ class Gatherer:
             target = Path(work) / "without-cores.mpo"
             surveyed = job.surveyed or self.new_survey(calibration, Path(work))
             integers = {name: without_operators(row) for name, row in surveyed.candidates.items()}
-            result = export(
-                source.folder,
-                target,
-                Options("int4"),
+            task = ExportTask(
+                target=target,
+                options=Options("int4"),
                 calibration=calibration,
                 windows=job.fit_windows,
                 layers=allocated_layers(self.file.spec, integers, self.file.size),
                 surveyed=surveyed,
                 device=job.device,
-                progress=self.progress,
             )
+            result = export(source, task, Listener(self.progress))
             found = self.compared(target, text)
         return WithoutCores(
             file_bytes=result.file_bytes,
@@ -260,8 +257,9 @@ class Gatherer:
 
     def new_survey(self, calibration: TokenText, folder: Path) -> Survey:
         """A survey of the dense model on the calibration text; activations are spilled to `folder`."""
-        windows = cut_calibration(calibration, self.source.architecture, count=self.job.fit_windows)
-        return survey(self.source, Calibration(self.source, windows, folder), progress=self.progress)
+        weights = self.source.weights
+        windows = cut_calibration(calibration, weights.architecture, count=self.job.fit_windows)
+        return survey(weights, Calibration(weights, windows, folder), progress=self.progress)
 
 
 def subject_of(spec: ModelSpec, file: Path, name: str) -> Subject:

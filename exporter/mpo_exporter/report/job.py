@@ -25,7 +25,6 @@ class Job:
 
     Args:
         file: the `.mpo` file.
-        teacher: the Hugging Face folder of the dense model that it was made from.
         name: of the model, the heading of the page.
         folder: for the report, and for temporary files while it is made.
         text: what quality is measured on; None: it is not measured, and `why_no_text` is the reason.
@@ -38,7 +37,6 @@ class Job:
     """
 
     file: Path
-    teacher: Path
     name: str
     folder: Path
     text: TokenText | None

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.calibrate.moments import Calibration, Moment, dense_matrix
+from mpo_exporter.calibrate.moments import Calibration, dense_matrix
 from mpo_exporter.calibrate.windows import cut_calibration
+from mpo_exporter.export import Fitted
 from mpo_exporter.fit.common import activation_error
-from mpo_exporter.measure.survey import stored_bytes
 from mpo_exporter.progress import Progress, silent
 from mpo_exporter.report.facts import Calibrated, Compression, Layer, Norm, Spectrum, Stage, Step, Term
 from mpo_exporter.report.job import Job
+from mpo_exporter.terms import stored_bytes
 from mpo_formats import Dense, LinearSpec, MpoFile, Quantized
 from mpo_formats import Term as StoredTerm
 from mpo_formats.layout import ELEMENTS, term_tensors
@@ -206,7 +207,7 @@ def with_measurement(layer: Layer, found: Measurement | None) -> Layer:
 
 
 class Recorder:
-    """Records an export that is given its methods `progress` and `watch`.
+    """Records an export: its methods `progress` and `fitted` go into the export's Listener.
 
     Args:
         update: is called with all progress too.
@@ -226,17 +227,11 @@ class Recorder:
         self.last = now
         self.update(stage, done, total)
 
-    def watch(self, name: str, matrix: Matrix, fitted: Matrix, moment: Moment | None, seconds: float) -> None:
-        """Records one layer's fit.
-
-        Args:
-            matrix, fitted: the dense matrix, and the one that the stored layer gives.
-            moment: of the input that the layer was fitted to, None if it was fitted to the weights alone.
-            seconds: that the fit took.
-        """
+    def fitted(self, fit: Fitted) -> None:
+        """Records one layer's fit."""
         end = time.perf_counter() - self.start
-        second = None if moment is None else moment.second
-        self.steps.append(Step(name, end, seconds, relative_error(matrix, fitted, second)))
+        second = None if fit.moment is None else fit.moment.second
+        self.steps.append(Step(fit.layer, end, fit.seconds, relative_error(fit.dense, fit.stored, second)))
 
     def compression(self) -> Compression:
         """What was recorded so far."""

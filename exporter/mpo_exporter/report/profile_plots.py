@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpo_exporter.measure.summary import TYPES, Profile
+from mpo_exporter.measure.profile import TYPES, Profile
 from mpo_formats import ConfigError, OutputError
 
 HEAT, DEPTH = "profile-heat.png", "profile-depth.png"
@@ -54,7 +54,7 @@ def heat_map(plots: Any, profile: Profile) -> Any:
         grid = np.full((blocks, len(TYPES)), np.nan)
         for one in profile.layers:
             if one.block is not None:
-                grid[one.block, TYPES.index(one.kind)] = one.dearness(part)
+                grid[one.block, TYPES.index(one.kind)] = one.loss_per_million(part)
         shown = axis.imshow(np.log10(np.maximum(grid, 1e-12)), aspect="auto", cmap="viridis")
         axis.set_xticks(range(len(TYPES)), [kind.split(".")[1].removesuffix("_proj") for kind in TYPES], rotation=45)
         axis.set_yticks(range(blocks))

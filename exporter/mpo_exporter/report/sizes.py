@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpo_exporter.measure.survey import Survey, stored_bytes
+from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.allocate import descend_hulls, front
 from mpo_exporter.report.facts import Measured, Memory, Point, Predicted, Ratios, Report, Sizes, Speed, WithoutCores
-from mpo_exporter.terms import Candidate
+from mpo_exporter.terms import Candidate, stored_bytes
 from mpo_formats import Certificates, ModelSpec
 from mpo_formats.layout import ELEMENTS, content_tensors, linear_bytes
 from mpo_runtime.cli.inspect import stored_parameters

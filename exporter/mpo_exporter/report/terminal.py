@@ -13,7 +13,6 @@ from rich.text import Text
 from mpo_exporter.export import Result
 from mpo_exporter.report.facts import Measured, Memory, Report, Sizes, Speed, Texts, WithoutCores
 from mpo_exporter.report.job import JSON, PAGE
-from mpo_exporter.report.next_step import wrote
 from mpo_exporter.report.sizes import sizes_of
 from mpo_runtime.cli.console import size_text
 from mpo_runtime.measure import Comparison
@@ -65,7 +64,6 @@ def print_report(result: Result, text: TokenText | None, reason: str, healed: He
     say(console, measured_on(quality, reason))
     for note in healed.notes if healed else ():
         say(console, note)
-    say(console, wrote(result.path))
 
 
 def print_whole(report: Report, folder: Path) -> None:
