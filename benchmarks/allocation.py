@@ -25,11 +25,11 @@ from typing import Any
 from parts.judge import Judge, calibration_tokens, domain_texts
 from parts.machine import command_line, describe_machine
 
-from mpo_exporter.export import export, planned_spec, planner_for
+from mpo_exporter.export import ExportTask, Listener, export, planned_spec, planner_for
 from mpo_exporter.plan.budget import default_bytes, file_bytes
-from mpo_exporter.plan.options import Options
+from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.predict import predict
-from mpo_exporter.source import find_source
+from mpo_exporter.source import find_source, open_source
 from mpo_exporter.terms import integers, stored_bytes
 from mpo_formats import LinearSpec, MpoFile, Quantized
 from mpo_formats.architecture import EMBEDDING, HEAD
@@ -59,18 +59,16 @@ class Bench:
     judge: Judge
     folder: Path
 
+    def task(self, options: Options) -> ExportTask:
+        """The export of a file by these options."""
+        target = self.folder / "row.mpo"
+        return ExportTask(target, options, force=True, calibration=self.calibration, windows=self.windows)
+
     def file(self, options: Options, layers: tuple[LinearSpec, ...] | None = None) -> dict[str, Any]:
         """Makes a file and measures it: its layers, sizes, seconds and quality."""
         start = time.perf_counter()
-        result = export(
-            self.source.folder,
-            self.folder / "row.mpo",
-            options,
-            force=True,
-            layers=layers,
-            calibration=self.calibration,
-            windows=self.windows,
-        )
+        with open_source(self.source.folder) as source:
+            result = export(source, replace(self.task(options), layers=layers))
         seconds = time.perf_counter() - start
         with MpoFile(result.path) as file:
             measured = self.judge.weights(file)
@@ -122,7 +120,7 @@ def at_equal_bytes(bench: Bench, bits: float, by_hand: bool = True) -> dict[str,
     found: dict[str, Any] = {"bits": bits}
     for name, tables in (("uniform", (0,)), ("by_hand", TABLES))[: 1 + by_hand]:
         other = bench.uniform(target, tables)
-        ours = bench.file(Options("auto", target_bytes=other["bytes"]))
+        ours = bench.file(Options("auto", target=Target(size=other["bytes"])))
         found[name] = {"other": other, "auto": ours, "kl_ratio": ours["kl_mean"] / other["kl_mean"]}
     return found | {"holds": found["uniform"]["kl_ratio"] <= BAR}
 
@@ -130,14 +128,15 @@ def at_equal_bytes(bench: Bench, bits: float, by_hand: bool = True) -> dict[str,
 def default_row(bench: Bench) -> dict[str, Any]:
     """The default plan with its predictions, and int4 in groups of 32 against auto at its bytes."""
     spec = bench.source.spec
-    options = Options("auto", target_bytes=default_bytes(spec))
-    planner = planner_for(bench.source, bench.calibration, bench.windows, bench.folder)
-    planned = planned_spec(planner, options, None)
-    predicted = asdict(predict(planner, planned))
+    options = Options("auto", target=Target(size=default_bytes(spec)))
+    with open_source(bench.source.folder) as source:
+        planner = planner_for(source, bench.task(options), bench.folder, Listener())
+        planned = planned_spec(source, bench.task(options), planner)
+        predicted = asdict(predict(planner, planned))
     row = bench.file(options)
     row["tokens_per_second"] = tokens_per_second(bench.folder / "row.mpo")
     int4 = bench.file(Options("int4"))
-    same = bench.file(Options("auto", target_bytes=int4["bytes"]))
+    same = bench.file(Options("auto", target=Target(size=int4["bytes"])))
     row |= {"predicted": predicted, "perplexity_ratio": row["perplexity"] / row["dense_perplexity"]}
     row |= {"tensor_bytes": sum(stored_bytes(linear) for linear in planned.linears)}
     holds = row["perplexity_ratio"] <= DEFAULT_BAR and same["kl_mean"] <= int4["kl_mean"]

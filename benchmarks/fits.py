@@ -27,18 +27,17 @@ import numpy as np
 from numpy.typing import NDArray
 from parts.machine import command_line, describe_machine
 
-from mpo_exporter.calibrate.moments import Calibration, dense_matrix
-from mpo_exporter.calibrate.windows import COUNT, calibration_text, cut_calibration
+from mpo_exporter.calibrate.moments import dense_matrix
+from mpo_exporter.calibrate.windows import COUNT
 from mpo_exporter.fit import als, search, svd, sweep, whitened
 from mpo_exporter.fit.common import Cores, activation_error
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape, parameters
 from mpo_exporter.quantize.gptq import compensated
 from mpo_exporter.quantize.rounding import round_to_nearest
-from mpo_exporter.source import find_source
+from mpo_exporter.source import open_source
+from mpo_exporter.texts import calibration_text, calibration_walk
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
 from mpo_runtime.memory import peak_memory
-from mpo_runtime.model import read_text_files
-from mpo_runtime.weights.checkpoint import Checkpoint
 
 Matrix = NDArray[np.float64]
 Dims = tuple[int, ...]
@@ -101,15 +100,15 @@ def fit_matrix(name: str, matrix: Matrix, moment: Matrix, share: float) -> dict[
 
 def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
     """Fits all matrices of a model and prints the medians."""
-    source = Checkpoint(find_source(arguments.model).folder)
-    text = calibration_text(arguments.calib, *read_text_files(source))
-    windows = cut_calibration(text, source.architecture, count=arguments.windows)
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for names, moment in Calibration(source, windows, Path(folder)).dense():
+    with open_source(arguments.model) as source, tempfile.TemporaryDirectory() as folder:
+        text = calibration_text(source, arguments.calib)
+        walk = calibration_walk(source, text, Path(folder), arguments.windows)
+        for names, moment in walk.dense():
             for name in names:
                 if name not in (EMBEDDING, HEAD):
-                    results.append(fit_matrix(name, dense_matrix(source, name), moment.second, arguments.share))
+                    dense = dense_matrix(source.weights, name)
+                    results.append(fit_matrix(name, dense, moment.second, arguments.share))
                     print(f"\r{len(results)} matrices", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     methods = list(results[0]["errors"])
@@ -131,7 +130,7 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "model": arguments.model,
         "text_sha256": text.sha256,
-        "windows": list(windows.shape),
+        "windows": list(walk.windows.shape),
         "share": arguments.share,
         "median_ratio": statistics.median(ratios),
         "matrices": results,

@@ -26,7 +26,7 @@ from quality import Bench, Kept
 from synthetic import SyntheticPlan, write_layers, write_synthetic
 from torch import Tensor, nn
 
-from mpo_exporter.export import export
+from mpo_exporter.export import ExportTask, export
 from mpo_exporter.fit.layer import Method
 from mpo_exporter.heal.ops import HealingOps
 from mpo_exporter.heal.settings import Settings
@@ -36,7 +36,7 @@ from mpo_exporter.heal.train import STEPS_BEFORE_GRAPH, Trainer
 from mpo_exporter.heal.trainable import Trainables, Vector
 from mpo_exporter.heal.workers import Workers
 from mpo_exporter.plan.options import Options
-from mpo_exporter.source import find_source
+from mpo_exporter.source import find_source, open_source
 from mpo_formats import LinearSpec
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor
 from mpo_runtime.memory import peak_memory
@@ -132,8 +132,8 @@ def written(arguments: argparse.Namespace, source: Weights, layers: tuple[Linear
     if arguments.size:
         write_layers(arguments.size, layers, path)
     else:
-        folder = find_source(arguments.model).folder
-        export(folder, path, Options("int4"), layers=layers, method=Method("nearest", "svd"), force=True)
+        with open_source(arguments.model) as dense:
+            export(dense, ExportTask(path, Options("int4"), layers=layers, method=Method("nearest", "svd"), force=True))
 
 
 def run(arguments: argparse.Namespace) -> None:

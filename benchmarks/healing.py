@@ -34,14 +34,14 @@ from parts.judge import DOMAINS, domain_texts, figures
 from parts.machine import command_line, describe_machine, device_name
 from quality import Bench, add_options, open_bench
 
-from mpo_exporter.export import export
+from mpo_exporter.export import ExportTask, export
 from mpo_exporter.fit.layer import Method
 from mpo_exporter.heal.run import Healed, heal
-from mpo_exporter.heal.settings import DEFAULT_TOKENS, HealRequest, Settings, parse_tokens
+from mpo_exporter.heal.settings import DEFAULT_TOKENS, HealJob, Settings, parse_tokens
 from mpo_exporter.heal.workers import Workers, shown
 from mpo_exporter.plan.named import PLANS
 from mpo_exporter.plan.options import Options
-from mpo_exporter.source import data_folder
+from mpo_exporter.source import data_folder, open_source
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import compare, cut_windows
@@ -182,8 +182,7 @@ class Table:
         begin = time.perf_counter()
         rough = self.bench.cache / f"{file_key}.mpo"
         if not rough.exists():
-            export(
-                self.bench.source.folder,
+            task = ExportTask(
                 rough,
                 Options("int4"),
                 layers=row.layers(self.bench),
@@ -192,6 +191,8 @@ class Table:
                 windows=self.bench.windows,
                 surveyed=self.bench.survey(),
             )
+            with open_source(self.bench.source.folder) as source:
+                export(source, task)
         before = measured(self.bench, rough)
         exported = time.perf_counter() - begin
         after, result = self.healed(row.name, rough, settings) if heals else (before, None)
@@ -221,9 +222,8 @@ class Table:
     def healed(self, name: str, rough: Path, settings: Settings) -> tuple[dict[str, dict[str, float]], Healed]:
         """Heals a file and measures it; the teacher's scores are kept for the next row."""
         target = rough.with_suffix(".healed.mpo")
-        request = HealRequest(
+        job = HealJob(
             rough,
-            self.bench.source.folder,
             target,
             settings,
             text=self.text,
@@ -231,8 +231,8 @@ class Table:
             force=True,
             discard_other=True,
         )
-        with shown(name) as update:
-            result = heal(request, self.workers, update)
+        with open_source(self.bench.source.folder) as source, shown(name) as update:
+            result = heal(source, job, self.workers, update)
         found = measured(self.bench, target)
         return found, result
 

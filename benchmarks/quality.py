@@ -31,10 +31,10 @@ from parts.verdict import divergence, markdown, plot, where_cores_help
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.export import export
+from mpo_exporter.export import ExportTask, export
 from mpo_exporter.measure.survey import Survey, cached_survey
 from mpo_exporter.plan.options import Options
-from mpo_exporter.source import find_source
+from mpo_exporter.source import find_source, open_source
 from mpo_exporter.terms import stored_bytes
 from mpo_formats import MpoFile, PlanError
 from mpo_runtime.text.token_text import TokenText
@@ -115,8 +115,7 @@ class Bench:
         start = time.monotonic()
         table = self.survey() if row.calibrated else None
         with tempfile.TemporaryDirectory() as folder:
-            result = export(
-                self.source.folder,
+            task = ExportTask(
                 Path(folder) / "row.mpo",
                 Options("int4"),
                 layers=row.layers,
@@ -125,6 +124,8 @@ class Bench:
                 windows=self.windows,
                 surveyed=table,
             )
+            with open_source(self.source.folder) as source:
+                result = export(source, task)
             made = time.monotonic()
             with MpoFile(result.path) as file:
                 measured = self.judge.weights(file)

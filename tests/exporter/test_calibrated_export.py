@@ -18,7 +18,7 @@ from mpo_exporter.measure.candidates import Sensitivity, candidates, table_sensi
 from mpo_exporter.measure.survey import Survey, survey
 from mpo_exporter.plan.budget import allocated_layers, file_bytes
 from mpo_exporter.plan.named import plan_layers
-from mpo_exporter.plan.options import Options
+from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.quantize.gptq import Grid
 from mpo_exporter.terms import stored_bytes
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, OutputError, PlanError, Quantized, Term
@@ -107,7 +107,7 @@ def test_a_target_is_never_exceeded_and_nearly_used(
     )
     target = round(smallest + share * (largest - smallest)) + 500  # provenance says a little more than the source's
     result = export_folder(
-        folder, tmp_path / "out.mpo", Options("auto", target_bytes=target), calibration=TEXT, surveyed=surveyed
+        folder, tmp_path / "out.mpo", Options("auto", target=Target(size=target)), calibration=TEXT, surveyed=surveyed
     )
     assert result.file_bytes <= target
     assert result.file_bytes == file_bytes(result.spec)
@@ -117,7 +117,7 @@ def test_a_target_is_never_exceeded_and_nearly_used(
 def test_allocation_beats_one_width_at_the_same_bytes(folder: Path, surveyed: Survey, tmp_path: Path) -> None:
     flat = tmp_path / "flat.mpo"
     plain = divergence(folder, flat, 3, calibration=TEXT, surveyed=surveyed)
-    options = Options("auto", target_bytes=flat.stat().st_size)
+    options = Options("auto", target=Target(size=flat.stat().st_size))
     result = export_folder(folder, tmp_path / "ours.mpo", options, calibration=TEXT, surveyed=surveyed, text=HELD_OUT)
     assert result.comparison is not None and result.comparison.kl_mean < 1.05 * plain
 
@@ -126,9 +126,7 @@ def test_targets_that_cannot_be_met(folder: Path, surveyed: Survey, tmp_path: Pa
     with pytest.raises(PlanError, match="target: 1,000 bytes are too few, the smallest file of this model takes"):
         allocated_layers(Checkpoint(folder).spec, surveyed.candidates, 1000)
     with pytest.raises(ConfigError, match="give one with --calib"):
-        export_folder(folder, tmp_path / "out.mpo", Options("auto", target_bytes=10**6))
-    with pytest.raises(PlanError, match="target 0: expected at least 1 byte"):
-        Options("auto", target_bytes=0)
+        export_folder(folder, tmp_path / "out.mpo", Options("auto", target=Target(size=10**6)))
     with pytest.raises(OutputError, match="cannot write"):
         export_folder(folder, tmp_path / "missing" / "out.mpo", Options("auto"), calibration=TEXT)
     assert not (tmp_path / "missing").exists()

@@ -13,9 +13,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mpo_exporter import assemble as assemble_module
+from mpo_exporter import certify as certify_module
 from mpo_exporter import export as export_module
-from mpo_exporter.export import Result
+from mpo_exporter.export import Listener, Result
 from mpo_exporter.fit.layer import Built, Tensors, build_linear, narrow, widen
 from mpo_exporter.plan.options import Options
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, MpoWriter, OutputError, Quantized, Term
@@ -154,7 +154,7 @@ def test_the_certificate_is_what_compare_measures(source: Path, tmp_path: Path) 
     text = TokenText("ids", ids, 0, "0" * 64)
     stages: list[tuple[str, int, int]] = []
     result = export_folder(
-        source, tmp_path / "out.mpo", PLANS["auto"], text=text, progress=lambda *step: stages.append(step)
+        source, tmp_path / "out.mpo", PLANS["auto"], text=text, listener=Listener(lambda *step: stages.append(step))
     )
     with MpoFile(result.path, verify=True) as file:
         (entry,) = file.certificates().entries
@@ -199,7 +199,7 @@ def test_an_interrupted_export_leaves_nothing_and_the_old_file_untouched(
             raise KeyboardInterrupt
         return build_linear(linear, *rest)
 
-    monkeypatch.setattr(assemble_module, "build_linear", interrupted)
+    monkeypatch.setattr(export_module, "build_linear", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_folder(source, target, PLANS["auto"], force=force)
     assert left_behind(tmp_path) == (["out.mpo"] if force else [])
@@ -212,7 +212,7 @@ def test_an_interrupted_measurement_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_module, "compare", interrupted)
+    monkeypatch.setattr(certify_module, "compare", interrupted)
     text = TokenText("ids", np.array(some_ids(20), np.int64), 0, "0" * 64)
     with pytest.raises(KeyboardInterrupt):
         export_folder(source, tmp_path / "out.mpo", PLANS["dense"], text=text)

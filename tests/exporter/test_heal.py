@@ -20,7 +20,7 @@ from mpo_exporter.compactifai import CompactifAICompressor, load_granite_model
 from mpo_exporter.heal import run as run_module
 from mpo_exporter.heal import session as session_module
 from mpo_exporter.heal.checkpoint import NAME, load_checkpoint
-from mpo_exporter.heal.run import Healed, heal, out_of_memory
+from mpo_exporter.heal.run import Healed, out_of_memory
 from mpo_exporter.heal.settings import HealJob, Settings
 from mpo_exporter.heal.student import fits
 from mpo_exporter.heal.train import Trainer as RealTrainer
@@ -31,7 +31,7 @@ from mpo_runtime.measure import compare
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import BOS, export_folder, granite_config, some_ids, write_folder
+from tests.helpers import BOS, export_folder, granite_config, heal_folder, some_ids, write_folder
 
 CONFIG = granite_config()
 # 30 windows of 31 new tokens; a step takes 4 of them.

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpo_exporter.compactifai import LayerSensitivityProfiler, load_granite_model
-from mpo_exporter.heal.run import heal
 from mpo_exporter.heal.settings import HealJob, Settings
 from mpo_exporter.plan.options import Options
 from mpo_formats import CheckpointError, ConfigError, FormatError, MpoError, MpoFile, OutputError
 from mpo_runtime.text.token_text import TokenText
-from tests.helpers import BOS, export_folder, granite_config, some_ids, write_folder
+from tests.helpers import BOS, export_folder, granite_config, heal_folder, some_ids, write_folder
 
 SETTINGS = Settings(tokens=300, window=32, train_codes=False)
 NAN = "model.layers.1.mlp.up_proj.weight"

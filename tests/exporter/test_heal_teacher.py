@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mpo_exporter.heal.ops import HealingOps, WindowOps, run_block
-from mpo_exporter.heal.run import heal
 from mpo_exporter.heal.settings import HealJob, Settings
 from mpo_exporter.heal.student import Batch, Student
 from mpo_exporter.heal.teacher import TeacherFiles, matched_blocks, output_fisher, taught
@@ -23,7 +22,7 @@ from mpo_formats import MpoFile
 from mpo_formats.packing import bf16_to_f32
 from mpo_runtime.models.decoder import GraniteModel
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import BOS, VOCABULARY, export_folder, granite_config, some_ids, write_folder
+from tests.helpers import BOS, VOCABULARY, export_folder, granite_config, heal_folder, some_ids, write_folder
 
 BLOCKS = 4
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 13))

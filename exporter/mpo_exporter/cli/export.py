@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpo_exporter.export import ExportTask, Listener, Result, export, planned_spec, planner_for
-from mpo_exporter.heal.command import check_healing, heal_exported, heal_settings, healing_notes
-from mpo_exporter.heal.settings import HealJob
+from mpo_exporter.heal.command import check_healing, heal_exported, healing_notes
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.file import write_plan
 from mpo_exporter.plan.options import Options
@@ -42,44 +42,24 @@ def run_export(request: ExportRequest) -> Result | None:
         MpoError: for a request that cannot be honoured, before any long work where that can be known.
     """
     request.machine.prepare()
-    settings = heal_settings(request.healing) if request.healing else None
     with open_source(request.model) as source:
         target = request.target(source.name)
         request.check_paths(target)
         earlier = None if request.report is None or request.dry_run else prepare(request.report, request.force)
-        healing_text = request.healing.text if request.healing else None
-        reserved = check_healing(source, settings, healing_text) if settings else {}
-        text, reason = held_out_text(source, request.measure.text, request.measure.tokens)
-        calibration, fitted_to = calibration_for(
-            source, request.options, request.calibration.text, request.calibration.windows
-        )
-        options = request.options if calibration is None else with_default_target(request.options, source.spec)
-        task = ExportTask(
-            target=target,
-            options=options,
-            force=request.force,
-            calibration=calibration,
-            windows=request.calibration.windows,
-            text=text,
-            prefixes=request.prefixes,
-            device=request.machine.device,
-            reserved=reserved,
-        )
+        reserved = check_healing(source, request.healing) if request.healing else {}
+        task, reason, fitted_to = resolved(request, source, target, reserved)
         if request.dry_run:
             show_plan(source, task, request.save_plan)
             return None
-        print(f"exporting {source.name} to {target} ({asked(options, source.spec)}); {fitted_to}", flush=True)
+        print(f"exporting {source.name} to {target} ({asked(task.options, source.spec)}); {fitted_to}", flush=True)
         result, recorder = export_within_kl(source, task, recorded=request.report is not None)
-        print_cut_bonds(result.spec, options)
+        print_cut_bonds(result.spec, task.options)
         if request.save_plan:
             write_plan(request.save_plan, result.spec.linears, force=request.force)
-        device, healed = request.machine.device, None
-        if settings:
-            job = HealJob(target, target, settings, text=healing_text, held_out=text)
-            healed = heal_exported(source, result, job, device)
+        healed = heal_exported(source, result, request.healing, task.text, task.device) if request.healing else None
         notes = healing_notes(healed) if healed else []
         if request.report is None:
-            print_report(result, text, reason, HealedStage(healed.comparison, notes) if healed else None)
+            print_report(result, task.text, reason, HealedStage(healed.comparison, notes) if healed else None)
             print_next_step(target)
             return result
         for note in notes:
@@ -91,11 +71,11 @@ def run_export(request: ExportRequest) -> Result | None:
                 file=target,
                 name=source.name,
                 folder=request.report,
-                text=text,
+                text=task.text,
                 why_no_text=reason,
-                calibration=calibration,
-                fit_windows=request.calibration.windows,
-                device=device,
+                calibration=task.calibration,
+                fit_windows=task.windows,
+                device=task.device,
                 threads=request.machine.threads,
                 earlier=earlier,
                 comparison=better.comparison,
@@ -107,7 +87,7 @@ def run_export(request: ExportRequest) -> Result | None:
 
 
 def print_next_step(path: Path) -> None:
-    """Prints that a file was written, and the command that runs it: a chat needs a template, a text a tokenizer."""
+    """Prints that a file was written, and how to use it: a chat needs a chat template, a text needs a tokenizer."""
     with MpoFile(path) as file:
         if file.file("tokenizer.json") is None:
             step = f"see what is in it: mpo-run info {path}"
@@ -116,6 +96,31 @@ def print_next_step(path: Path) -> None:
         else:
             step = f"talk to it: mpo-run chat {path}"
     log(f"wrote {path}; {step}")
+
+
+def resolved(
+    request: ExportRequest, source: Source, target: Path, reserved: Mapping[str, str]
+) -> tuple[ExportTask, str, str]:
+    """The task of a request for an open model; the reason why nothing is measured; and what layers are fitted to, in words.
+
+    Args:
+        reserved: the longest entries that healing will add to the provenance.
+    """
+    text, reason = held_out_text(source, request.measure.text, request.measure.tokens)
+    windows = request.calibration.windows
+    calibration, fitted_to = calibration_for(source, request.options, request.calibration.text, windows)
+    task = ExportTask(
+        target=target,
+        options=request.options if calibration is None else with_default_target(request.options, source.spec),
+        force=request.force,
+        calibration=calibration,
+        windows=windows,
+        text=text,
+        prefixes=request.prefixes,
+        device=request.machine.device,
+        reserved=reserved,
+    )
+    return task, reason, fitted_to
 
 
 def export_within_kl(source: Source, task: ExportTask, *, recorded: bool) -> tuple[Result, Recorder]:

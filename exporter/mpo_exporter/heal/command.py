@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -138,17 +138,17 @@ def heal_settings(request: HealingRequest) -> Settings:
     return Settings(tokens=tokens, epochs=request.epochs, minutes=request.minutes)
 
 
-def check_healing(source: Source, settings: Settings, text: Path | None) -> dict[str, str]:
-    """Reads the healing text before an export begins, so that one that cannot be used is refused early.
+def check_healing(source: Source, request: HealingRequest) -> dict[str, str]:
+    """Checks settings and text of a healing stage before the export begins, so that they are refused early.
 
     Returns:
         Placeholders of the largest size for what healing will add to the file's provenance, so that an export with a
         target in bytes leaves room for it.
 
     Raises:
-        ConfigError: naming file and line of what cannot be read, or for a text that is too short.
+        ConfigError: as `heal_settings`; naming file and line of what cannot be read; for a text that is too short.
     """
-    data = healing_data(text, source.text_files, source.architecture, settings)
+    data = healing_data(request.text, source.text_files, source.architecture, heal_settings(request))
     digest, number = "0" * 64, "0" * 12
     return {
         "healed_tokens": number,
@@ -160,7 +160,9 @@ def check_healing(source: Source, settings: Settings, text: Path | None) -> dict
     }
 
 
-def heal_exported(source: Source, exported: Result, job: HealJob, device: str) -> Healed:
+def heal_exported(
+    source: Source, exported: Result, request: HealingRequest, held_out: TokenText | None, device: str
+) -> Healed:
     """Heals a file that was just exported, in its place.
 
     The healed file is complete and measured before it replaces the exported one. The exported file remains if healing
@@ -169,8 +171,16 @@ def heal_exported(source: Source, exported: Result, job: HealJob, device: str) -
     Raises:
         MpoError: as `heal` does; the message adds that the file is the unhealed one.
     """
-    most_kl = exported.comparison.kl_mean if exported.comparison else None
-    job = replace(job, force=True, discard_other=True, most_kl=most_kl)
+    job = HealJob(
+        file=exported.path,
+        target=exported.path,
+        settings=heal_settings(request),
+        text=request.text,
+        held_out=held_out,
+        force=True,
+        discard_other=True,
+        most_kl=exported.comparison.kl_mean if exported.comparison else None,
+    )
     try:
         with shown("heal") as update:
             return heal(source, job, Workers(device=device), update)

@@ -58,9 +58,7 @@ class Session:
         ConfigError: for a text that cannot be read or is too short, or a checkpoint that is damaged or of another healing.
     """
 
-    def __init__(
-        self, job: HealJob, file: MpoFile, source: Source, workers: Workers, progress: Progress
-    ) -> None:
+    def __init__(self, job: HealJob, file: MpoFile, source: Source, workers: Workers, progress: Progress) -> None:
         self.job, self.file, self.source = job, file, source
         self.workers, self.progress = workers, progress
         self.settings, self.folder = job.settings, job.folder
