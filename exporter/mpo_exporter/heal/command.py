@@ -116,7 +116,8 @@ def print_healed(result: Healed, before: Comparison | None, text: TokenText | No
         table.add_row("same top token", "100 %", f"{100 * before.same_top1:.1f} %", f"{100 * after.same_top1:.1f} %")
         console.print(table)
         console.print(
-            f"measured on the first {text.ids.size:,} tokens of {text.name}, held-out text; nothing was trained on it",
+            f"measured on the first {text.ids.size:,} tokens of {text.name}, held-out text; nothing was trained on it\n"
+            "KL: the distance of the next-token probabilities from the dense model's, in nats per token",
             highlight=False,
         )
         if after.kl_mean > before.kl_mean:
