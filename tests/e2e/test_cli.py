@@ -30,9 +30,9 @@ MODULES = {"mpo-run": "mpo_runtime.cli.main", "mpo-export": "mpo_exporter.cli.ma
 STORY = "Once upon a time, there was a little girl named Lily."
 
 
-def spawn(program: str, *arguments: object) -> Outcome:
-    """Runs a program as a process of its own, as its entry point does."""
-    code = f"from {MODULES[program]} import main; main()"
+def spawn(program: str, *arguments: object, after: str = "") -> Outcome:
+    """Runs a program as a process of its own, as its entry point does; `after` is a statement to run at its end."""
+    code = f"import sys\nfrom {MODULES[program]} import main\ntry:\n    main()\nfinally:\n    {after or 'pass'}"
     path = os.pathsep.join(str(ROOT / part) for part in ("", "formats", "exporter"))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -361,6 +361,20 @@ def test_wrong_usage_is_exit_code_2(run: Run, program: str, arguments: tuple[str
     outcome = run(program, *arguments)
     assert outcome.code == 2
     assert outcome.out == "" and "Usage: " in outcome.err and "Traceback" not in outcome.err
+
+
+def test_help_lists_the_options_of_an_export_and_the_commands() -> None:
+    """And neither loads torch nor numpy, so that it comes at once."""
+    for arguments, words in (
+        (("--help",), ("Usage: mpo-export [OPTIONS]", "--target-size", "\n  heal ", "\n  profile ", "\n  report ")),
+        (("-h",), ("Usage: mpo-export [OPTIONS]",)),
+        (("heal", "--help"), ("Usage: mpo-export heal [OPTIONS]", "--heal-tokens")),
+        (("profile", "--help"), ("Usage: mpo-export profile [OPTIONS]", "--level")),
+        (("report", "--help"), ("Usage: mpo-export report [OPTIONS]", "--without-cores")),
+    ):
+        done = spawn("mpo-export", *arguments, after="print(sys.modules.keys() & {'torch', 'numpy', 'rich'})")
+        assert done.code == 0 and all(word in done.out for word in words), done
+        assert done.out.endswith("\nset()\n")
 
 
 def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

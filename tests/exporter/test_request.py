@@ -78,6 +78,10 @@ def test_a_command_line_without_options_is_the_default_request(parse: Parse) -> 
     assert parse("demo") == parse("export", "demo") == ExportRequest("demo")
 
 
+def test_a_folder_with_a_commands_name_is_given_as_a_path(parse: Parse) -> None:
+    assert parse("./heal").model == "./heal" and parse("--chi", 4, "report").model == "report"
+
+
 def test_every_option_arrives_in_its_field(parse: Parse, tmp_path: Path) -> None:
     words = {
         "--plan": "k-proj",
