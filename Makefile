@@ -8,7 +8,7 @@ QEMU_TESTS ?= tests/kernels/test_matvec.py tests/runtime/test_native_ops.py
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_runtime/csrc/*)
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_runtime/csrc/* mpo_runtime/csrc/*/*)
 
 .PHONY: help demo test test-long test-qemu check format bench clean
 .DELETE_ON_ERROR:
@@ -71,13 +71,13 @@ clean:
 $(VENV)/.installed-export: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing into $(VENV); PyTorch is large, so the first time takes minutes"
 	$(PIP) install -q -c constraints.txt -e '.[export]'
-	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
+	@$(BIN)/python -c "from mpo_runtime import native; print('native kernels:', native.active()['native'])"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing into $(VENV) with the test tools; the first time takes minutes"
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
+	@$(BIN)/python -c "from mpo_runtime import native; print('native kernels:', native.active()['native'])"
 	@touch $@ $(VENV)/.installed-export
 
 $(VENV)/.created:

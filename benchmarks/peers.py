@@ -33,7 +33,7 @@ from mpo_formats import LinearSpec, PlanError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.layers.linear import MatrixTerm
-from mpo_runtime.model import read_text_files
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -55,9 +55,9 @@ import runpy, sys
 source = sys.argv[1]
 sys.path[:0] = [source, source + "/gguf-py"]
 from conversion.base import TextModel
-from conversion.granite import GraniteModel
+from conversion.granite import Decoder
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
-GraniteModel.set_vocab = lambda self: self._set_vocab_gpt2()
+Decoder.set_vocab = lambda self: self._set_vocab_gpt2()
 sys.argv = ["convert_hf_to_gguf.py", *sys.argv[2:]]
 runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 """

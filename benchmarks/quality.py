@@ -1,7 +1,7 @@
 """Quality against bytes on held-out text: the whole file, embeddings included, nothing healed.
 
     python benchmarks/quality.py --quick --minutes 20
-    python benchmarks/quality.py --out benchmarks/results/DATE-quality.json --plot docs/quality.svg
+    python benchmarks/quality.py --out benchmarks/results/DATE-quality.json
     python benchmarks/quality.py --calib-domain web        # calibrated on one domain, measured on all three
 
 At each of ten sizes from 2.3 to 8 bits a weight of the whole file: integers rounded to nearest and error-compensated, widths
@@ -27,7 +27,7 @@ from typing import Any
 from parts.judge import DOMAINS, Judge, calibration_tokens, domain_texts
 from parts.machine import command_line, describe_machine
 from parts.rows import Row, make_row, planned_rows, vector_bytes
-from parts.verdict import divergence, markdown, plot, where_cores_help
+from parts.verdict import divergence, markdown, where_cores_help
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
@@ -220,8 +220,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the part of the table that says most for its time")
     parser.add_argument("--family", action="append", help="only rows of this family; may be repeated")
     parser.add_argument("--size", type=float, action="append", help="only rows of this size; may be repeated")
-    parser.add_argument("--peers", type=Path, help="result of benchmarks/peers.py, for the table and the plot")
-    parser.add_argument("--plot", type=Path, help="the figure to write, .svg or .png (needs matplotlib)")
+    parser.add_argument("--peers", type=Path, help="result of benchmarks/peers.py, for the table")
     arguments = parser.parse_args()
     bench = open_bench(arguments)
     rows, missing = measure_rows(bench, arguments)
@@ -234,8 +233,6 @@ def main() -> None:
         print(f"\nNo such file is that small: {'; '.join(missing)}.")
     if arguments.out:
         write_results(arguments, bench, rows, no_such_file=missing, verdict=where_cores_help(rows))
-    if arguments.plot and rows:
-        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

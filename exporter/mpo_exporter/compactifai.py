@@ -33,10 +33,9 @@ from mpo_formats import Architecture, ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.cli.inspect import stored_parameters
 from mpo_runtime.engine import Engine
-from mpo_runtime.model import load_network
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights.protocol import open_weights
 
 # When the speeds of two models are compared: tokens that are generated in each round, and the number of rounds.
 SPEED_TOKENS = 16

@@ -15,7 +15,7 @@ from mpo_exporter.plan.file import read_plan
 from mpo_exporter.plan.options import Options
 from mpo_formats import ConfigError, OutputError
 from mpo_formats.spec import BITS
-from mpo_runtime.model import check_device, set_threads
+from mpo_runtime.loading import check_device, set_threads
 
 # A plan file is given as --plan file:PLAN.json.
 PLAN_FILE = "file:"

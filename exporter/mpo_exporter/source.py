@@ -11,7 +11,7 @@ import numpy as np
 
 from mpo_formats import Architecture, CheckpointError, ModelSpec
 from mpo_formats.packing import first_not_finite
-from mpo_runtime.model import read_text_files
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights.checkpoint import Checkpoint

@@ -11,10 +11,10 @@ from mpo_exporter.measure import latency as latency_module
 from mpo_exporter.measure.latency import Latency, no_slower_than, open_table, save_table, working_set_of
 from mpo_exporter.terms import Candidate, operator
 from mpo_formats import Dense, LinearSpec, ModelSpec, Quantized
-from mpo_runtime import kernels
+from mpo_runtime import native
 from tests.exporter.test_plan import dense_model
 
-pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="times the native kernels")
+pytestmark = pytest.mark.skipif(not native.available(), reason="times the native kernels")
 
 TERMS = (
     (Quantized(4, 32, False),),

@@ -219,7 +219,7 @@ def test_shapes_slower_than_int4_are_not_chosen(
 def test_without_native_kernels_there_is_nothing_to_time(
     planner: Planner, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency_module.kernels, "native_available", lambda: False)
+    monkeypatch.setattr(latency_module.native, "available", lambda: False)
     with pytest.raises(ConfigError, match="no native kernels to time here .*; plan without --for-speed"):
         planner.layers(spec, Options("auto", target=Target(size=default_bytes(spec)), for_speed=True))
 

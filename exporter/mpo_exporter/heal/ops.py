@@ -13,7 +13,7 @@ from torch import Tensor
 from mpo_exporter.heal.trainable import Trainables
 from mpo_runtime.backends.reference import ReferenceOps, rotate
 from mpo_runtime.layers.linear import Linear
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.weights.protocol import Weights
 
 # The most logits that are in memory at a time.
@@ -115,7 +115,7 @@ class HealingOps(WindowOps):
         return super().linear(layer, x)
 
 
-def run_block(model: GraniteModel, x: Tensor, block: int) -> Tensor:
+def run_block(model: Decoder, x: Tensor, block: int) -> Tensor:
     """Runs one block of a model over WindowOps on x [B, S, E], positions 0 … S − 1."""
     cache: Any = WindowCache()
     y: Tensor = model.block(x, cache, block)

@@ -26,8 +26,8 @@ from mpo_exporter.heal.trainable import Trainables
 from mpo_exporter.heal.workers import Progress, Workers
 from mpo_exporter.source import Source
 from mpo_formats import MpoFile
-from mpo_runtime.model import read_text_files
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.loading import read_text_files
+from mpo_runtime.models.registry import decoder_for
 
 # Where minutes limit the training, the teacher may take this share of them, and single blocks see this many batches.
 TEACHER_SHARE = 0.25
@@ -79,7 +79,7 @@ class Session:
             self.architecture.num_hidden_layers, 0 if self.settings.match_weight == 0 else self.settings.match_blocks
         )
         self.ops = HealingOps(file, workers.device)
-        self.model = GraniteModel(self.architecture, self.ops)
+        self.model = decoder_for(self.architecture, self.ops)
         self.names = [linear.name for linear in file.spec.linears] + [vector.name for vector in file.spec.vectors]
         self.learned: dict[str, Tensor] = {
             name.removeprefix(MODEL): tensor for name, tensor in self.saved.items() if name.startswith(MODEL)
@@ -175,7 +175,7 @@ class Session:
         device = self.workers.device
         # On a CPU the dense matrices are rebuilt for each use, which saves memory; a GPU would have to wait for that.
         held = None if device.startswith("cuda") else False
-        dense = GraniteModel(self.source.architecture, WindowOps(self.source.weights, held=held, device=device))
+        dense = decoder_for(self.source.architecture, WindowOps(self.source.weights, held=held, device=device))
         ours, theirs = (
             Stream(model, inputs, here / name, self.settings.micro_batch, device)
             for model, name in ((self.model, "healed.states"), (dense, "dense.states"))

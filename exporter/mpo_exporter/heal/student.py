@@ -20,7 +20,7 @@ from mpo_exporter.heal.ops import HealingOps, autocast, head_tokens, run_block
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import free_memory
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 
 # The share of the free memory that intermediate results of the forward pass may take; above it, blocks are run again.
 KEPT_SHARE = 0.4
@@ -126,7 +126,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        model: GraniteModel,
+        model: Decoder,
         ops: HealingOps,
         trainables: Trainables,
         *,
@@ -168,7 +168,7 @@ class Student(nn.Module):
 class BlockStudent(nn.Module):
     """One block and its loss: the weighted squared error of its output."""
 
-    def __init__(self, model: GraniteModel, ops: HealingOps, trainables: Trainables, block: int) -> None:
+    def __init__(self, model: Decoder, ops: HealingOps, trainables: Trainables, block: int) -> None:
         super().__init__()
         self.model, self.ops = model, ops
         self.trainables, self.block = trainables, block
@@ -188,7 +188,7 @@ class Stream:
         OutputError: when the disk has no room for it.
     """
 
-    def __init__(self, model: GraniteModel, ids: NDArray[np.int64], file: Path, batch: int, device: str) -> None:
+    def __init__(self, model: Decoder, ids: NDArray[np.int64], file: Path, batch: int, device: str) -> None:
         self.model, self.ids, self.batch, self.device = model, ids, batch, device
         shape = (*ids.shape, model.architecture.hidden_size)
         self.states = mapped_file(file, shape, "healing", "lower --block-share or --heal-tokens")

@@ -24,7 +24,8 @@ from mpo_exporter.heal.ops import WindowOps, autocast, head_tokens, run_block
 from mpo_exporter.heal.workers import Progress
 from mpo_exporter.source import Source
 from mpo_formats import Architecture, CheckpointError
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights.protocol import Weights
 
@@ -135,7 +136,7 @@ class TeacherFiles:
             return min(count, total)
         self.done.unlink(missing_ok=True)
         files = self._reserved()
-        model = GraniteModel(teacher.spec.architecture, WindowOps(teacher, device=device))
+        model = decoder_for(teacher.spec.architecture, WindowOps(teacher, device=device))
         fisher = torch.zeros(0, 0) if weighed is None else output_fisher(model, weighed[:, :-1], batch, device)
         np.save(self.fisher, fisher.cpu().numpy())
         for start in range(0, total, batch):
@@ -182,7 +183,7 @@ def matched_blocks(blocks: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def taught(
-    model: GraniteModel, inputs: NDArray[np.int64], count: int, blocks: list[int]
+    model: Decoder, inputs: NDArray[np.int64], count: int, blocks: list[int]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.uint16]]:
     """What a model over WindowOps says about token ids [B, S].
 
@@ -210,7 +211,7 @@ def taught(
     return scores.cpu().numpy(), chosen.cpu().numpy(), bits
 
 
-def output_fisher(model: GraniteModel, ids: NDArray[np.int64], batch: int, device: str) -> Tensor:
+def output_fisher(model: Decoder, ids: NDArray[np.int64], batch: int, device: str) -> Tensor:
     """F [blocks, E] = E[(∂L/∂h)²] at each block's output h, L the loss in nats of labels drawn from the model itself.
 
     An error e of that output raises the KL from the unchanged model by about ½ Σ F e² (Martens 2020, section 9).

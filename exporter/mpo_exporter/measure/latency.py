@@ -25,7 +25,7 @@ from mpo_exporter.terms import Candidate
 from mpo_formats import Architecture, ConfigError, LinearSpec, ModelSpec, Provenance, Quantized, VectorSpec
 from mpo_formats.codec import to_json
 from mpo_formats.layout import TensorSpec, content_tensors, linear_bytes, linear_tensors
-from mpo_runtime import kernels
+from mpo_runtime import native
 
 # Bytes of all copies of a layer together: a model of this size or more is read from memory for every token.
 WORKING_SET = 1 << 26
@@ -122,7 +122,7 @@ def machine_key() -> dict[str, Any]:
     """What a table is valid for: CPU, kernels, threads and version."""
     from mpo_runtime import __version__
 
-    return {"version": __version__, "cpu": cpu_name(), **kernels.active()}
+    return {"version": __version__, "cpu": cpu_name(), **native.active()}
 
 
 def cpu_name() -> str:
@@ -151,10 +151,9 @@ def open_table(spec: ModelSpec, *, progress: Progress = silent, log: Log = no_lo
     Raises:
         ConfigError: if no native kernels were built: there is nothing else worth timing.
     """
-    if not kernels.native_available():
+    if not native.available():
         raise ConfigError(
-            f"latency: there are no native kernels to time here ({kernels.active()['native']}); "
-            "plan without --for-speed"
+            f"latency: there are no native kernels to time here ({native.active()['native']}); plan without --for-speed"
         )
     working_set = working_set_of(spec)
     cached = latency_file(working_set).read(log)
@@ -172,25 +171,12 @@ def save_table(table: Latency, log: Log = no_log) -> None:
 
 def time_layer(linear: LinearSpec, spec: ModelSpec, working_set: int) -> float:
     """Seconds of a layer for one token: of the fastest of several passes over all its copies."""
-    import mpo_runtime._native as native
     from mpo_runtime.layers.native import load_linear
 
     noise = Noise(spec, {tensor.name: tensor for tensor in linear_tensors(linear)})
     copies = min(max(1, -(-working_set // max(linear_bytes(linear), 1))), MOST_COPIES)
-    layers = [load_linear(noise, linear, chi=None) for _ in range(copies)]
-    program = native.Program(False)
-    x = program.input(linear.in_features)
-    result = 0
-    for layer in layers:
-        result = program.linear(x, layer)
-    program.finish(result)
-    given = np.random.default_rng(1).standard_normal((1, 1, linear.in_features)).astype(np.float32)
-    out = np.empty((1, 1, linear.out_features), np.float32)
-    times = []
-    for _ in range(PASSES + 1):
-        start = time.perf_counter()
-        program.run(None, [given], None, out)
-        times.append(time.perf_counter() - start)
+    run = native.timed_pass([load_linear(noise, linear, chi=None) for _ in range(copies)])
+    times = [run() for _ in range(PASSES + 1)]
     return min(times[1:]) / copies  # the first pass warms up
 
 
@@ -217,7 +203,7 @@ def small_model(spec: ModelSpec, blocks: int) -> ModelSpec:
 
 def time_step(spec: ModelSpec) -> float:
     """Seconds of one decoded token of a model of random weights: the fastest of several, after a short prompt."""
-    from mpo_runtime.model import load_network
+    from mpo_runtime.loading import load_network
 
     network = load_network(Noise(spec, {tensor.name: tensor for tensor in content_tensors(spec)}), backend="native")
     context = min(CONTEXT, spec.architecture.max_position_embeddings)

@@ -16,7 +16,7 @@ from mpo_exporter.plan.budget import file_bytes
 from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.planner import Planner
 from mpo_formats import Architecture, ModelSpec
-from mpo_runtime import kernels
+from mpo_runtime import native
 from mpo_runtime.engine import default_context
 
 # Losses of layers add up while they are small; a sum above this is far too large and only says "very bad".
@@ -94,7 +94,7 @@ def predicted_kl(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float
 
 def predicted_speed(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float | None:
     """Decoded tokens per second in one conversation, with the kernels and threads of this process."""
-    if not kernels.native_available():
+    if not native.available():
         reasons.append("tokens/s: not predicted: there are no native kernels here")
         return None
     table = open_table(spec, progress=planner.progress, log=planner.log)

@@ -34,7 +34,7 @@ def resident_peak() -> int:
 
 def measure(model: str, tokens: int, threads: int | None) -> tuple[int, int]:
     """Loads a model and decodes some tokens; returns the largest resident memory before and after, in bytes."""
-    from mpo_runtime.model import load
+    from mpo_runtime.loading import load
     from mpo_runtime.sampler import SamplingOptions
 
     base = resident_peak()

@@ -50,11 +50,11 @@ from mpo_exporter.report.sizes import (
 )
 from mpo_exporter.source import Source
 from mpo_formats import ConfigError, ModelSpec, MpoFile
-from mpo_runtime import kernels
-from mpo_runtime.backends import choose_backend
+from mpo_runtime import native
+from mpo_runtime.loading import choose_backend, load
 from mpo_runtime.measure import Comparison
 from mpo_runtime.memory import available_memory
-from mpo_runtime.model import Model, load
+from mpo_runtime.model import Model
 from mpo_runtime.text.token_text import TokenText
 
 # The context that both models run with, in tokens.
@@ -286,7 +286,7 @@ def subject_of(spec: ModelSpec, file: Path, name: str) -> Subject:
 
 def machine_of(device: str) -> Machine:
     """This machine and the kernels in use."""
-    active = kernels.active()
+    active = native.active()
     threads = active.get("threads", "")
     return Machine(
         processor=processor_name(),
