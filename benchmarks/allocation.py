@@ -1,4 +1,4 @@
-"""auto against one width for all at equal bytes, the default against plain int4, and predictions against what came out.
+"""The plan auto against one bit width for all layers at equal bytes, the default against int4, predictions against results.
 
     python benchmarks/allocation.py --model demo --out benchmarks/results/allocation-DATE.json
     python benchmarks/allocation.py --bits 2.5,3,3.5 --tokens 8192 --corpus CORPUS --split valid
@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from judge import Judge, calibration_tokens, domain_texts
-from machine import command_line, describe_machine
+from parts.judge import Judge, calibration_tokens, domain_texts
+from parts.machine import command_line, describe_machine
 
 from mpo_exporter.export import ExportTask, Listener, export, planned_spec, planner_for
 from mpo_exporter.plan.budget import default_bytes, file_bytes
@@ -40,10 +40,10 @@ from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
 BAR, DEFAULT_BAR = 0.9, 1.02
-# Widths and groups that somebody would give all matrices, and more bits for the tables.
+# Widths and groups that one would choose by hand for all matrices, and additional bits of embedding and head.
 WIDTHS = tuple((bits, group, zeros) for bits in (2, 3, 4) for group in (32, 64, 128) for zeros in (False, True))
 TABLES = (1, 2, 3)
-# The candidates nearest to the bytes from below that are measured.
+# How many candidates, those nearest below the target in bytes, are measured.
 TRIED = 2
 STEPS, ROUNDS = 32, 5
 
@@ -80,7 +80,7 @@ class Bench:
         }
 
     def uniform(self, target: int, tables: tuple[int, ...]) -> dict[str, Any]:
-        """The best of the files of one width, tables of so many bits more, that come nearest to the target from below."""
+        """The best of the files of one width that come nearest below the target; tables have `more` additional bits."""
         spec = self.source.spec
         plans = [one_width(spec.linears, *width, more) for width in WIDTHS for more in tables]
         sizes = sorted(

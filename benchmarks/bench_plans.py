@@ -24,9 +24,9 @@ from mpo_exporter.texts import calibration_text
 from mpo_runtime import __version__
 from mpo_runtime.text.token_text import read_tokens
 
-# The plan `auto` at so many bits of the whole file per weight.
+# Bits of the whole file per weight for the plan `auto`.
 BITS = (4.25, 3.5, 3.0, 2.6)
-# Each with whether it is fitted to the built-in calibration text.
+# The plans, each with whether it is fitted to the built-in calibration text.
 PLANS = (
     (Options("dense"), False),
     (Options("corrected", chi=32), True),

@@ -4,7 +4,7 @@
     python benchmarks/fits.py --sizes [--cap 60] [--budget 540] [--out ...]
 
 The first fits every attention and MLP matrix of a model (`demo`, a folder or a hub id) by every method and prints the
-medians of the errors √(tr[(W−Ŵ)C(W−Ŵ)ᵀ] / tr[W C Wᵀ]), C from the calibration text on the dense upstream. The second times
+medians of the errors √(tr[(W−Ŵ)C(W−Ŵ)ᵀ] / tr[W C Wᵀ]), C from the calibration text in the dense model. The second times
 the fits on synthetic matrices, each in a process of its own, and gives its peak memory above the inputs'.
 """
 
@@ -24,8 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from machine import command_line, describe_machine
 from numpy.typing import NDArray
+from parts.machine import command_line, describe_machine
 
 from mpo_exporter.calibrate.moments import Moment, dense_matrix
 from mpo_exporter.calibrate.windows import COUNT
@@ -138,7 +138,7 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def synthetic(rows: int, columns: int) -> tuple[Matrix, Moment]:
-    """A matrix and a moment of decaying spectra; of the right size, of no model."""
+    """A random matrix and moment of the given size, with decaying spectra."""
     source = np.random.default_rng(0)
     decay = 1 / np.arange(1.0, 257)
     factor = source.standard_normal((columns, 256)) * np.sqrt(64 * decay)
@@ -150,7 +150,7 @@ def synthetic(rows: int, columns: int) -> tuple[Matrix, Moment]:
 
 
 def time_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[str, object]:
-    """Runs one fit in this process; seconds, peak bytes above the inputs, and whether the clock ended it."""
+    """Runs one fit in this process; returns seconds, peak bytes above the inputs, and whether the time limit ended it."""
     matrix, moment = synthetic(rows, columns)
     options = {"seconds": cap / 2} if name in ("ALS", "sweeps, 3 cores") else {}
     before, start, worked = peak_memory(), time.monotonic(), time.process_time()
@@ -171,7 +171,7 @@ def time_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[s
 
 
 def run_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[str, object] | None:
-    """`time_one` in a process of its own; None where it takes longer than one and a half times the cap."""
+    """`time_one` in a process of its own; None if it takes longer than 1.5 times the cap."""
     command = [sys.executable, __file__, "--one", name, str(rows), str(columns), str(chi), "--cap", str(cap)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=cap * 1.5 + 30)
@@ -182,7 +182,7 @@ def run_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[st
 
 
 def measure_sizes(arguments: argparse.Namespace) -> dict[str, object]:
-    """Times every fit and quantiser on every size; what would pass the cap or the budget is left out and said."""
+    """Times every fit and quantiser on every size; names those that are left out because of the cap or the budget."""
     results, until = [], time.monotonic() + arguments.budget
     given_up: set[tuple[str, int]] = set()
     print("| fit | matrix | χ | seconds | of all threads | peak MB beside the inputs |\n|---|---|---|---|---|---|")

@@ -18,6 +18,8 @@ from mpo_runtime.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from mpo_exporter.export import Listener, Result
+    from mpo_exporter.heal.run import Healed
+    from mpo_exporter.heal.settings import HealJob
     from mpo_exporter.plan.options import Options
 
 # Matrices this small are multiplied faster by one thread, above all where others use the machine.
@@ -167,3 +169,12 @@ def export_folder(
 
     with open_source(folder) as source:
         return export(source, ExportTask(target, options, **task), listener)
+
+
+def heal_folder(teacher: Path, job: HealJob, **others: Any) -> Healed:
+    """Heals a file against a Hugging Face folder; `others` are `workers` and `progress` of `heal`."""
+    from mpo_exporter.heal.run import heal
+    from mpo_exporter.source import open_source
+
+    with open_source(teacher) as source:
+        return heal(source, job, **others)

@@ -1,4 +1,4 @@
-"""CompactifAI's method (arXiv 2401.14109) under the names its readers look for: profile, choose layers, tensorize.
+"""CompactifAI's method (arXiv 2401.14109) under its own names: profile the layers, choose some, tensorize them, heal.
 
     from mpo_exporter.compactifai import CompactifAICompressor, heal_model, load_granite_model, prepare_validation_data
 
@@ -10,7 +10,7 @@
     print(result.to_json())
     heal_model(result.path, model, validation=validation)
 
-Thin over the exporter: the file is what `mpo-export --plan paper` writes for the chosen layers.
+Everything is done by the exporter: the file is the one that `mpo-export --plan paper` writes for the chosen layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from mpo_exporter.export import ExportTask, Result, export
 from mpo_exporter.heal.run import Healed, heal
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.settings import HealJob, Settings
 from mpo_exporter.measure.sensitivity import LayerSensitivity, compressed_alone, even_windows
 from mpo_exporter.plan.named import PAPER, plan_layers
 from mpo_exporter.plan.options import Choice, Options
@@ -37,7 +37,7 @@ from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
 
-# Tokens generated in each stretch when the speeds of two models are compared, and how many stretches.
+# When the speeds of two models are compared: tokens that are generated in each round, and the number of rounds.
 SPEED_TOKENS = 16
 SPEED_ROUNDS = 5
 
@@ -52,14 +52,14 @@ class GraniteSource:
     architecture: Architecture
 
     def open(self) -> Source:
-        """The model's weights, tokenizer and chat template, to be closed again."""
+        """Opens the model: its weights, tokenizer and chat template. The caller closes it."""
         return Source(ModelFolder(self.folder, self.name, self.revision))
 
 
 def load_granite_model(model: str | Path = "granite") -> GraniteSource:
     """Finds a model: `demo`, `granite`, `granite-2b`, a Hugging Face folder or a hub id.
 
-    Its weights stay in their mapped files until they are needed.
+    Its weights are not read until they are needed.
 
     Raises:
         CheckpointError: when there is no such model, or it is not a Granite or Llama.
@@ -105,12 +105,12 @@ def first_tokens(model: GraniteSource, path: Path, count: int) -> TokenText:
 
 
 class LayerSensitivityProfiler:
-    """Measures what each attention and MLP matrix costs when it alone is tensorized at one bond dimension.
+    """Measures how much quality is lost when one attention or MLP matrix alone is replaced by cores.
 
     Args:
         model: the dense model.
         validation: held-out text.
-        bond_dimension: χ of the cores that stand in for a matrix.
+        bond_dimension: χ of the cores.
     """
 
     def __init__(self, model: GraniteSource, validation: TokenText, bond_dimension: int = 32) -> None:
@@ -119,7 +119,7 @@ class LayerSensitivityProfiler:
         self._profile: list[LayerSensitivity] | None = None
 
     def profile(self) -> list[LayerSensitivity]:
-        """All layers, the least sensitive first; measured once.
+        """All layers, the least sensitive first. They are measured at the first call.
 
         Raises:
             CheckpointError: for a model with weights that are not finite.
@@ -139,7 +139,7 @@ class LayerSensitivityProfiler:
         return sorted(found, key=lambda one: (one.kl_mean, one.layer))
 
     def get_compression_candidates(self, top_k: int = 10) -> list[LayerSensitivity]:
-        """The `top_k` layers whose compression hurts least.
+        """The `top_k` least sensitive layers.
 
         Raises:
             ConfigError: for a `top_k` below one.
@@ -150,7 +150,7 @@ class LayerSensitivityProfiler:
 
 @dataclass(frozen=True, slots=True)
 class CompressionResult:
-    """What a compression gave: the file, the layers that got cores, sizes and quality."""
+    """The outcome of a compression: the file, the layers that were replaced by cores, sizes and quality."""
 
     path: Path
     layers: tuple[str, ...]
@@ -163,11 +163,11 @@ class CompressionResult:
 
 
 class CompactifAICompressor:
-    """Replaces the least sensitive matrices by cores of one bond dimension in fp16; the rest becomes int4.
+    """Replaces the least sensitive matrices by fp16 cores of one bond dimension, and stores the other layers as int4.
 
     Args:
-        bond_dimension: χ of every operator.
-        compression_ratio: the share of attention and MLP matrices that get cores, chosen by sensitivity.
+        bond_dimension: χ of the cores.
+        compression_ratio: the share of attention and MLP matrices that are replaced, the least sensitive ones.
 
     Raises:
         ConfigError: for a bond dimension below one, or a ratio outside 0 to 1.
@@ -181,14 +181,14 @@ class CompactifAICompressor:
         self._profiler: LayerSensitivityProfiler | None = None
 
     def profile_layer_sensitivity(self, model: GraniteSource, validation: TokenText) -> list[LayerSensitivity]:
-        """Measures every attention and MLP matrix alone; the least sensitive comes first."""
+        """Measures every attention and MLP matrix alone; returns the least sensitive first."""
         self._profiler = LayerSensitivityProfiler(model, validation, self.bond_dimension)
         return self._profiler.profile()
 
     def compress_model(
         self, model: GraniteSource, path: str | Path, validation: TokenText, *, force: bool = False
     ) -> CompressionResult:
-        """Writes the compressed model to `path` and measures it; profiles the layers first where that was not done.
+        """Writes the compressed model to `path` and measures it. Layers are profiled first if they were not yet.
 
         Raises:
             OutputError: when `path` exists and `force` is not given.
@@ -204,7 +204,7 @@ class CompactifAICompressor:
         return CompressionResult(result.path, layers, compression_stats(result), evaluation_results(result, model))
 
     def heal_model(self, compressed: str | Path, model: GraniteSource, **given: Any) -> Healed:
-        """Retrains a compressed file, as the function `heal_model` does; `given` are its other arguments."""
+        """Calls the function `heal_model`; `given` are its other arguments."""
         return heal_model(compressed, model, **given)
 
 
@@ -227,21 +227,27 @@ def heal_model(
         compressed: what `compress_model` wrote.
         healing: training text, as `prepare_healing_data` gives it or by its path; the built-in one where None.
         path: the file to write; `…-healed.mpo` beside the compressed one where None.
-        tokens, epochs, minutes: at most one of them bounds the training.
+        tokens, epochs, minutes: the length of the training; at most one of them is given.
         settings: other fields of mpo_exporter.heal.settings.Settings, such as `chi_dropout`.
 
     Raises:
         MpoError: as mpo_exporter.heal.run.heal.
     """
-    source = Path(compressed)
-    target = source.with_name(f"{source.stem}-healed.mpo") if path is None else Path(path)
-    chosen = Settings(tokens=tokens, epochs=epochs, minutes=minutes, **settings)
-    text = Path(healing) if isinstance(healing, str) else healing
-    return heal(source, model.folder, target, chosen, text=text, held_out=validation, force=force)
+    file = Path(compressed)
+    job = HealJob(
+        file=file,
+        target=file.with_name(f"{file.stem}-healed.mpo") if path is None else Path(path),
+        settings=Settings(tokens=tokens, epochs=epochs, minutes=minutes, **settings),
+        text=Path(healing) if isinstance(healing, str) else healing,
+        held_out=validation,
+        force=force,
+    )
+    with model.open() as source:
+        return heal(source, job)
 
 
 def compression_stats(result: Result) -> dict[str, float]:
-    """Parameters and sizes before and after; reductions are shares of the original."""
+    """Parameters and sizes before and after, and by which share of the original they are reduced."""
     original, stored = result.source.architecture.parameters(), stored_parameters(result.spec)
     return {
         "original_parameters": original,
@@ -254,7 +260,7 @@ def compression_stats(result: Result) -> dict[str, float]:
 
 
 def evaluation_results(result: Result, model: GraniteSource) -> dict[str, float]:
-    """Quality on the validation text, and the measured speed of generation against the dense model."""
+    """Quality on the validation text, and the speed of generation relative to the dense model."""
     if result.comparison is None:
         raise ConfigError("validation: nothing was measured")
     ours, dense = result.comparison.model, result.comparison.reference
@@ -269,7 +275,7 @@ def evaluation_results(result: Result, model: GraniteSource) -> dict[str, float]
 
 
 def measured_speedup(path: Path, folder: Path) -> float:
-    """Tokens per second of a file over those of the dense model, in this runtime: the median of alternating rounds."""
+    """Tokens per second of a file divided by those of the dense model, in this runtime: the median over rounds."""
     opened = [open_weights(place) for place in (path, folder)]
     try:
         engines = [Engine(load_network(weights), context=SPEED_TOKENS + 8) for weights in opened]
@@ -284,7 +290,7 @@ def measured_speedup(path: Path, folder: Path) -> float:
 
 
 def generation_seconds(engine: Engine) -> float:
-    """Seconds for SPEED_TOKENS tokens after a short prompt."""
+    """Seconds that an engine takes to generate SPEED_TOKENS tokens after a short prompt."""
     start = time.perf_counter()
     list(engine.generate([1, 2, 3, 4], SamplingOptions(temperature=0), max_tokens=SPEED_TOKENS, stop_ids=()))
     return time.perf_counter() - start

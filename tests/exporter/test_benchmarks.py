@@ -11,10 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import judge
 import quality
-import rows
-import verdict
+from parts import judge, rows, verdict
 
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.budget import file_bytes

@@ -13,9 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import heal_cost
-import heal_rows
 import healing
-from judge import Judge
+from parts import heal_rows
+from parts.judge import Judge
 from quality import Bench, Kept
 
 from mpo_exporter.fit.layer import Method

@@ -11,22 +11,21 @@ from rich.console import Console
 from rich.table import Table
 
 from mpo_exporter.export import ExportTask, Listener, Result, export, planned_spec, planner_for
-from mpo_exporter.heal.exported import check_healing, heal_exported, heal_settings
+from mpo_exporter.heal.command import check_healing, heal_exported, healing_notes
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.file import write_plan
 from mpo_exporter.plan.options import Options
 from mpo_exporter.plan.planner import with_default_target
 from mpo_exporter.plan.predict import Prediction, predict
-from mpo_exporter.report.folder import prepare
-from mpo_exporter.report.gather import Job
-from mpo_exporter.report.make import make_report
-from mpo_exporter.report.record import Recorder
-from mpo_exporter.report.terminal import print_healing, print_report
-from mpo_exporter.request import ExportRequest, HealingRequest
+from mpo_exporter.report.command import make_report
+from mpo_exporter.report.job import Job, prepare
+from mpo_exporter.report.layers import Recorder
+from mpo_exporter.report.terminal import HealedStage, print_report
+from mpo_exporter.request import ExportRequest
 from mpo_exporter.source import Source, open_source
 from mpo_exporter.terms import stored_bytes
 from mpo_exporter.texts import calibration_for, held_out_text
-from mpo_formats import ModelSpec
+from mpo_formats import ModelSpec, MpoFile
 from mpo_formats.architecture import full_rank
 from mpo_runtime.cli import console
 from mpo_runtime.cli.console import size_text
@@ -43,13 +42,11 @@ def run_export(request: ExportRequest) -> Result | None:
         MpoError: for a request that cannot be honoured, before any long work where that can be known.
     """
     request.machine.prepare()
-    healing = request.healing or HealingRequest()
-    settings = heal_settings(request.healing is not None, healing.tokens, healing.epochs, healing.minutes)
     with open_source(request.model) as source:
         target = request.target(source.name)
         request.check_paths(target)
         earlier = None if request.report is None or request.dry_run else prepare(request.report, request.force)
-        reserved = check_healing(source.folder, settings, healing.text) if settings else {}
+        reserved = check_healing(source, request.healing) if request.healing else {}
         task, reason, fitted_to = resolved(request, source, target, reserved)
         if request.dry_run:
             show_plan(source, task, request.save_plan)
@@ -59,18 +56,19 @@ def run_export(request: ExportRequest) -> Result | None:
         print_cut_bonds(result.spec, task.options)
         if request.save_plan:
             write_plan(request.save_plan, result.spec.linears, force=request.force)
-        healed = None
-        if settings:
-            healed = heal_exported(result, source.folder, settings, healing.text, task.text, task.device)
+        healed = heal_exported(source, result, request.healing, task.text, task.device) if request.healing else None
+        notes = healing_notes(healed) if healed else []
         if request.report is None:
-            print_report(result, task.text, reason, healed)
+            print_report(result, task.text, reason, HealedStage(healed.comparison, notes) if healed else None)
+            print_next_step(target)
             return result
-        print_healing(healed)
+        for note in notes:
+            log(note)
         better = healed if healed and healed.written else result
         make_report(
+            source,
             Job(
                 file=target,
-                teacher=source.folder,
                 name=source.name,
                 folder=request.report,
                 text=task.text,
@@ -83,9 +81,21 @@ def run_export(request: ExportRequest) -> Result | None:
                 comparison=better.comparison,
                 surveyed=result.surveyed,
                 compression=recorder.compression(),
-            )
+            ),
         )
         return result
+
+
+def print_next_step(path: Path) -> None:
+    """Prints that a file was written, and how to use it: a chat needs a chat template, a text needs a tokenizer."""
+    with MpoFile(path) as file:
+        if file.file("tokenizer.json") is None:
+            step = f"see what is in it: mpo-run info {path}"
+        elif file.file("chat_template.jinja") is None:
+            step = f'it has no chat template, let it continue a text: mpo-run generate {path} -p "…"'
+        else:
+            step = f"talk to it: mpo-run chat {path}"
+    log(f"wrote {path}; {step}")
 
 
 def resolved(

@@ -137,19 +137,24 @@ def heal_command(
     machine: given.MachineOptions,
 ) -> None:
     """Retrain a compressed model briefly, so that it gives again what the dense model gives."""
-    from mpo_exporter.heal.command import run_heal
+    from mpo_exporter.cli.export import print_next_step
+    from mpo_exporter.heal.command import HealCommand, run_heal
 
-    run_heal(
-        file,
-        teacher,
-        settings.record(bounds),
-        out,
-        force,
-        text,
-        work,
-        measure.record(),
-        machine.record(),
+    healed = run_heal(
+        HealCommand(
+            file=file,
+            teacher=teacher,
+            settings=settings.record(bounds),
+            out=out,
+            force=force,
+            text=text,
+            work=work,
+            measure=measure.record(),
+            machine=machine.record(),
+        )
     )
+    if healed:
+        print_next_step(healed.path)
 
 
 @app.command(
@@ -229,9 +234,21 @@ def report_command(
     machine: given.MachineOptions,
 ) -> None:
     """Measure a .mpo file beside its dense model and write the report: a page, JSON, and a table here."""
-    from mpo_exporter.report.command import run_report
+    from mpo_exporter.report.command import ReportCommand, run_report
 
-    run_report(file, teacher, out, force, measure.record(), calib, calib_windows, without_cores, machine.record())
+    run_report(
+        ReportCommand(
+            file=file,
+            teacher=teacher,
+            out=out,
+            force=force,
+            measure=measure.record(),
+            calib=calib,
+            calib_windows=calib_windows,
+            without_cores=without_cores,
+            machine=machine.record(),
+        )
+    )
 
 
 def main() -> None:

@@ -234,21 +234,23 @@ class HealBounds:
 class HealSettings:
     """How healing trains."""
 
-    rate: Annotated[float, typer.Option(help="Factor of all learning rates.")] = 1.0
-    batch: Annotated[int, typer.Option(help="Windows of an optimizer step, over all devices.")] = 4
-    micro_batch: Annotated[int, typer.Option(help="Windows that a device runs at a time.")] = 4
-    window: Annotated[int | None, typer.Option(help="Tokens of a window.", show_default="256")] = None
-    block_share: Annotated[float, typer.Option(help="Share of the tokens that single blocks are trained on.")] = 0.05
-    cross_entropy: Annotated[float, typer.Option(help="Weight of the text's cross entropy beside the KL.")] = 0.0
-    top_k: Annotated[int, typer.Option(help="Logits of the teacher to keep per token.")] = 256
+    rate: Annotated[float, typer.Option(help="Multiplies all learning rates.")] = 1.0
+    batch: Annotated[int, typer.Option(help="Windows in an optimizer step, over all devices together.")] = 4
+    micro_batch: Annotated[int, typer.Option(help="Windows that a device runs at once.")] = 4
+    window: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="256")] = None
+    block_share: Annotated[float, typer.Option(help="Share of the tokens spent on training single blocks first.")] = (
+        0.05
+    )
+    cross_entropy: Annotated[float, typer.Option(help="Weight of the text's cross entropy relative to the KL.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Number of teacher logits to keep for each token.")] = 256
     match_blocks: Annotated[
-        int, typer.Option(help="Blocks whose outputs are matched to the teacher's, beside its logits; 0: none.")
+        int, typer.Option(help="Number of blocks whose outputs are matched to the teacher's; 0: none.")
     ] = 4
     match_weight: Annotated[
         float | None,
         typer.Option(
-            help="Weight of their errors beside the KL.",
-            show_default="weights of the model per token of text, at most 20",
+            help="Weight of the block-matching loss relative to the KL.",
+            show_default="the model's weights divided by the text's tokens, at most 20",
         ),
     ] = None
     train_codes: Annotated[
@@ -260,10 +262,10 @@ class HealSettings:
         ),
     ] = None
     assistant_only: Annotated[
-        bool, typer.Option("--assistant-only", help="Only what the assistant says counts in the loss.")
+        bool, typer.Option("--assistant-only", help="Only the assistant's messages count in the loss.")
     ] = False
-    chi_dropout: Annotated[float, typer.Option(help="Chance of a step on a random prefix of the bonds.")] = 0.0
-    seed: Annotated[int, typer.Option(help="Of the order of the text.")] = 0
+    chi_dropout: Annotated[float, typer.Option(help="Probability that a step uses a random prefix of the bonds.")] = 0.0
+    seed: Annotated[int, typer.Option(help="Seed of the order of the text and of χ-dropout.")] = 0
 
     def record(self, bounds: HealBounds) -> Settings:
         """The settings; raises ConfigError for a value out of range."""
