@@ -27,7 +27,7 @@ SECONDS = 5.0  # for one rendering in the helper process
 SECONDS_TO_START = 60.0  # for starting it, on a slow machine
 LONGEST_TEMPLATE = 1 << 20  # characters
 _DEEPEST = 64  # levels of lists and objects in a message
-_BOOT = "import sys; sys.path[:] = sys.argv[1:]; from mpo_runtime import template_helper; template_helper.serve()"
+_BOOT = "import sys; sys.path[:] = sys.argv[1:]; from mpo_runtime.text import template_helper; template_helper.serve()"
 # A template that asks what kind of thing a content is, or loops over it, takes lists of parts itself.
 _TAKES_PARTS = re.compile(
     r"content['\"\])]*\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)"

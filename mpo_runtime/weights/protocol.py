@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from mpo_formats import ModelSpec, MpoFile
+from mpo_runtime.weights.gguf import Gguf, is_gguf
 from mpo_runtime.weights.store import resolve
 
 
@@ -37,7 +38,7 @@ class Weights(Protocol):
 
 
 def open_weights(path: str | Path, *, verify: bool = False) -> Weights:
-    """Opens a `.mpo` file or a Hugging Face folder, given by its path or by its name in the local store.
+    """Opens a `.mpo` or GGUF file or a Hugging Face folder, given by its path or by its name in the local store.
 
     Raises:
         CheckpointError: when there is nothing at `path` and no such name in the store.
@@ -48,4 +49,6 @@ def open_weights(path: str | Path, *, verify: bool = False) -> Weights:
         from mpo_runtime.weights.checkpoint import Checkpoint
 
         return Checkpoint(place)
+    if is_gguf(place):
+        return Gguf(place)
     return MpoFile(place, verify=verify)
