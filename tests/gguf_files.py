@@ -37,7 +37,11 @@ NAMES = {
 
 def stored_name(name: str) -> str:
     """llama.cpp's name of a tensor of transformers."""
-    for ours, theirs in (("model.embed_tokens.", "token_embd."), ("lm_head.", "output."), ("model.norm.", "output_norm.")):
+    for ours, theirs in (
+        ("model.embed_tokens.", "token_embd."),
+        ("lm_head.", "output."),
+        ("model.norm.", "output_norm."),
+    ):
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     _, _, block, *inner, part = name.split(".")
@@ -148,7 +152,9 @@ def write_gguf(
     return path
 
 
-def convert(folder: Path, path: Path, kinds: Mapping[str, Kind] | Kind = Kind.F32, change: Change | None = None) -> Path:
+def convert(
+    folder: Path, path: Path, kinds: Mapping[str, Kind] | Kind = Kind.F32, change: Change | None = None
+) -> Path:
     """Converts a Hugging Face folder whose tokenizer is a SentencePiece BPE, such as the shared stories260K."""
     config = json.loads((folder / "config.json").read_text())
     tensors = dict(load_file(folder / "model.safetensors"))
@@ -182,7 +188,11 @@ def sentencepiece(document: Mapping[str, Any]) -> Change:
 
 
 def byte_level(
-    tokens: Sequence[str], merges: Sequence[tuple[str, str]], pre: str, control: Sequence[str] = (), own: Sequence[str] = ()
+    tokens: Sequence[str],
+    merges: Sequence[tuple[str, str]],
+    pre: str,
+    control: Sequence[str] = (),
+    own: Sequence[str] = (),
 ) -> Change:
     """Metadata of a byte-level BPE; `control` tokens and the user's `own` come after the others."""
 

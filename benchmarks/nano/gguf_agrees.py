@@ -103,7 +103,9 @@ def compare_logits(file: Path, ids: np.ndarray) -> float:
         network = load_network(Gguf(file), backend=backend)
         ours = np.concatenate(list(piecewise_logits(network, ids, 512)))
         difference = float(np.abs(ours - expected[: len(ours)]).max())
-        print(f"{backend}: logits of {len(ours)} tokens differ by at most {difference:.2e} of {np.abs(expected).max():.1f}")
+        print(
+            f"{backend}: logits of {len(ours)} tokens differ by at most {difference:.2e} of {np.abs(expected).max():.1f}"
+        )
         largest = max(largest, difference)
     return largest
 

@@ -86,7 +86,9 @@ def check_version(begin: bytes, path: Path) -> None:
     if begin[:4] != MAGIC:
         raise CheckpointError(f"{path}: is not a GGUF file, it begins with {begin[:4]!r}; download it again")
     if len(begin) < 8:
-        raise CheckpointError(f"{path}: truncated or damaged GGUF file: it ends at byte {len(begin)}; download it again")
+        raise CheckpointError(
+            f"{path}: truncated or damaged GGUF file: it ends at byte {len(begin)}; download it again"
+        )
     version = int.from_bytes(begin[4:8], "little")
     if version in VERSIONS:
         return
