@@ -34,12 +34,11 @@ from mpo_exporter.source import find_source
 from mpo_exporter.terms import integers
 from mpo_formats import LinearSpec, MpoFile, Quantized
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_runtime import kernels
+from mpo_runtime import native
 from mpo_runtime.engine import Engine
-from mpo_runtime.model import load_network
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from mpo_runtime.weights.protocol import open_weights
 
 BAR, DEFAULT_BAR = 0.9, 1.02
 # Widths and groups that somebody would give all matrices, and more bits for the tables.
@@ -147,7 +146,7 @@ def default_row(bench: Bench) -> dict[str, Any]:
 
 def tokens_per_second(path: Path) -> float | None:
     """The fastest of some stretches of decoding in the native backend."""
-    if not kernels.native_available():
+    if not native.available():
         return None
     engine = Engine(load_network(open_weights(path), backend="native"), context=128)
     best = 0.0
@@ -220,7 +219,7 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "command": command_line(),
             "machine": asdict(describe_machine()),
-            "kernels": kernels.active(),
+            "kernels": native.active(),
             "rows": rows,
             **default,
         }

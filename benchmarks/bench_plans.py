@@ -1,4 +1,4 @@
-"""Quality against bytes of the export plans on the embedded model: the README's table.
+"""Quality against bytes of the export plans on the embedded model: a table of docs/results.md.
 
     python benchmarks/bench_plans.py [--tokens 40000] [--out benchmarks/results/plans-DATE.json]
 
@@ -22,7 +22,7 @@ from mpo_exporter.export import Result, export
 from mpo_exporter.plan.named import Options
 from mpo_exporter.source import data_folder, find_source
 from mpo_runtime import __version__
-from mpo_runtime.model import read_text_files
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.token_text import read_tokens
 from mpo_runtime.weights.checkpoint import Checkpoint
 

@@ -30,8 +30,7 @@ from machine import describe_machine, read_bandwidth
 from synthetic import SyntheticPlan, granite, write_synthetic
 
 from mpo_runtime.engine import Engine
-from mpo_runtime.model import load_network
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime.loading import load_network, open_weights
 
 PROMPT = 32
 
@@ -148,7 +147,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All rounds, and what they gave."""
-    from mpo_runtime import kernels
+    from mpo_runtime import native
 
     entrants, bandwidths = contestants(arguments), []
     for entrant in entrants:
@@ -185,7 +184,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "size": arguments.size,
         "tokens": arguments.tokens,
         "read_bandwidth": bandwidth,
-        "kernels": kernels.active(),
+        "kernels": native.active(),
         "rows": rows,
     }
 

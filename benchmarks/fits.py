@@ -36,8 +36,8 @@ from mpo_exporter.quantize.gptq import compensated
 from mpo_exporter.quantize.rounding import round_to_nearest
 from mpo_exporter.source import find_source
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.memory import peak_memory
-from mpo_runtime.model import read_text_files
 from mpo_runtime.weights.checkpoint import Checkpoint
 
 Matrix = NDArray[np.float64]

@@ -39,9 +39,10 @@ from mpo_exporter.plan.named import Options
 from mpo_exporter.source import find_source
 from mpo_formats import LinearSpec
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor
+from mpo_runtime.loading import open_weights
 from mpo_runtime.memory import peak_memory
-from mpo_runtime.models.decoder import GraniteModel
-from mpo_runtime.weights.protocol import Weights, open_weights
+from mpo_runtime.models.registry import decoder_for
+from mpo_runtime.weights.protocol import Weights
 
 STEPS = 5
 
@@ -83,7 +84,7 @@ def measure(
     """The median time of a step and of its processors [s], which others' work disturbs less, and what trains."""
     trainables.to(device)
     ops = HealingOps(weights, device)
-    model = GraniteModel(weights.spec.architecture, ops)
+    model = decoder_for(weights.spec.architecture, ops)
     settings, architecture = Settings(), weights.spec.architecture
     blocks = matched_blocks(architecture.num_hidden_layers, settings.match_blocks)
     matched = {block: torch.ones(architecture.hidden_size, device=device) for block in blocks}

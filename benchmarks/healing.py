@@ -1,4 +1,4 @@
-"""What healing gives back, by plan: quality before and after, tokens and minutes. The README's table.
+"""What healing gives back, by plan: quality before and after, tokens and minutes. Tables of docs/results.md.
 
     python benchmarks/healing.py                       # the table: 1 M tokens a row, test text
     python benchmarks/healing.py --only auto --tokens 500k --corpus ../shared/corpus
@@ -44,9 +44,9 @@ from mpo_exporter.plan.named import PLANS, Options
 from mpo_exporter.source import data_folder
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import check_device, read_text_files
 from mpo_runtime.measure import compare, cut_windows
-from mpo_runtime.model import check_device, read_text_files
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.text.token_text import TokenText, read_tokens
 
 # Multiply-adds a second that the first row's duration is guessed with; later ones are by what was measured.
@@ -57,7 +57,7 @@ SVD = Method(cores="whitened")
 
 
 def table_rows() -> Iterator[Row]:
-    """The rows of the README's table."""
+    """The rows of the table of a million tokens."""
     for bits in (4.25, 3.3, 3.0, 2.5):
         yield Row(f"auto, {bits} bits", auto(bits))
     yield Row("auto, 3.0 bits, cores of χ = 8 among them", cored(3.0, 8))
@@ -95,7 +95,7 @@ def chosen_rows(rows: list[Row], wanted: Sequence[str] | None) -> list[Row]:
     ]
 
 
-class Noting(GraniteModel):
+class Noting(Decoder):
     """A model that notes the most likely token after each token of what it is run on."""
 
     def __init__(self, weights: MpoFile, chi: int | None) -> None:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from mpo_exporter.source import data_folder
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.measure import Comparison, compare, window_logits
-from mpo_runtime.model import read_text_files
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText, read_tokens
 from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.weights.protocol import Weights
@@ -78,14 +79,14 @@ def calibration_tokens(source: Checkpoint, path: Path | None, domain: str | None
 class Judge:
     """Compares weights with the dense model on each domain's text; the dense model runs once."""
 
-    dense: GraniteModel
+    dense: Decoder
     texts: dict[str, TokenText]
     kept: dict[bytes, NDArray[np.float32]]
 
     @staticmethod
     def of(source: Checkpoint, texts: dict[str, TokenText]) -> Judge:
         """A judge that has run nothing yet."""
-        return Judge(GraniteModel(source.spec.architecture, ReferenceOps(source)), texts, {})
+        return Judge(decoder_for(source.spec.architecture, ReferenceOps(source)), texts, {})
 
     def reference(self, window: NDArray[np.int64]) -> NDArray[np.float32]:
         """The dense model's logits of a window."""
@@ -100,7 +101,7 @@ class Judge:
 
     def ops(self, ops: ReferenceOps) -> dict[str, dict[str, float]]:
         """Figures by domain, and over all of them under `all`."""
-        model = GraniteModel(self.dense.architecture, ops)
+        model = decoder_for(self.dense.architecture, ops)
         found = {name: compare(model, self.reference, text.ids) for name, text in self.texts.items()}
         return {name: figures([result]) for name, result in found.items()} | {"all": figures(list(found.values()))}
 

@@ -84,10 +84,10 @@ def buffer() -> NDArray[np.uint64]:
 
 def read_bandwidth(threads: int, passes: int = 3) -> float:
     """GB/s of reading memory in order: the best of `passes`, each summing half a gigabyte in `threads` threads."""
-    from mpo_runtime import kernels
+    from mpo_runtime import native
 
-    if kernels.native_available():
-        return max(kernels.read_bandwidth(buffer(), threads) for _ in range(passes))
+    if native.available():
+        return max(native.read_bandwidth(buffer(), threads) for _ in range(passes))
     parts = np.array_split(buffer(), threads)
     best = 0.0
     for _ in range(passes):

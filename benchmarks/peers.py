@@ -33,7 +33,7 @@ from mpo_formats import LinearSpec, PlanError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.layers.linear import MatrixTerm
-from mpo_runtime.model import read_text_files
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 

@@ -1,7 +1,7 @@
 """Quality against bytes on held-out text: the whole file, embeddings included, nothing healed.
 
     python benchmarks/quality.py --quick --minutes 20
-    python benchmarks/quality.py --out benchmarks/results/DATE-quality.json --plot docs/quality.svg
+    python benchmarks/quality.py --out benchmarks/results/DATE-quality.json
     python benchmarks/quality.py --calib-domain web        # calibrated on one domain, measured on all three
 
 At each of ten sizes from 2.3 to 8 bits a weight of the whole file: integers rounded to nearest and error-compensated, widths
@@ -9,7 +9,7 @@ allocated layer by layer, each without cores and with int8 cores of χ 8 to 64 b
 whitened SVD, the published MPO, the MPO fitted on activations). Every row is a real file, written by the exporter and read by
 the runtime. Its settings were chosen on valid text; the figures are one run on test text. A row is appended to --rows, a
 file of JSON lines, as soon as it is measured, so a stopped run goes on where it was, and --minutes, --family and --size do
-parts. Rows of llama.cpp's types come from benchmarks/peers.py: give its result with --peers.
+parts. Rows of llama.cpp's types come from benchmarks/peers.py: give its result with --peers. benchmarks/picture.py draws them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from judge import DOMAINS, Judge, calibration_tokens, domain_texts
 from machine import command_line, describe_machine
 from rows import Row, make_row, planned_rows, vector_bytes
-from verdict import divergence, markdown, plot, where_cores_help
+from verdict import divergence, markdown, where_cores_help
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
@@ -219,8 +219,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the part of the table that says most for its time")
     parser.add_argument("--family", action="append", help="only rows of this family; may be repeated")
     parser.add_argument("--size", type=float, action="append", help="only rows of this size; may be repeated")
-    parser.add_argument("--peers", type=Path, help="result of benchmarks/peers.py, for the table and the plot")
-    parser.add_argument("--plot", type=Path, help="the figure to write, .svg or .png (needs matplotlib)")
+    parser.add_argument("--peers", type=Path, help="result of benchmarks/peers.py, for the table")
     arguments = parser.parse_args()
     bench = open_bench(arguments)
     rows, missing = measure_rows(bench, arguments)
@@ -233,8 +232,6 @@ def main() -> None:
         print(f"\nNo such file is that small: {'; '.join(missing)}.")
     if arguments.out:
         write_results(arguments, bench, rows, no_such_file=missing, verdict=where_cores_help(rows))
-    if arguments.plot and rows:
-        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

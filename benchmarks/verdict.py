@@ -1,9 +1,7 @@
-"""What the rows of benchmarks/quality.py say: the table, where cores help and where they do not, and the figure."""
+"""What the rows of benchmarks/quality.py say: the table, and where cores help and where they do not."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import Any
 
 from judge import DOMAINS
@@ -99,42 +97,3 @@ def cores_alone(found: dict[tuple[str, float, int], float]) -> list[str]:
                 f"{'better at ' + str(better) if better else 'never better'}."
             )
     return lines
-
-
-def plot(rows: list[Entry], path: Path) -> None:
-    """KL against the bytes of the file, one line for each family and χ."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "mpo"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    lines = dict.fromkeys((row["family"], row["chi"] if row["family"] in METHODS else 0) for row in rows)
-    for family, chi in lines:
-        chosen = [row for row in rows if row["family"] == family and (family not in METHODS or row["chi"] == chi)]
-        points = sorted((row["file_bytes"] / 1e6, divergence(row)) for row in chosen)
-        style = "k*" if family == "llama.cpp" else "o-" if family in METHODS and not chi else "x--" if chi else "s:"
-        axes.plot(
-            *zip(*points, strict=True),
-            style,
-            label=f"{family}{f' + χ={chi}' if chi else ''}",
-            markersize=9 if style == "k*" else 4,
-            linewidth=1.6 if style == "o-" else 0.9,
-        )
-        for row in chosen if family == "llama.cpp" else ():
-            axes.annotate(
-                row["size"],
-                (row["file_bytes"] / 1e6, divergence(row)),
-                fontsize=7,
-                xytext=(4, 4),
-                textcoords="offset points",
-            )
-    axes.set(yscale="log", xlabel="MB, the whole file", ylabel="KL to the dense model, nats a token")
-    if min(map(divergence, rows)) > 0:
-        axes.set_ylim(10 ** math.floor(math.log10(min(map(divergence, rows)))), None)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

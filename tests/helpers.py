@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mpo_runtime.model import load_network
-from mpo_runtime.models.decoder import GraniteModel
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime.loading import load_network, open_weights
+from mpo_runtime.models.decoder import Decoder
 
 # Matrices this small are multiplied faster by one thread, above all where others use the machine.
 torch.set_num_threads(1)
@@ -137,12 +136,12 @@ def byte_tokenizer() -> Tokenizer:
     return raw
 
 
-def network(path: Path, **options: Any) -> GraniteModel:
+def network(path: Path, **options: Any) -> Decoder:
     """The reference backend's model of a folder or file; whatever the backend, the KV cache is in float32."""
     return load_network(open_weights(path), **{"backend": "reference", "kv_type": "f32", **options})
 
 
-def forward(model: GraniteModel, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+def forward(model: Decoder, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
     """Logits [B, S, vocabulary] of rows of equal length, in one pass."""
     count = len(rows[0])
     cache = model.ops.new_cache(model.architecture, len(rows), count)

@@ -31,11 +31,10 @@ from mpo_exporter.source import data_folder, find_source
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.cli.inspect import stored_parameters
 from mpo_runtime.engine import Engine
-from mpo_runtime.model import load_network, read_text_files
+from mpo_runtime.loading import load_network, open_weights, read_text_files
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
 from mpo_runtime.weights.checkpoint import Checkpoint
-from mpo_runtime.weights.protocol import open_weights
 
 # Tokens generated in each stretch when the speeds of two models are compared, and how many stretches.
 SPEED_TOKENS = 16

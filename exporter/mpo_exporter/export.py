@@ -31,7 +31,8 @@ from mpo_formats import (
 from mpo_formats.layout import content_tensors
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison, compare
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -100,7 +101,7 @@ def export(
             if text is None:
                 return Certificates(())
             bonds = (None, *prefixes)
-            dense = GraniteModel(source.spec.architecture, ReferenceOps(source, device=device))
+            dense = decoder_for(source.spec.architecture, ReferenceOps(source, device=device))
             comparison.extend(measure_file(path, chi, dense, text, device, progress) for chi in bonds)
             measured = zip(bonds, comparison, strict=True)
             return Certificates(tuple(Certificate(chi, quality(result, text)) for chi, result in measured))
@@ -190,12 +191,12 @@ def file_spec(source: Checkpoint, options: Options, revision: str | None, calibr
 
 
 def measure_file(
-    path: Path, chi: int | None, dense: GraniteModel, text: TokenText, device: str, progress: Progress
+    path: Path, chi: int | None, dense: Decoder, text: TokenText, device: str, progress: Progress
 ) -> Comparison:
     """Compares a written file, or its prefix at χ = `chi`, with its dense source on held-out text."""
     stage = "measuring" if chi is None else f"measuring χ={chi}"
     with MpoFile(path) as file:
-        ours = GraniteModel(file.spec.architecture, ReferenceOps(file, chi=chi, device=device))
+        ours = decoder_for(file.spec.architecture, ReferenceOps(file, chi=chi, device=device))
         return compare(ours, dense, text.ids, progress=lambda done, total: progress(stage, done, total))
 
 

@@ -19,6 +19,7 @@ from mpo_formats.architecture import Architecture, ModelSpec
 from mpo_formats.codec import from_json, records_from_json, shorten
 from mpo_formats.container import Entry
 from mpo_formats.errors import FormatError
+from mpo_formats.git_lfs import is_pointer, pointer_message
 from mpo_formats.layout import CERTIFICATE, CHECKSUMS, FILE, PADDING, TensorSpec, file_tensors
 from mpo_formats.packing import first_not_finite
 from mpo_formats.provenance import Certificates, Provenance
@@ -35,6 +36,8 @@ NUMPY: dict[str, Any] = {
     "u8": np.dtype("u1"),
 }
 CHUNK = 1 << 24
+# Bytes that tell a Git LFS pointer.
+POINTER_HEAD = 64
 
 
 class MpoFile:
@@ -53,7 +56,11 @@ class MpoFile:
         self.name = self.path.name
         with self.path.open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
-            length = container.header_length(file.read(container.LENGTH_SIZE), self.size, self.name)
+            head = file.read(POINTER_HEAD)
+            if is_pointer(head):
+                raise FormatError(pointer_message(self.name))
+            length = container.header_length(head[: container.LENGTH_SIZE], self.size, self.name)
+            file.seek(container.LENGTH_SIZE)
             metadata, rows = container.parse_header(file.read(length), self.name)
             self._header_size = container.LENGTH_SIZE + length
             self.spec = read_spec(metadata, self.name)

@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 import mpo_runtime._native as _native
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.backends import check_activations
-from mpo_runtime.backends.ops import Array
+from mpo_runtime.backends.ops import Array, check_activations
 from mpo_runtime.layers.native import float_vector, load_linear
-from mpo_runtime.models.rope import inverse_frequencies
+from mpo_runtime.layers.rope import inverse_frequencies
 from mpo_runtime.weights.protocol import Weights
 
 Floats = NDArray[np.float32]

@@ -12,9 +12,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_formats import Architecture
+from mpo_formats import Architecture, ConfigError
 
 Array = Any
+# What a backend multiplies integer weights with.
+ACTIVATIONS = ("int8", "float")
+
+
+def check_activations(activations: str) -> None:
+    """Raises ConfigError for other activations than `int8` and `float`."""
+    if activations not in ACTIVATIONS:
+        raise ConfigError(f"activations {activations}: expected one of {', '.join(ACTIVATIONS)}")
 
 
 class Cache(Protocol):

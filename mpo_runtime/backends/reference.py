@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.layers.linear import Linear, float_tensor, load_linear
+from mpo_runtime.layers.rope import inverse_frequencies
 from mpo_runtime.memory import available_memory
-from mpo_runtime.models.rope import inverse_frequencies
 from mpo_runtime.weights.protocol import Weights
 
 # Float matrices are held when they take at most this share of the memory that is free.

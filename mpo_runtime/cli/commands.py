@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mpo_runtime.cli import console
-from mpo_runtime.model import load_network, read_text_files
+from mpo_runtime.loading import load_network, open_weights, read_text_files
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights.protocol import Weights, open_weights
+from mpo_runtime.weights.protocol import Weights
 
 
 def read_text(weights: Weights, path: Path) -> TokenText:

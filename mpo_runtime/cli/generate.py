@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mpo_formats.errors import ConfigError
-from mpo_runtime.model import Model, Piece, load
+from mpo_runtime.loading import load
+from mpo_runtime.model import Model, Piece
 from mpo_runtime.sampler import Choice, SamplingOptions
 
 
@@ -165,9 +166,9 @@ def note_chi(model: Model, chi: int | None) -> None:
 
 def note_kernels(model: Model) -> None:
     """Says once, clearly, when a faster path is missing."""
-    from mpo_runtime import kernels
+    from mpo_runtime import native
 
-    if not kernels.native_available():
+    if not native.available():
         print(
             "note: running without native kernels (no C++ compiler was found at install); reinstall with one for speed",
             file=sys.stderr,

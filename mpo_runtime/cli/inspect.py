@@ -11,10 +11,9 @@ from typing import Any
 from mpo_formats import Dense, LinearSpec, ModelSpec, MpoFile, Quantized, Term
 from mpo_formats.errors import ConfigError
 from mpo_formats.layout import content_tensors, linear_bytes
-from mpo_runtime import kernels
-from mpo_runtime.backends import choose_backend
+from mpo_runtime import native
 from mpo_runtime.cli.console import size_text
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime.loading import choose_backend, open_weights
 
 
 def term_text(term: Term) -> str:
@@ -74,7 +73,7 @@ def describe(file: Path) -> dict[str, Any]:
         "files": [embedded.name for embedded in spec.files],
         "provenance": asdict(spec.provenance),
         "quality": [asdict(entry) for entry in measured],
-        "backend": {"name": choose_backend("auto", "cpu"), **kernels.active()},
+        "backend": {"name": choose_backend("auto", "cpu"), **native.active()},
     }
 
 

@@ -110,7 +110,7 @@ class Running:
     activations: Activations = "float"  # figures should not depend on rounded activations
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `mpo_runtime.model.load_network`."""
+        """Keyword arguments of `mpo_runtime.loading.load_network`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mpo_formats import Dense, LinearSpec, Mpo, Quantized
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import bf16_to_f32
-from mpo_runtime import kernels
+from mpo_runtime import native
 from mpo_runtime.layers.contraction import choose_order
 from mpo_runtime.weights.protocol import Weights
 
@@ -177,7 +177,7 @@ def _matrix_term(
         planes = [np.ascontiguousarray(weights.array(f"{prefix}.q{plane}")[rows]) for plane in PLANES[term.bits]]
         scale = np.ascontiguousarray(weights.array(f"{prefix}.scale")[rows])
         zero = np.ascontiguousarray(weights.array(f"{prefix}.zero")[rows]) if term.zeros else None
-        return torch.from_numpy(kernels.dequantize(planes, term.bits, scale, zero)).to(device)
+        return torch.from_numpy(native.dequantize(planes, term.bits, scale, zero)).to(device)
 
     return MatrixTerm(rebuild() if held else None, rebuild, lambda ids: rebuild(ids.cpu().numpy()))
 
@@ -193,7 +193,7 @@ def load_cores(weights: Weights, prefix: str, stored: Mpo, kept: Mpo, device: to
                 for array in (weights.array(f"{name}.q{stored.core_bits}"), weights.array(f"{name}.scale"))
             ]
             planes, scale = (array.reshape(part[0] * part[1], *array.shape[2:]) for array in picked)
-            core = torch.from_numpy(kernels.dequantize([planes], stored.core_bits, scale, None)).reshape(part)
+            core = torch.from_numpy(native.dequantize([planes], stored.core_bits, scale, None)).reshape(part)
         else:
             core = widen(weights.array(name)[: part[0], : part[1]], stored.dtype)
         cores.append(core.permute(1, 2, 3, 0).contiguous().to(device))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from mpo_formats import ModelSpec, MpoFile
-from mpo_runtime.weights.gguf import Gguf, is_gguf
-from mpo_runtime.weights.store import resolve
+from mpo_formats import ModelSpec
 
 
 class Weights(Protocol):
@@ -33,22 +30,5 @@ class Weights(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives the mapped files back."""
+        """Unmaps the files."""
         ...
-
-
-def open_weights(path: str | Path, *, verify: bool = False) -> Weights:
-    """Opens a `.mpo` or GGUF file or a Hugging Face folder, given by its path or by its name in the local store.
-
-    Raises:
-        CheckpointError: when there is nothing at `path` and no such name in the store.
-        FormatError: when a `.mpo` file breaks a rule.
-    """
-    place = resolve(path)
-    if place.is_dir():
-        from mpo_runtime.weights.checkpoint import Checkpoint
-
-        return Checkpoint(place)
-    if is_gguf(place):
-        return Gguf(place)
-    return MpoFile(place, verify=verify)

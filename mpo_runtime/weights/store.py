@@ -1,7 +1,7 @@
 """The local store: models kept under a name, so that every command and `load` take the name in place of a path.
 
-An entry is a file `NAME.mpo` or a Hugging Face folder `NAME` in `models` of the store's folder; in a name `owner/name` the
-slash is stored as two hyphens. What is added is checked first and appears whole or not at all.
+An entry is a file `NAME.mpo` or a Hugging Face folder `NAME` in the folder `models` of the store; in a name `owner/name` the
+slash is stored as two hyphens. A model is checked before it is added, and it appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpo_formats import MpoFile
 from mpo_formats.errors import CheckpointError, ConfigError, OutputError
+from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import Weights
 
 SUFFIX = ".mpo"
-# Parts of names are file names everywhere, and cannot lead out of the store's folder.
+# Such a part is a valid file name on every system, and no path that leads out of the store's folder.
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._]|-(?!-)){0,95}"
 _NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
 # What a Hugging Face folder needs to run; nothing else is copied or downloaded.
@@ -37,7 +40,7 @@ NEEDED = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model in the store: its name, where it lies and its size in bytes."""
+    """A model in the store: its name, its path and its size in bytes."""
 
     name: str
     path: Path
@@ -50,21 +53,21 @@ class Entry:
 
 
 def home() -> Path:
-    """The store's folder: MPO_HOME, or mpo-runtime in the user's data folder (XDG_DATA_HOME, ~/.local/share)."""
+    """The store's folder: MPO_HOME, else mpo-runtime in the user's data folder (XDG_DATA_HOME, or ~/.local/share)."""
     if chosen := os.environ.get("MPO_HOME"):
         return Path(chosen).expanduser().absolute()
     data = os.environ.get("XDG_DATA_HOME", "")
-    # The XDG specification has relative paths ignored.
+    # A relative path is ignored, as the XDG specification says.
     return (Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share") / "mpo-runtime"
 
 
 def models_folder() -> Path:
-    """Where the entries lie."""
+    """The folder that holds the entries."""
     return home() / "models"
 
 
 def check_name(name: str) -> str:
-    """The name itself; raises ConfigError where it is not `name` or `owner/name` of plain characters."""
+    """The name itself; raises ConfigError unless it is `name` or `owner/name` of plain characters."""
     if not _NAME.fullmatch(name) or name.endswith((".", SUFFIX)):
         raise ConfigError(
             f"{name!r} is no name for the store; expected letters, digits, '.', '_' and single '-', "
@@ -84,7 +87,7 @@ def find(name: str) -> Entry | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """A path that exists as it is, else the entry of that name.
+    """The path itself where a file or folder exists there, else the path of the entry of that name.
 
     Raises:
         CheckpointError: when there is neither.
@@ -101,6 +104,16 @@ def resolve(path: str | Path) -> Path:
     return entry.path
 
 
+def open_path(path: Path, *, verify: bool = False) -> Weights:
+    """Opens a `.mpo` file or a Hugging Face folder; `verify` checks the checksums of a file.
+
+    Raises:
+        CheckpointError: when a folder is no complete model of a known architecture.
+        FormatError: when a `.mpo` file breaks a rule of SPEC.md.
+    """
+    return Checkpoint(path) if path.is_dir() else MpoFile(path, verify=verify)
+
+
 def entries() -> list[Entry]:
     """All models in the store, by name."""
     folder = models_folder()
@@ -114,18 +127,18 @@ def entries() -> list[Entry]:
 
 
 def add(source: Path, name: str | None = None, *, replace: bool = False) -> Entry:
-    """Takes a `.mpo` file or a Hugging Face folder into the store, by hard links where the file system has them.
+    """Adds a `.mpo` file or a Hugging Face folder to the store, by hard links where the file system has them.
 
     Args:
-        name: what to call it; the name of the file or folder where None.
-        replace: takes the place of an entry of that name.
+        name: of the new entry; where None, the name of the file or folder.
+        replace: replaces an entry of that name.
 
     Raises:
-        MpoError: when the source is no model, the name is taken or not a name, or the store cannot be written.
+        MpoError: when the source is no model, the name is taken or not valid, or the store cannot be written.
     """
     chosen = check_name(name or source.resolve().name.removesuffix(SUFFIX))
     refuse_taken(chosen, replace)
-    check_model(source)
+    open_path(source).close()  # raises where it is no model
     with staging(chosen) as stage:
         if source.is_dir():
             target = stage / "folder"
@@ -139,21 +152,14 @@ def add(source: Path, name: str | None = None, *, replace: bool = False) -> Entr
 
 
 def refuse_taken(name: str, replace: bool) -> None:
-    """Raises OutputError for a name that is in the store, unless it is to be replaced."""
+    """Raises OutputError for a name that is in the store, unless `replace`."""
     if not replace and find(name):
         raise OutputError(f"{name}: is in the store already; add --force to replace it, or --name for another name")
 
 
-def check_model(path: Path) -> None:
-    """Opens a model and closes it again; raises MpoError where that fails."""
-    from mpo_runtime.weights.protocol import open_weights
-
-    open_weights(path).close()
-
-
 @contextmanager
 def staging(name: str) -> Iterator[Path]:
-    """A new folder inside the store in which an entry is put together; raises OutputError where there can be none."""
+    """Yields a new temporary folder inside the store for a new entry; raises OutputError where the store is not writable."""
     folder = models_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +178,7 @@ def staging(name: str) -> Iterator[Path]:
 
 
 def publish(target: Path, name: str) -> Entry:
-    """Moves a finished file or folder to its place; what had the name before goes once the new entry is complete."""
+    """Moves a finished file or folder to its place; an older entry of that name is removed afterwards."""
     place = models_folder() / (name.replace("/", "--") + ("" if target.is_dir() else SUFFIX))
     old = find(name)
     if old and (old.kind == "folder" or old.path != place):
@@ -183,7 +189,7 @@ def publish(target: Path, name: str) -> Entry:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy that is on the disk when this returns."""
+    """Makes a hard link, or else a copy that is flushed to the disk."""
     real = source.resolve()
     try:
         os.link(real, target)
@@ -197,7 +203,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove(name: str) -> Entry:
-    """Deletes an entry and returns what it was; never touches anything outside the store's folder.
+    """Deletes an entry and returns it; never touches anything outside the store's folder.
 
     Raises:
         ConfigError: when there is no entry of that name.

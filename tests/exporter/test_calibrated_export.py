@@ -23,7 +23,7 @@ from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, OutputErro
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.layers.linear import Linear
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import granite_config, some_ids, write_folder
@@ -256,7 +256,7 @@ def test_drift_is_what_the_stream_has_lost(folder: Path, tmp_path: Path) -> None
 
     Calibration(source, windows, tmp_path).compress(build, embedding=changed.numpy())
     ops.linears[EMBEDDING].terms[0].held = changed
-    model = GraniteModel(architecture, ops)
+    model = decoder_for(architecture, ops)
     model.hidden(ops.ids(windows.tolist()), ops.new_cache(architecture, len(windows), 32), [32] * len(windows))
     lost = architecture.embedding_multiplier * (table - changed)[windows.reshape(-1)].double().numpy()
     wanted = lost.T @ ops.heard / windows.size / architecture.residual_multiplier

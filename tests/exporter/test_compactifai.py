@@ -23,11 +23,10 @@ from mpo_exporter.fit.svd import contract, sequential_svd
 from mpo_exporter.measure.layerwise import profile_layers, tensorized
 from mpo_exporter.plan.named import Options
 from mpo_formats import CheckpointError, ConfigError, MpoFile, OutputError
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.measure import compare
-from mpo_runtime.model import load_network
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from mpo_runtime.weights.protocol import open_weights
 from tests.helpers import granite_config, some_ids, write_folder
 
 CONFIG = granite_config(hidden_size=64, intermediate_size=128, num_hidden_layers=2)

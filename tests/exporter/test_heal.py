@@ -29,7 +29,7 @@ from mpo_exporter.plan.named import Options
 from mpo_formats import CheckpointError, ConfigError, LinearSpec, Mpo, MpoFile, OutputError, Quantized
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import compare
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, granite_config, some_ids, write_folder
@@ -93,7 +93,7 @@ def test_healing_helps_and_the_file_says_so(file: Path, teacher: Path, text: Pat
     settings = replace(SETTINGS, tokens=4000, recompute=False)
     result = healed(file, teacher, text, target, settings=settings, held_out=held_out)
     dense, *ours = (
-        GraniteModel(weights.spec.architecture, ReferenceOps(weights))
+        decoder_for(weights.spec.architecture, ReferenceOps(weights))
         for weights in (Checkpoint(teacher), MpoFile(file), MpoFile(target))
     )
     before, after = (compare(model, dense, held_out.ids).kl_mean for model in ours)

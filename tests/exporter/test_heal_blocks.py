@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mpo_exporter.heal.blocks import stream_fisher
 from mpo_exporter.heal.ops import WindowOps
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import VOCABULARY, granite_config, write_folder
 
@@ -24,7 +24,7 @@ def test_an_error_costs_what_is_expected(tmp_path: Path, block: int) -> None:
     """½ Σ F e² of random errors at a block's output, against the divergence that they cause."""
     folder = write_folder(tmp_path, granite_config())
     source = Checkpoint(folder)
-    dense = GraniteModel(source.spec.architecture, WindowOps(source))
+    dense = decoder_for(source.spec.architecture, WindowOps(source))
     felt = stream_fisher(dense, np.tile(WINDOWS, (40, 1)), 6, "cpu")
     assert felt.shape == (source.spec.architecture.num_hidden_layers, source.spec.architecture.hidden_size)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().double()

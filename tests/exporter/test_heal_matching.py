@@ -20,7 +20,7 @@ from mpo_exporter.heal.trainable import Trainables
 from mpo_exporter.plan.named import Options
 from mpo_formats import MpoFile
 from mpo_formats.packing import bf16_to_f32
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, VOCABULARY, granite_config, some_ids, write_folder
 
@@ -63,7 +63,7 @@ def test_blocks_are_spread_evenly(blocks: int, count: int, expected: list[int]) 
 
 def test_what_the_teacher_says(teacher: Path) -> None:
     source = Checkpoint(teacher)
-    model = GraniteModel(source.spec.architecture, WindowOps(source))
+    model = decoder_for(source.spec.architecture, WindowOps(source))
     scores, chosen, states = taught(model, IDS, TOP_K, [1, 3])
     theirs, log_p = outputs(teacher, IDS)
     best = log_p.topk(TOP_K, -1)
@@ -82,7 +82,7 @@ def test_the_loss_counts_errors_of_blocks(teacher: Path, rough: Path, recompute:
     with MpoFile(rough) as file:
         names = [one.name for one in (*file.spec.linears, *file.spec.vectors)]
         ops, parts = HealingOps(file), Trainables(file, names, moving=True)
-        model = GraniteModel(file.spec.architecture, ops)
+        model = decoder_for(file.spec.architecture, ops)
         student = Student(model, ops, parts, cross_entropy=0.0, recompute=recompute, matched=matched)
         ids = torch.from_numpy(IDS)
         chosen = torch.arange(VOCABULARY).expand(*weight.shape, -1)
@@ -131,7 +131,7 @@ def test_the_teacher_weighs_all_blocks_and_keeps_the_asked(teacher: Path, tmp_pa
         len(kept),
         of.hidden_size if kept else 0,
     )
-    model = GraniteModel(of, WindowOps(source))
+    model = decoder_for(of, WindowOps(source))
     torch.testing.assert_close(lesson.felt, stream_fisher(model, IDS[:, :-1], 2, "cpu"))
     assert lesson.felt.shape == (BLOCKS, of.hidden_size) and bool((lesson.felt > 0).all())
     assert files.write(source, IDS[:2], IDS, batch=2, device="cpu", progress=silent) == 2

@@ -12,10 +12,10 @@ from mpo_exporter.measure.latency import Latency, keep_table, no_slower_than, op
 from mpo_exporter.measure.survey import Candidate
 from mpo_exporter.terms import operator
 from mpo_formats import Dense, LinearSpec, ModelSpec, Quantized
-from mpo_runtime import kernels
+from mpo_runtime import native
 from tests.exporter.test_plan import dense_model
 
-pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="times the native kernels")
+pytestmark = pytest.mark.skipif(not native.available(), reason="times the native kernels")
 
 TERMS = (
     (Quantized(4, 32, False),),

@@ -17,10 +17,10 @@ from mpo_exporter.measure.cache import Kept
 from mpo_exporter.measure.expected import layer_loss
 from mpo_exporter.measure.latency import Latency
 from mpo_exporter.measure.surveys import packed, unpacked
+from mpo_exporter.plan import planner as make_module
 from mpo_exporter.plan.budget import default_bytes, file_bytes
 from mpo_exporter.plan.file import read_plan, write_plan
 from mpo_exporter.plan.named import Options
-from mpo_exporter.plan import planner as make_module
 from mpo_exporter.plan.planner import Planner
 from mpo_exporter.plan.predict import correction, outcomes_shelf, predict, remember, within_kl
 from mpo_exporter.terms import integers
@@ -208,7 +208,7 @@ def test_shapes_slower_than_int4_are_not_chosen(
 def test_without_native_kernels_there_is_nothing_to_time(
     planner: Planner, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency_module.kernels, "native_available", lambda: False)
+    monkeypatch.setattr(latency_module.native, "available", lambda: False)
     with pytest.raises(ConfigError, match="no native kernels to time here .*; plan without --for-speed"):
         planner.layers(spec, Options("auto", target_bytes=default_bytes(spec), for_speed=True))
 

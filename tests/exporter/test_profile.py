@@ -25,11 +25,10 @@ from mpo_exporter.report.profile_plots import DEPTH, HEAT
 from mpo_exporter.terms import integers
 from mpo_formats import ConfigError, LinearSpec, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.measure import compare
-from mpo_runtime.model import load_network
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from mpo_runtime.weights.protocol import open_weights
 from tests.helpers import granite_config, some_ids, write_folder
 
 TEXT = TokenText("calibration", np.array(some_ids(16 * 63), np.int64), 0, "1" * 64)

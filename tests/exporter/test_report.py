@@ -31,8 +31,8 @@ from mpo_exporter.report.terminal import print_whole
 from mpo_formats import ConfigError, FormatError, MpoFile, OutputError
 from mpo_formats.layout import linear_bytes
 from mpo_formats.reference import matrix
+from mpo_runtime.loading import load
 from mpo_runtime.measure import compare
-from mpo_runtime.model import load
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import byte_tokenizer, granite_config, network, some_ids, write_folder

@@ -12,7 +12,7 @@ import pytest
 from mpo_exporter.calibrate.windows import calibration_text, cut_calibration
 from mpo_exporter.source import find_source
 from mpo_formats import ConfigError
-from mpo_runtime.model import read_text_files
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, VOCABULARY, granite_config, write_folder

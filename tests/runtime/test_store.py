@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import mpo_runtime
 from mpo_formats import CheckpointError, ConfigError, FormatError, MpoError, OutputError
 from mpo_runtime.cli.main import app
+from mpo_runtime.loading import open_weights
 from mpo_runtime.weights import hub, store
-from mpo_runtime.weights.protocol import open_weights
 from tests.formats import tiny
 from tests.helpers import write_folder
 

@@ -19,7 +19,8 @@ from mpo_exporter.calibrate.upstream import RecordingOps, block_cache
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import Linear
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.protocol import Weights
 
 Progress = Callable[[int, int], None]
@@ -81,7 +82,7 @@ def output_fisher(
         By the layer's name, [O]; the head under the embedding's name where the two are tied.
     """
     ops = OutputOps(source)
-    model = GraniteModel(source.spec.architecture, ops)
+    model = decoder_for(source.spec.architecture, ops)
     generator = torch.Generator().manual_seed(seed)
     squares = Squares()
     starts = range(0, windows.shape[0], batch)
@@ -94,7 +95,7 @@ def output_fisher(
 
 
 def _add_batch(
-    model: GraniteModel, ops: OutputOps, squares: Squares, windows: NDArray[np.int64], generator: torch.Generator
+    model: Decoder, ops: OutputOps, squares: Squares, windows: NDArray[np.int64], generator: torch.Generator
 ) -> None:
     architecture = model.architecture
     rows, count = windows.shape
@@ -123,7 +124,7 @@ def _add_batch(
     squares.add(LOOKUP, (gradient * architecture.embedding_multiplier).square())
 
 
-def head_gradient(model: GraniteModel, squares: Squares, x: Tensor, generator: torch.Generator) -> Tensor:
+def head_gradient(model: Decoder, squares: Squares, x: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient [B, W, E] at the residual stream x of the summed loss of labels drawn from the model itself.
 
     Args:

@@ -16,7 +16,7 @@ from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import ReferenceOps, TorchCache
 from mpo_runtime.layers.linear import Linear, MatrixTerm
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.protocol import Weights
 
 
@@ -157,7 +157,7 @@ class Upstream:
 
     def __init__(self, source: Weights, windows: NDArray[np.int64], file: Path, batch: int) -> None:
         self.ops = RecordingOps(source)
-        self.model = GraniteModel(source.spec.architecture, self.ops)
+        self.model = decoder_for(source.spec.architecture, self.ops)
         self.windows, self.file = windows, file
         shape = (*windows.shape, self.model.architecture.hidden_size)
         self.states = mapped_file(file, shape)

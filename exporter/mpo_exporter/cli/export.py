@@ -24,7 +24,7 @@ from mpo_exporter.source import Source, find_source
 from mpo_formats import ConfigError, ModelSpec, OutputError
 from mpo_formats.architecture import full_rank
 from mpo_runtime.cli import console
-from mpo_runtime.model import check_device, read_text_files, set_threads
+from mpo_runtime.loading import check_device, read_text_files, set_threads
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
 from mpo_runtime.weights.checkpoint import Checkpoint
 

@@ -24,7 +24,7 @@ from mpo_formats import ConfigError, LinearSpec, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.spec import BITS
 from mpo_runtime.cli import console
-from mpo_runtime.model import check_device, read_text_files, set_threads
+from mpo_runtime.loading import check_device, read_text_files, set_threads
 from mpo_runtime.weights.checkpoint import Checkpoint
 
 GROUP = 64

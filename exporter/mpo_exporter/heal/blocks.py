@@ -15,7 +15,7 @@ from torch import Tensor
 from mpo_exporter.calibrate.fisher import Squares, head_gradient
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_exporter.heal.ops import compute, run_block
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 
 
 class Stream:
@@ -25,7 +25,7 @@ class Stream:
         OutputError: when it would not fit on the disk.
     """
 
-    def __init__(self, model: GraniteModel, ids: NDArray[np.int64], file: Path, batch: int, device: str) -> None:
+    def __init__(self, model: Decoder, ids: NDArray[np.int64], file: Path, batch: int, device: str) -> None:
         self.model, self.ids, self.batch, self.device = model, ids, batch, device
         shape = (*ids.shape, model.architecture.hidden_size)
         self.states = mapped_file(file, shape, "healing", "lower --block-share or --heal-tokens")
@@ -57,7 +57,7 @@ def block_names(block: int, names: list[str]) -> list[str]:
     return [name for name in names if name.startswith(f"model.layers.{block}.")]
 
 
-def stream_fisher(model: GraniteModel, ids: NDArray[np.int64], batch: int, device: str) -> Tensor:
+def stream_fisher(model: Decoder, ids: NDArray[np.int64], batch: int, device: str) -> Tensor:
     """F [blocks, E] = E[(∂L/∂h)²] at each block's output h, L the loss in nats of labels drawn from the model itself.
 
     An error e there raises the model's divergence from what it was by about ½ Σ F e² (Martens 2020, section 9).

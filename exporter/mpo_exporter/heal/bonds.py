@@ -17,7 +17,7 @@ from torch import Tensor
 from mpo_exporter.fit.bonds import order_bonds
 from mpo_exporter.heal.ops import HealingOps, run_block
 from mpo_exporter.heal.trainable import Cores, IntegerCore, Trainables
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 
 Matrix = NDArray[np.float64]
 
@@ -49,7 +49,7 @@ def set_sorted(term: Cores) -> None:
 
 @torch.no_grad()
 def sort_bonds(
-    model: GraniteModel, ops: HealingOps, trainables: Trainables, inputs: NDArray[np.int64], *, exact: bool
+    model: Decoder, ops: HealingOps, trainables: Trainables, inputs: NDArray[np.int64], *, exact: bool
 ) -> None:
     """Brings all cores of a model into canonical order, weighted by their inputs over token ids [N, S].
 

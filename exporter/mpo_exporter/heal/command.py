@@ -21,9 +21,9 @@ from mpo_exporter.report.next_step import wrote
 from mpo_exporter.source import find_source
 from mpo_formats import ConfigError
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import check_device, set_threads
 from mpo_runtime.measure import Comparison
-from mpo_runtime.model import check_device, set_threads
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -93,7 +93,7 @@ def measured_before(file: Path, teacher: Path, text: TokenText | None, device: s
         return None
     source = Checkpoint(teacher)
     try:
-        dense = GraniteModel(source.architecture, ReferenceOps(source, device=device))
+        dense = decoder_for(source.architecture, ReferenceOps(source, device=device))
         return measure_file(file, None, dense, text, device, lambda stage, done, total: None)
     finally:
         source.close()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mpo_exporter.source import data_folder
 from mpo_formats import Architecture, ConfigError, MpoError
 from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.text.decode import decode_text
 from mpo_runtime.text.rows import Message, parse_row
 from mpo_runtime.text.token_text import TokenText, read_tokens
 from mpo_runtime.text.tokenizer import Tokenizer
@@ -84,11 +85,7 @@ def read_healing_text(
 
 
 def _rows(raw: bytes, path: Path) -> Iterator[tuple[int, str | list[Message]]]:
-    try:
-        lines = raw.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(decode_text(raw, path).split("\n"), 1):
         if line.strip() and (content := parse_row(line, f"{path}: line {number}")):
             yield number, content
 

@@ -11,7 +11,7 @@ from mpo_exporter.heal.progress import shown
 from mpo_exporter.heal.run import Healed, heal
 from mpo_exporter.heal.settings import Settings, parse_tokens
 from mpo_formats import MpoError
-from mpo_runtime.model import read_text_files
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 

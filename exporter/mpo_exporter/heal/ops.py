@@ -13,7 +13,7 @@ from torch import Tensor
 from mpo_exporter.heal.trainable import Trainables
 from mpo_runtime.backends.reference import ReferenceOps, rotate
 from mpo_runtime.layers.linear import Linear
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.weights.protocol import Weights
 
 
@@ -106,7 +106,7 @@ class HealingOps(WindowOps):
         return super().linear(layer, x)
 
 
-def run_block(model: GraniteModel, x: Tensor, block: int) -> Tensor:
+def run_block(model: Decoder, x: Tensor, block: int) -> Tensor:
     """One block of a model over WindowOps on x [B, S, E], from the beginning of the text."""
     cache: Any = Pair()
     y: Tensor = model.block(x, cache, block)

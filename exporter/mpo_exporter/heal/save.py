@@ -11,7 +11,7 @@ from mpo_formats import Certificate, Certificates, ModelSpec, MpoFile, MpoWriter
 from mpo_formats.provenance import MOST_OPTIONS
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import Weights
 
@@ -61,7 +61,7 @@ def write_healed(file: MpoFile, trainables: Trainables, teacher: Weights, out: O
     def measure(path: Path) -> Certificates:
         if out.text is None:
             return Certificates(())
-        dense = GraniteModel(teacher.spec.architecture, ReferenceOps(teacher, device=out.device))
+        dense = decoder_for(teacher.spec.architecture, ReferenceOps(teacher, device=out.device))
         entries = []
         prefixes = sorted({entry.chi for entry in file.certificates().entries if entry.chi is not None}, reverse=True)
         for chi in (None, *prefixes):

@@ -30,8 +30,8 @@ from mpo_exporter.heal.teacher import Lesson, TeacherFiles, check_teacher, match
 from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import MpoFile
-from mpo_runtime.model import read_text_files
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.loading import read_text_files
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -110,7 +110,7 @@ class Session:
             file.spec.architecture.num_hidden_layers, 0 if settings.match_weight == 0 else settings.match_blocks
         )
         self.ops = HealingOps(file, workers.device)
-        self.model = GraniteModel(file.spec.architecture, self.ops)
+        self.model = decoder_for(file.spec.architecture, self.ops)
         self.names = [linear.name for linear in file.spec.linears] + [vector.name for vector in file.spec.vectors]
         self.learned: dict[str, Tensor] = {
             name.removeprefix(MODEL): tensor for name, tensor in self.saved.items() if name.startswith(MODEL)
@@ -208,7 +208,7 @@ class Session:
         of, device = self.source.spec.architecture, self.workers.device
         # A CPU rebuilds matrices fast enough to save their memory; a GPU would wait for each.
         held = None if device.startswith("cuda") else False
-        dense = GraniteModel(of, WindowOps(self.source, held=held, device=device))
+        dense = decoder_for(of, WindowOps(self.source, held=held, device=device))
         ours, theirs = (
             Stream(model, inputs, here / name, self.settings.micro_batch, self.workers.device)
             for model, name in ((self.model, "healed.states"), (dense, "dense.states"))

@@ -14,7 +14,7 @@ from mpo_exporter.heal.ops import HealingOps, run_block
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import free_memory
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 
 # Logits that are held at a time.
 HEAD_LOGITS = 1 << 26
@@ -81,7 +81,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        model: GraniteModel,
+        model: Decoder,
         ops: HealingOps,
         trainables: Trainables,
         *,
@@ -123,7 +123,7 @@ class Student(nn.Module):
 class BlockStudent(nn.Module):
     """One block and its loss: the weighted squared error of its output."""
 
-    def __init__(self, model: GraniteModel, ops: HealingOps, trainables: Trainables, block: int) -> None:
+    def __init__(self, model: Decoder, ops: HealingOps, trainables: Trainables, block: int) -> None:
         super().__init__()
         self.model, self.ops = model, ops
         self.trainables, self.block = trainables, block

@@ -20,7 +20,8 @@ from mpo_exporter.heal.ops import WindowOps, compute, run_block
 from mpo_exporter.heal.progress import Progress
 from mpo_exporter.heal.student import head_tokens
 from mpo_formats import Architecture, CheckpointError
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights.protocol import Weights
 
@@ -126,7 +127,7 @@ class TeacherFiles:
             return min(count, total)
         self.done.unlink(missing_ok=True)
         files = self._claimed()
-        model = GraniteModel(teacher.spec.architecture, WindowOps(teacher, device=device))
+        model = decoder_for(teacher.spec.architecture, WindowOps(teacher, device=device))
         felt = torch.zeros(0, 0) if weighed is None else stream_fisher(model, weighed[:, :-1], batch, device)
         np.save(self.felt, felt.cpu().numpy())
         for start in range(0, total, batch):
@@ -172,7 +173,7 @@ def matched_blocks(blocks: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def taught(
-    model: GraniteModel, inputs: NDArray[np.int64], count: int, blocks: list[int]
+    model: Decoder, inputs: NDArray[np.int64], count: int, blocks: list[int]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.uint16]]:
     """What a model says of inputs [B, S].
 

@@ -25,7 +25,7 @@ from mpo_exporter.terms import Candidate
 from mpo_formats import Architecture, ConfigError, LinearSpec, ModelSpec, Provenance, Quantized, VectorSpec
 from mpo_formats.codec import to_json
 from mpo_formats.layout import TensorSpec, content_tensors, linear_bytes, linear_tensors
-from mpo_runtime import kernels
+from mpo_runtime import native
 
 # Bytes that copies of a layer take together: a model of this size or more is read from memory at every token.
 WORKING_SET = 1 << 26
@@ -119,7 +119,7 @@ def machine_key() -> dict[str, Any]:
     """What a table belongs to: CPU, kernels, threads and version."""
     from mpo_runtime import __version__
 
-    return {"version": __version__, "cpu": cpu_name(), **kernels.active()}
+    return {"version": __version__, "cpu": cpu_name(), **native.active()}
 
 
 def cpu_name() -> str:
@@ -148,10 +148,9 @@ def open_table(spec: ModelSpec, *, progress: Progress = silent, tell: Tell = unt
     Raises:
         ConfigError: where no native kernels were built: numpy's speed says nothing about them.
     """
-    if not kernels.native_available():
+    if not native.available():
         raise ConfigError(
-            f"latency: there are no native kernels to time here ({kernels.active()['native']}); "
-            "plan without --for-speed"
+            f"latency: there are no native kernels to time here ({native.active()['native']}); plan without --for-speed"
         )
     working_set = working_set_of(spec)
     kept = latency_shelf(working_set).read(tell)
@@ -169,25 +168,12 @@ def keep_table(table: Latency, tell: Tell = untold) -> None:
 
 def time_layer(linear: LinearSpec, spec: ModelSpec, working_set: int) -> float:
     """Seconds of one token in one of several copies of a layer: the fastest of some passes over all copies."""
-    import mpo_runtime._native as native
     from mpo_runtime.layers.native import load_linear
 
     noise = Noise(spec, {tensor.name: tensor for tensor in linear_tensors(linear)})
     copies = min(max(1, -(-working_set // max(linear_bytes(linear), 1))), MOST_COPIES)
-    layers = [load_linear(noise, linear, chi=None) for _ in range(copies)]
-    program = native.Program(False)
-    x = program.input(linear.in_features)
-    result = 0
-    for layer in layers:
-        result = program.linear(x, layer)
-    program.finish(result)
-    given = np.random.default_rng(1).standard_normal((1, 1, linear.in_features)).astype(np.float32)
-    out = np.empty((1, 1, linear.out_features), np.float32)
-    times = []
-    for _ in range(PASSES + 1):
-        start = time.perf_counter()
-        program.run(None, [given], None, out)
-        times.append(time.perf_counter() - start)
+    run = native.timed_pass([load_linear(noise, linear, chi=None) for _ in range(copies)])
+    times = [run() for _ in range(PASSES + 1)]
     return min(times[1:]) / copies  # the first pass warms up
 
 
@@ -214,7 +200,7 @@ def small_model(spec: ModelSpec, blocks: int) -> ModelSpec:
 
 def time_step(spec: ModelSpec) -> float:
     """Seconds of one decoded token of a model of noise: the fastest of some, after a short prompt."""
-    from mpo_runtime.model import load_network
+    from mpo_runtime.loading import load_network
 
     network = load_network(Noise(spec, {tensor.name: tensor for tensor in content_tensors(spec)}), backend="native")
     context = min(CONTEXT, spec.architecture.max_position_embeddings)

@@ -19,7 +19,8 @@ from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.layers.linear import Linear, MatrixTerm
 from mpo_runtime.measure import Comparison, compare, window_logits
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -80,7 +81,7 @@ def profile_layers(
     try:
         require_finite_weights(source, folder.name)
         ops = ReferenceOps(source)
-        model = GraniteModel(source.architecture, ops)
+        model = decoder_for(source.architecture, ops)
         dense: dict[bytes, NDArray[np.float32]] = {}
 
         def dense_logits(window: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -105,7 +106,7 @@ def profile_layers(
 
 
 def remembering(
-    model: GraniteModel, kept: dict[bytes, NDArray[np.float32]]
+    model: Decoder, kept: dict[bytes, NDArray[np.float32]]
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]:
     """Gives a window's logits and keeps them in `kept`."""
 

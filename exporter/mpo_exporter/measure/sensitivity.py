@@ -31,7 +31,7 @@ from mpo_formats.codec import to_json
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.cli.inspect import layer_text
 from mpo_runtime.layers.linear import Linear
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -114,7 +114,7 @@ class Judge:
     @torch.no_grad()
     def __init__(self, source: Checkpoint, windows: NDArray[np.int64]) -> None:
         self.ops = Probe(source)
-        self.model = GraniteModel(source.architecture, self.ops)
+        self.model = decoder_for(source.architecture, self.ops)
         self.windows = windows
         self.ids = self.ops.ids(windows.tolist())
         self.states = [self.model.embed(self.ids)]

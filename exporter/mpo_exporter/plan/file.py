@@ -17,6 +17,7 @@ from mpo_exporter.terms import GROUP, operator
 from mpo_formats import Dense, FormatError, LinearSpec, ModelSpec, Mpo, OutputError, PlanError, Quantized, Term
 from mpo_formats.codec import describe
 from mpo_formats.spec import require_choice
+from mpo_runtime.text.decode import decode_text
 
 VERSION = 1
 PREFIX = "file:"
@@ -78,7 +79,7 @@ def parse(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST:
             raise PlanError(f"{path}: larger than {LARGEST >> 20} MiB; this is no plan")
-        text = path.read_text(encoding="utf-8")
+        text = decode_text(path.read_bytes(), path, PlanError)
         plan = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except OSError as error:
         raise PlanError(

@@ -17,7 +17,7 @@ from mpo_exporter.plan.budget import file_bytes
 from mpo_exporter.plan.named import Options
 from mpo_exporter.plan.planner import Planner
 from mpo_formats import Architecture, ModelSpec
-from mpo_runtime import kernels
+from mpo_runtime import native
 from mpo_runtime.engine import default_context
 
 # Losses add up while they are small; a sum above this is known to be too large by far and only says "very bad".
@@ -90,7 +90,7 @@ def predicted_kl(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float
 
 def predicted_speed(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float | None:
     """Decoded tokens a second in one conversation, with the kernels and threads at hand."""
-    if not kernels.native_available():
+    if not native.available():
         reasons.append("tokens/s: not predicted: there are no native kernels here")
         return None
     table = open_table(spec, progress=planner.progress, tell=planner.tell)

@@ -19,7 +19,7 @@ from mpo_exporter.report.facts import Predicted, WithoutCores
 from mpo_exporter.terms import Candidate
 from mpo_formats import ModelSpec
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -71,7 +71,7 @@ def without_cores(
             device=device,
             progress=progress,
         )
-        dense = GraniteModel(source.architecture, ReferenceOps(source, device=device))
+        dense = decoder_for(source.architecture, ReferenceOps(source, device=device))
         found = measure_file(target, None, dense, text, device, progress)
     return WithoutCores(
         file_bytes=result.file_bytes,

@@ -13,7 +13,7 @@ from mpo_exporter.report.gather import Job
 from mpo_exporter.report.make import make_report
 from mpo_exporter.source import find_source
 from mpo_formats import ConfigError
-from mpo_runtime.model import check_device, set_threads
+from mpo_runtime.loading import check_device, set_threads
 
 
 def run_report(

@@ -32,7 +32,7 @@ def resident_peak() -> int:
 
 def measure(model: str, tokens: int, threads: int | None) -> tuple[int, int]:
     """Loads a model, decodes some tokens and returns the peaks before and after."""
-    from mpo_runtime.model import load
+    from mpo_runtime.loading import load
     from mpo_runtime.sampler import SamplingOptions
 
     base = resident_peak()

@@ -43,10 +43,11 @@ from mpo_exporter.report.subject import (
 )
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import load
 from mpo_runtime.measure import Comparison
 from mpo_runtime.memory import available_memory
-from mpo_runtime.model import Model, load
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.model import Model
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
@@ -180,7 +181,7 @@ class Work:
             self.missing["quality"] = self.job.why_no_text
             return None
         with self.timed("quality"):
-            dense = GraniteModel(self.source.architecture, ReferenceOps(self.source, device=self.job.device))
+            dense = decoder_for(self.source.architecture, ReferenceOps(self.source, device=self.job.device))
             return measure_file(self.job.file, None, dense, self.job.text, self.job.device, self.progress)
 
     def runs(self) -> tuple[Speed | None, Memory | None, Texts | None]:

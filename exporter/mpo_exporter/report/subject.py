@@ -10,9 +10,9 @@ from pathlib import Path
 from mpo_exporter.report.facts import Machine, Measured, Memory, Point, Ratios, Sizes, Speed, Subject, WithoutCores
 from mpo_formats import Certificates, ModelSpec
 from mpo_formats.layout import ELEMENTS, content_tensors, linear_bytes
-from mpo_runtime import kernels
-from mpo_runtime.backends import choose_backend
+from mpo_runtime import native
 from mpo_runtime.cli.inspect import stored_parameters
+from mpo_runtime.loading import choose_backend
 from mpo_runtime.measure import Comparison
 from mpo_runtime.text.token_text import TokenText
 
@@ -124,7 +124,7 @@ def points_of(
 
 def machine_of(device: str) -> Machine:
     """This machine and the kernels in use."""
-    active = kernels.active()
+    active = native.active()
     threads = active.get("threads", "")
     return Machine(
         processor=processor_name(),
