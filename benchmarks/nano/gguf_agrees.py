@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers_agree import texts
 
+from mpo_runtime.loading import load_network, read_text_files
 from mpo_runtime.measure import piecewise_logits
-from mpo_runtime.model import load_network, read_text_files
 from mpo_runtime.weights.gguf import Gguf
 
 # Article 1 of the Universal Declaration of Human Rights, and characters that tokenizers cut in odd ways.

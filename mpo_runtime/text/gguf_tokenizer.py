@@ -2,26 +2,28 @@
 
 A GGUF file holds a vocabulary with a type and a score for each token, perhaps merges, and names in `tokenizer.ggml.pre` how
 text is cut before them; llama.cpp has the cutting rules in its source. Two kinds are made here as documents of the library
-`tokenizers`: byte-level BPE (`tokenizer.ggml.model` gpt2) with the rules below, and SentencePiece BPE (llama), whose merges
-follow from the scores.
+`tokenizers`: byte-level BPE (`tokenizer.ggml.model` gpt2) with the rules below, and SentencePiece BPE (llama) as from a
+tokenizer.model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mpo_formats.errors import CheckpointError
 from mpo_formats.spec import FileName
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-SPACE = "▁"  # stands for a space in SentencePiece's vocabularies
-# llama.cpp ends a generation at control tokens of these spellings, whatever the metadata name.
-END_SPELLINGS = frozenset(
-    ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "<|end_of_text|>"]
+from mpo_runtime.text.sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    SentencePieceModel,
+    named_tokens,
+    tokenizer_json,
 )
-END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = (
@@ -51,17 +53,6 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 _WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3")
 
 
-def end_of_text_ids(metadata: Mapping[str, Any], vocabulary: int) -> tuple[int, ...]:
-    """The ids at which a generation ends: eos, eot and eom of the metadata, then control tokens known by their spelling."""
-    named = [metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS]
-    found = [token for token in named if type(token) is int and 0 <= token < vocabulary]
-    tokens, types = metadata.get("tokenizer.ggml.tokens") or [], metadata.get("tokenizer.ggml.token_type") or []
-    spellings = {spelling.encode() for spelling in END_SPELLINGS}
-    pairs = zip(tokens[:vocabulary], types, strict=False)
-    found += [index for index, (token, kind) in enumerate(pairs) if kind == CONTROL and token in spellings]
-    return tuple(dict.fromkeys(found))
-
-
 def tokenizer_files(metadata: Mapping[str, Any], vocabulary: int, where: str) -> dict[FileName, bytes]:
     """The files tokenizer.json, tokenizer_config.json and chat_template.jinja; none where the file has no tokenizer.
 
@@ -80,10 +71,19 @@ def tokenizer_files(metadata: Mapping[str, Any], vocabulary: int, where: str) ->
             "give the model's Hugging Face folder"
         )
     table = Table(metadata, vocabulary, where)
-    document = byte_level_document(table) if kind == "gpt2" else sentencepiece_document(table)
+    if kind == "gpt2":
+        document, names = byte_level_json(table), table.named_tokens()
+    else:
+        model = sentencepiece_model(table)
+        around = {
+            "add_bos_token": table.switch("add_bos_token", True),
+            "add_eos_token": table.switch("add_eos_token", False),
+        }
+        document, names = tokenizer_json(model, around), named_tokens(model)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     files: dict[FileName, bytes] = {
-        "tokenizer.json": json.dumps(document, ensure_ascii=False).encode(),
-        "tokenizer_config.json": json.dumps(table.config(), ensure_ascii=False).encode(),
+        "tokenizer.json": document,
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False).encode(),
     }
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str) and template:
@@ -139,11 +139,11 @@ class Table:
         except (TypeError, UnicodeDecodeError):
             raise self.wrong(key, "texts in UTF-8", repr(raw)) from None
 
-    def special(self, key: str, default: int | None = None) -> str | None:
-        """The spelling of a special token (`bos`, `eos`, …), or None where the file names none that exists."""
+    def special(self, key: str, default: int = -1) -> int:
+        """The id of a special token (`bos`, `eos`, …); -1 where the vocabulary does not have it."""
         index = self.get(f"{key}_token_id")
         index = default if index is None else index
-        return self.tokens[index] if type(index) is int and 0 <= index < len(self.tokens) else None
+        return index if type(index) is int and 0 <= index < len(self.tokens) else -1
 
     def switch(self, key: str, default: bool) -> bool:
         """A truth value of the metadata."""
@@ -158,7 +158,7 @@ class Table:
         named = {self.special(key) for key in ("bos", "eos", "unknown", "padding", "eot", "eom")}
         rows = []
         for index, (token, kind) in enumerate(zip(self.tokens, self.types, strict=False)):
-            special = kind in (CONTROL, UNKNOWN) or token in named
+            special = kind in (CONTROL, UNKNOWN) or index in named
             if special or kind == USER_DEFINED:
                 rows.append(
                     {
@@ -173,29 +173,20 @@ class Table:
                 )
         return rows
 
-    def config(self) -> dict[str, Any]:
-        """The content of tokenizer_config.json."""
-        spm = self.get("model") == "llama"
-        named = {
-            "bos_token": self.special("bos", 1 if spm else None),
-            "eos_token": self.special("eos", 2 if spm else None),
-            "unk_token": self.special("unknown", 0 if spm else None),
-            "pad_token": self.special("padding"),
-        }
-        return {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **{key: token for key, token in named.items() if token is not None},
-        }
+    def named_tokens(self) -> dict[str, str]:
+        """The special tokens under the names that tokenizer_config.json has for them."""
+        named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        ids = {name: self.special(key) for name, key in named.items()}
+        return {name: self.tokens[index] for name, index in ids.items() if index >= 0}
 
     def frame(self, begin: bool) -> dict[str, Any] | None:
         """The post-processor that puts bos and eos around a text, None where neither is asked for.
 
         begin: whether a text begins with bos where the file does not say.
         """
-        spm = self.get("model") == "llama"
-        bos = self.special("bos", 1 if spm else None) if self.switch("add_bos_token", begin) else None
-        eos = self.special("eos", 2 if spm else None) if self.switch("add_eos_token", False) else None
+        names = self.named_tokens()
+        bos = names.get("bos_token") if self.switch("add_bos_token", begin) else None
+        eos = names.get("eos_token") if self.switch("add_eos_token", False) else None
         if bos is None and eos is None:
             return None
 
@@ -216,8 +207,8 @@ class Table:
         }
 
 
-def byte_level_document(table: Table) -> dict[str, Any]:
-    """The tokenizer.json of a byte-level BPE.
+def byte_level_json(table: Table) -> bytes:
+    """The bytes of the tokenizer.json of a byte-level BPE.
 
     Raises:
         CheckpointError: for an unknown pre-tokenizer, or merges of tokens that the vocabulary lacks.
@@ -238,97 +229,51 @@ def byte_level_document(table: Table) -> dict[str, Any]:
             raise table.wrong("merges", "pairs of tokens that make a token", repr(merge))
         merges.append(pair)
     whole = pre in _WHOLE_PIECES
-    model = bpe(table, merges, ignore_merges=whole)
-    return document(
-        table,
-        model,
-        normalizer=None,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-        post_processor=table.frame(whole),
-        decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    )
-
-
-def sentencepiece_document(table: Table) -> dict[str, Any]:
-    """The tokenizer.json of a SentencePiece BPE: merges from the scores, unknown characters as bytes.
-
-    A space goes before the text and after every special token, as SentencePiece and llama.cpp have it, unless the file says
-    otherwise (`add_space_prefix`).
-    """
-    prefix = table.switch("add_space_prefix", True)
-    normalizers: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if prefix:
-        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    model = bpe(table, merges_of_scores(table), unknown=table.special("unknown", 0), byte_fallback=True)
-    return document(
-        table,
-        model,
-        normalizer={"type": "Sequence", "normalizers": normalizers},
-        pre_tokenizer=None,
-        post_processor=table.frame(True),
-        decoder={"type": "Sequence", "decoders": decoders},
-    )
-
-
-def merges_of_scores(table: Table) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, those of the highest score first.
-
-    Control tokens and bytes are never parts or results, or text could spell them.
-
-    Raises:
-        CheckpointError: where there is no score for each token.
-    """
-    scores: Sequence[float] = table.array("scores")
-    if len(scores) < len(table.tokens):
-        raise table.wrong("scores", f"{len(table.tokens)} scores", f"{len(scores)}")
-    text = (NORMAL, USER_DEFINED, UNUSED)
-    ids = {token: index for index, token in enumerate(table.tokens) if table.types[index] in text}
-    found = []
-    for token, index in ids.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ids and right in ids:
-                found.append((-scores[index], ids[left], ids[right], left, right))
-    found.sort()
-    return [(left, right) for *_, left, right in found]
-
-
-def bpe(
-    table: Table,
-    merges: list[tuple[str, str]],
-    *,
-    unknown: str | None = None,
-    byte_fallback: bool = False,
-    ignore_merges: bool = False,
-) -> dict[str, Any]:
-    """The section `model` of a tokenizer.json."""
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": unknown,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": byte_fallback,
-        "byte_fallback": byte_fallback,
-        "ignore_merges": ignore_merges,
-        "vocab": table.ids,
-        "merges": merges,
-    }
-
-
-def document(table: Table, model: dict[str, Any], **stages: dict[str, Any] | None) -> dict[str, Any]:
-    """A whole tokenizer.json; stages are its normalizer, pre-tokenizer, post-processor and decoder."""
-    return {
+    document = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": table.added_tokens(),
-        **stages,
-        "model": model,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+        "post_processor": table.frame(whole),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": whole,
+            "vocab": table.ids,
+            "merges": merges,
+        },
     }
+    return json.dumps(document, ensure_ascii=False).encode()
+
+
+def sentencepiece_model(table: Table) -> SentencePieceModel:
+    """The vocabulary as a SentencePiece BPE with byte fallback, which leaves spaces as they are.
+
+    Raises:
+        CheckpointError: where there is no score for each token, or no token for unknown characters.
+    """
+    scores = table.array("scores")
+    if len(scores) < len(table.tokens):
+        raise table.wrong("scores", f"{len(table.tokens)} scores", f"{len(scores)}")
+    unknown = table.special("unknown", 0)
+    if unknown < 0:
+        raise table.wrong("unknown_token_id", "the id of a token", repr(table.get("unknown_token_id")))
+    return SentencePieceModel(
+        pieces=tuple(map(Piece, table.tokens, scores, table.types)),
+        kind="BPE",
+        byte_fallback=True,
+        unknown_id=unknown,
+        bos_id=table.special("bos", 1),
+        eos_id=table.special("eos", 2),
+        character_map=b"",
+        dummy_prefix=table.switch("add_space_prefix", True),
+        remove_spaces=False,
+    )

@@ -12,12 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import Architecture, CheckpointError, FormatError, Rope
-from mpo_runtime.models.rope import inverse_frequencies
-from mpo_runtime.text.gguf_tokenizer import end_of_text_ids
+from mpo_runtime.layers.rope import inverse_frequencies
+from mpo_runtime.weights.config import SUPPORTED, special_token
 from mpo_runtime.weights.gguf_header import Entry
 
-SUPPORTED = ("granite", "llama")
 ROPE_FACTORS = "rope_freqs.weight"
+# llama.cpp ends a generation at control tokens of these spellings, whatever the metadata name.
+END_SPELLINGS = frozenset(
+    [
+        b"<|eot_id|>",
+        b"<|im_end|>",
+        b"<|end|>",
+        b"<end_of_turn>",
+        b"<|endoftext|>",
+        b"<|eom_id|>",
+        b"<EOT>",
+        b"<|end_of_text|>",
+    ]
+)
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+CONTROL = 3  # the type of a control token
 
 
 def refuse_other_kinds(metadata: Mapping[str, Any], path: Path) -> None:
@@ -105,7 +119,7 @@ def read_architecture(
     if settings.integer("attention.value_length", head_dim) != head_dim:
         raise settings.wrong("attention.value_length", f"{head_dim}, as attention.key_length")
     vocabulary = embedding.shape[0]
-    bos, pad = (special_id(metadata, f"{name}_token_id", vocabulary) for name in ("bos", "padding"))
+    bos, pad = (special_id(metadata, f"{name}_token_id", vocabulary, str(path)) for name in ("bos", "padding"))
     try:
         return Architecture(
             model_type="granite" if granite else "llama",
@@ -127,17 +141,27 @@ def read_architecture(
             mlp_bias="blk.0.ffn_gate.bias" in tensors,
             tie_word_embeddings="output.weight" not in tensors,
             bos_token_id=bos,
-            eos_token_ids=end_of_text_ids(metadata, vocabulary),
+            eos_token_ids=end_of_text_ids(metadata, vocabulary, str(path)),
             pad_token_id=pad,
         )
     except FormatError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def special_id(metadata: Mapping[str, Any], key: str, vocabulary: int) -> int | None:
-    """The id of a special token, or None where the file names none that the vocabulary holds."""
-    value = metadata.get(f"tokenizer.ggml.{key}")
-    return value if type(value) is int and 0 <= value < vocabulary else None
+def special_id(metadata: Mapping[str, Any], key: str, vocabulary: int, where: str) -> int | None:
+    """The id of a special token; None where the file names none, or with a note one that the vocabulary does not have."""
+    return special_token(metadata.get(f"tokenizer.ggml.{key}"), vocabulary, f"{where}: tokenizer.ggml.{key}")
+
+
+def end_of_text_ids(metadata: Mapping[str, Any], vocabulary: int, where: str) -> tuple[int, ...]:
+    """The ids at which a generation ends: eos, eot and eom of the metadata, then control tokens known by their spelling."""
+    named = [special_id(metadata, key, vocabulary, where) for key in END_KEYS]
+    tokens, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    spelled: list[int] = []
+    if isinstance(tokens, list) and isinstance(types, list):
+        pairs = zip(tokens[:vocabulary], types, strict=False)
+        spelled = [index for index, (token, kind) in enumerate(pairs) if kind == CONTROL and token in END_SPELLINGS]
+    return tuple(dict.fromkeys([*(token for token in named if token is not None), *spelled]))
 
 
 def refuse_unsupported(settings: Settings, granite: bool) -> None:

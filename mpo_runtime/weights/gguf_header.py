@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mpo_formats.errors import CheckpointError
+from mpo_formats.git_lfs import is_pointer, pointer_message
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -51,7 +52,7 @@ def read_header(data: mmap.mmap, path: Path) -> Header:
     Raises:
         CheckpointError: for another kind of file, an unsupported version or byte order, or a damaged header.
     """
-    check_version(data[:8], path)
+    check_version(data[:64], path)
     cursor = Cursor(data, path)
     cursor.place = 8
     tensor_count, pair_count = cursor.scalar("Q"), cursor.scalar("Q")
@@ -82,7 +83,9 @@ def read_header(data: mmap.mmap, path: Path) -> Header:
 
 
 def check_version(begin: bytes, path: Path) -> None:
-    """Raises CheckpointError unless a file that begins with these 8 bytes is a GGUF file of a supported version."""
+    """Raises CheckpointError unless a file that begins with these bytes (64 are enough) is a GGUF file of a known version."""
+    if is_pointer(begin):
+        raise CheckpointError(pointer_message(path))
     if begin[:4] != MAGIC:
         raise CheckpointError(f"{path}: is not a GGUF file, it begins with {begin[:4]!r}; download it again")
     if len(begin) < 8:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from mpo_formats import CheckpointError
-from mpo_runtime.model import read_text_files
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.gguf_tokenizer import tokenizer_files
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights.gguf import Gguf
