@@ -28,6 +28,7 @@ def pull(identifier: str, name: str | None = None, *, file: str | None = None, r
     """
     chosen = store.check_name(name or identifier)
     store.refuse_taken(chosen, replace)
+    store.require_writable()
     partial = store.models_folder() / f".pulling-{chosen.replace('/', '--')}"
     target = fetch(identifier, file, partial)
     store.open_path(target).close()  # raises where it is no model

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mpo_formats import MpoFile
 from mpo_formats.errors import CheckpointError, ConfigError, OutputError
+from mpo_runtime.filesystem import expand_user, user_folder
 from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.weights.gguf import Gguf, is_gguf
 from mpo_runtime.weights.protocol import Weights
@@ -33,7 +34,11 @@ NEEDED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "model.safetensors.index.json",
     "*.safetensors",
 )
@@ -54,12 +59,17 @@ class Entry:
 
 
 def home() -> Path:
-    """The store's folder: MPO_HOME, else mpo-runtime in the user's data folder (XDG_DATA_HOME, or ~/.local/share)."""
+    """The store's folder: MPO_HOME, else mpo-runtime in the user's data folder (XDG_DATA_HOME, or ~/.local/share).
+
+    Raises:
+        ConfigError: where the user has no such folder.
+    """
     if chosen := os.environ.get("MPO_HOME"):
-        return Path(chosen).expanduser().absolute()
-    data = os.environ.get("XDG_DATA_HOME", "")
-    # A relative path is ignored, as the XDG specification says.
-    return (Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share") / "mpo-runtime"
+        return expand_user(chosen).absolute()
+    data = user_folder("XDG_DATA_HOME", ".local/share")
+    if data is None:
+        raise ConfigError("the store has no place: this user has no home folder; set MPO_HOME to a folder for it")
+    return data / "mpo-runtime"
 
 
 def models_folder() -> Path:
@@ -81,7 +91,10 @@ def find(name: str) -> Entry | None:
     """The entry of that name, or None."""
     if not _NAME.fullmatch(name):
         return None
-    plain = models_folder() / name.replace("/", "--")
+    try:
+        plain = models_folder() / name.replace("/", "--")
+    except ConfigError:  # no store, and so nothing in it
+        return None
     file = plain.with_name(plain.name + SUFFIX)
     path = file if file.is_file() else plain
     return Entry(name, path, size_of(path)) if file.is_file() or plain.is_dir() else None
@@ -141,13 +154,15 @@ def add(source: Path, name: str | None = None, *, replace: bool = False) -> Entr
     """
     chosen = check_name(name or source.resolve().name.removesuffix(SUFFIX))
     refuse_taken(chosen, replace)
+    require_writable()
     open_path(source).close()  # raises where it is no model
     with staging(chosen) as stage:
         if source.is_dir():
             target = stage / "folder"
-            target.mkdir()
             for file in sorted({match for pattern in NEEDED for match in source.glob(pattern)}):
-                link_or_copy(file, target / file.name)
+                place = target / file.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(file, place)
         else:
             target = stage / "file.mpo"
             link_or_copy(source, target)
@@ -158,6 +173,12 @@ def refuse_taken(name: str, replace: bool) -> None:
     """Raises OutputError for a name that is in the store, unless `replace`."""
     if not replace and find(name):
         raise OutputError(f"{name}: is in the store already; add --force to replace it, or --name for another name")
+
+
+def require_writable() -> None:
+    """Raises OutputError where the store cannot be written: known before a model is opened or downloaded."""
+    with staging("a model"):
+        return
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from mpo_exporter.fit import als, sweep, whitened
 from mpo_exporter.fit.common import Cores, activation_error, contract, second_of
 from mpo_exporter.fit.svd import sequential_svd
 from mpo_exporter.quantize.gptq import TURNS, compensated, target
-from mpo_exporter.quantize.rounding import Integers, round_to_nearest
-from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized
+from mpo_exporter.quantize.rounding import MOST_LOST, Integers, require_scales, round_to_nearest
+from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import bf16_to_f32, f32_to_bf16
 
@@ -23,6 +23,8 @@ Matrix = NDArray[np.float64]
 Tensors = dict[str, NDArray[Any]]
 # Terms of a sum are fitted in turns, this many times; the round with the least error is kept.
 ROUNDS = 2
+# A term that has to make up for less than this share of a matrix's squared values may be stored as roughly as it likes.
+NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +90,49 @@ def build_linear(
         raise ConfigError(f"{linear.name}: {error}") from None
 
 
+def require_precision(term: Term, matrix: Matrix, built: Built, cores: Cores | None) -> None:
+    """Raises ConfigError where half precision, in which a term or its scales are stored, cannot hold values so small.
+
+    Args:
+        matrix: what the term stands for.
+        built: the term as it is stored.
+        cores: its cores as they were fitted, of an operator.
+    """
+    if isinstance(term, Quantized):
+        require_scales(matrix, term.bits, term.group)
+    elif isinstance(term, Dense):
+        pairs = [(matrix, built.matrix)] if term.dtype == "f16" else []
+        require_half(pairs)
+    elif cores is not None:
+        ordered = [core.transpose(3, 0, 1, 2) for core in cores.cores]
+        if term.core_bits:
+            for core in ordered:
+                require_scales(core.reshape(core.shape[0] * core.shape[1], -1), term.core_bits, term.group)
+        elif term.dtype == "f16":
+            stored = [built.tensors[name].astype(np.float64) for name in sorted(built.tensors)]
+            require_half(list(zip(ordered, stored, strict=True)))
+
+
+def require_half(pairs: Sequence[tuple[Matrix, Matrix]]) -> None:
+    """Raises ConfigError for values, given with what half precision makes of them, that lose too much."""
+    for values, stored in pairs:
+        if float(np.square(values - stored).sum()) > MOST_LOST * float(np.square(values).sum()):
+            largest = np.abs(values).max()
+            raise ConfigError(
+                f"values of at most {largest:.2g} are below the range of f16; store this layer in bf16 or f32"
+            )
+
+
 def _fit(linear: LinearSpec, matrix: Matrix, moment: Moment | None, method: Method) -> Built:
     best: tuple[float, list[Built]] | None = None
     fitted = [Built({}, np.zeros_like(matrix)) for _ in linear.terms]
     rounds = ROUNDS if len(linear.terms) > 1 else 1
+    energy = float(np.square(matrix).sum())
     for number in range(rounds):
         for index, term in enumerate(linear.terms):
             rest = matrix - sum(part.matrix for other, part in enumerate(fitted) if other != index)
             prefix = f"{linear.name}.{index}"
+            cores = None
             if isinstance(term, Dense):
                 stored = narrow(rest, term.dtype)
                 fitted[index] = Built({f"{prefix}.weight": stored}, widen(stored, term.dtype))
@@ -107,6 +144,8 @@ def _fit(linear: LinearSpec, matrix: Matrix, moment: Moment | None, method: Meth
                 if method.norm and len(linear.terms) == 1:
                     cores = with_norm(cores, rest)
                 fitted[index] = store_cores(prefix, term, cores)
+            if float(np.square(rest).sum()) > NEGLIGIBLE * energy or (index == 0 and number == 0):
+                require_precision(term, rest, fitted[index], cores)
         error = activation_error(matrix - sum(part.matrix for part in fitted), second_of(moment))
         if best is None or error < best[0]:
             best = error, list(fitted)

@@ -25,6 +25,7 @@ from safetensors.numpy import load, save
 from mpo_exporter.progress import Log, no_log
 from mpo_formats import FormatError
 from mpo_formats.codec import describe, parse_json
+from mpo_runtime.filesystem import expand_user, replace_file, user_folder
 
 HEADER, CONTENT = "mpo.header", "mpo.content"
 SUFFIX = ".measured"
@@ -34,14 +35,15 @@ Arrays = Mapping[str, NDArray[Any]]
 def cache_folder() -> Path:
     """The folder of cached measurements: MPO_CACHE, else `cache` in MPO_HOME, else mpo-runtime in the user's cache folder.
 
-    The user's cache folder is XDG_CACHE_HOME, or ~/.cache if that is unset or relative.
+    The user's cache folder is XDG_CACHE_HOME, or ~/.cache where that is unset or relative; without a home folder it is the
+    folder for temporary files.
     """
     if chosen := os.environ.get("MPO_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        return expand_user(chosen).absolute()
     if home := os.environ.get("MPO_HOME"):
-        return Path(home).expanduser().absolute() / "cache"
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "mpo-runtime"
+        return expand_user(home).absolute() / "cache"
+    base = user_folder("XDG_CACHE_HOME", ".cache") or Path(tempfile.gettempdir())  # a user without a home folder
+    return base / "mpo-runtime"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +105,7 @@ class CacheFile:
         path = self.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=SUFFIX, delete=False) as file:
-                try:
-                    file.write(pack(self.key, cached))
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.replace(file.name, path)
-                except BaseException:
-                    Path(file.name).unlink(missing_ok=True)
-                    raise
+            replace_file(path, pack(self.key, cached))
         except OSError as error:
             log(f"{self.kind}: cannot be kept in {path.parent} ({error.strerror}); set MPO_CACHE to another folder")
 

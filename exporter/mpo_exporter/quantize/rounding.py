@@ -16,7 +16,11 @@ Matrix = NDArray[np.float64]
 # Factors by which a group's range is scaled to find the lowest squared error: its extreme value may be clipped by a quarter.
 SHRINK = np.linspace(0.75, 1.05, 13)
 LARGEST_SCALE = float(np.finfo(np.float16).max)
-# Values that are rounded at once, which bounds the memory of the search.
+# Half precision stores scales in steps of 2^-24 at its lower end: smaller ones lose their digits, and at last all of them.
+SCALE_STEP = 2.0**-24
+# The share of a matrix's squared values that rounding its scales may cost: four bits cost five times as much.
+MOST_LOST = 1e-3
+# Values rounded at a time, which bounds the memory that the search takes.
 BLOCK = 1 << 18
 
 
@@ -67,6 +71,28 @@ def round_to_nearest(
     parts = [_round_rows(matrix[start : start + step], bits, group) for start in range(0, matrix.shape[0], step)]
     codes, scale = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Integers(codes, scale, None, bits, group)
+
+
+def require_scales(matrix: Matrix, bits: int, group: int) -> None:
+    """Raises ConfigError for a matrix [rows, columns] whose values are so small that half precision cannot hold its scales.
+
+    Groups of tiny values among larger ones, such as rows of tokens that were never trained, do no harm and are let pass.
+    """
+    rows, columns = matrix.shape
+    smallest = SCALE_STEP * implicit_zero(bits) / np.sqrt(MOST_LOST)
+    peaks = np.abs(matrix).reshape(rows, columns // group, group).max(-1, initial=0.0)
+    suspects = (peaks > 0) & (peaks < smallest)
+    if not suspects.any():
+        return
+    energy = np.square(matrix).reshape(rows, columns // group, group).sum(-1)
+    # The scale, peak / implicit_zero, is rounded by at most half a step, and the values with it.
+    share = np.divide(SCALE_STEP / 2 * implicit_zero(bits), peaks, out=np.zeros_like(peaks), where=suspects)
+    lost, total = float((np.minimum(share, 1.0) ** 2 * energy).sum()), float(energy.sum())
+    if not lost <= MOST_LOST * total or total == 0.0:
+        raise ConfigError(
+            f"matrix: values of at most {np.abs(matrix).max():.2g} are below the range of half-precision scales; "
+            "store this layer dense"
+        )
 
 
 def _round_searched(matrix: Matrix, levels: Levels, group: int, weight: NDArray[np.float64]) -> Integers:
