@@ -21,7 +21,7 @@ import mpo_runtime._native as _native
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.backends.ops import Array, Ops, check_activations
 from mpo_runtime.layers.native import float_vector, load_linear
-from mpo_runtime.layers.rope import inverse_frequencies
+from mpo_runtime.rope import inverse_frequencies
 from mpo_runtime.weights.protocol import Weights
 
 Floats = NDArray[np.float32]

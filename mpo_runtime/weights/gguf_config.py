@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import Architecture, CheckpointError, FormatError, Rope
-from mpo_runtime.layers.rope import inverse_frequencies
+from mpo_runtime.rope import inverse_frequencies
 from mpo_runtime.weights.config import SUPPORTED, special_token
 from mpo_runtime.weights.gguf_header import Entry
 
