@@ -64,6 +64,20 @@ def test_files_that_are_named_exist(path: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_symbols_that_are_named_exist() -> None:
+    named = re.findall(r"`([\w/]+\.py):\s+([\w.]+)`", text_of(ROOT / "docs" / "architecture.md"))
+    assert len(named) > 8
+    for file, symbol in named:
+        sources = [
+            path.read_text("utf-8")
+            for package in PACKAGES
+            for path in package.rglob(Path(file).name)
+            if path.as_posix().endswith(f"/{file}")
+        ]
+        name = symbol.rpartition(".")[2]
+        assert any(re.search(rf"^ *(?:def|class) {name}\b", source, re.MULTILINE) for source in sources), (file, symbol)
+
+
 def test_the_readme_is_for_a_stranger() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= LONGEST_README
