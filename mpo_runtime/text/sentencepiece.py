@@ -210,7 +210,10 @@ def _post_processor(
     model: SentencePieceModel, config: Mapping[str, Any], ids: Mapping[str, int]
 ) -> dict[str, Any] | None:
     """Puts the begin-of-text and end-of-text tokens around a text, where the configuration has them added."""
-    names = {**named_tokens(model), **{key: _content(config[key]) for key in ("bos_token", "eos_token") if key in config}}
+    names = {
+        **named_tokens(model),
+        **{key: _content(config[key]) for key in ("bos_token", "eos_token") if key in config},
+    }
     wanted = [("bos_token", config.get("add_bos_token", True)), ("eos_token", config.get("add_eos_token", False))]
     first, last = ([names[key]] if add and names.get(key) in ids else [] for key, add in wanted)
     if not first and not last:
@@ -221,9 +224,7 @@ def _post_processor(
         "type": "TemplateProcessing",
         "single": [*before, *text, *after],
         "pair": [*before, *text, *after, {"Sequence": {"id": "B", "type_id": 1}}, *after],
-        "special_tokens": {
-            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in [*first, *last]
-        },
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in [*first, *last]},
     }
 
 

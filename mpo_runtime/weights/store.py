@@ -19,6 +19,7 @@ from pathlib import Path
 from mpo_formats import MpoFile
 from mpo_formats.errors import CheckpointError, ConfigError, OutputError
 from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.gguf import Gguf, is_gguf
 from mpo_runtime.weights.protocol import Weights
 
 SUFFIX = ".mpo"
@@ -105,12 +106,14 @@ def resolve(path: str | Path) -> Path:
 
 
 def open_path(path: Path, *, verify: bool = False) -> Weights:
-    """Opens a `.mpo` file or a Hugging Face folder; `verify` checks the checksums of a file.
+    """Opens a `.mpo` or GGUF file or a Hugging Face folder; `verify` checks the checksums of a `.mpo` file.
 
     Raises:
-        CheckpointError: when a folder is no complete model of a known architecture.
+        CheckpointError: when a folder or GGUF file is no complete model of a known architecture.
         FormatError: when a `.mpo` file breaks a rule of SPEC.md.
     """
+    if not path.is_dir() and is_gguf(path):
+        return Gguf(path)
     return Checkpoint(path) if path.is_dir() else MpoFile(path, verify=verify)
 
 
