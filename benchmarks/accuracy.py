@@ -29,11 +29,11 @@ import torch
 from quality import Kept
 
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import open_weights, read_text_files
 from mpo_runtime.measure import perplexity
-from mpo_runtime.model import read_text_files
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.tokenizer import Tokenizer
-from mpo_runtime.weights.protocol import open_weights
 
 # How a row's query becomes a prompt, as lm-eval's tasks of these names have it; the choice follows after a blank.
 PROMPTS = {
@@ -98,7 +98,7 @@ def split_tokens(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[i
     return whole[: len(start)], whole[len(start) :]
 
 
-def score_all(model: GraniteModel, pairs: Sequence[tuple[list[int], list[int]]], lead: list[int]) -> list[Score]:
+def score_all(model: Decoder, pairs: Sequence[tuple[list[int], list[int]]], lead: list[int]) -> list[Score]:
     """The scores of (prompt, continuation) pairs of token ids; `lead` stands in front of every prompt."""
     longest = model.architecture.max_position_embeddings
     inputs = [tuple((lead + prompt + following)[-(longest + 1) :][:-1]) for prompt, following in pairs]
@@ -128,7 +128,7 @@ def batches(rows: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
 
 
 @torch.inference_mode()
-def run(model: GraniteModel, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
+def run(model: Decoder, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """The hidden states [B, S, E] of rows that are padded at their ends."""
     length = max(map(len, batch))
     padded = [[*row, *[0] * (length - len(row))] for row in batch]
@@ -137,7 +137,7 @@ def run(model: GraniteModel, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def score(model: GraniteModel, hidden: torch.Tensor, following: list[int]) -> Score:
+def score(model: Decoder, hidden: torch.Tensor, following: list[int]) -> Score:
     """The score of the tokens that follow, from the hidden states [S, E] of all but the last of them."""
     scores = model.logits(hidden[-len(following) :]).log_softmax(-1)
     ids = torch.tensor(following)
@@ -178,7 +178,7 @@ def measure(path: str, tasks: Sequence[Path], limit: int, text: Path | None, tok
         tokenizer, _ = read_text_files(weights)
         if tokenizer is None:
             raise SystemExit(f"{path}: has no tokenizer")
-        model = GraniteModel(weights.spec.architecture, ReferenceOps(weights, held=True))
+        model = decoder_for(weights.spec.architecture, ReferenceOps(weights, held=True))
         lead = tokenizer.encode("", add_special_tokens=True)[:1]
         result: dict[str, Any] = {"tasks": {}}
         for task in tasks:
@@ -209,7 +209,9 @@ def lm_eval_figures(folder: str, tasks: Sequence[Path], limit: int) -> dict[str,
 
     model = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=8)
     configs = [lm_eval_task(path) for path in tasks]
-    found = simple_evaluate(model=model, tasks=configs, limit=limit or None, task_manager=TaskManager(), bootstrap_iters=0)
+    found = simple_evaluate(
+        model=model, tasks=configs, limit=limit or None, task_manager=TaskManager(), bootstrap_iters=0
+    )
     return {name: dict(row) for name, row in found["results"].items()}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mpo_formats import ConfigError
 from mpo_runtime import native
 from mpo_runtime.backends.ops import check_activations
+from mpo_runtime.machine import usable_cpus
 from mpo_runtime.model import Model
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.models.registry import decoder_for
@@ -43,7 +44,8 @@ def load(
         chi: uses only the first `chi` values of every bond: a smaller, faster, less accurate model from the same file.
         device: `cpu`, or a torch device such as `cuda`.
         backend: `native`, `reference`, or `auto`: native on a CPU where its kernels were built, else reference.
-        threads: CPU threads of this process, for all its models; None keeps their number, which starts at all cores.
+        threads: CPU threads of this process, for all its models; None keeps their number, which starts at all cores that
+            the process may use (a container's CPU quota is heeded).
         context: tokens that the KV cache holds; where None, the longest context of the model, but at most 4,096.
         kv_type: element type of the KV cache: f32, f16, bf16, or int8 with the native backend only. `auto` is f16 where the
             native backend multiplies integer weights with int8 activations, whose rounding is far coarser, and f32 elsewhere.
@@ -147,13 +149,26 @@ def checked_threads(threads: int | None) -> int | None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Sets the number of torch's CPU threads; None keeps it. Raises ConfigError as `checked_threads` does."""
+    """Sets the number of torch's CPU threads. Raises ConfigError as `checked_threads` does.
+
+    None keeps it, except that the first call lowers it to the CPUs that the process may use.
+    """
     count = checked_threads(threads)
     if count is None:
+        _heed_quota()
         return
     import torch
 
     torch.set_num_threads(count)
+
+
+@cache
+def _heed_quota() -> None:
+    """Lowers torch's threads to the usable CPUs: torch counts cores and does not know the quota of a container."""
+    import torch
+
+    if usable_cpus() < torch.get_num_threads():
+        torch.set_num_threads(usable_cpus())
 
 
 def check_device(device: str) -> None:
@@ -176,11 +191,10 @@ def check_device(device: str) -> None:
 
 
 def read_text_files(weights: Weights) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    """The tokenizer and the chat template of a model; None for each that it does not have."""
-    content = weights.file("tokenizer.json")
-    if content is None:
-        return None, None
-    settings = weights.file("tokenizer_config.json")
-    tokenizer = Tokenizer.from_bytes(content, json.loads(settings) if settings else None)
-    template = weights.file("chat_template.jinja")
-    return tokenizer, ChatTemplate(template.decode()) if template else None
+    """The tokenizer and the chat template of a model; None for each that it does not have.
+
+    Raises:
+        CheckpointError: where one of their files is damaged.
+    """
+    tokenizer = Tokenizer.from_files(weights.file)
+    return tokenizer, None if tokenizer is None else ChatTemplate.from_files(weights.file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +20,12 @@ from mpo_runtime.forks import renew_in_children
 from mpo_runtime.measure import check_ids, log_softmax, piecewise_logits
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.sampler import Choice, SamplingOptions, top_logprobs
-from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.text.chat_template import ChatTemplate, TemplateOptions, encode_chat
 from mpo_runtime.text.stopping import StopMatcher
 from mpo_runtime.text.tokenizer import StreamDecoder, Tokenizer
 from mpo_runtime.weights.protocol import Weights
 
+log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 
 
@@ -86,6 +89,7 @@ class Model:
         self.network = network
         self.engine = Engine(network, context=context)
         self.tokenizer, self.template = tokenizer, template
+        self.end_ids = end_ids(network.architecture.eos_token_ids, network.architecture.vocab_size, tokenizer)
         self._turn = threading.Lock()
         self._generating: int | None = None
         self._closed = False
@@ -103,6 +107,7 @@ class Model:
         sampling: SamplingOptions | None = None,
         stop: Sequence[str] = (),
         top_logprobs: int = 0,
+        parse_special: bool = False,
         **options: Any,
     ) -> Generator[Piece, None, None]:
         """Continues a text, or token ids.
@@ -111,15 +116,29 @@ class Model:
             prompt: text, which is tokenised with the begin-of-text token if the tokenizer adds one, or token ids.
             max_tokens: the most new tokens; None for as many as fit into the context.
             sampling: all sampling options at once.
-            stop: texts at which generation ends; they are not part of the result.
+            stop: texts at which generation ends, special tokens such as `<|im_end|>` among them; they are not part of the
+                result.
             top_logprobs: number of most likely tokens that each piece lists.
+            parse_special: text that spells a special token becomes that token, instead of plain text.
             options: single sampling options by name (temperature=0.7, top_p=0.9, seed=1, …); they override `sampling`.
 
         Raises:
             ConfigError: for an empty or too long prompt, or an option that is unknown or out of range.
         """
-        ids = self.text_tokenizer().encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        ids = self.encode(prompt, parse_special=parse_special) if isinstance(prompt, str) else list(prompt)
         return self._pieces(ids, ids, sampling_options(sampling, options), max_tokens, stop, top_logprobs)
+
+    def encode(self, prompt: str, *, parse_special: bool = False) -> list[int]:
+        """The token ids of a raw prompt, with the begin-of-text token in front if the tokenizer adds one.
+
+        Args:
+            parse_special: text that spells a special token becomes that token. A prompt that then begins with the
+                begin-of-text token does not get a second one.
+        """
+        tokenizer = self.text_tokenizer()
+        ids = tokenizer.encode(prompt, add_special_tokens=True, parse_special=parse_special)
+        twice = parse_special and ids[:2] == [tokenizer.bos_id] * 2
+        return ids[1:] if twice else ids
 
     def chat(
         self,
@@ -129,21 +148,44 @@ class Model:
         sampling: SamplingOptions | None = None,
         stop: Sequence[str] = (),
         top_logprobs: int = 0,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Generator[Piece, None, None]:
         """Answers a conversation (`[{"role": "user", "content": "…"}]`) through the model's chat template.
 
+        Args:
+            thinking, tools, documents, template, template_args: what the template sees besides (`TemplateOptions`).
+            options: single sampling options by name, and variables that the template has (`controls={…}`).
+
         Raises:
             ConfigError: when the model has no chat template, or as `generate` does.
         """
-        ids = self.encode_chat(messages)
-        return self._pieces(ids, (), sampling_options(sampling, options), max_tokens, stop, top_logprobs)
+        drawn = {name: value for name, value in options.items() if not self._is_template_variable(name)}
+        others = {name: value for name, value in options.items() if name not in drawn}
+        asked = TemplateOptions(thinking, tools, documents, {**(template_args or {}), **others}, template)
+        ids = self.encode_chat(messages, asked)
+        return self._pieces(ids, (), sampling_options(sampling, drawn), max_tokens, stop, top_logprobs)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def _is_template_variable(self, name: str) -> bool:
+        """Whether the chat template mentions a name that is no sampling option."""
+        if self.template is None or name in SamplingOptions.__dataclass_fields__:
+            return False
+        sources = [template.source for template in (self.template, *self.template.named.values())]
+        return any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources)
+
+    def encode_chat(self, messages: Sequence[Message], options: TemplateOptions | None = None) -> list[int]:
         """The token ids of a conversation, up to where the answer begins; raises ConfigError without a chat template."""
         if self.template is None:
             raise ConfigError("chat: the model has no chat template; use generate with a plain prompt")
-        return encode_chat(self.template, self.text_tokenizer(), list(messages), add_generation_prompt=True)
+        options = options or TemplateOptions()
+        template = self.template.chosen(options)
+        return encode_chat(
+            template, self.text_tokenizer(), list(messages), add_generation_prompt=True, **options.keywords()
+        )
 
     def score(self, text: str | Sequence[int]) -> Score:
         """The log-probability of each token of a text after its first, in one pass without generating.
@@ -153,7 +195,7 @@ class Model:
                 vocabulary.
         """
         self._check_open()
-        ids = self.text_tokenizer().encode(text, add_special_tokens=True) if isinstance(text, str) else list(text)
+        ids = self.encode(text) if isinstance(text, str) else list(text)
         if len(ids) < 2:
             raise ConfigError("score: expected at least 2 tokens")
         longest = self.network.architecture.max_position_embeddings + 1  # the last token is not run
@@ -208,11 +250,15 @@ class Model:
         top: int,
     ) -> Generator[Piece, None, None]:
         with self._one_at_a_time():
-            for step in self.engine.generate(ids, sampling, max_tokens=max_tokens):
+            for step in self.engine.generate(ids, sampling, max_tokens=max_tokens, stop_ids=self.end_ids):
                 text = decoder.push(step.token) if decoder and step.finish != "stop" else ""
-                if step.finish and decoder:
-                    text += decoder.finish()
+                spelling = self._special_spelling(step.token) if matcher.active and step.finish != "stop" else ""
+                if decoder and (step.finish or spelling):
+                    text += decoder.finish() if step.finish else decoder.settle()
                 text, stopped = matcher.push(text)
+                if spelling and not stopped:
+                    more, stopped = matcher.push(spelling, special=True)
+                    text += more
                 if step.finish and not stopped:
                     text += matcher.flush()
                 finish = "stop" if stopped else step.finish
@@ -220,6 +266,12 @@ class Model:
                 self._generating = threading.get_ident()  # another thread may read on from here
                 if stopped:
                     return
+
+    def _special_spelling(self, token: int) -> str:
+        """The spelling of a special token, which the text leaves out; nothing for any other token."""
+        if self.tokenizer is None or token not in self.tokenizer.special_ids:
+            return ""
+        return self.tokenizer.id_to_token(token) or ""
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
@@ -251,6 +303,20 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def end_ids(configured: Sequence[int], vocabulary: int, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that end a text: those of config.json and generation_config.json, and the tokenizer's own.
+
+    Models that were trained on a base model often name their end of a turn in tokenizer_config.json alone.
+    """
+    own = None if tokenizer is None else tokenizer.eos_id
+    if own is None or own in configured:
+        return tuple(configured)
+    if own >= vocabulary:
+        log.warning("tokenizer_config.json: eos_token has the id %d and is ignored: the model has %d", own, vocabulary)
+        return tuple(configured)
+    return (*configured, own)
 
 
 def sampling_options(sampling: SamplingOptions | None, options: Mapping[str, Any]) -> SamplingOptions:

@@ -6,6 +6,7 @@ ways compute in float32 in the same order, so their results are equal bit for bi
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,7 @@ from mpo_formats.errors import ConfigError
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import implicit_zero, unpack
 from mpo_formats.spec import GROUPS
+from mpo_runtime.machine import usable_cpus
 
 if TYPE_CHECKING:
     from mpo_runtime._native import Linear
@@ -29,6 +31,9 @@ except ImportError as error:  # built without a compiler, or for another Python 
 else:
     _HAS_NATIVE = True
     _WHY_NOT_NATIVE = ""
+    # The kernels count cores and read MPO_THREADS; the quota of a container they do not know.
+    if not os.environ.get("MPO_THREADS") and usable_cpus() < _native.default_threads():
+        _native.set_threads(usable_cpus())
 
 # The numpy path dequantises about this many weights at a time, so that its temporaries stay in the cache.
 _CHUNK_ELEMENTS: Final = 1 << 18
@@ -60,7 +65,7 @@ def instruction_set() -> str:
 
 
 def set_threads(threads: int | None) -> None:
-    """Sets the number of threads of the native kernels; None keeps the present number, which starts at all cores."""
+    """Sets the number of threads of the native kernels; None keeps the present number: at first all usable cores."""
     if _HAS_NATIVE and threads is not None:
         _native.set_threads(threads)
 

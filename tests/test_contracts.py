@@ -43,7 +43,9 @@ EXPORTER_PARTS = (
 # Longer files and functions are asked why. The answer stands in REVIEWED: a split that makes fragments is worse than length.
 LONG_FILE = 400
 LONG_FUNCTION = 60
-REVIEWED: dict[str, str] = {}
+REVIEWED = {
+    "mpo_runtime/text/tokenizer.py": "encoding, decoding and the disguise of special tokens know one another's rules",
+}
 
 
 def sources(package: str) -> list[Path]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from mpo_formats.errors import ConfigError
-from mpo_runtime.cli.console import size_text
+from mpo_runtime.cli.console import json_text, size_text
+from mpo_runtime.filesystem import expand_user
 from mpo_runtime.weights import store
 from mpo_runtime.weights.known import KNOWN, pull_known
 
 
 def pull_model(source: str, name: str | None, file: str | None, replace: bool) -> None:
     """Takes a path of this machine, a known model such as smollm2, or else a hub id into the store."""
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if path.exists():
         if file is not None:
             raise ConfigError("--file: is for hub ids; give the path of the .mpo file itself")
@@ -37,12 +35,11 @@ def list_models(as_json: bool) -> None:
     found = store.entries()
     if as_json:
         print(
-            json.dumps(
+            json_text(
                 [
                     {"name": entry.name, "kind": entry.kind, "bytes": entry.size, "path": str(entry.path)}
                     for entry in found
-                ],
-                ensure_ascii=False,
+                ]
             )
         )
         return

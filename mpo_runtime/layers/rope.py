@@ -1,4 +1,4 @@
-"""Rotary position embedding: how fast each pair of a head's elements turns."""
+"""Rotary position embedding (RoPE): the rotation frequency of each pair of a head's elements."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from mpo_formats import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:
-    """The rotation per position of each pair [D/2]: θ^(−2j/D) (Su et al. 2021), scaled linearly or as Llama 3.1 does.
+    """The angle in radians by which each pair turns from one position to the next, [D/2].
 
-    Llama 3.1: wavelengths below original/high_freq_factor stay, those above original/low_freq_factor are stretched by
-    `factor`, those between are blended.
+    θ^(−2j/D) for pair j (Su et al. 2021), scaled linearly or as in Llama 3.1: wavelengths below
+    original_max_position_embeddings / high_freq_factor stay, those above original_max_position_embeddings / low_freq_factor
+    are stretched by `factor`, those between are interpolated.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = np.float32(rope.theta) ** -exponents

@@ -62,7 +62,7 @@ def decode_json(data: bytes, name: object, remedy: str, error: type[MpoError] = 
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as found:  # the latter where brackets are nested a thousand deep
-        raise error(f"{name}: is not JSON ({found}); {remedy}") from None
+        raise error(f"{name}: cannot be read: it is not JSON ({found}); {remedy}") from None
 
 
 def _convert(encoding: str) -> str:

@@ -210,20 +210,22 @@ def _post_processor(
     model: SentencePieceModel, config: Mapping[str, Any], ids: Mapping[str, int]
 ) -> dict[str, Any] | None:
     """Puts the begin-of-text and end-of-text tokens around a text, where the configuration has them added."""
-    names = {**named_tokens(model), **{key: _content(config[key]) for key in ("bos_token", "eos_token") if key in config}}
-    wanted = [("bos_token", config.get("add_bos_token", True)), ("eos_token", config.get("add_eos_token", False))]
-    first, last = ([names[key]] if add and names.get(key) in ids else [] for key, add in wanted)
+    own = named_tokens(model)
+    first, last = (
+        [text]
+        if config.get(f"add_{name}", add) and (text := _content(config.get(name, own.get(name))) or "") in ids
+        else []
+        for name, add in (("bos_token", True), ("eos_token", False))
+    )
     if not first and not last:
         return None
-    text: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    body: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
     before, after = ([{"SpecialToken": {"id": token, "type_id": 0}} for token in part] for part in (first, last))
     return {
         "type": "TemplateProcessing",
-        "single": [*before, *text, *after],
-        "pair": [*before, *text, *after, {"Sequence": {"id": "B", "type_id": 1}}, *after],
-        "special_tokens": {
-            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in [*first, *last]
-        },
+        "single": [*before, *body, *after],
+        "pair": [*before, *body, *after, {"Sequence": {"id": "B", "type_id": 1}}, *after],
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in [*first, *last]},
     }
 
 

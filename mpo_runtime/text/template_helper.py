@@ -65,7 +65,9 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
     try:
         guarded(lambda: environment.add_template("chat", translate(text)))
     except TemplateFailure:
-        guarded(lambda: environment.add_template("chat", text))  # which says what is wrong with the template as it stands
+        guarded(
+            lambda: environment.add_template("chat", text)
+        )  # which says what is wrong with the template as it stands
     return lambda variables: str(guarded(lambda: environment.render_template("chat", **variables)))
 
 

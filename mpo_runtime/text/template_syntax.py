@@ -107,7 +107,9 @@ def _items(source: str, place: int, end: str) -> tuple[list[_Item], int]:
     items: list[_Item] = []
     spaces = re.compile(r"\s*")
     while True:
-        if source.startswith(end, place) or (len(end) == 2 and source.startswith(end, place + 1) and source[place] in "-+"):
+        if source.startswith(end, place) or (
+            len(end) == 2 and source.startswith(end, place + 1) and source[place] in "-+"
+        ):
             return items, place
         token = _TOKEN.match(source, place)
         if token is None or token[0] in ")]}":

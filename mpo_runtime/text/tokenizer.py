@@ -340,10 +340,15 @@ class StreamDecoder:
             return ""
         return self._release()
 
-    def finish(self) -> str:
-        """Returns the text still held back, after the last id; the decoder is then ready for a new text."""
+    def settle(self) -> str:
+        """Returns the text held back, as it is where a special token follows: no later id can be part of it."""
         text = self._bytes.decode(b"", final=True) + self._release()
         self._bytes.reset()
+        return text
+
+    def finish(self) -> str:
+        """Returns the text still held back, after the last id; the decoder is then ready for a new text."""
+        text = self.settle()
         self._anchor = []
         return text
 

@@ -36,6 +36,7 @@ def pull(
     """
     chosen = store.check_name(name or identifier)
     store.refuse_taken(chosen, replace)
+    store.require_writable()
     partial = store.models_folder() / f".pulling-{chosen.replace('/', '--')}"
     target = fetch(identifier, file, partial, seconds)
     store.open_path(target).close()  # raises where it is no model

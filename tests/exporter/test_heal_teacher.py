@@ -1,4 +1,7 @@
-"""Matching the outputs of blocks beside the logits: what the teacher keeps and what the loss is, against transformers."""
+"""The teacher: what it keeps of its logits and blocks, what errors of blocks cost, and the loss that is made of both.
+
+The oracle is transformers.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mpo_exporter.export import export
-from mpo_exporter.heal.blocks import stream_fisher
 from mpo_exporter.heal.ops import HealingOps, WindowOps, run_block
-from mpo_exporter.heal.run import heal
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.settings import HealJob, Settings
 from mpo_exporter.heal.student import Batch, Student
-from mpo_exporter.heal.teacher import TeacherFiles, matched_blocks, taught
+from mpo_exporter.heal.teacher import TeacherFiles, matched_blocks, output_fisher, taught
 from mpo_exporter.heal.trainable import Trainables
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_formats import MpoFile
 from mpo_formats.packing import bf16_to_f32
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import BOS, VOCABULARY, granite_config, some_ids, write_folder
+from tests.helpers import BOS, VOCABULARY, export_folder, granite_config, heal_folder, some_ids, write_folder
 
 BLOCKS = 4
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 13))
 TOP_K = 5
+# For output_fisher: token ids, and the standard deviation of the errors.
+FISHER_IDS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 12))
+ERROR_SIZE = 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rough(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("file") / "rough.mpo"
-    export(teacher, path, Options("int4"))
+    export_folder(teacher, path, Options("int4"))
     return path
 
 
@@ -70,6 +73,29 @@ def test_what_the_teacher_says(teacher: Path) -> None:
     np.testing.assert_allclose(scores, best.values, rtol=2**-11, atol=1e-4)  # float16, as it is stored
     np.testing.assert_array_equal(chosen, best.indices)
     np.testing.assert_allclose(bf16_to_f32(states), torch.stack([theirs[1], theirs[3]], 2), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_an_error_costs_what_is_expected(tmp_path: Path, block: int) -> None:
+    """½ Σ F e² of random errors at a block's output, against the divergence that they cause."""
+    folder = write_folder(tmp_path, granite_config())
+    source = Checkpoint(folder)
+    dense = decoder_for(source.spec.architecture, WindowOps(source))
+    fisher = output_fisher(dense, np.tile(FISHER_IDS, (40, 1)), 6, "cpu")
+    assert fisher.shape == (source.spec.architecture.num_hidden_layers, source.spec.architecture.hidden_size)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().double()
+    ids, costs = torch.from_numpy(FISHER_IDS), []
+    generator = torch.Generator().manual_seed(0)
+
+    def disturbed(_: torch.nn.Module, __: object, y: torch.Tensor) -> torch.Tensor:
+        return y + ERROR_SIZE * torch.randn(y.shape, generator=generator, dtype=y.dtype)
+
+    with torch.no_grad():
+        clean = model(ids).logits.log_softmax(-1)
+        model.model.layers[block].register_forward_hook(disturbed)
+        for _ in range(40):
+            costs.append((clean.exp() * (clean - model(ids).logits.log_softmax(-1))).sum(-1).mean().item())
+    assert np.mean(costs) == pytest.approx(0.5 * float(fisher[block].sum()) * ERROR_SIZE**2, rel=0.2)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -108,11 +134,12 @@ def test_a_healing_matches_block_by_block(teacher: Path, rough: Path, tmp_path: 
     """The file of the dense model itself has nothing to learn; in 4 bits the errors count beside the divergence."""
     text, dense = tmp_path / "ids.npy", tmp_path / "dense.mpo"
     np.save(text, np.array(some_ids(930, 7, BOS)))
-    export(teacher, dense, Options("dense"))
+    export_folder(teacher, dense, Options("dense"))
     losses = {}
     for name, file, weight in (("dense", dense, 50.0), ("matched", rough, 50.0), ("logits alone", rough, 0.0)):
         settings = Settings(tokens=500, window=32, match_blocks=2, match_weight=weight, block_share=0)
-        losses[name] = heal(file, teacher, tmp_path / f"{name}-healed.mpo", settings, text=text).curve[0]
+        job = HealJob(file, tmp_path / f"{name}-healed.mpo", settings, text=text)
+        losses[name] = heal_folder(teacher, job).curve[0]
     assert losses["matched"] > 5 * losses["logits alone"] > 0
     assert losses["dense"] < 0.01 * losses["matched"]
 
@@ -132,8 +159,8 @@ def test_the_teacher_weighs_all_blocks_and_keeps_the_asked(teacher: Path, tmp_pa
         of.hidden_size if kept else 0,
     )
     model = decoder_for(of, WindowOps(source))
-    torch.testing.assert_close(lesson.felt, stream_fisher(model, IDS[:, :-1], 2, "cpu"))
-    assert lesson.felt.shape == (BLOCKS, of.hidden_size) and bool((lesson.felt > 0).all())
+    torch.testing.assert_close(lesson.fisher, output_fisher(model, IDS[:, :-1], 2, "cpu"))
+    assert lesson.fisher.shape == (BLOCKS, of.hidden_size) and bool((lesson.fisher > 0).all())
     assert files.write(source, IDS[:2], IDS, batch=2, device="cpu", progress=silent) == 2
     next(tmp_path.glob("*fisher*")).unlink()
     assert files.complete() == 0
@@ -146,7 +173,8 @@ def test_without_weight_nothing_of_blocks_is_kept(teacher: Path, rough: Path, tm
         work = tmp_path / str(weight)
         settings = Settings(tokens=500, window=32, match_weight=weight, block_share=0)
         with pytest.raises(ZeroDivisionError):
-            heal(rough, teacher, tmp_path / "healed.mpo", settings, text=text, work=work, progress=stopping)
+            job = HealJob(rough, tmp_path / "healed.mpo", settings, text=text, work=work)
+            heal_folder(teacher, job, progress=stopping)
         sizes[weight] = sorted(path.name.split("-")[-1] for path in work.glob("teacher-*"))
     assert sizes[0.0] == ["done.npy", "fisher.npy", "scores.npy", "tokens.npy"]
     assert sizes[1.0] == ["done.npy", "fisher.npy", "scores.npy", "states.npy", "tokens.npy"]

@@ -23,7 +23,7 @@ from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.weights.protocol import Weights
 
 DOMAINS = ("stories", "web", "chat")
-# Bytes of a corpus file that are read: more than so many a token, and never fewer in all.
+# Bytes of a corpus file that are read: this many for each token, and at least this many in total.
 TOKEN_BYTES = 8
 FEWEST_BYTES = 2_000_000
 
@@ -85,7 +85,7 @@ class Judge:
 
     @staticmethod
     def of(source: Checkpoint, texts: dict[str, TokenText]) -> Judge:
-        """A judge that has run nothing yet."""
+        """A judge of these texts; the dense model is not run yet."""
         return Judge(decoder_for(source.spec.architecture, ReferenceOps(source)), texts, {})
 
     def reference(self, window: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -96,18 +96,18 @@ class Judge:
         return self.kept[key]
 
     def weights(self, weights: Weights) -> dict[str, dict[str, float]]:
-        """Measures an open file."""
+        """Measures the model of an open file."""
         return self.ops(ReferenceOps(weights))
 
     def ops(self, ops: ReferenceOps) -> dict[str, dict[str, float]]:
-        """Figures by domain, and over all of them under `all`."""
+        """The figures by domain, and under `all` those over all domains."""
         model = decoder_for(self.dense.architecture, ops)
         found = {name: compare(model, self.reference, text.ids) for name, text in self.texts.items()}
         return {name: figures([result]) for name, result in found.items()} | {"all": figures(list(found.values()))}
 
 
 def figures(parts: list[Comparison]) -> dict[str, float]:
-    """The figures of several texts together: means over their tokens, the error of the mean in nats added in squares."""
+    """The figures of several texts together: means over their tokens; squared errors of the mean in nats are added."""
     tokens = sum(part.model.tokens for part in parts)
 
     def mean(values: list[float]) -> float:

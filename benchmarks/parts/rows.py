@@ -7,24 +7,23 @@ from dataclasses import dataclass, replace
 
 from mpo_exporter.fit.layer import Method
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
-from mpo_exporter.measure.survey import Survey, stored_bytes
+from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.allocate import choose
 from mpo_exporter.plan.budget import allocated_layers, file_bytes
-from mpo_exporter.quantize.rounding import fitting_group
-from mpo_exporter.terms import Candidate, operator
+from mpo_exporter.terms import Candidate, fitting_group, operator, stored_bytes
 from mpo_formats import Dense, LinearSpec, ModelSpec, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.weights.checkpoint import Checkpoint
 
 NEAREST, COMPENSATED = Method("nearest", "svd"), Method("compensated", "weighted")
 METHODS = {"nearest": NEAREST, "compensated": COMPENSATED}
-# Bits a weight of the whole file, tokenizer and tables included.
+# Sizes of the whole file in bits per weight, tokenizer and tables included.
 SIZES = (2.3, 2.6, 3.0, 3.4, 3.8, 4.25, 4.8, 5.5, 6.5, 8.0)
 CHIS = (8, 16, 32, 64)
-# The part of the table that says most for its time: integers at all sizes, with cores of each χ and cores alone at these.
+# The rows of --quick: integers at all sizes; with cores of each χ, and cores alone, only at these sizes.
 QUICK_CORES = {8: (3.0, 4.8), 16: (2.6, 3.0, 3.8, 4.8), 32: (3.0, 4.8), 64: (3.0, 4.8)}
 QUICK_ALONE = (2.6, 4.8)
-# What the header of a row's file may say more than the source's own, in bytes.
+# Bytes by which the header of a row's file may be larger than the source's.
 PROVENANCE = 512
 # Name of the family: whether factors are balanced, and how the cores are fitted.
 ALONE = {
@@ -47,13 +46,13 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The row in words."""
+        """The row's name in the table."""
         cores = f" + cores χ={self.chi}" if self.chi else ""
         return f"{self.family}{cores}, {self.size}{' bits' if isinstance(self.size, float) else ''}"
 
     @property
     def calibrated(self) -> bool:
-        """Whether the fit looks at activations."""
+        """Whether the layers are fitted to activations."""
         return self.method.rounding == "compensated"
 
 
@@ -145,7 +144,7 @@ def filling(linear: LinearSpec, balanced: bool, bits: float) -> Term:
 
 
 def planned_rows(quick: bool) -> Iterator[tuple[str, float, int]]:
-    """Family, size and χ of every row of the table: what says most for its time comes first."""
+    """Family, size and χ of every row of the table, the most informative for their time first."""
     for size in SIZES:
         for family in METHODS:
             yield family, size, 0

@@ -1,4 +1,4 @@
-"""The files that the healing benchmark heals: the published plans, allocated widths, and cores alone, by their sizes."""
+"""The files that benchmarks/healing.py heals: published plans, allocated widths, and cores alone, at given sizes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 from quality import Bench
-from rows import allocated as beside_cores
 
-from mpo_exporter.calibrate.moments import Calibration
+from mpo_exporter.calibrate.moments import Calibration, dense_matrix
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.fit.layer import Method
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
-from mpo_exporter.measure.survey import dense_matrix, sensitivities, stored_bytes
+from mpo_exporter.measure.survey import sensitivities
 from mpo_exporter.plan.budget import allocated_layers, file_bytes
-from mpo_exporter.plan.named import Options, plan_layers
-from mpo_exporter.quantize.rounding import fitting_group
-from mpo_exporter.terms import Candidate, operator
+from mpo_exporter.plan.named import plan_layers
+from mpo_exporter.plan.options import Options
+from mpo_exporter.terms import Candidate, fitting_group, operator, stored_bytes
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.spec import CoreType
+from parts.rows import allocated as beside_cores
 
 Linears = tuple[LinearSpec, ...]
 # The paper's file sizes are 93 % below float32: 7 % of four bytes a weight.
@@ -31,11 +31,11 @@ PAPER_BITS = 0.07 * 32
 RANKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 # int4 cores lose a little more than their truncation.
 CORE_ROUNDING = 1.05
-# Bytes that a file says more about its origin than the dense model's spec does.
+# Bytes by which the header of a file may be larger than that of the dense model.
 PROVENANCE = 1024
 
 
-# Bits of embedding and head beside matrices of so many bits.
+# Bits of embedding and head, by the bits of the matrices.
 TABLE_BITS = {2: 4, 3: 5, 4: 6, 5: 6, 6: 8, 8: 8}
 
 

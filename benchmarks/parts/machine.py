@@ -1,4 +1,4 @@
-"""What a benchmark ran on: the machine in words, the commit, and the read bandwidth of the moment."""
+"""What a benchmark ran on: a description of the machine, the commit, and the present read bandwidth."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "asimddp")
-# Larger than any cache that it could be kept in.
+# Larger than any CPU cache.
 BUFFER_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a reader needs to place a figure."""
+    """The machine and the commit that figures belong to."""
 
     cpu: str
     cores: int
@@ -78,7 +78,7 @@ def git(*words: str) -> str:
 
 @cache
 def buffer() -> NDArray[np.uint64]:
-    """Half a gigabyte that was written once, so that every page is there."""
+    """Half a gigabyte of memory, written once so that every page exists."""
     return np.ones(BUFFER_BYTES // 8, np.uint64)
 
 

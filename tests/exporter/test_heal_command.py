@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mpo_exporter.cli.main import main
+from mpo_exporter.cli.options import HealBounds
 from mpo_exporter.heal.checkpoint import Record, save_checkpoint
-from mpo_exporter.heal.exported import heal_settings
-from mpo_exporter.heal.run import work_folder
-from mpo_exporter.heal.settings import Settings, parse_tokens
+from mpo_exporter.heal.command import heal_settings
+from mpo_exporter.heal.settings import HealJob, Settings, parse_tokens
 from mpo_exporter.heal.train import Trainer
 from mpo_formats import ConfigError, MpoFile
 from tests.helpers import BOS, granite_config, some_ids, write_folder
@@ -87,7 +87,7 @@ def test_a_healing_that_does_not_help_leaves_the_exported_file(
     target = tmp_path / "model.mpo"
     with monkeypatch.context() as patch:
         faster = Settings(tokens=2000).faster(1000)
-        patch.setattr("mpo_exporter.heal.exported.Settings", lambda **given: faster)
+        patch.setattr("mpo_exporter.heal.command.Settings", lambda **given: faster)
         code, printed, _ = command("--heal-tokens", "2k", "--out", str(target))
     assert code == 0 and "healing raised the KL: the file is the one before healing" in " ".join(printed.split())
     assert list(tmp_path.iterdir()) == [target]
@@ -103,7 +103,7 @@ def test_a_report_too_says_that_healing_was_not_kept(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faster = Settings(tokens=2000).faster(1000)
-    monkeypatch.setattr("mpo_exporter.heal.exported.Settings", lambda **given: faster)
+    monkeypatch.setattr("mpo_exporter.heal.command.Settings", lambda **given: faster)
     given = "--heal-tokens", "2k", "--out", str(tmp_path / "model.mpo"), "--report", str(tmp_path / "report")
     code, printed, _ = command(*given)
     assert code == 0 and "healing raised the KL: the file is the one before healing" in " ".join(printed.split())
@@ -127,7 +127,7 @@ def test_a_target_leaves_room_for_what_healing_records(
 def test_a_begun_healing_of_another_file_does_not_matter(command: Command, tmp_path: Path) -> None:
     target = tmp_path / "model.mpo"
     assert command("--heal-tokens", "300", "--out", str(target))[0] == 0
-    folder = work_folder(target)
+    folder = HealJob(target, target).folder
     size = target.stat().st_size
     folder.mkdir()
     save_checkpoint(folder, Record("of another"), {})
@@ -166,10 +166,16 @@ def test_what_is_no_number_of_tokens(text: str) -> None:
         parse_tokens(text)
 
 
+def asked(wanted: bool, text: Path | None = None, **bounds: Any) -> Settings | None:
+    """The settings of --heal (or not), --heal-text and the options of HealBounds."""
+    request = HealBounds(**bounds).request(wanted, text)
+    return heal_settings(request) if request else None
+
+
 def test_a_bound_implies_healing() -> None:
-    assert heal_settings(False, None, None, None) is None
-    assert heal_settings(True, None, None, None) == Settings()
-    assert heal_settings(False, "500k", None, None) == Settings(tokens=500_000)
-    assert heal_settings(False, None, 2.0, None) == heal_settings(True, None, 2.0, None) == Settings(epochs=2.0)
-    assert heal_settings(False, None, None, 20) == Settings(minutes=20)
-    assert heal_settings(False, None, None, None, Path("text.txt")) == Settings()
+    assert asked(False) is None
+    assert asked(True) == Settings()
+    assert asked(False, heal_tokens="500k") == Settings(tokens=500_000)
+    assert asked(False, heal_epochs=2.0) == asked(True, heal_epochs=2.0) == Settings(epochs=2.0)
+    assert asked(False, heal_minutes=20) == Settings(minutes=20)
+    assert asked(False, Path("text.txt")) == Settings()

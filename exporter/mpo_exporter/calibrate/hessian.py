@@ -1,4 +1,4 @@
-"""What rounding needs to know of an input's second moment: the damped Hessian, its triangular root, an order of columns."""
+"""What fits and rounding derive from a second moment C [I, I]: its Cholesky root, and a damped Hessian with its own root."""
 
 from __future__ import annotations
 
@@ -10,23 +10,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.fit.remember import Remembered
 from mpo_formats import ConfigError
 
 Matrix = NDArray[np.float64]
 log = logging.getLogger(__name__)
 
-# Added to the diagonal of C, as a share of its mean.
+# Added to the diagonal of C for the Hessian, as a share of the mean of the diagonal.
 DAMPING = 0.01
+# A singular C gets this share of its mean diagonal added to the diagonal, and ten times more until it has a Cholesky root.
+LEAST_LOAD = 1e-10
+
+
+def cholesky_root(second: Matrix) -> Matrix:
+    """The lower triangular L with L Lᵀ = C; where C is singular its diagonal is raised until L exists, which is logged."""
+    size = second.shape[0]
+    mean = float(np.trace(second)) / size
+    if mean <= 0:
+        log.warning("moment is zero: the fit weighs all inputs the same; give more calibration text")
+        return np.eye(size)
+    load = 0.0
+    while True:
+        try:
+            loaded = second + np.diag(np.full(size, load * mean)) if load else second
+            root = np.asarray(np.linalg.cholesky(loaded), np.float64)
+        except np.linalg.LinAlgError:
+            load = load * 10 if load else LEAST_LOAD
+            continue
+        if load:
+            log.warning(
+                "moment of size %d is singular: %.0e of its mean diagonal was added; more calibration text would help",
+                size,
+                load,
+            )
+        return root
 
 
 @dataclass(frozen=True, slots=True)
 class Hessian:
     """H = P (C / mean(diag C) + damping · 1) Pᵀ of an input, and H = R Rᵀ with R upper triangular.
 
-    `order` [I] are the columns in processing order (the rows of P), `matrix` is H [I, I], `feedback` is R [I, I] with each
+    `order` [I] lists the columns in processing order (the rows of P), `matrix` is H [I, I], `feedback` is R [I, I] with each
     column divided by its diagonal entry, `weight` [I] those entries squared, all in float32, and `mean` is mean(diag C).
-    What rounding column j loses with all later columns free to make up for it is weight_j times its square.
+    When column j is rounded and all later columns are adjusted to compensate, the error is weight_j times the square of the
+    rounding error.
     """
 
     order: Tensor
@@ -48,28 +74,19 @@ class Hessian:
         return result
 
 
-def hessian_of(moment: Matrix, group: int, damping: float = DAMPING) -> Hessian:
+def decompose(second: Matrix, group: int, damping: float) -> Hessian:
     """The Hessian of inputs of second moment C [I, I], its columns in the processing order for groups of that size.
-
-    It is remembered as long as the array `moment` lives, as layers with one input share it.
 
     Raises:
         ConfigError: when C has values that are not finite.
     """
-    return _hessians.get(moment, (group, damping), lambda: _decompose(moment, group, damping))
-
-
-_hessians: Remembered[Hessian] = Remembered()
-
-
-def _decompose(moment: Matrix, group: int, damping: float) -> Hessian:
-    if not np.isfinite(moment).all():
+    if not np.isfinite(second).all():
         raise ConfigError("second moment: has values that are not finite; check the source model and the text")
-    mean = float(np.trace(moment)) / len(moment)
-    whole = torch.from_numpy(moment if mean > 0 else np.zeros_like(moment))
+    mean = float(np.trace(second)) / len(second)
+    whole = torch.from_numpy(second if mean > 0 else np.zeros_like(second))
     unit = mean if mean > 0 else 1.0
     order = processing_order(whole.diagonal(), group)
-    # Backwards, as the lower triangular root of a matrix that is turned round both ways is the upper one of the matrix.
+    # The lower triangular root of the matrix with rows and columns reversed, reversed again, is the upper triangular root.
     backwards = order.flip(0)
     root, load = _root(whole[backwards][:, backwards].div_(unit), damping)
     root = root.float().flip(0, 1)
@@ -80,7 +97,7 @@ def _decompose(moment: Matrix, group: int, damping: float) -> Hessian:
 
 
 def _root(scaled: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The lower triangular root of scaled + load · 1 and that load: damping, or more where that is singular (logged)."""
+    """The lower triangular root of scaled + load · 1, and the load: damping, or more where that is singular (logged)."""
     plain = scaled.diagonal().clone()
     load = damping
     while True:
@@ -94,7 +111,7 @@ def _root(scaled: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def processing_order(diagonal: Tensor, group: int) -> Tensor:
-    """Columns by falling C_jj, but groups stay together: whole groups by their sum, and columns inside each."""
+    """Columns by descending C_jj with groups kept together: groups by their sum, and columns inside each group."""
     grouped = diagonal.reshape(-1, group)
     inside = grouped.argsort(dim=1, descending=True, stable=True)
     outside = grouped.sum(1).argsort(dim=0, descending=True, stable=True)
