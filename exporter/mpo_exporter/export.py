@@ -26,7 +26,7 @@ from mpo_formats.architecture import EMBEDDING
 from mpo_formats.layout import content_tensors, linear_tensors
 from mpo_runtime.measure import Comparison
 from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import DenseWeights
 
 Matrix = NDArray[np.float64]
 
@@ -202,7 +202,7 @@ class Fitting:
     """
 
     writer: MpoWriter
-    source: Checkpoint
+    source: DenseWeights
     method: Method
     listener: Listener
     table: Matrix | None = None

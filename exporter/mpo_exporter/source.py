@@ -15,8 +15,10 @@ from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.gguf import SUFFIX, Gguf, is_gguf
 from mpo_runtime.weights.hub import cached_folder
-from mpo_runtime.weights.protocol import Weights
+from mpo_runtime.weights.known import KNOWN, find_known
+from mpo_runtime.weights.protocol import DenseWeights, Weights
 
 ALIASES = {
     "granite": "ibm-granite/granite-3.3-8b-instruct",
@@ -26,7 +28,7 @@ ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A dense model's Hugging Face folder, a short name for files made from it, and its revision if it is from the hub."""
+    """A dense model's Hugging Face folder or GGUF file, a short name for files made from it, and its revision on the hub."""
 
     folder: Path
     name: str
@@ -40,12 +42,12 @@ class Source:
             print(source.architecture.hidden_size)
 
     Raises:
-        CheckpointError: for a folder that is damaged or of an unknown architecture.
+        CheckpointError: for a folder or GGUF file that is damaged or of an unknown architecture.
     """
 
     def __init__(self, model: ModelFolder) -> None:
         self.folder, self.name, self.revision = model.folder, model.name, model.revision
-        self.weights = Checkpoint(model.folder)
+        self.weights: DenseWeights = open_dense(model.folder)
 
     @property
     def spec(self) -> ModelSpec:
@@ -78,8 +80,17 @@ class Source:
         self.close()
 
 
+def open_dense(path: Path) -> DenseWeights:
+    """Opens a Hugging Face folder or a GGUF file.
+
+    What a GGUF file holds in integers is dequantised to two bytes a weight: as large as the model was, and as a plan stores
+    a layer that it leaves dense.
+    """
+    return Checkpoint(path) if path.is_dir() else Gguf(path, dequantised="f16")
+
+
 def open_source(model: str | Path) -> Source:
-    """Opens `demo`, `granite`, `granite-2b`, a Hugging Face folder or a hub id `owner/name`, downloaded if needed.
+    """Opens a model by its name (`demo`, `smollm2`, `granite`, `granite-2b`), a Hugging Face folder, a GGUF file or a hub id.
 
     Raises:
         CheckpointError: if there is no such model, or it cannot be read.
@@ -88,20 +99,29 @@ def open_source(model: str | Path) -> Source:
 
 
 def find_source(model: str) -> ModelFolder:
-    """Finds `demo`, `granite`, `granite-2b`, a Hugging Face folder or a hub id `owner/name`, downloaded if needed.
+    """Finds a model by its name, a Hugging Face folder, a GGUF file or a hub id `owner/name`, downloaded if needed.
 
     Raises:
-        CheckpointError: if there is no such folder and nothing can be downloaded.
+        CheckpointError: if there is no such file or folder and nothing can be downloaded.
     """
     if model == "demo":
         return ModelFolder(embedded_model(), "demo")
-    folder = Path(model)
-    if model not in ALIASES and folder.is_dir():
-        return ModelFolder(folder, folder.resolve().name)
+    path = Path(model)
+    if model in KNOWN:
+        found, revision = find_known(KNOWN[model], lambda text: print(text, flush=True))
+        return ModelFolder(found, model, revision)
+    if model not in ALIASES and path.is_dir():
+        return ModelFolder(path, path.resolve().name)
+    if path.is_file() and is_gguf(path):
+        return ModelFolder(path, path.name.removesuffix(SUFFIX))
     identifier = ALIASES.get(model, model)
-    if identifier.count("/") != 1 or identifier.startswith((".", "/", "~")) or folder.is_absolute():
-        known = ", ".join(("demo", *ALIASES))
-        raise CheckpointError(f"{model}: no such folder; give {known}, a Hugging Face folder, or a hub id owner/name")
+    file = path.is_file() or path.suffix == SUFFIX
+    if file or identifier.count("/") != 1 or identifier.startswith((".", "/", "~")) or path.is_absolute():
+        wrong = "no such folder" if not file else "is no GGUF file" if path.is_file() else "no such file"
+        names = ", ".join(("demo", *ALIASES, *KNOWN))
+        raise CheckpointError(
+            f"{model}: {wrong}; give {names}, a Hugging Face folder, a GGUF file, or a hub id owner/name"
+        )
     folder = cached_folder(identifier)
     return ModelFolder(folder, model if model in ALIASES else identifier.split("/")[1], folder.name)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpo_runtime.text.chat_template import TemplateOptions
 
 File = Annotated[
-    Path, typer.Argument(help="A .mpo file, a Hugging Face folder, or a name in the store.", show_default=False)
+    Path, typer.Argument(help="A .mpo or GGUF file, a Hugging Face folder, or a name in the store.", show_default=False)
 ]
 Chi = Annotated[
     int | None,

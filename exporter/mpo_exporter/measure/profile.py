@@ -17,7 +17,7 @@ from mpo_exporter.terms import integers, operator
 from mpo_formats import LinearSpec
 from mpo_formats.architecture import ATTENTION, EMBEDDING, HEAD, MLP
 from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import DenseWeights
 
 # Types in the order of the file; the tables have no block.
 TYPES = (*ATTENTION, *MLP)
@@ -150,7 +150,7 @@ def rank_correlation(values: Iterable[float]) -> float:
 
 
 def profile_model(
-    source: Checkpoint,
+    source: DenseWeights,
     name: str,
     text: TokenText,
     walk: Calibration,

@@ -31,8 +31,7 @@ from mpo_runtime.cli.inspect import layer_text
 from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
-from mpo_runtime.weights.protocol import Weights
+from mpo_runtime.weights.protocol import DenseWeights, Weights
 
 Matrix = NDArray[np.float64]
 Windows = NDArray[np.int64]
@@ -258,7 +257,7 @@ def even_windows(text: TokenText, architecture: Architecture) -> Windows:
     return cut_calibration(text, architecture, window=text.ids.size // count + lead, count=count)
 
 
-def sensitivity_file(source: Checkpoint, text: TokenText, walk: Calibration, windows: Windows) -> CacheFile:
+def sensitivity_file(source: DenseWeights, text: TokenText, walk: Calibration, windows: Windows) -> CacheFile:
     """The cache file of measured layers: one for a model and a text, whatever the layers were compressed to."""
     key = {
         "version": VERSION,
@@ -270,7 +269,7 @@ def sensitivity_file(source: Checkpoint, text: TokenText, walk: Calibration, win
 
 
 def cached_sensitivities(
-    source: Checkpoint,
+    source: DenseWeights,
     text: TokenText,
     walk: Calibration,
     layers: Sequence[LinearSpec],

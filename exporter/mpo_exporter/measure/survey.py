@@ -37,8 +37,7 @@ from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
 from mpo_formats.codec import to_json
 from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
-from mpo_runtime.weights.protocol import Weights
+from mpo_runtime.weights.protocol import DenseWeights, Weights
 
 # To be raised whenever a survey of the same model and text would come out differently.
 VERSION = 3
@@ -199,7 +198,7 @@ def sensitivities(
                 yield name, Sensitivity(moment, fisher[name])
 
 
-def survey_file(source: Checkpoint, walk: Calibration, text: TokenText) -> CacheFile:
+def survey_file(source: DenseWeights, walk: Calibration, text: TokenText) -> CacheFile:
     """The cache file of a survey, named by the digests of the model and of the calibration text."""
     key = {
         "version": VERSION,
@@ -215,7 +214,7 @@ def survey_file(source: Checkpoint, walk: Calibration, text: TokenText) -> Cache
 
 
 def cached_survey(
-    source: Checkpoint, walk: Calibration, text: TokenText, *, progress: Progress = silent, log: Log = no_log
+    source: DenseWeights, walk: Calibration, text: TokenText, *, progress: Progress = silent, log: Log = no_log
 ) -> Survey:
     """The survey of a model on a calibration text: from the cache, or measured now and cached.
 

@@ -19,7 +19,7 @@ from mpo_exporter.terms import GROUP, Candidate, integers, operator, stored_byte
 from mpo_formats import ConfigError, LinearSpec, ModelSpec, PlanError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import DenseWeights
 
 # The measured loss of a layer over the expected one, limited to this range: beyond it the text was too short to tell.
 LEAST_FACTOR, MOST_FACTOR = 1 / 8, 8.0
@@ -36,7 +36,7 @@ class Planner:
         surveyed: a survey of this model and text, in the place of the cached one or a new one.
     """
 
-    source: Checkpoint
+    source: DenseWeights
     text: TokenText | None = None
     walk: Calibration | None = None
     progress: Progress = silent
