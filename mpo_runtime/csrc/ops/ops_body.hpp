@@ -170,7 +170,7 @@ struct OpsBody {
       }
   }
 
-  static void add_product(const ProductTask& task) {
+  static MPO_INLINE void add_product(const ProductTask& task) {
     std::size_t i = 0;
     for (; i + 4 <= task.m; i += 4) product_rows<4>(task, i);
     for (; i < task.m; ++i) product_rows<1>(task, i);
