@@ -18,7 +18,7 @@ help:
 	@echo "make test       install the tools, run the tests and the quality gates"
 	@echo "make test-long  the suites that take minutes"
 	@echo "make test-qemu  the native kernels on an emulated Haswell and on a CPU without AVX (needs qemu-user)"
-	@echo "make check      ruff (lint and format) and mypy alone"
+	@echo "make check      ruff (lint and format), mypy, and the rules of tests/test_contracts.py: import arrows, circles"
 	@echo "make format     let ruff mend what it can"
 	@echo "make bench      run the benchmarks"
 	@echo "make clean      remove .venv, builds, caches and demo.mpo"
@@ -48,6 +48,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -q tests/test_contracts.py -k "not quality_gate"
 
 format: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check --fix
@@ -70,13 +71,13 @@ clean:
 $(VENV)/.installed-export: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing into $(VENV); PyTorch is large, so the first time takes minutes"
 	$(PIP) install -q -c constraints.txt -e '.[export]'
-	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
+	@$(BIN)/python -c "from mpo_runtime import native; print('native kernels:', native.active()['native'])"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing into $(VENV) with the test tools; the first time takes minutes"
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c "from mpo_runtime import kernels; print('native kernels:', kernels.active()['native'])"
+	@$(BIN)/python -c "from mpo_runtime import native; print('native kernels:', native.active()['native'])"
 	@touch $@ $(VENV)/.installed-export
 
 $(VENV)/.created:

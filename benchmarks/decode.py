@@ -26,12 +26,11 @@ from typing import Any
 
 import numpy as np
 from launch import launch
-from machine import describe_machine, read_bandwidth
+from parts.machine import describe_machine, read_bandwidth
 from synthetic import SyntheticPlan, granite, write_synthetic
 
 from mpo_runtime.engine import Engine
-from mpo_runtime.model import load_network
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime.loading import load_network, open_weights
 
 PROMPT = 32
 
@@ -76,7 +75,7 @@ def ours(path: Path, name: str, arguments: argparse.Namespace) -> Contestant:
 
 
 def llama_cpp(path: Path, arguments: argparse.Namespace) -> Contestant:
-    """A GGUF file under llama-bench, a process for each stretch; its loading is not in its own figure."""
+    """A GGUF file under llama-bench, in a new process each time; llama-bench does not count the loading."""
 
     def bench(prompt: int, tokens: int) -> float:
         command = [str(arguments.llama_bench), "-m", str(path), "-p", str(prompt), "-n", str(tokens)]
@@ -130,7 +129,7 @@ def transformers_bf16(arguments: argparse.Namespace) -> Contestant:
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:
-    """Everyone who takes part, files made where they are missing."""
+    """All contestants; files that are missing are made."""
     result = []
     arguments.work.mkdir(parents=True, exist_ok=True)
     for text in arguments.plans.split(","):
@@ -147,8 +146,8 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rounds, and what they gave."""
-    from mpo_runtime import kernels
+    """Runs all rounds; returns their figures."""
+    from mpo_runtime import native
 
     entrants, bandwidths = contestants(arguments), []
     for entrant in entrants:
@@ -185,13 +184,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "size": arguments.size,
         "tokens": arguments.tokens,
         "read_bandwidth": bandwidth,
-        "kernels": kernels.active(),
+        "kernels": native.active(),
         "rows": rows,
     }
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The rows as a table, with each one's decode speed over every peer's at equal bytes."""
+    """The rows as a table, with each one's decode speed relative to every peer at equal bytes."""
     rows = result["rows"]
     dense = next((row for row in rows if row["name"] == "mpo dense"), None)
     peers = [row for row in rows if row["name"].startswith("llama.cpp")]

@@ -21,90 +21,62 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe_machine, read_bandwidth
+from parts.machine import describe_machine, read_bandwidth
 
-import mpo_runtime._native as native
-from mpo_formats.layout import PLANES
-from mpo_runtime import kernels
+from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
+from mpo_formats.layout import linear_bytes, linear_tensors
+from mpo_runtime import native
+from mpo_runtime.layers.native import load_linear
 
 TOTAL_BYTES = 1 << 29
 WIDTHS = (8, 6, 5, 4, 3, 2)
+NUMBERS = {"f16": (np.float16, 1e-3), "bf16": (np.uint16, 0x3A80)}
 
 
 @dataclass
 class Entrant:
-    """One kernel over its matrices; `run` does one pass."""
+    """One kernel over its matrices; `run` does one pass and returns its seconds."""
 
     name: str
     bytes: int
-    run: Callable[[], object]
+    run: Callable[[], float]
     speeds: list[float] = field(default_factory=list)
 
 
-def pool_bytes(size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Random bytes."""
-    return np.random.default_rng(0).integers(0, 256, size, np.uint8)
+class RandomWeights:
+    """The tensors of one layer, new memory at every call: random codes, constant scales and floats."""
+
+    def __init__(self, linear: LinearSpec) -> None:
+        self.tensors = {tensor.name: tensor for tensor in linear_tensors(linear)}
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        tensor = self.tensors[name]
+        if tensor.dtype == "u8":
+            return np.random.default_rng(0).integers(0, 256, tensor.shape, np.uint8)
+        kind, value = NUMBERS[tensor.dtype]
+        return np.full(tensor.shape, value, kind)
+
+    def dtype(self, name: str) -> str:
+        return self.tensors[name].dtype
 
 
-def program_over(layers: list[native.Linear], columns: int, exact: bool) -> native.Program:
-    """One native program that applies every layer to the same input."""
-    program = native.Program(exact)
-    x = program.input(columns)
-    result = 0
-    for layer in layers:
-        result = program.linear(x, layer)
-    program.finish(result)
-    return program
+def native_entrant(name: str, terms: tuple[Term, ...], arguments: argparse.Namespace) -> Entrant:
+    """The native kernels of a layer's terms over as many copies of it as fill TOTAL_BYTES."""
+    linear = LinearSpec("layer", arguments.rows, arguments.columns, None, terms)
+    count = max(2, TOTAL_BYTES // linear_bytes(linear))
+    layers = [load_linear(RandomWeights(linear), linear, chi=None) for _ in range(count)]
+    run = native.timed_pass(layers, tokens=arguments.batch, exact=arguments.activations == "float")
+    return Entrant(name, count * linear_bytes(linear), run)
 
 
-def integer_entrant(bits: int, group: int, arguments: argparse.Namespace, chi: int = 0) -> Entrant:
-    """The integer kernel of one width, perhaps with int8 low-rank cores of bond χ beside it."""
-    rows, columns = arguments.rows, arguments.columns
-    sizes = [rows * columns * plane // 8 for plane in PLANES[bits]]
-    scales = rows * columns // group * 2
-    each = sum(sizes) + scales + chi * (rows + columns)
-    count = max(2, TOTAL_BYTES // each)
-    layers = []
-    for index in range(count):
-        planes = [pool_bytes(size) for size in sizes]
-        scale = np.full(scales // 2, 1e-3, np.float16).view(np.uint8)
-        matrix = native.Matrix.integer(f"layer {index}", bits, rows, columns, group, planes, scale, None)
-        operators = [low_rank(rows, columns, chi)] if chi else []
-        layers.append(native.Linear(f"layer {index}", rows, columns, [matrix], operators, None))
-    name = f"{bits} bits, group {group}" + (f", χ={chi} int8 cores" if chi else "")
-    exact = arguments.activations == "float"
-    return Entrant(name, count * each, runner(program_over(layers, columns, exact), arguments))
-
-
-def low_rank(rows: int, columns: int, chi: int) -> native.Operator:
-    """int8 cores of the shape (O, 1) × (1, I)."""
-    cores = []
-    for left, right, out, inner in ((1, chi, rows, 1), (chi, 1, 1, columns)):
-        size = out * inner
-        scale = np.full(chi * size // 64, 1e-3, np.float16).view(np.uint8)
-        matrix = native.Matrix.integer("core", 8, chi, size, 64, [pool_bytes(chi * size)], scale, None)
-        cores.append(native.Core(matrix, left, right, out, inner, left))
-    return native.Operator(cores, True, 1 << 30)
-
-
-def dense_entrant(arguments: argparse.Namespace) -> Entrant:
-    """The bf16 kernel of this runtime."""
-    rows, columns = arguments.rows, arguments.columns
-    each = rows * columns * 2
-    count = max(2, TOTAL_BYTES // each)
-    content = np.full(rows * columns, 0x3A80, np.uint16).view(np.uint8)
-    layers = []
-    for index in range(count):
-        matrix = native.Matrix.dense(f"layer {index}", "bf16", rows, columns, content.copy())
-        layers.append(native.Linear(f"layer {index}", rows, columns, [matrix], [], None))
-    return Entrant("bf16", count * each, runner(program_over(layers, columns, False), arguments))
-
-
-def runner(program: native.Program, arguments: argparse.Namespace) -> Callable[[], object]:
-    """A call of the program on a fixed batch."""
-    x = np.random.default_rng(1).standard_normal((1, arguments.batch, arguments.columns)).astype(np.float32)
-    out = np.empty((1, arguments.batch, arguments.rows), np.float32)
-    return lambda: program.run(None, [x], None, out)
+def native_entrants(arguments: argparse.Namespace) -> Iterator[Entrant]:
+    """Every width and group, 4 bits with int8 low-rank cores beside them, and bf16."""
+    for bits in WIDTHS:
+        for group in arguments.groups:
+            yield native_entrant(f"{bits} bits, group {group}", (Quantized(bits, group, False),), arguments)
+    cores = Mpo((arguments.rows, 1), (1, arguments.columns), (32,), "int8", 64)
+    yield native_entrant("4 bits, group 32, χ=32 int8 cores", (Quantized(4, 32, False), cores), arguments)
+    yield native_entrant("bf16", (Dense("bf16"),), arguments)
 
 
 def torch_entrants(arguments: argparse.Namespace) -> Iterator[Entrant]:
@@ -122,25 +94,24 @@ def torch_entrants(arguments: argparse.Namespace) -> Iterator[Entrant]:
     scales = torch.full((columns // 32, rows, 2), 1e-3, dtype=torch.bfloat16)
     copies = [(packed.clone(), scales.clone()) for _ in range(max(2, TOTAL_BYTES // each))]
 
-    def int4() -> None:
+    def int4() -> float:
+        start = time.perf_counter()
         for weight, scale in copies:
             torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, 32, scale)
+        return time.perf_counter() - start
 
     yield Entrant("torch int4, group 32", len(copies) * each, int4)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All rounds of all entrants."""
-    kernels.set_threads(arguments.threads)
-    entrants = [integer_entrant(bits, group, arguments) for bits in WIDTHS for group in arguments.groups]
-    entrants += [integer_entrant(4, 32, arguments, chi=32), dense_entrant(arguments), *torch_entrants(arguments)]
+    native.set_threads(arguments.threads)
+    entrants = [*native_entrants(arguments), *torch_entrants(arguments)]
     reads: list[float] = []
     for index in range(arguments.rounds + 1):
         read = read_bandwidth(arguments.threads)
         for entrant in entrants:
-            start = time.perf_counter()
-            entrant.run()
-            speed = entrant.bytes / 1e9 / (time.perf_counter() - start)
+            speed = entrant.bytes / 1e9 / entrant.run()
             if index:  # the first round warms up
                 entrant.speeds.append(speed)
         if index:
@@ -160,7 +131,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     machine = asdict(describe_machine())
     read = statistics.median(reads)
     today = datetime.date.today().isoformat()
-    active = kernels.active()
+    active = native.active()
     return {"date": today, **shape, **settings, "machine": machine, "kernels": active, "read": read, "results": rows}
 
 

@@ -24,8 +24,8 @@ CHILD = f"""
 import json, sys, time
 from pathlib import Path
 from mpo_runtime.engine import Engine
-from mpo_runtime.model import load_network
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime.loading import load_network
+from mpo_runtime.loading import open_weights
 begin = time.perf_counter()
 network = load_network(open_weights(Path(sys.argv[1])), threads=int(sys.argv[2]))
 opened = time.perf_counter() - begin

@@ -5,7 +5,7 @@
         for piece in model.chat([{"role": "user", "content": "Hello"}]):
             print(piece.text, end="", flush=True)
 
-Importing this package is cheap: what a name needs is loaded when it is first used.
+Importing this package is cheap: a name's module is imported when the name is first used.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpo_formats.errors import CheckpointError, ConfigError, FormatError, MpoError, OutputError, PlanError
-    from mpo_runtime.model import Model, Piece, Score, load
+    from mpo_runtime.loading import load
+    from mpo_runtime.model import Model, Piece, Score
     from mpo_runtime.sampler import SamplingOptions
 
 __version__ = "0.1.0"
 
+# The module of each public name.
 _HOMES = {
-    **dict.fromkeys(("Model", "Piece", "Score", "load"), "mpo_runtime.model"),
+    "load": "mpo_runtime.loading",
+    **dict.fromkeys(("Model", "Piece", "Score"), "mpo_runtime.model"),
     "SamplingOptions": "mpo_runtime.sampler",
     **dict.fromkeys(
         ("CheckpointError", "ConfigError", "FormatError", "MpoError", "OutputError", "PlanError"), "mpo_formats.errors"

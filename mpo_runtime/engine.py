@@ -1,4 +1,4 @@
-"""Generation over token ids: prefill in chunks, then one token a step. The engine knows ids only, no text."""
+"""Generation over token ids: prefill in chunks, then one token a step. The engine handles ids only, no text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.forks import renew_in_children
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.sampler import Sampler, SamplingOptions
 
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
+# Tokens of a prompt that are run at once.
 PREFILL_CHUNK = 256
 
 
@@ -26,31 +27,38 @@ class Step:
     token: int
     logprob: float
     logits: NDArray[np.float32]
-    finish: Finish | None
+    finish: FinishReason | None
 
 
 class Engine:
     """One conversation's state: a model and a KV cache of one row.
 
-    A prompt that starts with the tokens already in the cache reuses them. Rounding differs between tokens that were run
-    together and one by one, so a generation that is to be the same each time (with a seed, or at temperature 0) reuses
-    only whole chunks that were run as this prompt's would be. One generation runs at a time; a second thread waits.
+    A prompt that begins with the tokens in the cache reuses them. Tokens that are run together are rounded differently from
+    tokens that are run one by one. So a reproducible generation (with a seed, or at temperature 0) reuses only whole chunks,
+    which an empty cache would be filled with in the same way. One generation runs at a time; a second thread waits.
+
+    Args:
+        context: tokens that the cache holds; where None, the longest context of the model, but at most 4,096.
+        chunk: tokens of a prompt that are run at once.
+
+    Raises:
+        ConfigError: for a context of less than 2 tokens or above the model's longest.
     """
 
-    def __init__(self, model: GraniteModel, *, context: int | None = None, chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(self, model: Decoder, *, context: int | None = None, chunk: int = PREFILL_CHUNK) -> None:
         self.model = model
         self.context = default_context(model.architecture, context)
         if self.context < 2:
             raise ConfigError(f"context: expected at least 2 tokens, found {self.context}; raise --ctx-size")
         self.chunk = chunk
         self.cache = model.ops.new_cache(self.architecture, 1, self.context)
-        self.held: list[int] = []
-        self.whole = 0  # of `held`, those that were run in whole chunks from the start
+        self.held: list[int] = []  # the ids in the cache
+        self.whole = 0  # how many of them were run in whole chunks, from the first one on
         self.lock = threading.Lock()
         renew_in_children(self)
 
     def renew_after_fork(self) -> None:
-        """Lets a child of this process generate: in it the thread that may have been generating does not exist."""
+        """Makes a forked child ready to generate: the thread that may have been generating does not exist in it."""
         self.lock = threading.Lock()
         self._rewind(0, [])
 
@@ -60,16 +68,16 @@ class Engine:
         return self.model.architecture
 
     def reusable(self, ids: Sequence[int], *, repeatable: bool = False) -> int:
-        """How many leading ids of a prompt need not be run again: the cache holds them.
+        """How many leading ids of a prompt are in the cache and need not be run again.
 
         Args:
-            repeatable: counts whole chunks only, so that the logits are those of an empty cache to the last bit.
+            repeatable: counts whole chunks only: the logits then equal those after an empty cache bit for bit.
         """
         shared = shared_prefix(self.held, ids[:-1])
         return min(shared // self.chunk * self.chunk, self.whole) if repeatable else shared
 
     def prefill(self, ids: Sequence[int], *, repeatable: bool = False) -> NDArray[np.float32]:
-        """Runs the prompt through the model, except what the cache already holds (see `reusable`).
+        """Runs the prompt through the model, except the ids that the cache already holds (see `reusable`).
 
         Returns:
             The logits [vocabulary] after the last id.
@@ -83,7 +91,7 @@ class Engine:
         return self._advance(ids[shared:])
 
     def _rewind(self, length: int, ids: Sequence[int]) -> None:
-        # In this order: a Ctrl-C between two of them leaves less said to be held than the cache holds, never more.
+        # In this order: an interrupt between two lines leaves `held` shorter than the cache, never longer.
         self.whole = min(self.whole, length // self.chunk * self.chunk)
         self.held = list(ids[:length])
         self.cache.rewind(length)
@@ -111,8 +119,8 @@ class Engine:
         """Yields tokens after the prompt `ids` until an end token, `max_tokens` or the end of the context.
 
         Args:
-            options: how tokens are drawn; with a seed, or at temperature 0, the result is reproducible.
-            max_tokens: None for as many as the context holds.
+            options: of the sampler; with a seed, or at temperature 0, the result is reproducible.
+            max_tokens: None for as many as fit into the context.
             stop_ids: token ids that end the text; the model's end-of-text ids where None.
         """
         ends = self.architecture.eos_token_ids if stop_ids is None else stop_ids
@@ -125,7 +133,7 @@ class Engine:
             for index in range(limit):
                 choice = sampler.sample(logits, history, prompt_length=len(ids))
                 history.append(choice.token)
-                finish: Finish | None = "stop" if choice.token in ends else None
+                finish: FinishReason | None = "stop" if choice.token in ends else None
                 if finish is None and index + 1 == limit:
                     finish = "length"
                 yield Step(choice.token, choice.logprob, logits, finish)
@@ -135,7 +143,11 @@ class Engine:
 
 
 def default_context(architecture: Architecture, context: int | None) -> int:
-    """The context to allocate: as asked, at most what the model was made for; 4,096 tokens if nothing is said."""
+    """The context to allocate in tokens: as asked; where None, the model's longest, but at most 4,096.
+
+    Raises:
+        ConfigError: for more than the model's longest context.
+    """
     longest = architecture.max_position_embeddings
     if context is not None and context > longest:
         raise ConfigError(f"context of {context} tokens: the model was made for {longest}; lower --ctx-size")
@@ -143,7 +155,7 @@ def default_context(architecture: Architecture, context: int | None) -> int:
 
 
 def check_prompt(ids: Sequence[int], context: int, vocabulary: int) -> None:
-    """Raises ConfigError for a prompt that cannot be run."""
+    """Raises ConfigError for a prompt that is empty, fills the context or has an id outside the vocabulary."""
     if not ids:
         raise ConfigError("prompt: is empty; give at least one token of text")
     if len(ids) >= context:
@@ -156,7 +168,7 @@ def check_prompt(ids: Sequence[int], context: int, vocabulary: int) -> None:
 
 
 def shared_prefix(held: Sequence[int], ids: Sequence[int]) -> int:
-    """How many leading ids both sequences share."""
+    """The number of leading ids that are equal in both sequences."""
     for index, (left, right) in enumerate(zip(held, ids, strict=False)):
         if left != right:
             return index

@@ -1,4 +1,4 @@
-"""Forks: locks that another thread held at that moment would stay shut in the child for ever, so it gets new ones."""
+"""New locks after a fork: a lock that another thread held at the fork would never be released in the child process."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Protocol
 
 
 class Renewed(Protocol):
-    """What holds a lock."""
+    """An object that holds locks."""
 
     def renew_after_fork(self) -> None:
-        """Makes the locks anew, and forgets what another thread was in the middle of."""
+        """Replaces the locks and drops the unfinished work of other threads."""
 
 
 _renewed: weakref.WeakSet[Renewed] = weakref.WeakSet()
 
 
 def renew_in_children(holder: Renewed) -> None:
-    """Has `holder.renew_after_fork` called in every child of this process, for as long as the holder lives."""
+    """Calls `holder.renew_after_fork` in every forked child of this process, as long as the holder exists."""
     _renewed.add(holder)
 
 

@@ -1,9 +1,9 @@
-"""Perplexity, Kullback-Leibler divergence and agreement of the most likely token, on documented windows of a text.
+"""Perplexity, Kullback-Leibler divergence and agreement of the most likely token, over windows of a text.
 
-A text of N tokens is cut into consecutive windows of W tokens, the last one shorter. Each window is run on its own, with
-the model's begin-of-text token in front where it has one, so that every token of the text is predicted once; without
-such a token the first of each window is not. Means are over predicted tokens. The standard error is that of the mean
-over windows, which are taken as independent (tokens of one window are not); of a single window, over its tokens.
+A text of N tokens is cut into consecutive windows of W tokens, the last one shorter. Each window is run on its own. Where the
+model has a begin-of-text token it is put in front of each window, and every token of the text is predicted once; without it
+the first token of each window is not predicted. Means are over predicted tokens. The standard error is that of the mean over
+windows, which are taken as independent (tokens of one window are not); of a single window, over its tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import ConfigError
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 
 Logits = NDArray[np.float32]
+# Called with the number of windows done and their total.
 Progress = Callable[[int, int], None]
+# Tokens of a window where none is given, the begin-of-text token included.
 DEFAULT_WINDOW = 512
 
 
@@ -35,13 +37,17 @@ class Perplexity:
     window: int
 
     def bits_per_byte(self, content_bytes: int) -> float:
-        """Total bits over the UTF-8 bytes of the text."""
+        """The summed loss in bits, divided by the number of UTF-8 bytes of the text."""
         return self.nats * self.tokens / math.log(2) / content_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A model against a reference on the same tokens: KL(reference ‖ model) in nats, and agreement of the top token."""
+    """A model against a reference on the same tokens.
+
+    `kl_mean` and `kl_999` are the mean and the 99.9 % quantile of KL(reference ‖ model) in nats a token, `same_top1` the
+    share of tokens where both have the same most likely token, `cosine` and `mse` compare the logits.
+    """
 
     model: Perplexity
     reference: Perplexity
@@ -52,11 +58,16 @@ class Comparison:
     mse: float
 
 
-def cut_windows(ids: NDArray[np.int64], model: GraniteModel, window: int | None) -> list[NDArray[np.int64]]:
-    """Cuts a text into windows, each led by the begin-of-text token where the model has one.
+def cut_windows(ids: NDArray[np.int64], model: Decoder, window: int | None) -> list[NDArray[np.int64]]:
+    """Cuts a text into windows, each beginning with the begin-of-text token where the model has one.
+
+    Args:
+        ids: the token ids [N] of the text.
+        window: tokens of a window, the begin-of-text token included; None for 512, or the model's context if shorter.
 
     Raises:
-        ConfigError: for a window that does not fit into the model's context, or an id outside its vocabulary.
+        ConfigError: for a window that does not fit into the model's context, an id outside its vocabulary, or a text of
+            fewer than 2 tokens.
     """
     architecture = model.architecture
     longest = architecture.max_position_embeddings
@@ -75,7 +86,7 @@ def cut_windows(ids: NDArray[np.int64], model: GraniteModel, window: int | None)
     return windows
 
 
-def check_ids(ids: NDArray[np.int64], model: GraniteModel) -> None:
+def check_ids(ids: NDArray[np.int64], model: Decoder) -> None:
     """Raises ConfigError for a token id outside the model's vocabulary."""
     size = model.architecture.vocab_size
     outside = ids[(ids < 0) | (ids >= size)]
@@ -86,14 +97,14 @@ def check_ids(ids: NDArray[np.int64], model: GraniteModel) -> None:
         )
 
 
-def window_logits(model: GraniteModel, window: NDArray[np.int64]) -> Logits:
+def window_logits(model: Decoder, window: NDArray[np.int64]) -> Logits:
     """The logits [S − 1, vocabulary] that predict tokens 1 … S − 1 of a window."""
     [logits] = piecewise_logits(model, window, window.size)
     return logits
 
 
-def piecewise_logits(model: GraniteModel, window: NDArray[np.int64], size: int) -> Iterator[Logits]:
-    """Yields the rows of `window_logits`, in order and at most `size` of them at a time."""
+def piecewise_logits(model: Decoder, window: NDArray[np.int64], size: int) -> Iterator[Logits]:
+    """Yields the rows of `window_logits` in order, at most `size` rows at a time."""
     inputs = window[:-1].tolist()
     cache = model.ops.new_cache(model.architecture, 1, len(inputs))
     for start in range(0, len(inputs), size):
@@ -115,7 +126,7 @@ def summarise(losses: list[NDArray[np.float64]], window: int) -> Perplexity:
     nats = float(sum(part.sum() for part in losses)) / tokens
     if not math.isfinite(nats):
         raise ConfigError("perplexity: the model's output is not finite; run mpo-run verify on the file")
-    # The ratio estimator's standard error over windows of unequal length; of one window, over its tokens.
+    # The standard error of a ratio estimator over windows of unequal length; of one window, over its tokens.
     parts = losses if len(losses) > 1 else list(losses[0][:, None])
     deviations = np.array([part.sum() - nats * part.size for part in parts])
     count = len(parts)
@@ -125,9 +136,9 @@ def summarise(losses: list[NDArray[np.float64]], window: int) -> Perplexity:
 
 
 def perplexity(
-    model: GraniteModel, ids: NDArray[np.int64], window: int | None = None, progress: Progress | None = None
+    model: Decoder, ids: NDArray[np.int64], window: int | None = None, progress: Progress | None = None
 ) -> Perplexity:
-    """Measures the perplexity of a text given as token ids [N]; `window` in tokens."""
+    """The perplexity of a model on the token ids [N] of a text; windows and errors as in `cut_windows`."""
     windows = cut_windows(ids, model, window)
     losses = []
     for index, part in enumerate(windows):
@@ -139,23 +150,27 @@ def perplexity(
 
 
 def compare(
-    model: GraniteModel,
-    reference: GraniteModel | Callable[[NDArray[np.int64]], Logits],
+    model: Decoder,
+    reference: Decoder | Callable[[NDArray[np.int64]], Logits],
     ids: NDArray[np.int64],
     window: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measures a model against a reference on the text `ids` [N]; `reference` is a model or gives a window's logits.
+    """Compares a model with a reference on the token ids [N] of a text.
+
+    Args:
+        reference: another model, or a function from a window [S] to its logits [S − 1, vocabulary].
+        window: as in `cut_windows`.
 
     Raises:
-        ConfigError: when the two have different vocabularies.
+        ConfigError: when the two have different vocabularies, and as `cut_windows` does.
     """
     windows = cut_windows(ids, model, window)
     losses: tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]] = ([], [])
     divergences, same, cosines, squares = [], 0, [], 0.0
     for index, part in enumerate(windows):
         ours = window_logits(model, part)
-        theirs = window_logits(reference, part) if isinstance(reference, GraniteModel) else reference(part)
+        theirs = window_logits(reference, part) if isinstance(reference, Decoder) else reference(part)
         if ours.shape != theirs.shape:
             raise ConfigError(
                 f"compare: vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens differ; "

@@ -1,4 +1,4 @@
-"""How much memory this process may take, and how much it has taken."""
+"""Memory that is available to this process, and the most that it has used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def available_memory() -> int:
-    """Bytes that can be taken without swapping, within the limits of a control group; 4 GiB where it is not told."""
+    """Bytes that can be allocated without swapping, within the limit of the control group; 4 GiB where it is unknown."""
     available = 4 << 30
     table = Path("/proc/meminfo")
     if table.exists():
@@ -23,7 +23,7 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    """The largest resident size of this process so far, in bytes; 0 on systems that do not report it."""
     if sys.platform == "win32":
         return 0
     import resource

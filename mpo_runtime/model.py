@@ -1,43 +1,42 @@
-"""The Python API: load a model, generate, chat, score."""
+"""The Python API of a loaded model: generate, chat, score. `mpo_runtime.load` (loading.py) makes one."""
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+import numpy as np
 
 from mpo_formats import ConfigError
-from mpo_runtime.backends import check_activations, choose_backend
+from mpo_runtime.engine import PREFILL_CHUNK, Engine, check_prompt
+from mpo_runtime.engine import FinishReason as FinishReason
 from mpo_runtime.forks import renew_in_children
+from mpo_runtime.measure import check_ids, log_softmax, piecewise_logits
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.sampler import Choice, SamplingOptions, top_logprobs
-from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.text.chat_template import ChatTemplate, TemplateOptions, encode_chat
 from mpo_runtime.text.stopping import StopMatcher
 from mpo_runtime.text.tokenizer import StreamDecoder, Tokenizer
-from mpo_runtime.weights.protocol import Weights, open_weights
+from mpo_runtime.weights.protocol import Weights
 
-if TYPE_CHECKING:
-    from mpo_runtime.backends.ops import Ops
-    from mpo_runtime.engine import Engine
-    from mpo_runtime.models.decoder import GraniteModel
-
+log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
-FinishReason = Literal["stop", "length"]
-MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of generated text.
+    """A piece of generated text, one for each token.
 
     `text` may be empty while a character or a possible stop string is incomplete. `finish` is set on the last piece:
     `stop` at an end token or stop string, `length` when the limit or the context is reached. `logprob` is the token's
-    log-probability in nats under the model's own distribution, before penalties, temperature and filters; `top` holds
-    the most likely tokens with theirs, as many as were asked for.
+    log-probability in nats under the model's own distribution, before penalties, temperature and filters. `top` holds
+    the most likely tokens and their log-probabilities, as many as `top_logprobs` asked for.
     """
 
     text: str
@@ -49,7 +48,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The log-probability in nats of each token of a text after the first, and of their sum."""
+    """The tokens of a text after its first, and the log-probability of each in nats."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -63,27 +62,41 @@ class Score:
 class Model:
     """A loaded model; a context manager.
 
-    Safe to use from several threads. Generations take turns, because they share one KV cache: one that starts while
-    another runs waits for its end. A generation ends when its iterator is read to the end, closed (`iterator.close()`)
-    or dropped; one that is kept half read keeps other threads waiting, and a second one in the same thread, which would
-    wait for itself, raises ConfigError. `score`, `encode_chat` and the tokenizer wait for nobody. Only `close` must not
-    be called while another thread generates.
+    Safe to use from several threads. Generations take turns, because they share one KV cache: a generation that starts
+    while another one runs waits until that one has ended. A generation ends when its iterator is read to the end, closed
+    (`iterator.close()`) or dropped. While one is kept half read, other threads wait; a second one in the same thread would
+    wait for itself, so it raises ConfigError. `score`, `encode_chat` and the tokenizer never wait. `close` must not be
+    called while another thread generates.
+
+    Args:
+        weights: closed with the model.
+        network: the forward pass over these weights.
+        tokenizer: None for a model that takes and gives token ids only.
+        template: None for a model that cannot chat.
+        context: tokens that the KV cache holds; where None, the longest context of the model, but at most 4,096.
     """
 
-    def __init__(self, weights: Weights, network: GraniteModel, *, context: int | None = None) -> None:
-        from mpo_runtime.engine import Engine
-
+    def __init__(
+        self,
+        weights: Weights,
+        network: Decoder,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        *,
+        context: int | None = None,
+    ) -> None:
         self.weights = weights
         self.network = network
-        self.engine: Engine = Engine(network, context=context)
-        self.tokenizer, self.template = read_text_files(weights)
+        self.engine = Engine(network, context=context)
+        self.tokenizer, self.template = tokenizer, template
+        self.end_ids = end_ids(network.architecture.eos_token_ids, network.architecture.vocab_size, tokenizer)
         self._turn = threading.Lock()
         self._generating: int | None = None
         self._closed = False
         renew_in_children(self)
 
     def renew_after_fork(self) -> None:
-        """Lets a child of this process generate: in it no other thread holds the turn."""
+        """Makes a forked child ready to generate: no other thread exists in it that could hold the lock."""
         self._turn, self._generating = threading.Lock(), None
 
     def generate(
@@ -94,23 +107,38 @@ class Model:
         sampling: SamplingOptions | None = None,
         stop: Sequence[str] = (),
         top_logprobs: int = 0,
+        parse_special: bool = False,
         **options: Any,
     ) -> Generator[Piece, None, None]:
         """Continues a text, or token ids.
 
         Args:
-            prompt: text, which is tokenised with the begin-of-text token that the tokenizer asks for, or ids.
-            max_tokens: at most so many new tokens; None for as many as the context holds.
+            prompt: text, which is tokenised with the begin-of-text token if the tokenizer adds one, or token ids.
+            max_tokens: the most new tokens; None for as many as fit into the context.
             sampling: all sampling options at once.
-            stop: texts at which generation ends; they are not part of the result.
-            top_logprobs: how many of the most likely tokens each piece names.
-            options: single sampling options by name (temperature=0.7, top_p=0.9, seed=1, …).
+            stop: texts at which generation ends, special tokens such as `<|im_end|>` among them; they are not part of the
+                result.
+            top_logprobs: number of most likely tokens that each piece lists.
+            parse_special: text that spells a special token becomes that token, instead of plain text.
+            options: single sampling options by name (temperature=0.7, top_p=0.9, seed=1, …); they override `sampling`.
 
         Raises:
             ConfigError: for an empty or too long prompt, or an option that is unknown or out of range.
         """
-        ids = self.text_tokenizer().encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        ids = self.encode(prompt, parse_special=parse_special) if isinstance(prompt, str) else list(prompt)
         return self._pieces(ids, ids, sampling_options(sampling, options), max_tokens, stop, top_logprobs)
+
+    def encode(self, prompt: str, *, parse_special: bool = False) -> list[int]:
+        """The token ids of a raw prompt, with the begin-of-text token in front if the tokenizer adds one.
+
+        Args:
+            parse_special: text that spells a special token becomes that token. A prompt that then begins with the
+                begin-of-text token does not get a second one.
+        """
+        tokenizer = self.text_tokenizer()
+        ids = tokenizer.encode(prompt, add_special_tokens=True, parse_special=parse_special)
+        twice = parse_special and ids[:2] == [tokenizer.bos_id] * 2
+        return ids[1:] if twice else ids
 
     def chat(
         self,
@@ -120,35 +148,54 @@ class Model:
         sampling: SamplingOptions | None = None,
         stop: Sequence[str] = (),
         top_logprobs: int = 0,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Generator[Piece, None, None]:
         """Answers a conversation (`[{"role": "user", "content": "…"}]`) through the model's chat template.
 
+        Args:
+            thinking, tools, documents, template, template_args: what the template sees besides (`TemplateOptions`).
+            options: single sampling options by name, and variables that the template has (`controls={…}`).
+
         Raises:
             ConfigError: when the model has no chat template, or as `generate` does.
         """
-        ids = self.encode_chat(messages)
-        return self._pieces(ids, (), sampling_options(sampling, options), max_tokens, stop, top_logprobs)
+        drawn = {name: value for name, value in options.items() if not self._is_template_variable(name)}
+        others = {name: value for name, value in options.items() if name not in drawn}
+        asked = TemplateOptions(thinking, tools, documents, {**(template_args or {}), **others}, template)
+        ids = self.encode_chat(messages, asked)
+        return self._pieces(ids, (), sampling_options(sampling, drawn), max_tokens, stop, top_logprobs)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, up to where the answer begins."""
+    def _is_template_variable(self, name: str) -> bool:
+        """Whether the chat template mentions a name that is no sampling option."""
+        if self.template is None or name in SamplingOptions.__dataclass_fields__:
+            return False
+        sources = [template.source for template in (self.template, *self.template.named.values())]
+        return any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources)
+
+    def encode_chat(self, messages: Sequence[Message], options: TemplateOptions | None = None) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins; raises ConfigError without a chat template."""
         if self.template is None:
             raise ConfigError("chat: the model has no chat template; use generate with a plain prompt")
-        return encode_chat(self.template, self.text_tokenizer(), list(messages), add_generation_prompt=True)
+        options = options or TemplateOptions()
+        template = self.template.chosen(options)
+        return encode_chat(
+            template, self.text_tokenizer(), list(messages), add_generation_prompt=True, **options.keywords()
+        )
 
     def score(self, text: str | Sequence[int]) -> Score:
         """The log-probability of each token of a text after its first, in one pass without generating.
 
         Raises:
-            ConfigError: for fewer than two tokens, more than the model was made for, or an id outside its vocabulary.
+            ConfigError: for fewer than two tokens, more than the model's longest context and one, or an id outside its
+                vocabulary.
         """
-        import numpy as np
-
         self._check_open()
-        from mpo_runtime.engine import PREFILL_CHUNK
-        from mpo_runtime.measure import check_ids, log_softmax, piecewise_logits
-
-        ids = self.text_tokenizer().encode(text, add_special_tokens=True) if isinstance(text, str) else list(text)
+        ids = self.encode(text) if isinstance(text, str) else list(text)
         if len(ids) < 2:
             raise ConfigError("score: expected at least 2 tokens")
         longest = self.network.architecture.max_position_embeddings + 1  # the last token is not run
@@ -175,9 +222,11 @@ class Model:
         stop: Sequence[str],
         top: int,
     ) -> Generator[Piece, None, None]:
-        """Checks everything before the first step, and returns the pieces; `continued` are ids that the text goes on from."""
-        from mpo_runtime.engine import check_prompt
+        """Checks everything before the first step, and returns the pieces.
 
+        Args:
+            continued: ids whose text the generated text follows: they decide about a space at its beginning.
+        """
         self._check_open()
         vocabulary = self.network.architecture.vocab_size
         if max_tokens is not None and max_tokens < 1:
@@ -201,18 +250,28 @@ class Model:
         top: int,
     ) -> Generator[Piece, None, None]:
         with self._one_at_a_time():
-            for step in self.engine.generate(ids, sampling, max_tokens=max_tokens):
+            for step in self.engine.generate(ids, sampling, max_tokens=max_tokens, stop_ids=self.end_ids):
                 text = decoder.push(step.token) if decoder and step.finish != "stop" else ""
-                if step.finish and decoder:
-                    text += decoder.finish()
+                spelling = self._special_spelling(step.token) if matcher.active and step.finish != "stop" else ""
+                if decoder and (step.finish or spelling):
+                    text += decoder.finish() if step.finish else decoder.settle()
                 text, stopped = matcher.push(text)
+                if spelling and not stopped:
+                    more, stopped = matcher.push(spelling, special=True)
+                    text += more
                 if step.finish and not stopped:
                     text += matcher.flush()
                 finish = "stop" if stopped else step.finish
                 yield Piece(text, step.token, step.logprob, finish, tuple(top_logprobs(step.logits, top)))
-                self._generating = threading.get_ident()  # a stream may be read by one thread after another
+                self._generating = threading.get_ident()  # another thread may read on from here
                 if stopped:
                     return
+
+    def _special_spelling(self, token: int) -> str:
+        """The spelling of a special token, which the text leaves out; nothing for any other token."""
+        if self.tokenizer is None or token not in self.tokenizer.special_ids:
+            return ""
+        return self.tokenizer.id_to_token(token) or ""
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
@@ -231,7 +290,7 @@ class Model:
             raise ConfigError("the model is closed; load it again")
 
     def close(self) -> None:
-        """Gives the mapped file back and ends the chat template's helper process; the model is of no use after it."""
+        """Unmaps the file and ends the chat template's helper process; the model cannot be used afterwards."""
         self._closed = True
         if self.template:
             self.template.close()
@@ -246,140 +305,22 @@ class Model:
         self.close()
 
 
-def load(
-    path: str | Path,
-    *,
-    chi: int | None = None,
-    device: str = "cpu",
-    backend: str = "auto",
-    threads: int | None = None,
-    context: int | None = None,
-    kv_type: str = "auto",
-    activations: str = "int8",
-    verify: bool = False,
-) -> Model:
-    """Loads a `.mpo` file, a Hugging Face folder or a model of the local store.
+def end_ids(configured: Sequence[int], vocabulary: int, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokens that end a text: those of config.json and generation_config.json, and the tokenizer's own.
 
-    Args:
-        path: a file, a folder, or a name that `mpo-run list` shows.
-        chi: uses only the first `chi` values of every bond: a smaller, faster, rougher model from the same file.
-        device: `cpu`, or a torch device such as `cuda`.
-        backend: `native`, `reference`, or `auto`: native on a CPU where its kernels were built.
-        threads: CPU threads of this process, for all its models; None leaves their number as it is, at first all cores.
-        context: tokens of the KV cache; what the model was made for, at most 4,096, where None.
-        kv_type: what the KV cache is stored in: f32, f16, bf16, or with the native backend int8. `auto` is f16 where the
-            native backend rounds activations (int8, and integer weights), which loses far more, and f32 elsewhere.
-        activations: what the native backend multiplies integer weights with: `int8` or `float`.
-        verify: checks the file's checksums first.
-
-    Raises:
-        MpoError: for a missing, damaged or unsupported file, or an option out of range.
+    Models that were trained on a base model often name their end of a turn in tokenizer_config.json alone.
     """
-    weights = open_weights(path, verify=verify)
-    try:
-        network = load_network(
-            weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type, activations=activations
-        )
-        return Model(weights, network, context=context)
-    except BaseException:
-        weights.close()
-        raise
-
-
-def load_network(
-    weights: Weights,
-    *,
-    chi: int | None = None,
-    device: str = "cpu",
-    backend: str = "auto",
-    threads: int | None = None,
-    kv_type: str = "auto",
-    activations: str = "int8",
-) -> GraniteModel:
-    """Loads the weights into a backend and returns the model over it; the options are those of `load`.
-
-    Raises:
-        ConfigError: for a χ or a number of threads below one, or a backend or device that is absent.
-    """
-    from mpo_runtime.models.decoder import GraniteModel
-
-    if chi is not None and chi < 1:
-        raise ConfigError(f"chi: expected at least 1, found {chi}")
-    check_activations(activations)
-    ops: Ops
-    if choose_backend(backend, device) == "native":
-        from mpo_runtime import kernels
-        from mpo_runtime.backends.native import NativeOps
-
-        kernels.instruction_set()
-        kernels.set_threads(checked_threads(threads))
-        if kv_type == "auto":
-            kv_type = "f16" if activations == "int8" and has_integers(weights) else "f32"
-        ops = NativeOps(weights, chi=chi, kv_type=kv_type, activations=activations)
-    else:
-        from mpo_runtime.backends.reference import ReferenceOps
-
-        set_threads(threads)
-        check_device(device)
-        ops = ReferenceOps(weights, chi=chi, device=device, kv_type="f32" if kv_type == "auto" else kv_type)
-    return GraniteModel(weights.spec.architecture, ops)
-
-
-def has_integers(weights: Weights) -> bool:
-    """Whether any layer has an integer matrix; integer cores alone do not count."""
-    return any(term.kind == "quantized" for linear in weights.spec.linears for term in linear.terms)
-
-
-def checked_threads(threads: int | None) -> int | None:
-    """The number of threads as given; raises ConfigError for less than one or more than 1,024."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        expected = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
-        raise ConfigError(f"--threads: expected {expected}, found {threads}")
-    return threads
-
-
-def set_threads(threads: int | None) -> None:
-    """Sets the number of torch's CPU threads, all cores where None; raises ConfigError for less than one."""
-    count = checked_threads(threads)
-    if count is None:
-        return
-    import torch
-
-    torch.set_num_threads(count)
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError for a device that torch does not know or that this machine does not have."""
-    if device == "cpu":
-        return
-    import torch
-
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ConfigError(f"device {device}: expected cpu, cuda or another device of torch; use --device cpu") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device}: torch finds no CUDA device; use --device cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:  # each backend that is missing says so in its own way
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"device {device}: torch cannot use it here ({why}); use --device cpu") from None
-
-
-def read_text_files(weights: Weights) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    """The tokenizer and chat template of a model, None for what it lacks."""
-    content = weights.file("tokenizer.json")
-    if content is None:
-        return None, None
-    settings = weights.file("tokenizer_config.json")
-    tokenizer = Tokenizer.from_bytes(content, json.loads(settings) if settings else None)
-    template = weights.file("chat_template.jinja")
-    return tokenizer, ChatTemplate(template.decode()) if template else None
+    own = None if tokenizer is None else tokenizer.eos_id
+    if own is None or own in configured:
+        return tuple(configured)
+    if own >= vocabulary:
+        log.warning("tokenizer_config.json: eos_token has the id %d and is ignored: the model has %d", own, vocabulary)
+        return tuple(configured)
+    return (*configured, own)
 
 
 def sampling_options(sampling: SamplingOptions | None, options: Mapping[str, Any]) -> SamplingOptions:
-    """Sampling options with single ones replaced by name; raises ConfigError for an unknown name."""
+    """`sampling`, or the defaults, with single options replaced by name; raises ConfigError for an unknown name."""
     try:
         return replace(sampling or SamplingOptions(), **options)
     except TypeError:

@@ -17,9 +17,8 @@ import numpy as np
 import torch.nn.functional as F
 from corpus import DOMAINS, chat_rows, content_bytes, documents, text_documents
 
+from mpo_runtime.loading import load_network, open_weights, read_text_files
 from mpo_runtime.measure import cut_windows, perplexity
-from mpo_runtime.model import load_network, read_text_files
-from mpo_runtime.weights.protocol import open_weights
 
 
 def content(corpus: Path, domain: str) -> bytes:

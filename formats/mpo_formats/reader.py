@@ -1,4 +1,4 @@
-"""Opens a `.mpo` file: strict, lazy, memory-mapped. Only the header is read until a tensor is asked for."""
+"""Opens a `.mpo` file: strict and memory-mapped. Only the header is read until a tensor is used."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mpo_formats.architecture import Architecture, ModelSpec
 from mpo_formats.codec import from_json, records_from_json, shorten
 from mpo_formats.container import Entry
 from mpo_formats.errors import FormatError
+from mpo_formats.git_lfs import is_pointer, pointer_message
 from mpo_formats.layout import CERTIFICATE, CHECKSUMS, FILE, PADDING, TensorSpec, file_tensors
 from mpo_formats.packing import first_not_finite
 from mpo_formats.provenance import Certificates, Provenance
@@ -27,14 +28,17 @@ from mpo_formats.spec import FileSpec, Layouts, LinearSpec, VectorSpec
 FORMAT = "mpo"
 VERSION = "0.2"
 METADATA_KEYS = ("format", "version", "layouts", "architecture", "layers", "vectors", "files", "provenance")
-# How numpy holds each element type, little-endian; bf16 as its raw bits.
+# The numpy type of each element type, little-endian; bf16 as its bit patterns.
 NUMPY: dict[str, Any] = {
     "f32": np.dtype("<f4"),
     "f16": np.dtype("<f2"),
     "bf16": np.dtype("<u2"),
     "u8": np.dtype("u1"),
 }
+# Bytes that are hashed at once.
 CHUNK = 1 << 24
+# Bytes that tell a Git LFS pointer.
+POINTER_HEAD = 64
 
 
 class MpoFile:
@@ -42,6 +46,9 @@ class MpoFile:
 
     Arrays are read-only views of the mapped file and keep it mapped. Usable as a context manager, and from several
     threads at once. The file must not be changed in place while it is open; MpoWriter never does so.
+
+    Args:
+        verify: checks all checksums and values first, as `verify` does.
 
     Raises:
         FormatError: when any rule of SPEC.md is broken, naming the tensor or key.
@@ -53,7 +60,11 @@ class MpoFile:
         self.name = self.path.name
         with self.path.open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
-            length = container.header_length(file.read(container.LENGTH_SIZE), self.size, self.name)
+            head = file.read(POINTER_HEAD)
+            if is_pointer(head):
+                raise FormatError(pointer_message(self.name))
+            length = container.header_length(head[: container.LENGTH_SIZE], self.size, self.name)
+            file.seek(container.LENGTH_SIZE)
             metadata, rows = container.parse_header(file.read(length), self.name)
             self._header_size = container.LENGTH_SIZE + length
             self.spec = read_spec(metadata, self.name)
@@ -69,7 +80,7 @@ class MpoFile:
                 raise
 
     def _check_tensors(self, entries: tuple[Entry, ...]) -> None:
-        """Compares the container's tensors with those that the layer table demands."""
+        """Compares the container's tensors with those that the layer table requires."""
         expected = file_tensors(self.spec)
         if tuple(entry.tensor for entry in entries) != expected:
             difference = self._difference(entries, expected)
@@ -77,7 +88,7 @@ class MpoFile:
 
     @staticmethod
     def _difference(entries: tuple[Entry, ...], expected: tuple[TensorSpec, ...]) -> str:
-        """Names the first tensor that is missing, surplus, or not what the layer table demands in its place."""
+        """Names the first tensor that is missing, not in the layer table, or different from it."""
         pairs = zip_longest((entry.tensor for entry in entries), expected)
         found, wanted = next((found, wanted) for found, wanted in pairs if found != wanted)
         if wanted and wanted.name not in {entry.tensor.name for entry in entries}:
@@ -147,10 +158,10 @@ class MpoFile:
             raise FormatError(f"{self.name}: {name}: element {index} is not finite; export the file again")
 
     def close(self) -> None:
-        """Unmaps the file, as soon as no array views it any more."""
+        """Unmaps the file, now or when the last array that views it is gone."""
         try:
             self._map.close()
-        except BufferError:  # arrays still view the mapping: it goes when the last of them goes
+        except BufferError:  # arrays still view the mapping; it ends with the last of them
             return
 
     def __enter__(self) -> MpoFile:

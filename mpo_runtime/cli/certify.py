@@ -8,10 +8,10 @@ from typing import Any
 from mpo_formats import Certificate, MpoFile, Quality
 from mpo_formats.errors import ConfigError, FormatError
 from mpo_runtime.cli import console
+from mpo_runtime.loading import load_network, open_weights, read_text_files
 from mpo_runtime.measure import compare, perplexity
-from mpo_runtime.model import load_network, read_text_files
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights.protocol import Weights, open_weights
+from mpo_runtime.weights.protocol import Weights
 
 # Figures from another machine or backend differ by rounding; by more, the certificate does not hold.
 TOLERANCE = 0.002

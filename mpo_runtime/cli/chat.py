@@ -13,7 +13,8 @@ from mpo_formats.errors import ConfigError, MpoError
 from mpo_runtime.cli.chat_commands import ALIASES, COMMANDS, Leave, run_command
 from mpo_runtime.cli.console import one_line
 from mpo_runtime.cli.conversation import Conversation, Settings
-from mpo_runtime.cli.generate import open_model, print_text, read_stdin, tolerate_output
+from mpo_runtime.cli.generate import open_model, print_text, read_stdin
+from mpo_runtime.filesystem import expand_user, user_folder
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -30,7 +31,6 @@ def run_chat(
     file: Path, load_options: dict[str, Any], prompt: str | None, system: str | None, settings: Settings
 ) -> None:
     """Answers one message, or talks until the user leaves."""
-    tolerate_output()
     text = prompt if prompt is not None or sys.stdin.isatty() else read_stdin()
     if text is not None and not text.strip():
         raise ConfigError("the message is empty; give one with --prompt or on standard input")
@@ -188,13 +188,15 @@ def fence_is_open(text: str) -> bool:
     return bool(fence) and (not before.strip() or before.startswith("/")) and FENCE not in rest
 
 
-def history_file() -> Path:
-    """Where messages are remembered: under MPO_HOME, or in the user's state folder (XDG_STATE_HOME, ~/.local/state)."""
+def history_file() -> Path | None:
+    """The file of earlier messages: in MPO_HOME, else in the user's state folder (XDG_STATE_HOME, ~/.local/state).
+
+    None for a user without such a folder.
+    """
     if chosen := os.environ.get("MPO_HOME"):
-        return Path(chosen).expanduser() / "chat_history"
-    state = os.environ.get("XDG_STATE_HOME", "")
-    folder = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
-    return folder / "mpo-runtime" / "chat_history"
+        return expand_user(chosen) / "chat_history"
+    state = user_folder("XDG_STATE_HOME", ".local/state")
+    return None if state is None else state / "mpo-runtime" / "chat_history"
 
 
 def open_history() -> History:
@@ -202,6 +204,9 @@ def open_history() -> History:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     path = history_file()
+    if path is None:
+        print("note: this user has no home folder; messages are not remembered (MPO_HOME names one)", file=sys.stderr)
+        return InMemoryHistory()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))

@@ -9,6 +9,7 @@ from pathlib import Path
 from mpo_formats.errors import ConfigError
 from mpo_runtime.cli.console import size_text
 from mpo_runtime.cli.conversation import Conversation
+from mpo_runtime.filesystem import expand_user
 from mpo_runtime.memory import peak_memory
 
 
@@ -110,10 +111,7 @@ def path_of(argument: str, command: str) -> Path:
     """The path that a command was given."""
     if not argument:
         raise ConfigError(f"{command}: expected a file, such as {command} talk.json")
-    try:
-        return Path(argument).expanduser()
-    except RuntimeError:  # ~someone who does not exist
-        return Path(argument)
+    return expand_user(argument)
 
 
 def clear(conversation: Conversation, argument: str) -> None:

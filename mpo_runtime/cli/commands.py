@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mpo_runtime.cli import console
-from mpo_runtime.model import load_network, read_text_files
+from mpo_runtime.loading import load_network, open_weights, read_text_files
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights.protocol import Weights, open_weights
+from mpo_runtime.weights.protocol import Weights
 
 
 def read_text(weights: Weights, path: Path) -> TokenText:
@@ -30,7 +29,7 @@ def measure_perplexity(file: Path, text: Path, window: int | None, load_options:
         result = perplexity(network, tokens.ids, window, lambda done, total: update("measuring", done, total))
     bits = result.bits_per_byte(tokens.content_bytes) if tokens.content_bytes else None
     if as_json:
-        print(json.dumps({**asdict(result), "bits_per_byte": bits, "text_sha256": tokens.sha256}))
+        print(console.json_text({**asdict(result), "bits_per_byte": bits, "text_sha256": tokens.sha256}))
         return
     print(f"perplexity {result.perplexity:.4f} ± {result.error:.4f} (standard error)")
     if bits is not None:
@@ -51,7 +50,7 @@ def compare_models(
     with console.progress("compare") as update:
         result = compare(network, teacher, tokens.ids, window, lambda done, total: update("measuring", done, total))
     if as_json:
-        print(json.dumps({**asdict(result), "text": tokens.name, "text_sha256": tokens.sha256}))
+        print(console.json_text({**asdict(result), "text": tokens.name, "text_sha256": tokens.sha256}))
         return
     print(
         f"perplexity            {result.model.perplexity:.4f} ± {result.model.error:.4f}   "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -13,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mpo_formats.errors import ConfigError, OutputError
+from mpo_runtime.cli.options import json_or_text, parse_biases
+from mpo_runtime.filesystem import replace_file
 from mpo_runtime.model import FinishReason, Model, Piece
 from mpo_runtime.sampler import SamplingOptions
+from mpo_runtime.text.chat_template import TemplateOptions
+from mpo_runtime.text.decode import decode_text
 from mpo_runtime.text.stopping import StopMatcher
 
 FORMAT = "mpo-run conversation"
@@ -27,12 +29,13 @@ OFF = ("off", "none", "default")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What /set changes: how answers are drawn, how long they may be, where they stop, whether speed is shown."""
+    """How answers are drawn, how long they may be, where they stop, whether speed is shown, what the template is told."""
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     verbose: bool = False
+    template: TemplateOptions = field(default_factory=TemplateOptions)
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 1):
@@ -44,7 +47,9 @@ class Settings:
     def named(self) -> dict[str, Any]:
         """All settings by the names that /set takes."""
         sampling = {name: getattr(self.sampling, name) for name in SamplingOptions.__dataclass_fields__}
-        return {**sampling, "max_tokens": self.max_tokens, "stop": self.stop, "verbose": self.verbose}
+        thinking = "default" if self.template.thinking is None else self.template.thinking
+        own = {"max_tokens": self.max_tokens, "stop": self.stop, "thinking": thinking}
+        return {**sampling, **own, "verbose": self.verbose}
 
     def changed(self, name: str, text: str) -> Settings:
         """A copy with one setting changed, its value as the user wrote it; `off` gives back the default.
@@ -58,31 +63,24 @@ class Settings:
         value = parse_value(name, text)
         if name in SamplingOptions.__dataclass_fields__:
             return replace(self, sampling=replace(self.sampling, **{name: value}))
+        if name == "thinking":
+            return replace(self, template=replace(self.template, thinking=value))
         return replace(self, **{name: value})
 
 
 def parse_value(name: str, text: str) -> Any:
     """The value of a setting from what the user wrote."""
-    if name == "verbose":
-        return {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}.get(text.lower(), text)
+    if name in ("verbose", "thinking"):
+        switch: dict[str, bool | None] = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+        return {**switch, **({"default": None} if name == "thinking" else {})}.get(text.lower(), text)
     if text.lower() in OFF:
         return Settings().named()[name]
     if name == "stop":
         stop = json_or_text(text) if text[:1] in ('"', "[") else text
         return tuple(stop) if isinstance(stop, list) else (stop,)
     if name == "logit_bias":
-        from mpo_runtime.cli.options import parse_biases
-
         return parse_biases(text.split())
     return json_or_text(text)
-
-
-def json_or_text(text: str) -> Any:
-    """What is written as JSON, else the text itself."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # the latter where brackets are nested a thousand deep
-        return text
 
 
 @dataclass(slots=True)
@@ -170,13 +168,13 @@ class Conversation:
 
     def used(self) -> int:
         """Tokens of the context that the conversation takes so far."""
-        return len(self.model.encode_chat(self.sent())) if self.messages else 0
+        return len(self.model.encode_chat(self.sent(), self.settings.template)) if self.messages else 0
 
     def _fit(self) -> int:
         """Leaves out the oldest exchanges until the rest fits the context, and returns how many it newly left out."""
         context, before = self.model.engine.context, self.forgotten
         room = context - min(self.settings.max_tokens or context, context // ANSWER_SHARE)
-        while len(ids := self.model.encode_chat(self.sent())) > room:
+        while len(ids := self.model.encode_chat(self.sent(), self.settings.template)) > room:
             if self.forgotten + 2 < len(self.messages):
                 self.forgotten += 2
             elif len(ids) < context:
@@ -226,7 +224,10 @@ class Conversation:
                 raise OutputError(f"{path}: exists and is not a saved conversation; give another name") from None
         messages = ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
         content = json.dumps({"format": FORMAT, "version": VERSION, "messages": messages}, ensure_ascii=False, indent=1)
-        write_atomically(path, content + "\n")
+        try:
+            replace_file(path, f"{content}\n".encode())
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror}); give another name") from None
 
     def load(self, path: Path) -> None:
         """Continues a saved conversation in place of this one; raises ConfigError where the file is none."""
@@ -244,7 +245,7 @@ def read_conversation(path: Path) -> list[dict[str, str]]:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise ConfigError(f"{path}: larger than {LARGEST_FILE >> 20} MiB, no saved conversation")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(decode_text(path.read_bytes(), path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a file that /save wrote") from None
     except (ValueError, RecursionError):
@@ -268,20 +269,3 @@ def read_conversation(path: Path) -> list[dict[str, str]]:
     if turns != ["user", "assistant"] * (len(turns) // 2):
         raise ConfigError(f"{path}: messages: expected a system message or none, then user and assistant in turn")
     return messages
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Writes a text file through a sibling that replaces it; raises OutputError where that fails."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); give another name") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); give another name") from None

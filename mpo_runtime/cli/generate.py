@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import time
@@ -12,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from mpo_formats.errors import ConfigError
-from mpo_runtime.model import Model, Piece, load
+from mpo_runtime.cli.console import json_text
+from mpo_runtime.loading import load
+from mpo_runtime.model import Model, Piece
 from mpo_runtime.sampler import Choice, SamplingOptions
+from mpo_runtime.text.chat_template import TemplateOptions
+from mpo_runtime.text.decode import decode_text
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to generate and how to show it."""
+    """What to generate and how to show it.
+
+    template: the options of the chat template that answers each prompt as a message; None continues the prompts as they are.
+    system: the system message before each prompt, with a template only.
+    """
 
     sampling: SamplingOptions
     max_tokens: int | None
@@ -26,17 +33,29 @@ class Request:
     logprobs: int
     as_json: bool
     verbose: bool
+    parse_special: bool = False
+    template: TemplateOptions | None = None
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if self.logprobs < 0:
             raise ConfigError(f"--logprobs: expected 0 or more, found {self.logprobs}")
         if self.logprobs and not self.as_json:
             raise ConfigError("--logprobs: are printed as JSON only; add --json")
+        if self.parse_special and self.template is not None:
+            raise ConfigError("--parse-special: is for prompts that are continued as they are; leave out --chat")
 
-    def start(self, model: Model, prompt: str) -> Generator[Piece, None, None]:
+    def encode(self, model: Model, prompt: str) -> list[int]:
+        """The token ids of a prompt."""
+        if self.template is None:
+            return model.encode(prompt, parse_special=self.parse_special)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return model.encode_chat([*system, {"role": "user", "content": prompt}], self.template)
+
+    def start(self, model: Model, ids: list[int]) -> Generator[Piece, None, None]:
         """Checks a prompt and returns the pieces that continue it."""
         return model.generate(
-            prompt, max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop, top_logprobs=self.logprobs
+            ids, max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop, top_logprobs=self.logprobs
         )
 
 
@@ -46,20 +65,21 @@ def run_generate(
     """Continues each prompt on standard output; all prompts are checked before the first is run."""
     if prompt is not None and prompts is not None:
         raise ConfigError("--prompt and --prompts: give one of them")
-    tolerate_output()
     texts = read_prompts(prompts) if prompts else [prompt if prompt is not None else read_stdin().rstrip("\n")]
     with open_model(file, load_options) as model:
         started = []
         for number, text in enumerate(texts, 1):
             try:
-                started.append(request.start(model, text))
+                ids = request.encode(model, text)
+                started.append((text, ids, request.start(model, ids)))
             except ConfigError as error:
                 raise ConfigError(f"{prompts}: prompt {number}: {error}" if prompts else str(error)) from None
-        for index, (text, pieces) in enumerate(zip(texts, started, strict=True)):
+        for index, (text, ids, pieces) in enumerate(started):
             if request.as_json:
-                print(json.dumps(describe(model, index, text, pieces), ensure_ascii=False), flush=True)
+                print(json_text(describe(model, index, text, ids, pieces)), flush=True)
             else:
-                print("\n" * (index > 0) + text, end="", flush=True)
+                shown = "" if request.template else text
+                print("\n" * (index > 0) + shown, end="", flush=True)
                 show(pieces, request.verbose)
 
 
@@ -77,8 +97,8 @@ def show(pieces: Iterable[Piece], verbose: bool) -> None:
         print(f"[{count} tokens in {seconds:.2f} s, {count / max(seconds, 1e-9):.1f} tokens/s]", file=sys.stderr)
 
 
-def describe(model: Model, index: int, prompt: str, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """All about one continuation as plain data; `tokens` and `logprobs` include the token that ended it."""
+def describe(model: Model, index: int, prompt: str, ids: list[int], pieces: Iterable[Piece]) -> dict[str, Any]:
+    """One continuation and its figures as plain data; `tokens` and `logprobs` include the token that ended it."""
     start = time.monotonic()
     first = start
     found: list[Piece] = []
@@ -86,8 +106,6 @@ def describe(model: Model, index: int, prompt: str, pieces: Iterable[Piece]) -> 
         first = first if found else time.monotonic()
         found.append(piece)
     end = time.monotonic()
-    tokenizer = model.text_tokenizer()
-    prompt_tokens = len(tokenizer.encode(prompt, add_special_tokens=True))
     facts: dict[str, Any] = {
         "index": index,
         "prompt": prompt,
@@ -100,7 +118,7 @@ def describe(model: Model, index: int, prompt: str, pieces: Iterable[Piece]) -> 
         facts["top_logprobs"] = [[choice_data(model, choice) for choice in piece.top] for piece in found]
     rate = (len(found) - 1) / (end - first) if len(found) > 1 else None
     facts["timings"] = {
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": len(ids),
         "first_token_seconds": first - start,
         "new_tokens": len(found),
         "seconds": end - start,
@@ -122,16 +140,14 @@ def read_prompts(path: Path) -> list[str]:
         ConfigError: naming the file and the line that cannot be read.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = decode_text(path.read_bytes(), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a file of prompts") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ConfigError(f"{path}: holds no prompt")
     if path.suffix != ".jsonl":
-        return [line.removesuffix("\r") for _, line in lines]
+        return [line for _, line in lines]
     return [row_prompt(path, number, line) for number, line in lines]
 
 
@@ -150,6 +166,11 @@ def row_prompt(path: Path, number: int, line: str) -> str:
 def open_model(file: Path, load_options: dict[str, Any]) -> Model:
     """Loads a model, with a note on standard error where it has to run slowly or an option has no effect."""
     model = load(file, **load_options)
+    if model.tokenizer is None:
+        model.close()
+        raise ConfigError(
+            f"{file}: has no tokenizer, which text needs; put the model's tokenizer.json (or tokenizer.model) into the folder"
+        )
     note_kernels(model)
     note_chi(model, load_options.get("chi"))
     return model
@@ -165,9 +186,9 @@ def note_chi(model: Model, chi: int | None) -> None:
 
 def note_kernels(model: Model) -> None:
     """Says once, clearly, when a faster path is missing."""
-    from mpo_runtime import kernels
+    from mpo_runtime import native
 
-    if not kernels.native_available():
+    if not native.available():
         print(
             "note: running without native kernels (no C++ compiler was found at install); reinstall with one for speed",
             file=sys.stderr,
@@ -184,16 +205,7 @@ def read_stdin() -> str:
     if sys.stdin.isatty():
         print("(reading from the terminal; end with Ctrl-D on a line of its own)", file=sys.stderr)
     content = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
-
-
-def tolerate_output() -> None:
-    """Lets standard output replace what its encoding lacks instead of failing in the middle of a text."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    return decode_text(content, "standard input")
 
 
 # A model's text must not steer the terminal: control characters except tab and line feed are left out there.

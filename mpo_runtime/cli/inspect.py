@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +11,12 @@ from typing import Any
 from mpo_formats import Dense, LinearSpec, ModelSpec, MpoFile, Quantized, Term
 from mpo_formats.errors import ConfigError
 from mpo_formats.layout import content_tensors, linear_bytes
-from mpo_runtime import kernels
-from mpo_runtime.backends import choose_backend
-from mpo_runtime.cli.console import size_text
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime import __version__, native
+from mpo_runtime.cli.console import json_text, size_text
+from mpo_runtime.loading import choose_backend, open_weights
+from mpo_runtime.machine import cpu_name, cpu_quota, system_name, usable_cpus
+from mpo_runtime.memory import available_memory
+from mpo_runtime.weights import store
 
 
 def term_text(term: Term) -> str:
@@ -74,7 +76,7 @@ def describe(file: Path) -> dict[str, Any]:
         "files": [embedded.name for embedded in spec.files],
         "provenance": asdict(spec.provenance),
         "quality": [asdict(entry) for entry in measured],
-        "backend": {"name": choose_backend("auto", "cpu"), **kernels.active()},
+        "backend": {"name": choose_backend("auto", "cpu"), **native.active()},
     }
 
 
@@ -82,7 +84,7 @@ def show_info(file: Path, layers: bool, as_json: bool) -> None:
     """Prints what a file holds."""
     facts = describe(file)
     if as_json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print(json_text(facts, indent=2))
         return
     model, origin = facts["architecture"], facts["provenance"]
     print(
@@ -116,6 +118,39 @@ def show_info(file: Path, layers: bool, as_json: bool) -> None:
             f"same top token {100 * quality['same_top1']:.1f} %, {quality['tokens']} tokens of {quality['text']}"
         )
     print("runs on       " + ", ".join(f"{key} {value}" for key, value in facts["backend"].items()))
+
+
+def describe_machine() -> dict[str, Any]:
+    """All that info prints without a file, as plain data; memory in bytes."""
+    try:
+        place = str(store.models_folder())
+    except ConfigError:  # a user without a home folder
+        place = None
+    return {
+        "version": __version__,
+        "system": system_name(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "usable_cpus": usable_cpus(),
+        "cpu_quota": cpu_quota(),
+        "memory_available": available_memory(),
+        "backend": {"name": choose_backend("auto", "cpu"), **native.active()},
+        "store": place,
+    }
+
+
+def show_machine(as_json: bool) -> None:
+    """Prints the machine, and what runs models on it."""
+    facts = describe_machine()
+    if as_json:
+        print(json_text(facts, indent=2))
+        return
+    quota = "" if facts["cpu_quota"] is None else f", a quota of {facts['cpu_quota']:g} CPUs"
+    print(f"mpo-runtime   {facts['version']} on {facts['system']}")
+    print(f"CPU           {facts['cpu']}, {facts['usable_cpus']} of {facts['cores']} cores usable{quota}")
+    print(f"memory        {size_text(facts['memory_available'])} available")
+    print("runs on       " + ", ".join(f"{key} {value}" for key, value in facts["backend"].items()))
+    print(f"store         {facts['store'] or 'none: set MPO_HOME to a folder'}")
 
 
 def verify_file(file: Path) -> None:

@@ -16,6 +16,7 @@ from mpo_runtime.cli.options import (
     MaxTokens,
     Running,
     Sampling,
+    Templating,
     Threads,
     Verbose,
     Window,
@@ -62,8 +63,21 @@ def generate(
         Path | None,
         typer.Option(help="A file of prompts: one a line, or .jsonl rows with a key `prompt`.", show_default=False),
     ] = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special", help="Read special tokens that the prompt spells as tokens, not as plain text."
+        ),
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer each prompt as a message, through the chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(envvar="MPO_SYSTEM", help="With --chat, the system message.", show_default=False)
+    ] = None,
     max_tokens: MaxTokens = 256,
     sampling: Sampling,
+    templating: Templating,
     loading: Loading,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a prompt: text, tokens, logprobs, finish, timings.")
@@ -73,11 +87,22 @@ def generate(
 ) -> None:
     """Continue a text.
 
-    Prompt and continuation go to standard output as they come; with --json one object a prompt when it is complete.
+    Prompt and continuation go to standard output as they come; with --json one object a prompt when it is complete. With
+    --chat, or any option of the chat template, only the answer is printed.
     """
     from mpo_runtime.cli.generate import Request, run_generate
 
-    request = Request(sampling.options(), max_tokens, tuple(sampling.stop or ()), logprobs, as_json, verbose)
+    request = Request(
+        sampling=sampling.options(),
+        max_tokens=max_tokens,
+        stop=tuple(sampling.stop or ()),
+        logprobs=logprobs,
+        as_json=as_json,
+        verbose=verbose,
+        parse_special=parse_special,
+        template=templating.options() if chat or templating.given() else None,
+        system=system,
+    )
     run_generate(file, loading.arguments(), prompt, prompts, request)
 
 
@@ -90,6 +115,7 @@ def chat(
     system: Annotated[str | None, typer.Option(envvar="MPO_SYSTEM", help="The system message.")] = None,
     max_tokens: MaxTokens = None,
     sampling: Sampling,
+    templating: Templating,
     loading: Loading,
     verbose: Verbose = False,
 ) -> None:
@@ -100,23 +126,30 @@ def chat(
     from mpo_runtime.cli.chat import run_chat
     from mpo_runtime.cli.conversation import Settings
 
-    settings = Settings(sampling.options(), max_tokens, tuple(sampling.stop or ()), verbose)
+    settings = Settings(sampling.options(), max_tokens, tuple(sampling.stop or ()), verbose, templating.options())
     run_chat(file, loading.arguments(), prompt, system, settings)
 
 
 @app.command()
 def info(
-    file: File,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="A .mpo file, a Hugging Face folder, or a name in the store.", show_default="the machine"),
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="List every layer with its terms.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a file holds.
+    """Show what a file holds, or without one the machine.
 
-    Architecture, sizes, layers, prefixes, provenance, measured quality, active kernels.
+    Architecture, sizes, layers, prefixes, provenance, measured quality, active kernels; without a file the CPU, its
+    instruction set, threads, memory and kernels.
     """
-    from mpo_runtime.cli.inspect import show_info
+    from mpo_runtime.cli.inspect import show_info, show_machine
 
-    show_info(file, layers, as_json)
+    if file is None:
+        show_machine(as_json)
+    else:
+        show_info(file, layers, as_json)
 
 
 @app.command()
@@ -173,7 +206,7 @@ def compare(
     file: File,
     *,
     to: Annotated[
-        Path, typer.Option("--to", help="The reference: a .mpo file or a Hugging Face folder.", show_default=False)
+        Path, typer.Option("--to", help="The reference: a .mpo or GGUF file or a Hugging Face folder.", show_default=False)
     ],
     text: Annotated[Path | None, typer.Option("--text", help="A text; a small built-in one if left out.")] = None,
     window: Window = None,
@@ -192,7 +225,7 @@ def compare(
 @app.command()
 def pull(
     source: Annotated[
-        str, typer.Argument(help="A hub id owner/name, a .mpo file or a Hugging Face folder.", metavar="ID")
+        str, typer.Argument(help="smollm2, a hub id owner/name, a .mpo or GGUF file, or a Hugging Face folder.", metavar="ID")
     ],
     name: Annotated[str | None, typer.Option(help="What to call it.", show_default="its own name")] = None,
     file: Annotated[

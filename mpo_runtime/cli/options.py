@@ -6,6 +6,7 @@ Groups of them are dataclasses: a command takes the group as one parameter, and 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ import typer
 
 if TYPE_CHECKING:
     from mpo_runtime.sampler import SamplingOptions
+    from mpo_runtime.text.chat_template import TemplateOptions
 
 File = Annotated[
-    Path, typer.Argument(help="A .mpo file, a Hugging Face folder, or a name in the store.", show_default=False)
+    Path, typer.Argument(help="A .mpo or GGUF file, a Hugging Face folder, or a name in the store.", show_default=False)
 ]
 Chi = Annotated[
     int | None,
@@ -73,7 +75,42 @@ LogitBias = Annotated[
 Seed = Annotated[
     int | None, typer.Option(envvar="MPO_SEED", help="Makes sampling reproducible.", show_default="random")
 ]
-Stop = Annotated[list[str] | None, typer.Option(help="Text at which to stop; may be repeated.", show_default=False)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text at which to stop, or a special token such as <|im_end|>; may be repeated.", show_default=False
+    ),
+]
+Thinking = Annotated[
+    bool | None,
+    typer.Option(
+        "--thinking/--no-thinking",
+        help="Tell the chat template to let the model think first, or not to (thinking, enable_thinking).",
+        show_default="the template's",
+    ),
+]
+Tools = Annotated[
+    Path | None, typer.Option(help="A JSON file of tools for the chat template: a list of objects.", show_default=False)
+]
+Documents = Annotated[
+    Path | None,
+    typer.Option(help="A JSON file of documents for the chat template: a list of objects.", show_default=False),
+]
+TemplateArgument = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        help="NAME=VALUE, a variable of the chat template; VALUE is JSON or text; may be repeated.",
+        show_default=False,
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="Which of the model's chat templates to use, by name.",
+        show_default="default; tool_use where it has one and --tools is given",
+    ),
+]
 Window = Annotated[
     int | None,
     typer.Option(help="Tokens of a window; each is run on its own.", show_default="512, or the model's context"),
@@ -110,7 +147,7 @@ class Running:
     activations: Activations = "float"  # figures should not depend on rounded activations
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `mpo_runtime.model.load_network`."""
+        """Keyword arguments of `mpo_runtime.loading.load_network`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -135,6 +172,73 @@ class Sampling:
 
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stop"}
         return SamplingOptions(**{**values, "logit_bias": parse_biases(self.logit_bias or [])})
+
+
+@dataclass(frozen=True, slots=True)
+class Templating:
+    """What the chat template is told besides the messages."""
+
+    thinking: Thinking = None
+    tools: Tools = None
+    documents: Documents = None
+    template_arg: TemplateArgument = None
+    template: Template = None
+
+    def given(self) -> bool:
+        """Whether any of them was given."""
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+    def options(self) -> TemplateOptions:
+        """The options of the template; raises ConfigError naming the file or option that cannot be read."""
+        from mpo_runtime.text.chat_template import TemplateOptions
+
+        return TemplateOptions(
+            thinking=self.thinking,
+            tools=None if self.tools is None else read_objects(self.tools, "--tools"),
+            documents=None if self.documents is None else read_objects(self.documents, "--documents"),
+            arguments=parse_arguments(self.template_arg or []),
+            template=self.template,
+        )
+
+
+def read_objects(path: Path, option: str) -> list[dict[str, Any]]:
+    """The objects of a JSON file, a list of them or a single one; raises ConfigError for another form."""
+    from mpo_formats.errors import ConfigError
+    from mpo_runtime.text.decode import decode_text
+
+    try:
+        text = decode_text(path.read_bytes(), path)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be read ({error.strerror}); give a JSON file") from None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{option} {path}: is not JSON ({error}); give a list of objects") from None
+    rows = [found] if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{option} {path}: expected a list of objects")
+    return rows
+
+
+def json_or_text(text: str) -> Any:
+    """The value that a text stands for as JSON, or the text itself where it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # the latter where brackets are nested a thousand deep
+        return text
+
+
+def parse_arguments(items: list[str]) -> dict[str, Any]:
+    """Variables of the chat template from `NAME=VALUE` each; raises ConfigError for another form."""
+    from mpo_formats.errors import ConfigError
+
+    arguments = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--template-arg {item}: expected NAME=VALUE, such as thinking=true")
+        arguments[name.strip()] = json_or_text(value)
+    return arguments
 
 
 def parse_biases(items: list[str]) -> dict[int, float]:

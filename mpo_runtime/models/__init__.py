@@ -1,1 +1,1 @@
-"""Model families: each architecture is written once, against the op set."""
+"""Models: the decoder, written once against the op set, and a file for each model_type that says what differs."""

@@ -1,6 +1,7 @@
-"""Granite: a Llama with four multipliers (on embeddings, residual branches, attention scores and logits).
+"""The decoder: pre-norm blocks of grouped-query attention with RoPE and of a gated MLP. This is Llama; others differ in parts.
 
-Written once, against the op set; Llama itself is the case in which three multipliers are 1 and attention's is 1/√D.
+It is written once, against the op set (backends/ops.py). Each model_type has a file beside this one that says what differs,
+and models/registry.py names them all.
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ from mpo_formats.architecture import EMBEDDING, FINAL_NORM, HEAD
 from mpo_runtime.backends.ops import Array, Cache, Ops
 
 
-class GraniteModel:
-    """The forward pass over any backend."""
+class Decoder:
+    """The forward pass over any backend.
+
+    An architecture that differs overrides the part that differs: `embed`, `norm`, `project`, `attend`, `feed_forward`,
+    `add`, `logits`, or `block`, which puts them together. Biases need no override: a layer adds its own. Multipliers are
+    numbers of the Architecture; in a Llama they are 1, and 1/√D for attention.
+    """
 
     def __init__(self, architecture: Architecture, ops: Ops) -> None:
         self.architecture = architecture
@@ -34,7 +40,7 @@ class GraniteModel:
     def forward(self, ids: Array, cache: Cache) -> Array:
         """Token ids [B, S] through all blocks; appends to the cache without advancing it.
 
-        A backend may record the ops of one call and run them again for other ids: nothing here may depend on their values.
+        A backend may record the ops of one call and run them again for other ids, so no branch here may depend on the ids.
         """
         x = self.embed(ids)
         for block in range(self.architecture.num_hidden_layers):
@@ -42,26 +48,43 @@ class GraniteModel:
         return self.normed(x)
 
     def embed(self, ids: Array) -> Array:
-        """Token ids [B, S] to what the first block takes [B, S, E]."""
+        """Token ids [B, S] to the input of the first block [B, S, E]."""
         return self.ops.embed(self.ops.weights(EMBEDDING), ids, self.architecture.embedding_multiplier)
 
-    def normed(self, x: Array) -> Array:
-        """What the last block gives [B, S, E], normed for the head."""
-        return self.ops.rms_norm(x, self.ops.weights(FINAL_NORM), self.architecture.rms_norm_eps)
-
     def block(self, x: Array, cache: Cache, block: int) -> Array:
-        """One decoder block on x [B, S, E]; appends to the cache without advancing it."""
-        model, ops, name = self.architecture, self.ops, f"model.layers.{block}"
-        h = ops.rms_norm(x, ops.weights(f"{name}.input_layernorm"), model.rms_norm_eps)
-        q, k, v = (ops.linear(ops.weights(f"{name}.self_attn.{part}_proj"), h) for part in "qkv")
-        q = ops.rope_and_append(q, k, v, cache, block)
-        h = ops.attention(q, cache, block, model.attention_multiplier)
-        h = ops.linear(ops.weights(f"{name}.self_attn.o_proj"), h)
-        x = ops.add_scaled(x, h, model.residual_multiplier)
-        h = ops.rms_norm(x, ops.weights(f"{name}.post_attention_layernorm"), model.rms_norm_eps)
-        gate, up = (ops.linear(ops.weights(f"{name}.mlp.{part}_proj"), h) for part in ("gate", "up"))
-        h = ops.linear(ops.weights(f"{name}.mlp.down_proj"), ops.swiglu(gate, up))
-        return ops.add_scaled(x, h, model.residual_multiplier)
+        """One block on the residual stream x [B, S, E]; appends to the cache without advancing it."""
+        name = f"model.layers.{block}"
+        q, k, v = self.project(self.norm(x, f"{name}.input_layernorm"), name)
+        mixed = self.attend(q, k, v, cache, block)
+        x = self.add(x, self.ops.linear(self.ops.weights(f"{name}.self_attn.o_proj"), mixed))
+        return self.add(x, self.feed_forward(self.norm(x, f"{name}.post_attention_layernorm"), name))
+
+    def norm(self, x: Array, name: str) -> Array:
+        """RMSNorm of x [..., E] with the weight of that name."""
+        return self.ops.rms_norm(x, self.ops.weights(name), self.architecture.rms_norm_eps)
+
+    def project(self, h: Array, name: str) -> tuple[Array, Array, Array]:
+        """Queries [B, S, H·D], keys and values [B, S, K·D] of h [B, S, E], in the block `name`."""
+        q, k, v = (self.ops.linear(self.ops.weights(f"{name}.self_attn.{part}_proj"), h) for part in "qkv")
+        return q, k, v
+
+    def attend(self, q: Array, k: Array, v: Array, cache: Cache, block: int) -> Array:
+        """Rotates q and k by position, appends k and v to the cache, and attends to all of it: [B, S, H·D]."""
+        q = self.ops.rope_and_append(q, k, v, cache, block)
+        return self.ops.attention(q, cache, block, self.architecture.attention_multiplier)
+
+    def feed_forward(self, h: Array, name: str) -> Array:
+        """The gated MLP on h [B, S, E], in the block `name`."""
+        gate, up = (self.ops.linear(self.ops.weights(f"{name}.mlp.{part}_proj"), h) for part in ("gate", "up"))
+        return self.ops.linear(self.ops.weights(f"{name}.mlp.down_proj"), self.ops.swiglu(gate, up))
+
+    def add(self, x: Array, y: Array) -> Array:
+        """The residual stream x [B, S, E] with the output y of a part added."""
+        return self.ops.add_scaled(x, y, self.architecture.residual_multiplier)
+
+    def normed(self, x: Array) -> Array:
+        """The residual stream after the last block [B, S, E], normed for the head."""
+        return self.norm(x, FINAL_NORM)
 
     def logits(self, hidden: Array) -> Array:
         """Maps normed hidden states [..., E] to logits [..., vocabulary]."""

@@ -16,10 +16,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import IO, Any
 
-from mpo_formats.errors import ConfigError
+from mpo_formats.errors import CheckpointError, ConfigError
 from mpo_runtime.forks import renew_in_children
+from mpo_runtime.text.decode import decode_json, decode_text
+from mpo_runtime.text.files import CONFIG, DEFAULT, REMEDY, TEMPLATE, default_template, named_templates
 from mpo_runtime.text.template_helper import MEMORY, TemplateFailure, compile_template, read_frame, write_frame
 from mpo_runtime.text.tokenizer import Disguise, Tokenizer
 
@@ -27,7 +30,8 @@ SECONDS = 5.0  # for one rendering in the helper process
 SECONDS_TO_START = 60.0  # for starting it, on a slow machine
 LONGEST_TEMPLATE = 1 << 20  # characters
 _DEEPEST = 64  # levels of lists and objects in a message
-_BOOT = "import sys; sys.path[:] = sys.argv[1:]; from mpo_runtime import template_helper; template_helper.serve()"
+TOOL_USE = "tool_use"  # the name of the template that is taken where a request has tools
+_BOOT = "import sys; sys.path[:] = sys.argv[1:]; from mpo_runtime.text import template_helper; template_helper.serve()"
 # A template that asks what kind of thing a content is, or loops over it, takes lists of parts itself.
 _TAKES_PARTS = re.compile(
     r"content['\"\])]*\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)"
@@ -35,28 +39,98 @@ _TAKES_PARTS = re.compile(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """What a request tells its chat template besides the messages; what is None the template never sees.
+
+    thinking: seen as `thinking` (Granite) and `enable_thinking` (Qwen); tools and documents: lists of objects in the form
+    that the model's template expects; arguments: any other variables of the template; template: the name of one of the
+    model's templates, where it has several.
+    """
+
+    thinking: bool | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.thinking is not None and not isinstance(self.thinking, bool):
+            raise ConfigError(f"thinking is {self.thinking!r}, expected true or false")
+        reserved = ("messages", "tools", "documents", "add_generation_prompt")
+        for name in self.arguments:
+            if not isinstance(name, str) or not name.isidentifier() or name in reserved:
+                raise ConfigError(f"template argument {name!r}: expected the name of a variable, none of {reserved}")
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of `encode_chat` and of `ChatTemplate.render`."""
+        thinking = {} if self.thinking is None else {"thinking": self.thinking, "enable_thinking": self.thinking}
+        return {"tools": self.tools, "documents": self.documents, **thinking, **self.arguments}
+
+
 class ChatTemplate:
     """A Jinja chat template, rendered as transformers' `apply_chat_template` renders it.
 
     isolated: renders in a helper process that is started by the first rendering and may use 512 MiB and 5 seconds;
     without it (for templates you trust, or where a program cannot start a Python interpreter) only steps are limited.
+    named: the model's other templates by name, for requests of another kind; `chosen` finds the one for a request.
     The text is byte for byte jinja2's, except that trimming keeps U+001C to U+001F, which only Python calls white
-    space; Python's rarer string methods (`rsplit`, `zfill`, `removeprefix`, the operator %) are errors.
+    space; Python's rarer string methods (`rsplit`, `zfill`, `removeprefix`) are errors, and so is the operator % except
+    after a string literal.
     Safe to use from several threads, which take turns. `close` ends the helper early.
     """
 
-    def __init__(self, source: str, *, isolated: bool = True) -> None:
+    def __init__(self, source: str, *, isolated: bool = True, named: Mapping[str, str] | None = None) -> None:
         if not isinstance(source, str):
             raise ConfigError(f"chat template is a {type(source).__name__}, expected the template's text")
         if len(source) > LONGEST_TEMPLATE:
             raise ConfigError(f"chat template has {len(source)} characters, expected at most {LONGEST_TEMPLATE}")
         self.source = source
+        self.named = {name: ChatTemplate(text, isolated=isolated) for name, text in (named or {}).items()}
         self.takes_parts = _TAKES_PARTS.search(source) is not None
         self._lock = threading.Lock()
         self._isolated = isolated
         self._renderer: Callable[[dict[str, Any]], str] | None = None
         self._finalizer: Callable[[], object] | None = None
         renew_in_children(self)
+
+    @classmethod
+    def from_files(cls, read: Callable[[str], bytes | None]) -> ChatTemplate | None:
+        """Reads the chat templates of a model, or returns None where it has none.
+
+        Args:
+            read: gives the bytes of chat_template.jinja and tokenizer_config.json, None for one that is absent.
+
+        Raises:
+            CheckpointError: where a file is damaged.
+        """
+        settings = read(CONFIG)
+        config = decode_json(settings, CONFIG, REMEDY, CheckpointError) if settings else {}
+        named = named_templates(config, CONFIG) if isinstance(config, Mapping) else {}
+        content = read(TEMPLATE)
+        default = decode_text(content, TEMPLATE, CheckpointError) if content else ""
+        if not default.strip():
+            default = default_template(named) or ""
+        if not default and not named:
+            return None
+        choose = f"has no default; choose one of {', '.join(named)} with --template"
+        others = {name: text for name, text in named.items() if name != DEFAULT}
+        return cls(default or "{{ raise_exception(" + json.dumps(choose) + ") }}", named=others)
+
+    def chosen(self, options: TemplateOptions) -> ChatTemplate:
+        """The template for a request: the one that it names, else the one for tools where it has tools, else this one.
+
+        Raises:
+            ConfigError: where there is no template of that name.
+        """
+        if options.template is None:
+            return self if options.tools is None else self.named.get(TOOL_USE, self)
+        if options.template == DEFAULT:
+            return self
+        if options.template not in self.named:
+            known = ", ".join(self.named) or "no named ones"
+            raise ConfigError(f"template {options.template!r}: the model has no such chat template; it has {known}")
+        return self.named[options.template]
 
     def renew_after_fork(self) -> None:
         """Lets a child of this process render: the helper, and a thread that may have been using it, are its parent's."""
@@ -88,6 +162,8 @@ class ChatTemplate:
         """Ends the helper process, if there is one; the next rendering starts another."""
         with self._lock:
             self._stop()
+        for template in self.named.values():
+            template.close()
 
     def _render(self, data: dict[str, Any]) -> str:
         with self._lock:
@@ -168,7 +244,7 @@ def _named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     named: dict[str, str] = {}
     for key, token in tokenizer.config.items():
         text = token.get("content") if isinstance(token, Mapping) else token
-        if key.endswith("_token") and isinstance(text, str):
+        if key.endswith("_token") and isinstance(text, str) and text:
             named[key] = text
     return named
 

@@ -14,11 +14,19 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import IO, Any
 
+from mpo_runtime.text.template_syntax import CONTAINER, FLOAT, JSON, translate
+
 FUEL = 10_000_000  # minijinja instructions; a conversation of 10,000 messages takes about a tenth
 MEMORY = 512 << 20  # bytes of address space
 LONGEST_TEXT = 64 << 20  # bytes of rendered text
 # transformers' own tag, which marks what to train on; it renders what it encloses.
 _GENERATION = re.compile(r"(\{%[-+]?)\s*(end)?generation\s*([-+]?%\})")
+
+# In minijinja's text of a list or object: a string, or else (in group 1) what Python writes in another way.
+_FLOAT_OR_STRING = re.compile(
+    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?<![\w.])(-?(?:\d+\.\d+(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+|inf|NaN)|undefined)\b""",
+    re.DOTALL,
+)
 
 
 class TemplateFailure(Exception):
@@ -50,11 +58,16 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
         fuel=FUEL,
         trim_blocks=True,
         lstrip_blocks=True,
-        filters={"tojson": _to_json},
+        filters={FLOAT: _python_float, CONTAINER: _python_container, JSON: _python_json, "int": _int, "float": _float},
         globals={"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)},
     )
     environment.remove_global("debug")
-    guarded(lambda: environment.add_template("chat", text))
+    try:
+        guarded(lambda: environment.add_template("chat", translate(text)))
+    except TemplateFailure:
+        guarded(
+            lambda: environment.add_template("chat", text)
+        )  # which says what is wrong with the template as it stands
     return lambda variables: str(guarded(lambda: environment.render_template("chat", **variables)))
 
 
@@ -110,12 +123,57 @@ def _limit_memory() -> None:
             resource.setrlimit(kind, (limit, limit))
 
 
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+def _python_float(text: str) -> str:
+    """A float as Python writes it, from minijinja's text of it."""
+    return repr(float(text))
+
+
+def _python_container(text: str) -> str:
+    """A list or an object as Python writes it, from minijinja's text, where only floats and `undefined` differ."""
+    return _FLOAT_OR_STRING.sub(lambda found: found[0] if found[1] is None else _python_value(found[1]), text)
+
+
+def _python_value(text: str) -> str:
+    return "Undefined" if text == "undefined" else repr(float(text))
+
+
+def _python_json(
+    text: str,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
-    """The filter `tojson` as transformers defines it: no HTML escapes, characters as they are."""
+    """The filter `tojson` as transformers defines it (no HTML escapes, characters as they are), from minijinja's JSON."""
     pair = tuple(separators) if separators is not None else None
+    value = json.loads(text)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
+
+
+def _int(value: Any, default: Any = 0, base: int = 10) -> Any:
+    """The filter `int`: a number of a text, or the default where there is none."""
+    try:
+        return int(value, base) if isinstance(value, str) else int(value)
+    except (TypeError, ValueError):
+        return _whole_float(value, default)
+    except OverflowError:
+        return default
+
+
+def _whole_float(value: Any, default: Any) -> Any:
+    """`int` of a text such as 1.5, as jinja2 takes it."""
+    try:
+        return int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return default
+
+
+def _float(value: Any, default: Any = 0.0) -> Any:
+    """The filter `float`: a number of a text, or the default where there is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return default
 
 
 def _raise_exception(message: str) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mpo_formats import ConfigError, MpoError
 from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
+from mpo_runtime.text.decode import decode_text
 from mpo_runtime.text.rows import parse_row
 from mpo_runtime.text.tokenizer import Tokenizer
 
@@ -61,10 +62,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate 
         return TokenText(path.name, _array_tokens(path), 0, digest)
     if tokenizer is None:
         raise ConfigError(f"{path}: the model has no tokenizer; give token ids as .u16 or .npy")
-    try:
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
+    text = decode_text(raw, path)
     if path.suffix == ".jsonl":
         documents = [
             # str.splitlines would also cut at U+2028 and the like, which JSON allows inside a string

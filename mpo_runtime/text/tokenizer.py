@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mpo_formats.errors import CheckpointError, ConfigError
+from mpo_runtime.text.decode import decode_json, decode_text
+from mpo_runtime.text.files import CONFIG, REMEDY, TOKENIZER, TextFiles
 
 if TYPE_CHECKING:
     import tokenizers
 
+log = logging.getLogger(__name__)
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _HELD_AT_MOST = 8  # tokens; only where the decoder's kind does not say which tokens are parts of a character
 
@@ -39,7 +43,7 @@ class Tokenizer:
         raw.no_padding()
         self._raw = raw
         self._name = name
-        self._variants: dict[tuple[frozenset[str], bool], tokenizers.Tokenizer] = {}
+        self._variants: dict[tuple[frozenset[str], bool], tuple[tokenizers.Tokenizer, int | None]] = {}
         self._lock = threading.Lock()
         added = sorted(raw.get_added_tokens_decoder().items())
         self.config = MappingProxyType(dict(config))
@@ -56,16 +60,17 @@ class Tokenizer:
     ) -> Tokenizer:
         """Reads the bytes of tokenizer.json and, parsed, tokenizer_config.json.
 
-        Raises CheckpointError where they are damaged or name a token that does not exist.
+        Raises CheckpointError where they are damaged.
         """
         import tokenizers
 
+        text = decode_text(bytes(tokenizer_json), name, CheckpointError)
         try:
-            raw = tokenizers.Tokenizer.from_buffer(bytes(tokenizer_json))
+            raw = tokenizers.Tokenizer.from_str(text)
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            found = " ".join(str(error).split()).removeprefix("Cannot instantiate Tokenizer from buffer: ")
+            found = " ".join(str(error).split())
             raise CheckpointError(f"{name} is not a tokenizer ({found}); the file is damaged, fetch it again") from None
         if raw.get_vocab_size() == 0:
             raise CheckpointError(f"{name} has an empty vocabulary; the file is damaged, fetch it again")
@@ -74,20 +79,32 @@ class Tokenizer:
         return cls(raw, config or {}, name)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
-        """Reads tokenizer.json and, where there is one, tokenizer_config.json of a checkpoint's folder.
+    def from_files(cls, read: Callable[[str], bytes | None], where: str = "") -> Tokenizer | None:
+        """Reads the tokenizer of a model, or returns None where it has none.
 
-        Raises CheckpointError where the first is missing or one is damaged.
+        Args:
+            read: gives the bytes of tokenizer.json and tokenizer_config.json, None for one that is absent.
+            where: the model, for messages: a folder with its `/`, or nothing.
+
+        Raises CheckpointError where a file is damaged.
         """
-        path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        try:
-            data = path.read_bytes()
-            config = json.loads(config_path.read_bytes()) if config_path.exists() else {}
-        except OSError as error:
-            raise CheckpointError(f"{error.filename}: {error.strerror}; a checkpoint needs tokenizer.json") from None
-        except ValueError as error:
-            raise CheckpointError(f"{config_path} is not JSON ({error}); fetch it again") from None
-        return cls.from_bytes(data, config, name=str(path))
+        content = read(TOKENIZER)
+        if content is None:
+            return None
+        settings = read(CONFIG)
+        config = decode_json(settings, f"{where}{CONFIG}", REMEDY, CheckpointError) if settings else {}
+        return cls.from_bytes(content, config, name=f"{where}{TOKENIZER}")
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Reads the tokenizer of a checkpoint's folder.
+
+        Raises CheckpointError where the folder has none or a file is damaged.
+        """
+        tokenizer = cls.from_files(TextFiles(folder).read, f"{folder}/")
+        if tokenizer is None:
+            raise CheckpointError(f"{folder / TOKENIZER}: No such file; a checkpoint needs tokenizer.json")
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -152,11 +169,12 @@ class Tokenizer:
         token = self.config.get(key)
         if isinstance(token, Mapping):
             token = token.get("content")
-        if token is None:
+        if token is None or token == "":
             return None, None
         index = self._raw.token_to_id(token) if isinstance(token, str) else None
         if index is None:
-            raise CheckpointError(f"tokenizer_config.json: {key} is {token!r}, expected a token of {self._name}")
+            log.warning("%s: %s %r is ignored: %s has no such token", CONFIG, key, token, self._name)
+            return None, None
         return token, index
 
     def _mentions(self, text: str, tokens: Mapping[str, int]) -> bool:
@@ -173,8 +191,7 @@ class Tokenizer:
         continued = continued and "prepend_scheme=first" in repr(self._raw.pre_tokenizer).replace('"', "")
         if not continued and not self._mentions(text, control):
             return self._raw.encode(text, add_special_tokens=False).ids
-        raw = self._variant(frozenset(control), continued)
-        unknown = raw.token_to_id(getattr(raw.model, "unk_token", None) or "")
+        raw, unknown = self._variant(frozenset(control), continued)
         forbidden = frozenset(control.values()) - {unknown}
         ids = raw.encode(text, add_special_tokens=False).ids
         if forbidden.isdisjoint(ids):
@@ -189,8 +206,8 @@ class Tokenizer:
             raise ConfigError(f"the text spells {token!r}, which {self._name} cannot encode as plain text; remove it")
         return ids
 
-    def _variant(self, plain: frozenset[str], continued: bool) -> tokenizers.Tokenizer:
-        """The same tokenizer, blind to the added tokens in `plain`; made once for each set.
+    def _variant(self, plain: frozenset[str], continued: bool) -> tuple[tokenizers.Tokenizer, int | None]:
+        """The same tokenizer, blind to the added tokens in `plain`, and the id of unknown text; made once for each set.
 
         A second object, because the library's own switch (encode_special_tokens) cannot be set while another thread
         uses the tokenizer, and because it spares added tokens that are not marked as special.
@@ -209,7 +226,9 @@ class Tokenizer:
                             step["prepend_scheme"] = "never"
                 raw = tokenizers.Tokenizer.from_str(json.dumps(state))
                 raw.encode_special_tokens = True
-                self._variants[plain, continued] = raw
+                model = state["model"]  # a unigram model gives the id of unknown text, the others its token
+                unknown = model.get("unk_id", raw.token_to_id(model.get("unk_token") or ""))
+                self._variants[plain, continued] = raw, unknown
             return self._variants[plain, continued]
 
 
@@ -321,10 +340,15 @@ class StreamDecoder:
             return ""
         return self._release()
 
-    def finish(self) -> str:
-        """Returns the text still held back, after the last id; the decoder is then ready for a new text."""
+    def settle(self) -> str:
+        """Returns the text held back, as it is where a special token follows: no later id can be part of it."""
         text = self._bytes.decode(b"", final=True) + self._release()
         self._bytes.reset()
+        return text
+
+    def finish(self) -> str:
+        """Returns the text still held back, after the last id; the decoder is then ready for a new text."""
+        text = self.settle()
         self._anchor = []
         return text
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import mmap
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,14 @@ from numpy.typing import NDArray
 
 from mpo_formats import CheckpointError, Dense, FileSpec, LinearSpec, ModelSpec, Provenance, VectorSpec
 from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_formats.git_lfs import is_pointer, pointer_message
+from mpo_formats.packing import bf16_to_f32, f32_to_bf16
 from mpo_formats.spec import FileName, FloatType
+from mpo_runtime.text.decode import decode_json
+from mpo_runtime.text.files import TextFiles
 from mpo_runtime.weights.config import architecture_from_config
 
+log = logging.getLogger(__name__)
 ELEMENTS: dict[str, tuple[FloatType, Any]] = {
     "F32": ("f32", np.float32),
     "F16": ("f16", np.float16),
@@ -33,6 +40,10 @@ EMBEDDED: tuple[FileName, ...] = (
 # Buffers that older exporters wrote and no forward pass needs.
 IGNORED = ("rotary_emb.inv_freq",)
 HEADER_LIMIT = 100_000_000
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+# Values compared at a time, which bounds the memory that two tables of different types take.
+COMPARED = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,9 @@ class Checkpoint:
         generation = read_json(generation_path, "remove it") if generation_path.exists() else {}
         self.architecture = architecture_from_config(config, generation, str(folder))
         self._maps: dict[Path, mmap.mmap] = {}
+        self._texts = TextFiles(folder)
         self._stored = self._read_shards()
+        self._share_embedding()
         linears = tuple(self._linear(*size) for size in self.architecture.linear_sizes())
         vectors = tuple(self._vector(name, size) for name, size in self.architecture.vector_sizes())
         self._refuse_surplus(linears, vectors)
@@ -69,27 +82,98 @@ class Checkpoint:
         self.spec = ModelSpec(self.architecture, linears, vectors, files, provenance)
 
     def _read_shards(self) -> dict[str, Stored]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            table = read_json(index, "download the folder again").get("weight_map")
-            if not isinstance(table, dict):
-                raise CheckpointError(f"{index}: no weight_map; download the folder again")
-            names = sorted({str(name) for name in table.values()})
-        else:
-            names = ["model.safetensors"]
-        stored: dict[str, Stored] = {}
+        """All tensors; of one that several shards hold, the copy that the index names."""
+        names, homes = self._find_shards()
+        copies: dict[str, list[Stored]] = {}
         for name in names:
-            shard = self.folder / name
-            if Path(name).name != name or not shard.exists():
-                raise CheckpointError(f"{shard}: missing shard; only safetensors are read, download the folder again")
-            stored.update(self._read_shard(shard))
-        return stored
+            for tensor, stored in self._read_shard(self.folder / name).items():
+                copies.setdefault(tensor, []).append(stored)
+        return {tensor: self._choose(tensor, found, homes.get(tensor)) for tensor, found in copies.items()}
+
+    def _find_shards(self) -> tuple[list[str], dict[str, str]]:
+        """The names of the shards, and the shard of each tensor as far as an index tells.
+
+        As in transformers, model.safetensors comes before an index: one that lies beside it is left over from an earlier,
+        divided copy of the model.
+        """
+        here = {path.name for path in self.folder.glob("*.safetensors")}
+        homes = self._read_index()
+        named = sorted(set(homes.values()))
+        if named and here.issuperset(named) and (WHOLE in named or WHOLE not in here):
+            return named, homes
+        numbered = self._numbered_shards(here)
+        found = [WHOLE] if WHOLE in here else numbered
+        if not found:
+            missing = [name for name in named if name not in here] or [WHOLE]
+            raise CheckpointError(
+                f"{self.folder / missing[0]}: missing shard; only safetensors are read, download the folder again"
+            )
+        if named:
+            log.warning("%s: is stale and not used; %s is read", self.folder / INDEX, " and ".join(found[:2]))
+        return found, {}
+
+    def _read_index(self) -> dict[str, str]:
+        """The shard of each tensor as the index tells; empty where there is none."""
+        path = self.folder / INDEX
+        if not path.exists():
+            return {}
+        table = read_json(path, "download the folder again").get("weight_map")
+        if isinstance(table, dict) and table and all(isinstance(name, str) for name in table.values()):
+            return dict(table)
+        if not (self.folder / WHOLE).exists():
+            raise CheckpointError(f"{path}: no weight_map; download the folder again")
+        return {}
+
+    @staticmethod
+    def _numbered_shards(here: set[str]) -> list[str]:
+        """The shards model-00001-of-N to model-N-of-N where all are here, the set with the most where there are several."""
+        sets: dict[int, dict[int, str]] = {}
+        for name in sorted(here):
+            if found := NUMBERED.fullmatch(name):
+                sets.setdefault(int(found[2]), {})[int(found[1])] = name
+        whole = [shards for count, shards in sets.items() if set(shards) == set(range(1, count + 1))]
+        return list(max(whole, key=len).values()) if whole else []
+
+    def _choose(self, name: str, copies: list[Stored], home: str | None) -> Stored:
+        """One of the copies of a tensor: the one that the index names, else any, where all hold the same values.
+
+        Raises:
+            CheckpointError: where there is more than one and nothing says which holds.
+        """
+        named = [stored for stored in copies if stored.shard.name == home]
+        if named:
+            return named[0]
+        widest = max(copies, key=lambda stored: width(stored.dtype))
+        for other in copies:
+            if not self._equal(widest, other):
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name} is in {widest.shard.name} and, with other values, in "
+                    f"{other.shard.name}; remove the shard that does not belong to the model"
+                )
+        return widest
+
+    def _share_embedding(self) -> None:
+        """Gives the one table of a tied model its name; raises CheckpointError where an untied one lacks one of the two."""
+        table, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+        tied = self.architecture.tie_word_embeddings
+        if tied and head in self._stored:
+            self._stored.setdefault(table, self._stored[head])
+        missing = [name for name in (table, head) if name not in self._stored]
+        if not tied and len(missing) == 1:
+            raise CheckpointError(
+                f"{self.folder}: tensor {missing[0]} is missing and config.json does not say tie_word_embeddings; set that "
+                "to true if embedding and output share one table, else download the folder again"
+            )
 
     def _read_shard(self, shard: Path) -> dict[str, Stored]:
         damaged = f"{shard}: truncated or damaged shard"
         size = shard.stat().st_size
         with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(64)
+            if is_pointer(head):
+                raise CheckpointError(pointer_message(shard))
+            length = int.from_bytes(head[:8], "little")
+            file.seek(8)
             if length > min(HEADER_LIMIT, size - 8):
                 raise CheckpointError(f"{damaged}: header of {length} bytes in a file of {size}; download it again")
             try:
@@ -138,11 +222,26 @@ class Checkpoint:
 
     def _check_tied_head(self) -> None:
         head = self._stored.get(f"{HEAD}.weight")
-        if head and not np.array_equal(self._view(head), self._view(self._stored[f"{EMBEDDING}.weight"])):
+        if head and not self._equal(head, self._stored[f"{EMBEDDING}.weight"]):
             raise CheckpointError(
                 f"{self.folder}: lm_head.weight differs from the embedding although config.json says "
                 "tie_word_embeddings; set it to false"
             )
+
+    def _equal(self, one: Stored, other: Stored) -> bool:
+        """Whether two tensors hold the same values; of two types, as one rounded to the other's."""
+        if one is other:
+            return True
+        if one.shape != other.shape:
+            return False
+        left, right = self._view(one).reshape(-1), self._view(other).reshape(-1)
+        if one.dtype == other.dtype:
+            return bool(np.array_equal(left.view(np.uint8), right.view(np.uint8)))
+        parts = range(0, left.size, COMPARED)
+        pairs = [(left[start : start + COMPARED], right[start : start + COMPARED]) for start in parts]
+        return all(_rounds_to(a, one.dtype, b, other.dtype) for a, b in pairs) or all(
+            _rounds_to(b, other.dtype, a, one.dtype) for a, b in pairs
+        )
 
     def _view(self, stored: Stored) -> NDArray[Any]:
         count = math.prod(stored.shape)
@@ -160,14 +259,8 @@ class Checkpoint:
         return ELEMENTS[self._stored[name.replace(".0.weight", ".weight")].dtype][0]
 
     def file(self, name: str) -> bytes | None:
-        """A file of the folder by name, None where it is absent; the chat template is also found in tokenizer_config."""
-        path = self.folder / name
-        if path.exists():
-            return path.read_bytes()
-        if name == "chat_template.jinja" and (self.folder / "tokenizer_config.json").exists():
-            template = read_json(self.folder / "tokenizer_config.json", "remove it").get("chat_template")
-            return template.encode() if isinstance(template, str) else None
-        return None
+        """A file of the folder by name, None where it is absent; those about text in their usual form (`TextFiles`)."""
+        return self._texts.read(name)
 
     def sha256(self) -> str:
         """The digest of all shards, in the order of their names."""
@@ -215,14 +308,22 @@ def width(dtype: str) -> int:
     return int(np.dtype(ELEMENTS[dtype][1]).itemsize)
 
 
+def _rounds_to(values: NDArray[Any], dtype: str, target: NDArray[Any], target_dtype: str) -> bool:
+    """Whether values of one type are those of another one once they are rounded to it."""
+    single = bf16_to_f32(values) if dtype == "BF16" else values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        rounded = f32_to_bf16(single) if target_dtype == "BF16" else single.astype(ELEMENTS[target_dtype][1])
+    return bool(np.array_equal(rounded, target))
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Reads a JSON object from a file; raises CheckpointError naming the file and the remedy."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = decode_json(path.read_bytes(), path, remedy, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: has no {path.name}; {remedy}") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); {remedy}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object; {remedy}")
     return content

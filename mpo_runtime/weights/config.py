@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from mpo_formats import Architecture, CheckpointError, FormatError, Rope
 
+log = logging.getLogger(__name__)
 REFUSED = {
     "quantization_config": "is quantised already; give the unquantised model",
     "num_local_experts": "has experts, which are not supported yet",
@@ -21,6 +23,7 @@ def architecture_from_config(config: Mapping[str, Any], generation: Mapping[str,
     Args:
         config: the content of config.json, with either spelling of the RoPE settings.
         generation: the content of generation_config.json; its end-of-text ids are added to those of the config.
+            Special tokens with an id that the vocabulary does not have are ignored with a note.
         where: the folder, for messages.
 
     Raises:
@@ -39,10 +42,12 @@ def architecture_from_config(config: Mapping[str, Any], generation: Mapping[str,
     try:
         heads = integer(config, "num_attention_heads", where)
         hidden = integer(config, "hidden_size", where)
+        vocabulary = integer(config, "vocab_size", where)
+        ends = {"config.json": config.get("eos_token_id"), "generation_config.json": generation.get("eos_token_id")}
         head_dim = config.get("head_dim") or hidden // max(heads, 1)
         return Architecture(
             model_type=kind,
-            vocab_size=integer(config, "vocab_size", where),
+            vocab_size=vocabulary,
             hidden_size=hidden,
             intermediate_size=integer(config, "intermediate_size", where),
             num_hidden_layers=integer(config, "num_hidden_layers", where),
@@ -60,9 +65,9 @@ def architecture_from_config(config: Mapping[str, Any], generation: Mapping[str,
             mlp_bias=bool(config.get("mlp_bias", False)),
             # transformers' defaults, for configs that leave it out
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=end_tokens(config.get("eos_token_id"), generation.get("eos_token_id")),
-            pad_token_id=config.get("pad_token_id"),
+            bos_token_id=special_token(config.get("bos_token_id"), vocabulary, f"{where}/config.json: bos_token_id"),
+            eos_token_ids=end_tokens(ends, vocabulary, where),
+            pad_token_id=special_token(config.get("pad_token_id"), vocabulary, f"{where}/config.json: pad_token_id"),
         )
     except (FormatError, TypeError, ValueError) as error:  # the last two: text or null where a number belongs
         raise CheckpointError(f"{where}: config.json: {error}") from None
@@ -84,14 +89,28 @@ def number(config: Mapping[str, Any], key: str, default: float, where: str) -> f
     return float(value)
 
 
-def end_tokens(*values: Any) -> tuple[int, ...]:
-    """All end-of-text ids given as an id, a list of ids or None, each once, in order."""
-    ids: list[int] = []
-    for value in values:
-        for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, int) and token not in ids:
-                ids.append(token)
-    return tuple(ids)
+def special_token(value: Any, vocabulary: int, where: str) -> int | None:
+    """The id of a special token, None where the value is none; one that the model cannot meet is ignored with a note.
+
+    Files say that there is no such token by null, by an empty text, or by -1 (Meta's Llama).
+    """
+    if value is None or value == "":
+        return None
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(whole, int) and not isinstance(whole, bool) and 0 <= whole < vocabulary:
+        return whole
+    log.warning("%s: %r is ignored: the vocabulary has the ids 0 to %d", where, value, vocabulary - 1)
+    return None
+
+
+def end_tokens(values: Mapping[str, Any], vocabulary: int, where: str) -> tuple[int, ...]:
+    """All end-of-text ids that the files give, as an id, a list of ids or nothing; each once, in order."""
+    found = [
+        special_token(token, vocabulary, f"{where}/{file}: eos_token_id")
+        for file, value in values.items()
+        for token in (value if isinstance(value, list) else [value])
+    ]
+    return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
 def rope_from_config(config: Mapping[str, Any], where: str) -> Rope:

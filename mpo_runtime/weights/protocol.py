@@ -1,4 +1,4 @@
-"""Where weights come from: one view of a `.mpo` file and of a Hugging Face folder, so that both load the same way."""
+"""Where weights come from: one view of a `.mpo` file, a GGUF file and a Hugging Face folder, so that all load the same way."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from mpo_formats import ModelSpec, MpoFile
-from mpo_runtime.weights.store import resolve
+from mpo_formats import Architecture, ModelSpec
 
 
 class Weights(Protocol):
@@ -32,20 +31,23 @@ class Weights(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives the mapped files back."""
+        """Unmaps the files."""
         ...
 
 
-def open_weights(path: str | Path, *, verify: bool = False) -> Weights:
-    """Opens a `.mpo` file or a Hugging Face folder, given by its path or by its name in the local store.
+class DenseWeights(Weights, Protocol):
+    """The weights of a dense model that an export starts from: a Hugging Face folder or a GGUF file."""
 
-    Raises:
-        CheckpointError: when there is nothing at `path` and no such name in the store.
-        FormatError: when a `.mpo` file breaks a rule.
-    """
-    place = resolve(path)
-    if place.is_dir():
-        from mpo_runtime.weights.checkpoint import Checkpoint
+    @property
+    def folder(self) -> Path:
+        """The folder, or the GGUF file."""
+        ...
 
-        return Checkpoint(place)
-    return MpoFile(place, verify=verify)
+    @property
+    def architecture(self) -> Architecture:
+        """The model's architecture."""
+        ...
+
+    def sha256(self) -> str:
+        """The digest of the files that hold the tensors."""
+        ...

@@ -1,7 +1,7 @@
 """The local store: models kept under a name, so that every command and `load` take the name in place of a path.
 
-An entry is a file `NAME.mpo` or a Hugging Face folder `NAME` in `models` of the store's folder; in a name `owner/name` the
-slash is stored as two hyphens. What is added is checked first and appears whole or not at all.
+An entry is a file `NAME.mpo` or `NAME.gguf` or a Hugging Face folder `NAME` in the folder `models` of the store; in a name
+`owner/name` the slash is stored as two hyphens. A model is checked before it is added, and it appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpo_formats import MpoFile
 from mpo_formats.errors import CheckpointError, ConfigError, OutputError
+from mpo_runtime.filesystem import expand_user, user_folder
+from mpo_runtime.weights import gguf
+from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import Weights
 
 SUFFIX = ".mpo"
-# Parts of names are file names everywhere, and cannot lead out of the store's folder.
+SUFFIXES = (SUFFIX, gguf.SUFFIX)
+# Such a part is a valid file name on every system, and no path that leads out of the store's folder.
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._]|-(?!-)){0,95}"
 _NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
 # What a Hugging Face folder needs to run; nothing else is copied or downloaded.
@@ -29,7 +35,11 @@ NEEDED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "model.safetensors.index.json",
     "*.safetensors",
 )
@@ -37,7 +47,7 @@ NEEDED = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model in the store: its name, where it lies and its size in bytes."""
+    """A model in the store: its name, its path and its size in bytes."""
 
     name: str
     path: Path
@@ -45,27 +55,32 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """`mpo`, or `folder` for a Hugging Face folder."""
-        return "folder" if self.path.is_dir() else "mpo"
+        """`mpo`, `gguf`, or `folder` for a Hugging Face folder."""
+        return "folder" if self.path.is_dir() else self.path.suffix[1:]
 
 
 def home() -> Path:
-    """The store's folder: MPO_HOME, or mpo-runtime in the user's data folder (XDG_DATA_HOME, ~/.local/share)."""
+    """The store's folder: MPO_HOME, else mpo-runtime in the user's data folder (XDG_DATA_HOME, or ~/.local/share).
+
+    Raises:
+        ConfigError: where the user has no such folder.
+    """
     if chosen := os.environ.get("MPO_HOME"):
-        return Path(chosen).expanduser().absolute()
-    data = os.environ.get("XDG_DATA_HOME", "")
-    # The XDG specification has relative paths ignored.
-    return (Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share") / "mpo-runtime"
+        return expand_user(chosen).absolute()
+    data = user_folder("XDG_DATA_HOME", ".local/share")
+    if data is None:
+        raise ConfigError("the store has no place: this user has no home folder; set MPO_HOME to a folder for it")
+    return data / "mpo-runtime"
 
 
 def models_folder() -> Path:
-    """Where the entries lie."""
+    """The folder that holds the entries."""
     return home() / "models"
 
 
 def check_name(name: str) -> str:
-    """The name itself; raises ConfigError where it is not `name` or `owner/name` of plain characters."""
-    if not _NAME.fullmatch(name) or name.endswith((".", SUFFIX)):
+    """The name itself; raises ConfigError unless it is `name` or `owner/name` of plain characters."""
+    if not _NAME.fullmatch(name) or name.endswith((".", *SUFFIXES)):
         raise ConfigError(
             f"{name!r} is no name for the store; expected letters, digits, '.', '_' and single '-', "
             "as in granite or owner/granite; choose one with --name"
@@ -77,14 +92,17 @@ def find(name: str) -> Entry | None:
     """The entry of that name, or None."""
     if not _NAME.fullmatch(name):
         return None
-    plain = models_folder() / name.replace("/", "--")
-    file = plain.with_name(plain.name + SUFFIX)
-    path = file if file.is_file() else plain
-    return Entry(name, path, size_of(path)) if file.is_file() or plain.is_dir() else None
+    try:
+        plain = models_folder() / name.replace("/", "--")
+    except ConfigError:  # no store, and so nothing in it
+        return None
+    files = [plain.with_name(plain.name + suffix) for suffix in SUFFIXES]
+    found = [path for path in files if path.is_file()] + [plain] * plain.is_dir()
+    return Entry(name, found[0], size_of(found[0])) if found else None
 
 
 def resolve(path: str | Path) -> Path:
-    """A path that exists as it is, else the entry of that name.
+    """The path itself where a file or folder exists there, else the path of the entry of that name.
 
     Raises:
         CheckpointError: when there is neither.
@@ -96,64 +114,84 @@ def resolve(path: str | Path) -> Path:
     if entry is None:
         raise CheckpointError(
             f"{place}: no such file or folder, nor a name in the store (see mpo-run list); "
-            "give a .mpo file or a Hugging Face folder"
+            "give a .mpo file or a Hugging Face folder, or a GGUF file"
         )
     return entry.path
+
+
+def open_path(path: Path, *, verify: bool = False) -> Weights:
+    """Opens a `.mpo` or GGUF file or a Hugging Face folder; `verify` checks the checksums of a `.mpo` file.
+
+    Raises:
+        CheckpointError: when a folder or GGUF file is no complete model of a known architecture.
+        FormatError: when a `.mpo` file breaks a rule of SPEC.md.
+    """
+    if not path.is_dir() and gguf.is_gguf(path):
+        return gguf.Gguf(path)
+    return Checkpoint(path) if path.is_dir() else MpoFile(path, verify=verify)
 
 
 def entries() -> list[Entry]:
     """All models in the store, by name."""
     folder = models_folder()
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    names = [(path.name.removesuffix(SUFFIX).replace("--", "/"), path) for path in paths]
+    names = [(without_suffix(path.name).replace("--", "/"), path) for path in paths]
     return [
         Entry(name, path, size_of(path))
         for name, path in names
-        if _NAME.fullmatch(name) and (path.suffix == SUFFIX or path.is_dir())
+        if _NAME.fullmatch(name) and (path.suffix in SUFFIXES or path.is_dir())
     ]
 
 
+def without_suffix(name: str) -> str:
+    """The name of a file without .mpo or .gguf, or of a folder as it is."""
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
 def add(source: Path, name: str | None = None, *, replace: bool = False) -> Entry:
-    """Takes a `.mpo` file or a Hugging Face folder into the store, by hard links where the file system has them.
+    """Adds a `.mpo` or GGUF file or a Hugging Face folder to the store, by hard links where the file system has them.
 
     Args:
-        name: what to call it; the name of the file or folder where None.
-        replace: takes the place of an entry of that name.
+        name: of the new entry; where None, the name of the file or folder.
+        replace: replaces an entry of that name.
 
     Raises:
-        MpoError: when the source is no model, the name is taken or not a name, or the store cannot be written.
+        MpoError: when the source is no model, the name is taken or not valid, or the store cannot be written.
     """
-    chosen = check_name(name or source.resolve().name.removesuffix(SUFFIX))
+    chosen = check_name(name or without_suffix(source.resolve().name))
     refuse_taken(chosen, replace)
-    check_model(source)
+    require_writable()
+    open_path(source).close()  # raises where it is no model
     with staging(chosen) as stage:
         if source.is_dir():
             target = stage / "folder"
-            target.mkdir()
             for file in sorted({match for pattern in NEEDED for match in source.glob(pattern)}):
-                link_or_copy(file, target / file.name)
+                place = target / file.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(file, place)
         else:
-            target = stage / "file.mpo"
+            target = stage / f"file{gguf.SUFFIX if gguf.is_gguf(source) else SUFFIX}"
             link_or_copy(source, target)
         return publish(target, chosen)
 
 
 def refuse_taken(name: str, replace: bool) -> None:
-    """Raises OutputError for a name that is in the store, unless it is to be replaced."""
+    """Raises OutputError for a name that is in the store, unless `replace`."""
     if not replace and find(name):
         raise OutputError(f"{name}: is in the store already; add --force to replace it, or --name for another name")
 
 
-def check_model(path: Path) -> None:
-    """Opens a model and closes it again; raises MpoError where that fails."""
-    from mpo_runtime.weights.protocol import open_weights
-
-    open_weights(path).close()
+def require_writable() -> None:
+    """Raises OutputError where the store cannot be written: known before a model is opened or downloaded."""
+    with staging("a model"):
+        return
 
 
 @contextmanager
 def staging(name: str) -> Iterator[Path]:
-    """A new folder inside the store in which an entry is put together; raises OutputError where there can be none."""
+    """Yields a new temporary folder inside the store for a new entry; raises OutputError where the store is not writable."""
     folder = models_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,8 +210,8 @@ def staging(name: str) -> Iterator[Path]:
 
 
 def publish(target: Path, name: str) -> Entry:
-    """Moves a finished file or folder to its place; what had the name before goes once the new entry is complete."""
-    place = models_folder() / (name.replace("/", "--") + ("" if target.is_dir() else SUFFIX))
+    """Moves a finished file or folder to its place; an older entry of that name is removed afterwards."""
+    place = models_folder() / (name.replace("/", "--") + ("" if target.is_dir() else target.suffix))
     old = find(name)
     if old and (old.kind == "folder" or old.path != place):
         aside = target.parent / "old"
@@ -183,7 +221,7 @@ def publish(target: Path, name: str) -> Entry:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy that is on the disk when this returns."""
+    """Makes a hard link, or else a copy that is flushed to the disk."""
     real = source.resolve()
     try:
         os.link(real, target)
@@ -197,7 +235,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove(name: str) -> Entry:
-    """Deletes an entry and returns what it was; never touches anything outside the store's folder.
+    """Deletes an entry and returns it; never touches anything outside the store's folder.
 
     Raises:
         ConfigError: when there is no entry of that name.

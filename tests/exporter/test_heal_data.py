@@ -12,7 +12,7 @@ import pytest
 from mpo_exporter.heal.data import HealingText, pack_windows, read_healing_text
 from mpo_exporter.source import embedded_model
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.model import read_text_files
+from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.rows import recognise
 from mpo_runtime.text.token_text import read_tokens

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from mpo_exporter.heal.bonds import sort_bonds
-from mpo_exporter.heal.loss import head_loss
-from mpo_exporter.heal.ops import HealingOps, Pair, WindowOps, compute, multiplies_bf16
+from mpo_exporter.heal.ops import HealingOps, WindowCache, WindowOps, autocast, multiplies_bf16
 from mpo_exporter.heal.rounding import cells, dequantize, rounded
+from mpo_exporter.heal.student import head_loss
 from mpo_exporter.heal.trainable import CELL, Grid, Trainables
 from mpo_formats import MpoFile
 from mpo_formats.layout import content_tensors
 from mpo_formats.reference import matrix
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
 from tests.helpers import forward, some_ids
 
 GOLDEN = sorted((Path(__file__).resolve().parent.parent / "golden").glob("*.mpo"))
@@ -29,10 +30,10 @@ def everything(file: MpoFile, *, moving: bool) -> Trainables:
     return Trainables(file, names, moving=moving)
 
 
-def student(file: MpoFile, trainables: Trainables, chi: int | None = None) -> GraniteModel:
+def student(file: MpoFile, trainables: Trainables, chi: int | None = None) -> Decoder:
     ops = HealingOps(file)
     ops.trainables, ops.chi = trainables, chi
-    return GraniteModel(file.spec.architecture, ops)
+    return decoder_for(file.spec.architecture, ops)
 
 
 @pytest.mark.parametrize("moving", [False, True])
@@ -46,7 +47,7 @@ def test_untrained_is_the_file_bit_for_bit(path: Path, moving: bool) -> None:
             with torch.no_grad():
                 found = forward(student(file, trainables, chi), rows)
             np.testing.assert_allclose(
-                found, forward(GraniteModel(file.spec.architecture, ReferenceOps(file, chi=chi)), rows), atol=1e-6
+                found, forward(decoder_for(file.spec.architecture, ReferenceOps(file, chi=chi)), rows), atol=1e-6
             )
         arrays = {}
         for part in (*trainables.layers.values(), *trainables.vectors.values()):
@@ -186,19 +187,19 @@ def test_windows_run_as_the_reference_runs_them() -> None:
     """Without a cache and with attention as plain products: the same numbers, and nearly the same in bf16."""
     with MpoFile(GOLDEN[0].with_name("sum.mpo")) as file:
         rows = [some_ids(9, seed, file.spec.architecture.vocab_size) for seed in (1, 2)]
-        expected = forward(GraniteModel(file.spec.architecture, ReferenceOps(file)), rows)
-        model = GraniteModel(file.spec.architecture, WindowOps(file))
+        expected = forward(decoder_for(file.spec.architecture, ReferenceOps(file)), rows)
+        model = decoder_for(file.spec.architecture, WindowOps(file))
         for context, tolerance in ((nullcontext(), 1e-5), (torch.autocast("cpu", torch.bfloat16), 0.1)):
             with context, torch.no_grad():
                 x = model.embed(model.ops.ids(rows))
                 for block in range(file.spec.architecture.num_hidden_layers):
-                    x = model.block(x, Pair(), block)
+                    x = model.block(x, WindowCache(), block)
                 found = model.logits(model.normed(x)).float()
             np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
 def test_bf16_is_used_only_where_it_is_fast() -> None:
-    with compute("cpu"):
+    with autocast("cpu"):
         assert torch.is_autocast_enabled("cpu") == multiplies_bf16("cpu")
     assert not multiplies_bf16("meta")
 
@@ -222,7 +223,7 @@ def test_sorted_bonds_keep_the_matrix_and_make_good_prefixes(name: str) -> None:
         before = [(term.operator(None).weight().detach(), term.operator(1).weight().detach()) for _, term in terms]
         inputs = np.array([some_ids(24, 5, file.spec.architecture.vocab_size)])
         ops = HealingOps(file)
-        sort_bonds(GraniteModel(file.spec.architecture, ops), ops, trainables, inputs, exact=False)
+        sort_bonds(decoder_for(file.spec.architecture, ops), ops, trainables, inputs, exact=False)
         better = 0
         for (_, term), (whole, prefix) in zip(terms, before, strict=True):
             again = term.operator(None).weight().detach()
@@ -246,7 +247,7 @@ def test_integer_cores_are_sorted_without_a_changed_number() -> None:
         numbers = [torch.sort(term.cores[0].core().detach().flatten()).values for term in terms]
         ops = HealingOps(file)
         inputs = np.array([some_ids(8, 5, file.spec.architecture.vocab_size)])
-        sort_bonds(GraniteModel(file.spec.architecture, ops), ops, trainables, inputs, exact=True)
+        sort_bonds(decoder_for(file.spec.architecture, ops), ops, trainables, inputs, exact=True)
         for term, matrix_before, values in zip(terms, whole, numbers, strict=True):
             cores = [core.detach() for core in term.operator(None).cores]
             torch.testing.assert_close(term.operator(None).weight().detach(), matrix_before, atol=1e-5, rtol=1e-5)

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from mpo_formats import Dense, ModelSpec, Mpo, Quantized, Term
 from mpo_formats.layout import content_tensors
 from mpo_formats.spec import BITS, GROUPS, full_rank
-from mpo_runtime import kernels
+from mpo_runtime import native
 from tests.formats.tiny import GATE, Arrays, arrays, model
 
-needs_native = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels were not built")
-if kernels.native_available():
-    import mpo_runtime._native as native
+needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+if native.available():
+    import mpo_runtime._native as _native
 
-    LEVELS = native.supported_isas()
+    LEVELS = _native.supported_isas()
 else:
     LEVELS = []
 
@@ -52,11 +52,11 @@ class Held:
 @contextmanager
 def level(name: str) -> Iterator[None]:
     """Runs with one instruction set, and with the best one again afterwards."""
-    assert native.set_isa(name)
+    assert _native.set_isa(name)
     try:
         yield
     finally:
-        native.set_isa("auto")
+        _native.set_isa("auto")
 
 
 def layer(terms: tuple[Term, ...], out: int, inner: int, bias: bool, seed: int) -> Held:
@@ -97,12 +97,10 @@ def layers(draw: st.DrawFn) -> Held:
     out, inner = draw(st.sampled_from(SIZES))
     groups = [size for size in GROUPS if inner % size == 0]
     kinds: list[st.SearchStrategy[Term]] = [
-        st.builds(Dense, st.just("dense"), st.sampled_from(["f32", "f16", "bf16"])),
+        st.builds(Dense, st.sampled_from(["f32", "f16", "bf16"])),
         operators(out, inner),
     ]
     if groups:
-        kinds.append(
-            st.builds(Quantized, st.just("quantized"), st.sampled_from(BITS), st.sampled_from(groups), st.booleans())
-        )
+        kinds.append(st.builds(Quantized, st.sampled_from(BITS), st.sampled_from(groups), st.booleans()))
     terms = draw(st.lists(st.one_of(*kinds), min_size=1, max_size=3))
     return layer(tuple(terms), out, inner, draw(st.booleans()), draw(st.integers(0, 1000)))

@@ -20,7 +20,8 @@ from prompt_toolkit.output import DummyOutput
 from mpo_runtime import ConfigError, OutputError
 from mpo_runtime.cli import chat
 from mpo_runtime.cli.conversation import FORMAT, Conversation, Settings, read_conversation
-from mpo_runtime.model import Model, load
+from mpo_runtime.loading import load
+from mpo_runtime.model import Model
 from mpo_runtime.sampler import SamplingOptions
 from tests.helpers import EOS, granite_config, write_folder
 

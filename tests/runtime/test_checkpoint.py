@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from mpo_formats import CheckpointError, Dense
 from mpo_runtime.layers.linear import float_tensor
+from mpo_runtime.loading import open_weights
 from mpo_runtime.weights.checkpoint import Checkpoint
-from mpo_runtime.weights.protocol import open_weights
 from tests.helpers import granite_config, random_tensors, tensor_shapes, write_folder, write_weights
 
 CONFIG = granite_config(num_hidden_layers=1, attention_bias=True, tie_word_embeddings=False)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpo_formats import ConfigError
 from mpo_runtime.engine import Engine, Step
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.sampler import SamplingOptions
 from tests.helpers import EOS, VOCABULARY, forward, granite_config, network, some_ids, write_folder
 
@@ -18,7 +18,7 @@ CONTEXT = 40
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> GraniteModel:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     changes = {"max_position_embeddings": CONTEXT, "num_key_value_heads": 1, "attention_bias": True}
     config = granite_config(**changes, tie_word_embeddings=False)  # with a tied head it would repeat its last token
     return network(write_folder(tmp_path_factory.mktemp("engine") / "model", config, seed=3))
@@ -26,14 +26,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> GraniteModel:
 
 @given(chunk=st.integers(1, 30), count=st.integers(1, CONTEXT - 1))
 @settings(max_examples=12)
-def test_chunks_of_any_size_equal_one_forward(model: GraniteModel, chunk: int, count: int) -> None:
+def test_chunks_of_any_size_equal_one_forward(model: Decoder, chunk: int, count: int) -> None:
     """A chunk of one token is decoding."""
     ids = some_ids(count, chunk)
     logits = Engine(model, chunk=chunk).prefill(ids)
     np.testing.assert_allclose(logits, forward(model, [ids])[0, -1], atol=1e-5)
 
 
-def test_token_by_token_equals_one_forward_at_every_position(model: GraniteModel) -> None:
+def test_token_by_token_equals_one_forward_at_every_position(model: Decoder) -> None:
     ids = some_ids(CONTEXT)
     cache = model.ops.new_cache(model.architecture, 1, CONTEXT)
     steps = [
@@ -45,7 +45,7 @@ def test_token_by_token_equals_one_forward_at_every_position(model: GraniteModel
 
 @given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=4), first=st.integers(1, 12))
 @settings(max_examples=12)
-def test_a_batch_of_unequal_rows_equals_its_rows_alone(model: GraniteModel, lengths: list[int], first: int) -> None:
+def test_a_batch_of_unequal_rows_equals_its_rows_alone(model: Decoder, lengths: list[int], first: int) -> None:
     """In two steps, so that the second starts at another position in every row, over what padding left behind."""
     rows = [some_ids(2 * length, index) for index, length in enumerate(lengths)]
     longest = max(lengths)
@@ -61,7 +61,7 @@ def test_a_batch_of_unequal_rows_equals_its_rows_alone(model: GraniteModel, leng
 
 
 @pytest.mark.parametrize("shared", [0, 1, 7, 19, 20])
-def test_a_shared_prefix_is_reused_and_changes_nothing(model: GraniteModel, shared: int) -> None:
+def test_a_shared_prefix_is_reused_and_changes_nothing(model: Decoder, shared: int) -> None:
     engine = Engine(model, chunk=6)
     first = some_ids(20, 1)
     engine.prefill(first)
@@ -77,7 +77,7 @@ def test_a_shared_prefix_is_reused_and_changes_nothing(model: GraniteModel, shar
     np.testing.assert_allclose(engine.prefill(first[:3]), forward(model, [first[:3]])[0, -1], atol=1e-5)
 
 
-def test_rewinding_the_cache_forgets_what_came_after(model: GraniteModel) -> None:
+def test_rewinding_the_cache_forgets_what_came_after(model: Decoder) -> None:
     rows = [some_ids(9, 1), some_ids(9, 2)]
     cache = model.ops.new_cache(model.architecture, 2, 9)
     model.hidden(model.ops.ids([[*row[:4], 0, 0, 0] for row in rows]), cache, [7, 7])
@@ -87,7 +87,7 @@ def test_rewinding_the_cache_forgets_what_came_after(model: GraniteModel) -> Non
     np.testing.assert_allclose(model.ops.to_numpy(logits), forward(model, rows)[:, 4:], atol=1e-5)
 
 
-def test_greedy_takes_the_largest_logit_of_a_full_forward(model: GraniteModel) -> None:
+def test_greedy_takes_the_largest_logit_of_a_full_forward(model: Decoder) -> None:
     prompt = some_ids(5)
     steps = list(Engine(model).generate(prompt, GREEDY, max_tokens=12, stop_ids=()))
     history = list(prompt)
@@ -100,11 +100,11 @@ def test_greedy_takes_the_largest_logit_of_a_full_forward(model: GraniteModel) -
     assert [step.finish for step in steps] == [None] * 11 + ["length"]
 
 
-def tokens(model: GraniteModel, options: SamplingOptions, count: int = 16) -> list[int]:
+def tokens(model: Decoder, options: SamplingOptions, count: int = 16) -> list[int]:
     return [step.token for step in Engine(model).generate(some_ids(4), options, max_tokens=count, stop_ids=())]
 
 
-def test_a_seed_makes_sampling_reproducible(model: GraniteModel) -> None:
+def test_a_seed_makes_sampling_reproducible(model: Decoder) -> None:
     options = SamplingOptions(temperature=1.0, top_p=0.95, seed=7)
     assert tokens(model, options) == tokens(model, options)
     assert tokens(model, options) != tokens(model, SamplingOptions(temperature=1.0, top_p=0.95, seed=8))
@@ -115,7 +115,7 @@ def finishes(steps: list[Step]) -> list[str | None]:
     return [step.finish for step in steps]
 
 
-def test_why_a_generation_ends(model: GraniteModel) -> None:
+def test_why_a_generation_ends(model: Decoder) -> None:
     """At a stop id, at the model's own end token, at max_tokens, at the end of the context; whichever comes first."""
     engine = Engine(model)
     prompt = some_ids(4)
@@ -145,7 +145,7 @@ def test_why_a_generation_ends(model: GraniteModel) -> None:
     ],
     ids=["empty", "long", "large", "negative"],
 )
-def test_prompts_that_cannot_be_run(model: GraniteModel, ids: list[int], words: str) -> None:
+def test_prompts_that_cannot_be_run(model: Decoder, ids: list[int], words: str) -> None:
     engine = Engine(model)
     with pytest.raises(ConfigError, match=words):
         engine.prefill(ids)
@@ -159,12 +159,12 @@ def test_prompts_that_cannot_be_run(model: GraniteModel, ids: list[int], words: 
     ("context", "words"),
     [(CONTEXT + 1, f"the model was made for {CONTEXT}"), (1, "at least 2"), (0, "at least 2"), (-5, "at least 2")],
 )
-def test_contexts_that_cannot_be_allocated(model: GraniteModel, context: int, words: str) -> None:
+def test_contexts_that_cannot_be_allocated(model: Decoder, context: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Engine(model, context=context)
 
 
-def test_a_smaller_context_holds_fewer_tokens(model: GraniteModel) -> None:
+def test_a_smaller_context_holds_fewer_tokens(model: Decoder) -> None:
     engine = Engine(model, context=6)
     assert len(list(engine.generate([1, 2], GREEDY, stop_ids=()))) == 4
     with pytest.raises(ConfigError, match="6 tokens do not fit into a context of 6"):
@@ -173,7 +173,7 @@ def test_a_smaller_context_holds_fewer_tokens(model: GraniteModel) -> None:
 
 @pytest.mark.parametrize("options", [GREEDY, SamplingOptions(seed=5), SamplingOptions()])
 def test_only_a_repeatable_generation_runs_again_what_was_run_in_other_pieces(
-    model: GraniteModel, options: SamplingOptions
+    model: Decoder, options: SamplingOptions
 ) -> None:
     """Of a prompt that the cache holds: from the last whole chunk on where rounding is to be the same, else its last token."""
     prompt = some_ids(20, 7)
@@ -189,7 +189,7 @@ def test_only_a_repeatable_generation_runs_again_what_was_run_in_other_pieces(
     assert engine.reusable(longer, repeatable=True) == 6
 
 
-def test_generations_after_one_another_are_those_of_an_empty_cache_to_the_last_bit(model: GraniteModel) -> None:
+def test_generations_after_one_another_are_those_of_an_empty_cache_to_the_last_bit(model: Decoder) -> None:
     engine = Engine(model, chunk=6)
     for round_ in range(6):
         prompt = some_ids(8 + 3 * (round_ % 3), round_ % 2)

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from mpo_runtime import ConfigError
 from mpo_runtime.cli.generate import read_prompts
 from mpo_runtime.cli.main import app
-from mpo_runtime.model import Model, Piece, load
+from mpo_runtime.loading import load
+from mpo_runtime.model import Model, Piece
 from tests.helpers import EOS, forward, granite_config, network, some_ids, write_folder
 
 # A random model repeats itself unless it is heated.

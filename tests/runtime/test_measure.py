@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from mpo_formats import ConfigError
 from mpo_runtime.measure import compare, cut_windows, perplexity, summarise
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from tests.helpers import BOS, VOCABULARY, granite_config, network, some_ids, write_folder
 
 logging.set_verbosity_error()
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def models(folders: dict[str, Path]) -> dict[str, GraniteModel]:
+def models(folders: dict[str, Path]) -> dict[str, Decoder]:
     return {name: network(folder) for name, folder in folders.items()}
 
 
@@ -78,7 +78,7 @@ def error_by_hand(losses: list[list[float]]) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize(("name", "lead"), [("first", [BOS]), ("no bos", [])])
-def test_perplexity(folders: dict[str, Path], models: dict[str, GraniteModel], name: str, lead: list[int]) -> None:
+def test_perplexity(folders: dict[str, Path], models: dict[str, Decoder], name: str, lead: list[int]) -> None:
     losses = losses_by_hand(oracle(folders[name], lead), lead)
     mean, value, error = error_by_hand(losses)
     steps: list[tuple[int, int]] = []
@@ -94,7 +94,7 @@ def test_perplexity(folders: dict[str, Path], models: dict[str, GraniteModel], n
 
 
 @pytest.mark.parametrize("name", ["near", "second"])
-def test_comparison(folders: dict[str, Path], models: dict[str, GraniteModel], name: str) -> None:
+def test_comparison(folders: dict[str, Path], models: dict[str, Decoder], name: str) -> None:
     ours, theirs = oracle(folders[name], [BOS]), oracle(folders["first"], [BOS])
     q, p = np.concatenate(ours), np.concatenate(theirs)
     divergence = (np.exp(p) * (p - q)).sum(-1)
@@ -107,7 +107,7 @@ def test_comparison(folders: dict[str, Path], models: dict[str, GraniteModel], n
     assert (found.same_top1 > 0.8) == (name == "near")
 
 
-def test_cosine_and_squared_error_are_of_the_logits(folders: dict[str, Path], models: dict[str, GraniteModel]) -> None:
+def test_cosine_and_squared_error_are_of_the_logits(folders: dict[str, Path], models: dict[str, Decoder]) -> None:
     logits = {}
     for name in ("first", "second"):
         model = GraniteForCausalLM.from_pretrained(folders[name], dtype=torch.float64, attn_implementation="eager")
@@ -121,19 +121,19 @@ def test_cosine_and_squared_error_are_of_the_logits(folders: dict[str, Path], mo
     assert found.cosine == pytest.approx(cosines.mean(), abs=1e-5)
 
 
-def test_a_model_does_not_differ_from_itself(models: dict[str, GraniteModel]) -> None:
+def test_a_model_does_not_differ_from_itself(models: dict[str, Decoder]) -> None:
     found = compare(models["first"], models["first"], IDS, WINDOW)
     assert (found.kl_mean, found.kl_999, found.same_top1, found.mse) == (0, 0, 1, 0)
     assert found.model == found.reference
 
 
-def test_a_reference_may_be_a_function_of_a_window(models: dict[str, GraniteModel]) -> None:
+def test_a_reference_may_be_a_function_of_a_window(models: dict[str, Decoder]) -> None:
     found = compare(models["first"], lambda window: np.zeros((window.size - 1, VOCABULARY), np.float32), IDS, WINDOW)
     assert found.reference.perplexity == pytest.approx(VOCABULARY, rel=1e-5)
     assert found.reference.error == pytest.approx(0, abs=1e-3)
 
 
-def test_one_window_takes_its_tokens_as_independent(models: dict[str, GraniteModel]) -> None:
+def test_one_window_takes_its_tokens_as_independent(models: dict[str, Decoder]) -> None:
     found = perplexity(models["first"], IDS[:10], WINDOW)
     assert found.windows == 1
     assert 0 < found.error < math.inf
@@ -147,7 +147,7 @@ def test_the_error_shrinks_with_the_root_of_the_windows() -> None:
     assert many.error / many.perplexity == pytest.approx(1 / math.sqrt(20 * 4000), rel=0.1)
 
 
-def test_the_default_window_is_the_context_of_a_small_model(models: dict[str, GraniteModel]) -> None:
+def test_the_default_window_is_the_context_of_a_small_model(models: dict[str, Decoder]) -> None:
     windows = cut_windows(np.array(some_ids(200), np.int64), models["first"], None)
     assert [part.size for part in windows] == [64, 64, 64, 12]
     assert all(part[0] == BOS for part in windows)
@@ -166,13 +166,13 @@ def test_the_default_window_is_the_context_of_a_small_model(models: dict[str, Gr
     ids=["small", "large", "empty", "unknown", "negative"],
 )
 def test_texts_that_cannot_be_measured(
-    models: dict[str, GraniteModel], ids: NDArray[np.int64], window: int | None, words: str
+    models: dict[str, Decoder], ids: NDArray[np.int64], window: int | None, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         perplexity(models["first"], ids, window)
 
 
-def test_models_of_different_vocabularies_cannot_be_compared(models: dict[str, GraniteModel]) -> None:
+def test_models_of_different_vocabularies_cannot_be_compared(models: dict[str, Decoder]) -> None:
     with pytest.raises(ConfigError, match="vocabularies of 80 and 258 tokens differ"):
         compare(models["few words"], models["first"], IDS % 80, WINDOW)
 

@@ -234,7 +234,7 @@ def test_nothing_to_load(tmp_path: Path) -> None:
 def test_a_long_text_is_scored_in_pieces(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = some_ids(50, 4)
     whole = model.score(ids)
-    monkeypatch.setattr("mpo_runtime.engine.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("mpo_runtime.model.PREFILL_CHUNK", 7)
     pieces = model.score(ids)
     assert pieces.tokens == whole.tokens == ids[1:]
     np.testing.assert_allclose(pieces.logprobs, whole.logprobs, atol=1e-5)

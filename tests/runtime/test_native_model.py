@@ -13,21 +13,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpo_exporter.export import export
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.source import embedded_model
 from mpo_formats import ConfigError
-from mpo_runtime import kernels, load
+from mpo_runtime import load, native
 from mpo_runtime.engine import Engine
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.measure import compare
-from mpo_runtime.model import load_network
-from mpo_runtime.models.decoder import GraniteModel
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, read_tokens
 from mpo_runtime.text.tokenizer import Tokenizer
-from mpo_runtime.weights.protocol import open_weights
 from tests.conftest import ROOT
-from tests.helpers import forward, granite_config, network, some_ids, write_folder
+from tests.helpers import export_folder, forward, granite_config, network, some_ids, write_folder
 from tests.runtime.native_cases import LEVELS, level, needs_native
 
 pytestmark = needs_native
@@ -47,11 +45,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("native")
     names = {name: folder / f"{index}.mpo" for index, name in enumerate(PLANS)}
     for name, options in PLANS.items():
-        export(EMBEDDED, names[name], options)
+        export_folder(EMBEDDED, names[name], options)
     return names
 
 
-def greedy(model: GraniteModel, prompt: list[int], count: int) -> list[int]:
+def greedy(model: Decoder, prompt: list[int], count: int) -> list[int]:
     return [step.token for step in Engine(model).generate(prompt, GREEDY, max_tokens=count, stop_ids=())]
 
 
@@ -179,11 +177,11 @@ def test_what_the_cache_is_stored_in_where_nothing_is_said(
 def test_any_number_of_threads_and_of_callers(files: dict[str, Path]) -> None:
     model = network(files["auto"], backend="native")
     ids = [some_ids(60, 1, 4096)]
-    before = int(kernels.active()["threads"])
+    before = int(native.active()["threads"])
     try:
-        kernels.set_threads(1)
+        native.set_threads(1)
         expected = forward(model, ids)
-        kernels.set_threads(4)
+        native.set_threads(4)
         found: list[NDArray[np.float32]] = []
         callers = [threading.Thread(target=lambda: found.append(forward(model, ids))) for _ in range(4)]
         for caller in callers:
@@ -191,7 +189,7 @@ def test_any_number_of_threads_and_of_callers(files: dict[str, Path]) -> None:
         for caller in callers:
             caller.join(120)
     finally:
-        kernels.set_threads(before)
+        native.set_threads(before)
     assert len(found) == 4
     for logits in found:
         np.testing.assert_array_equal(logits, expected)
@@ -240,8 +238,8 @@ def test_torch_is_never_imported(files: dict[str, Path], arguments: tuple[str, .
 FORK = """
 import os, sys
 import numpy as np
-from mpo_runtime.model import load_network
-from mpo_runtime.weights.protocol import open_weights
+from mpo_runtime.loading import load_network
+from mpo_runtime.loading import open_weights
 model = load_network(open_weights(sys.argv[1]), threads=3, backend="native")
 def logits():
     cache = model.ops.new_cache(model.architecture, 1, 40)
@@ -287,7 +285,7 @@ def test_an_instruction_set_that_is_not_here(odd: Path) -> None:
 def test_native_is_what_a_cpu_gets(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(odd) as model:
         assert model.network.ops.name == "native"
-    monkeypatch.setattr(kernels, "_HAS_NATIVE", False)
+    monkeypatch.setattr(native, "_HAS_NATIVE", False)
     with load(odd) as model:
         assert model.network.ops.name == "reference"
     with pytest.raises(ConfigError, match="its kernels were not built"):

@@ -1,0 +1,200 @@
+"""Opens models: weights from a file, a folder or the store; a backend that runs them; tokenizer and chat template."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mpo_formats import ConfigError
+from mpo_runtime import native
+from mpo_runtime.backends.ops import check_activations
+from mpo_runtime.machine import usable_cpus
+from mpo_runtime.model import Model
+from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.models.registry import decoder_for
+from mpo_runtime.text.chat_template import ChatTemplate
+from mpo_runtime.text.tokenizer import Tokenizer
+from mpo_runtime.weights import store
+from mpo_runtime.weights.protocol import Weights
+
+if TYPE_CHECKING:
+    from mpo_runtime.backends.ops import Ops
+
+BACKENDS = ("auto", "native", "reference")
+MOST_THREADS = 1024
+
+
+def load(
+    path: str | Path,
+    *,
+    chi: int | None = None,
+    device: str = "cpu",
+    backend: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    kv_type: str = "auto",
+    activations: str = "int8",
+    verify: bool = False,
+) -> Model:
+    """Loads a `.mpo` or GGUF file, a Hugging Face folder or a model of the local store.
+
+    Args:
+        path: a file, a folder, or a name that `mpo-run list` shows.
+        chi: uses only the first `chi` values of every bond: a smaller, faster, less accurate model from the same file.
+        device: `cpu`, or a torch device such as `cuda`.
+        backend: `native`, `reference`, or `auto`: native on a CPU where its kernels were built, else reference.
+        threads: CPU threads of this process, for all its models; None keeps their number, which starts at all cores that
+            the process may use (a container's CPU quota is heeded).
+        context: tokens that the KV cache holds; where None, the longest context of the model, but at most 4,096.
+        kv_type: element type of the KV cache: f32, f16, bf16, or int8 with the native backend only. `auto` is f16 where the
+            native backend multiplies integer weights with int8 activations, whose rounding is far coarser, and f32 elsewhere.
+        activations: what the native backend multiplies integer weights with: `int8` or `float`.
+        verify: checks the file's checksums first.
+
+    Raises:
+        MpoError: for a missing, damaged or unsupported file, or an option out of range.
+    """
+    weights = open_weights(path, verify=verify)
+    try:
+        network = load_network(
+            weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type, activations=activations
+        )
+        return Model(weights, network, *read_text_files(weights), context=context)
+    except BaseException:
+        weights.close()
+        raise
+
+
+def open_weights(path: str | Path, *, verify: bool = False) -> Weights:
+    """Opens a `.mpo` or GGUF file or a Hugging Face folder, given by its path or by its name in the local store.
+
+    Args:
+        verify: checks the checksums of a `.mpo` file.
+
+    Raises:
+        CheckpointError: when there is nothing at `path` and no such name in the store, or the model cannot be read.
+        FormatError: when a `.mpo` file breaks a rule of SPEC.md.
+    """
+    return store.open_path(store.resolve(path), verify=verify)
+
+
+def load_network(
+    weights: Weights,
+    *,
+    chi: int | None = None,
+    device: str = "cpu",
+    backend: str = "auto",
+    threads: int | None = None,
+    kv_type: str = "auto",
+    activations: str = "int8",
+) -> Decoder:
+    """Loads the weights into a backend and returns the forward pass over it; the options are those of `load`.
+
+    Raises:
+        ConfigError: for a χ or a number of threads below one, or a backend or device that is absent.
+    """
+    if chi is not None and chi < 1:
+        raise ConfigError(f"chi: expected at least 1, found {chi}")
+    check_activations(activations)
+    ops: Ops
+    if choose_backend(backend, device) == "native":
+        from mpo_runtime.backends.native import NativeOps
+
+        native.instruction_set()
+        native.set_threads(checked_threads(threads))
+        if kv_type == "auto":
+            kv_type = "f16" if activations == "int8" and has_integers(weights) else "f32"
+        ops = NativeOps(weights, chi=chi, kv_type=kv_type, activations=activations)
+    else:
+        from mpo_runtime.backends.reference import ReferenceOps
+
+        set_threads(threads)
+        check_device(device)
+        ops = ReferenceOps(weights, chi=chi, device=device, kv_type="f32" if kv_type == "auto" else kv_type)
+    return decoder_for(weights.spec.architecture, ops)
+
+
+def choose_backend(backend: str, device: str) -> Literal["native", "reference"]:
+    """The backend for a name (`auto`, `native`, `reference`) and a device.
+
+    Raises:
+        ConfigError: for another name, or for native kernels that were not built or cannot run on the device.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend {backend}: expected one of {', '.join(BACKENDS)}")
+    if backend == "native":
+        if device != "cpu":
+            raise ConfigError(f"backend native: runs on the CPU, not on {device}; leave --backend out")
+        if not native.available():
+            raise ConfigError(
+                "backend native: its kernels were not built; install a C++ compiler and mpo-runtime again"
+            )
+    if backend == "auto":
+        return "native" if device == "cpu" and native.available() else "reference"
+    return "native" if backend == "native" else "reference"
+
+
+def has_integers(weights: Weights) -> bool:
+    """Whether any layer has a Quantized term; integer cores alone do not count."""
+    return any(term.kind == "quantized" for linear in weights.spec.linears for term in linear.terms)
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """The number of threads as given; raises ConfigError for less than one or more than 1,024."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        expected = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
+        raise ConfigError(f"--threads: expected {expected}, found {threads}")
+    return threads
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets the number of torch's CPU threads. Raises ConfigError as `checked_threads` does.
+
+    None keeps it, except that the first call lowers it to the CPUs that the process may use.
+    """
+    count = checked_threads(threads)
+    if count is None:
+        _heed_quota()
+        return
+    import torch
+
+    torch.set_num_threads(count)
+
+
+@cache
+def _heed_quota() -> None:
+    """Lowers torch's threads to the usable CPUs: torch counts cores and does not know the quota of a container."""
+    import torch
+
+    if usable_cpus() < torch.get_num_threads():
+        torch.set_num_threads(usable_cpus())
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for a device that torch does not know or that this machine does not have."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(f"device {device}: expected cpu, cuda or another device of torch; use --device cpu") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device}: torch finds no CUDA device; use --device cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # which of them depends on the missing device
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"device {device}: torch cannot use it here ({why}); use --device cpu") from None
+
+
+def read_text_files(weights: Weights) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer and the chat template of a model; None for each that it does not have.
+
+    Raises:
+        CheckpointError: where one of their files is damaged.
+    """
+    tokenizer = Tokenizer.from_files(weights.file)
+    return tokenizer, None if tokenizer is None else ChatTemplate.from_files(weights.file)
