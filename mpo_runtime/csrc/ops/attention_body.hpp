@@ -58,7 +58,7 @@ struct AttentionBody {
   template <int M>
   static MPO_INLINE void dots(const float* q, std::size_t wide, const float* key, float* scores) {
     F sums[M];
-    for (F& sum : sums) sum = X::broadcast(0.0f);
+    for (F& sum : sums) sum = X::zero();
     for (std::size_t i = 0; i < wide; i += kLanes) {
       const F value = X::load(key + i);
       for (int m = 0; m < M; ++m) sums[m] = X::fma(X::load(q + static_cast<std::size_t>(m) * wide + i), value, sums[m]);
@@ -81,7 +81,7 @@ struct AttentionBody {
       for (std::size_t i = 0; i < wide; i += kLanes)
         X::store(mixed + i, X::multiply(X::load(mixed + i), X::broadcast(factor)));
     }
-    F total = X::broadcast(0.0f);
+    F total = X::zero();
     for (std::size_t j = 0; j < kBlock; j += kLanes) {
       const F weight = OpsBody<X>::exponential(X::subtract(X::load(scores + j), X::broadcast(now)));
       X::store(scores + j, weight);
