@@ -164,7 +164,7 @@ def heal_command(
     "profile",
     context_settings=SETTINGS,
     short_help="Show how much each layer matters.",
-    epilog="Measurements are kept and reused by plans; MPO_CACHE names their folder.",
+    epilog="Measurements are cached and reused by plans; MPO_CACHE names their folder.",
 )
 @grouped
 def profile_command(
