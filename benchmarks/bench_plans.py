@@ -1,4 +1,4 @@
-"""Quality against bytes of the export plans on the embedded model: the README's table.
+"""Quality against bytes of the export plans on the embedded model: a table of docs/results.md.
 
     python benchmarks/bench_plans.py [--tokens 40000] [--out benchmarks/results/plans-DATE.json]
 

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer.main
+
+from mpo_runtime.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -62,6 +65,29 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 def test_files_that_are_named_exist(path: Path) -> None:
     named = re.findall(r"`((?:benchmarks|docs|exporter|formats|mpo_runtime|tests)/[\w./-]+)`", text_of(path))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_symbols_that_are_named_exist() -> None:
+    named = re.findall(r"`([\w/]+\.py):\s+([\w.]+)`", text_of(ROOT / "docs" / "architecture.md"))
+    assert len(named) > 8
+    for file, symbol in named:
+        sources = [
+            path.read_text("utf-8")
+            for package in PACKAGES
+            for path in package.rglob(Path(file).name)
+            if path.as_posix().endswith(f"/{file}")
+        ]
+        name = symbol.rpartition(".")[2]
+        assert any(re.search(rf"^ *(?:def|class) {name}\b", source, re.MULTILINE) for source in sources), (file, symbol)
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_every_option_of_talking_is_told(command: str) -> None:
+    page = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    parameters = typer.main.get_command(app).commands[command].params
+    options = {name for one in parameters for name in (*one.opts, *one.secondary_opts) if name.startswith("--")}
+    assert len(options) > 15
+    assert [name for name in sorted(options - {"--help"}) if not re.search(rf"{name}(?![\w-])", page)] == []
 
 
 def test_the_readme_is_for_a_stranger() -> None:

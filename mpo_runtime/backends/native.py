@@ -21,7 +21,7 @@ import mpo_runtime._native as _native
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.backends.ops import Array, Ops, check_activations
 from mpo_runtime.layers.native import float_vector, load_linear
-from mpo_runtime.layers.rope import inverse_frequencies
+from mpo_runtime.rope import inverse_frequencies
 from mpo_runtime.weights.protocol import Weights
 
 Floats = NDArray[np.float32]
@@ -97,8 +97,8 @@ class NativeOps(Ops):
         spec = weights.spec
         self.kv_type = kv_type
         self.exact = activations == "float"
-        self.linears = {linear.name: load_linear(weights, linear, chi=chi) for linear in spec.linears}
-        self.vectors = {vector.name: float_vector(weights, f"{vector.name}.weight") for vector in spec.vectors}
+        self._linears = {linear.name: load_linear(weights, linear, chi=chi) for linear in spec.linears}
+        self._vectors = {vector.name: float_vector(weights, f"{vector.name}.weight") for vector in spec.vectors}
         self.head_dim = spec.architecture.head_dim
         self.frequencies = inverse_frequencies(spec.architecture.rope, self.head_dim)
         # Forward passes are weak keys: a strong one would keep the model alive, and the model keeps this op set alive.
@@ -106,7 +106,7 @@ class NativeOps(Ops):
 
     def weights(self, layer: str) -> _native.Linear | Floats:
         """The layer or vector of that name."""
-        return self.linears[layer] if layer in self.linears else self.vectors[layer]
+        return self._linears[layer] if layer in self._linears else self._vectors[layer]
 
     def ids(self, rows: list[list[int]]) -> Ids:
         """Token ids [B, S]."""

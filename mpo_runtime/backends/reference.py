@@ -18,8 +18,8 @@ from torch import Tensor
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.backends.ops import EditableOps
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor, load_linear
-from mpo_runtime.layers.rope import inverse_frequencies
 from mpo_runtime.memory import available_memory
+from mpo_runtime.rope import inverse_frequencies
 from mpo_runtime.weights.protocol import Weights
 
 # All matrices are kept in memory as float32 where they take at most this share of the free memory.

@@ -15,6 +15,7 @@ from mpo_runtime.cli.console import one_line
 from mpo_runtime.cli.conversation import Conversation, Settings
 from mpo_runtime.cli.generate import open_model, print_text, read_stdin
 from mpo_runtime.filesystem import expand_user, user_folder
+from mpo_runtime.text.decode import decode_argument
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -31,13 +32,15 @@ def run_chat(
     file: Path, load_options: dict[str, Any], prompt: str | None, system: str | None, settings: Settings
 ) -> None:
     """Answers one message, or talks until the user leaves."""
-    text = prompt if prompt is not None or sys.stdin.isatty() else read_stdin()
+    text = None if prompt is None else decode_argument(prompt, "--prompt")
+    if text is None and not sys.stdin.isatty():
+        text = read_stdin()
     if text is not None and not text.strip():
         raise ConfigError("the message is empty; give one with --prompt or on standard input")
     with open_model(file, load_options) as model:
         if model.template is None:
             raise ConfigError(f"{file}: has no chat template; continue a plain text instead: mpo-run generate {file}")
-        conversation = Conversation(model, settings, system)
+        conversation = Conversation(model, settings, decode_argument(system or "", "--system") or None)
         if text is not None:
             conversation.add(text.strip())
             answer(conversation)

@@ -16,7 +16,7 @@ from mpo_runtime.loading import load
 from mpo_runtime.model import Model, Piece
 from mpo_runtime.sampler import Choice, SamplingOptions
 from mpo_runtime.text.chat_template import TemplateOptions
-from mpo_runtime.text.decode import decode_text
+from mpo_runtime.text.decode import decode_argument, decode_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ class Request:
         """The token ids of a prompt."""
         if self.template is None:
             return model.encode(prompt, parse_special=self.parse_special)
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        text = decode_argument(self.system or "", "--system")
+        system = [{"role": "system", "content": text}] if text else []
         return model.encode_chat([*system, {"role": "user", "content": prompt}], self.template)
 
     def start(self, model: Model, ids: list[int]) -> Generator[Piece, None, None]:
@@ -65,7 +66,10 @@ def run_generate(
     """Continues each prompt on standard output; all prompts are checked before the first is run."""
     if prompt is not None and prompts is not None:
         raise ConfigError("--prompt and --prompts: give one of them")
-    texts = read_prompts(prompts) if prompts else [prompt if prompt is not None else read_stdin().rstrip("\n")]
+    if prompts is None:
+        texts = [read_stdin().rstrip("\n") if prompt is None else decode_argument(prompt, "--prompt")]
+    else:
+        texts = read_prompts(prompts)
     with open_model(file, load_options) as model:
         started = []
         for number, text in enumerate(texts, 1):

@@ -41,6 +41,7 @@ class Tokenizer:
         """Takes over a tokenizer of the library; `name` stands for it in messages. Prefer `from_bytes`."""
         raw.no_truncation()
         raw.no_padding()
+        _adopt_tokens(raw, config, name)
         self._raw = raw
         self._name = name
         self._variants: dict[tuple[frozenset[str], bool], tuple[tokenizers.Tokenizer, int | None]] = {}
@@ -366,6 +367,39 @@ class StreamDecoder:
         text = self._text_of_pending()
         self._anchor, self._pending = self._pending[-1:], []
         return text
+
+
+def _adopt_tokens(raw: tokenizers.Tokenizer, config: Mapping[str, Any], name: str) -> None:
+    """Adds the tokens that tokenizer_config.json has and tokenizer.json lacks, as transformers does.
+
+    Those are entries of `added_tokens_decoder`, and named tokens (`eos_token`, …) that the vocabulary holds as plain text.
+    """
+    import tokenizers
+
+    flags = ("special", "normalized", "single_word", "lstrip", "rstrip")
+    known = {token.content for token in raw.get_added_tokens_decoder().values()}
+    decoder = config.get("added_tokens_decoder")
+    listed = {
+        int(key): token
+        for key, token in (decoder.items() if isinstance(decoder, Mapping) else ())
+        if str(key).isdecimal() and isinstance(token, Mapping) and isinstance(token.get("content"), str)
+    }
+    for index, token in sorted(listed.items()):
+        text = token["content"]
+        if not text or text in known:
+            continue
+        if (raw.token_to_id(text) if raw.token_to_id(text) is not None else raw.get_vocab_size()) != index:
+            log.warning("%s: added token %r is ignored: %s has no place for the id %d", CONFIG, text, name, index)
+            continue
+        chosen = {flag: bool(token[flag]) for flag in flags if flag in token}
+        raw.add_tokens([tokenizers.AddedToken(text, **{"normalized": False, **chosen})])
+        known.add(text)
+    for key, token in config.items():
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if not key.endswith("_token") or not isinstance(text, str) or text in known:
+            continue
+        if raw.token_to_id(text) is not None:
+            raw.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -129,7 +129,7 @@ class Gatherer:
             earlier = earlier_points(job.earlier, quality, spec.provenance.source_sha256)
             points = points_of(spec, sizes, quality, self.file.certificates(), plain, earlier)
         if job.compression is None:
-            self.missing["compression"] = "this report was made for a file that existed; give --report to the export"
+            self.missing["compression"] = "the file was exported before; to record how, give --report to the export"
         return Report(
             format=FORMAT,
             version=VERSION,
