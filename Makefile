@@ -8,7 +8,7 @@ QEMU_TESTS ?= tests/kernels/test_matvec.py tests/runtime/test_native_ops.py
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_runtime/csrc/*)
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_runtime/csrc/* mpo_runtime/csrc/*/*)
 
 .PHONY: help demo test test-long test-qemu check format bench clean
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""auto against one width for all at equal bytes, the default against plain int4, and predictions against what came out.
+"""The plan auto against one bit width for all layers at equal bytes, the default against int4, predictions against results.
 
     python benchmarks/allocation.py --model demo --out benchmarks/results/allocation-DATE.json
     python benchmarks/allocation.py --bits 2.5,3,3.5 --tokens 8192 --corpus CORPUS --split valid
@@ -22,16 +22,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from judge import Judge, calibration_tokens, domain_texts
-from machine import command_line, describe_machine
+from parts.judge import Judge, calibration_tokens, domain_texts
+from parts.machine import command_line, describe_machine
 
-from mpo_exporter.export import export, planned_spec, planner_for
-from mpo_exporter.measure.survey import stored_bytes
+from mpo_exporter.export import ExportTask, Listener, export, planned_spec, planner_for
 from mpo_exporter.plan.budget import default_bytes, file_bytes
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.predict import predict
-from mpo_exporter.source import find_source
-from mpo_exporter.terms import integers
+from mpo_exporter.source import find_source, open_source
+from mpo_exporter.terms import integers, stored_bytes
 from mpo_formats import LinearSpec, MpoFile, Quantized
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime import native
@@ -41,10 +40,10 @@ from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
 BAR, DEFAULT_BAR = 0.9, 1.02
-# Widths and groups that somebody would give all matrices, and more bits for the tables.
+# Widths and groups that one would choose by hand for all matrices, and additional bits of embedding and head.
 WIDTHS = tuple((bits, group, zeros) for bits in (2, 3, 4) for group in (32, 64, 128) for zeros in (False, True))
 TABLES = (1, 2, 3)
-# The candidates nearest to the bytes from below that are measured.
+# How many candidates, those nearest below the target in bytes, are measured.
 TRIED = 2
 STEPS, ROUNDS = 32, 5
 
@@ -59,18 +58,16 @@ class Bench:
     judge: Judge
     folder: Path
 
+    def task(self, options: Options) -> ExportTask:
+        """The export of a file by these options."""
+        target = self.folder / "row.mpo"
+        return ExportTask(target, options, force=True, calibration=self.calibration, windows=self.windows)
+
     def file(self, options: Options, layers: tuple[LinearSpec, ...] | None = None) -> dict[str, Any]:
         """Makes a file and measures it: its layers, sizes, seconds and quality."""
         start = time.perf_counter()
-        result = export(
-            self.source.folder,
-            self.folder / "row.mpo",
-            options,
-            force=True,
-            layers=layers,
-            calibration=self.calibration,
-            windows=self.windows,
-        )
+        with open_source(self.source.folder) as source:
+            result = export(source, replace(self.task(options), layers=layers))
         seconds = time.perf_counter() - start
         with MpoFile(result.path) as file:
             measured = self.judge.weights(file)
@@ -83,7 +80,7 @@ class Bench:
         }
 
     def uniform(self, target: int, tables: tuple[int, ...]) -> dict[str, Any]:
-        """The best of the files of one width, tables of so many bits more, that come nearest to the target from below."""
+        """The best of the files of one width that come nearest below the target; tables have `more` additional bits."""
         spec = self.source.spec
         plans = [one_width(spec.linears, *width, more) for width in WIDTHS for more in tables]
         sizes = sorted(
@@ -122,7 +119,7 @@ def at_equal_bytes(bench: Bench, bits: float, by_hand: bool = True) -> dict[str,
     found: dict[str, Any] = {"bits": bits}
     for name, tables in (("uniform", (0,)), ("by_hand", TABLES))[: 1 + by_hand]:
         other = bench.uniform(target, tables)
-        ours = bench.file(Options("auto", target_bytes=other["bytes"]))
+        ours = bench.file(Options("auto", target=Target(size=other["bytes"])))
         found[name] = {"other": other, "auto": ours, "kl_ratio": ours["kl_mean"] / other["kl_mean"]}
     return found | {"holds": found["uniform"]["kl_ratio"] <= BAR}
 
@@ -130,14 +127,15 @@ def at_equal_bytes(bench: Bench, bits: float, by_hand: bool = True) -> dict[str,
 def default_row(bench: Bench) -> dict[str, Any]:
     """The default plan with its predictions, and int4 in groups of 32 against auto at its bytes."""
     spec = bench.source.spec
-    options = Options("auto", target_bytes=default_bytes(spec))
-    planner = planner_for(bench.source, bench.calibration, bench.windows, bench.folder)
-    planned = planned_spec(planner, options, None)
-    predicted = asdict(predict(planner, planned))
+    options = Options("auto", target=Target(size=default_bytes(spec)))
+    with open_source(bench.source.folder) as source:
+        planner = planner_for(source, bench.task(options), bench.folder, Listener())
+        planned = planned_spec(source, bench.task(options), planner)
+        predicted = asdict(predict(planner, planned))
     row = bench.file(options)
     row["tokens_per_second"] = tokens_per_second(bench.folder / "row.mpo")
     int4 = bench.file(Options("int4"))
-    same = bench.file(Options("auto", target_bytes=int4["bytes"]))
+    same = bench.file(Options("auto", target=Target(size=int4["bytes"])))
     row |= {"predicted": predicted, "perplexity_ratio": row["perplexity"] / row["dense_perplexity"]}
     row |= {"tensor_bytes": sum(stored_bytes(linear) for linear in planned.linears)}
     holds = row["perplexity_ratio"] <= DEFAULT_BAR and same["kl_mean"] <= int4["kl_mean"]

@@ -1,4 +1,4 @@
-"""Quality against bytes of the export plans on the embedded model: the README's table.
+"""Quality against bytes of the export plans on the embedded model: a table of docs/results.md.
 
     python benchmarks/bench_plans.py [--tokens 40000] [--out benchmarks/results/plans-DATE.json]
 
@@ -17,18 +17,16 @@ from pathlib import Path
 
 import torch
 
-from mpo_exporter.calibrate.windows import calibration_text
-from mpo_exporter.export import Result, export
-from mpo_exporter.plan.named import Options
-from mpo_exporter.source import data_folder, find_source
+from mpo_exporter.export import ExportTask, Result, export
+from mpo_exporter.plan.options import Options, Target
+from mpo_exporter.source import data_folder, open_source
+from mpo_exporter.texts import calibration_text
 from mpo_runtime import __version__
-from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.token_text import read_tokens
-from mpo_runtime.weights.checkpoint import Checkpoint
 
-# The plan `auto` at so many bits of the whole file per weight.
+# Bits of the whole file per weight for the plan `auto`.
 BITS = (4.25, 3.5, 3.0, 2.6)
-# Each with whether it is fitted to the built-in calibration text.
+# The plans, each with whether it is fitted to the built-in calibration text.
 PLANS = (
     (Options("dense"), False),
     (Options("corrected", chi=32), True),
@@ -49,7 +47,7 @@ def row(options: Options, calibrated: bool, result: Result) -> dict[str, object]
     return {
         "plan": options.plan,
         "chi": options.chi,
-        "target_bytes": options.target_bytes,
+        "target_bytes": options.target.bytes_of(result.source),
         "calibrated": calibrated,
         "bytes": result.file_bytes,
         "bits_per_weight": result.bits_per_weight,
@@ -82,19 +80,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    source = find_source("demo")
-    dense = Checkpoint(source.folder)
-    tokenizer, template = read_text_files(dense)
-    text = read_tokens(data_folder() / "evaluation.jsonl", tokenizer, template)
-    text = replace(text, ids=text.ids[: arguments.tokens])
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        weights = dense.architecture.parameters()
-        allocated = ((Options("auto", target_bytes=int(bits * weights / 8)), True) for bits in BITS)
+    with open_source("demo") as source, tempfile.TemporaryDirectory() as folder:
+        text = read_tokens(data_folder() / "evaluation.jsonl", *source.text_files)
+        text = replace(text, ids=text.ids[: arguments.tokens])
+        allocated = ((Options("auto", target=Target(bits_per_weight=bits)), True) for bits in BITS)
         for options, calibrated in (*PLANS, *allocated):
-            calibration = calibration_text(None, tokenizer, template) if calibrated else None
+            calibration = calibration_text(source) if calibrated else None
             target = Path(folder) / "plan.mpo"
-            result = export(source.folder, target, options, force=True, text=text, calibration=calibration)
+            result = export(source, ExportTask(target, options, force=True, text=text, calibration=calibration))
             rows.append(row(options, calibrated, result))
             print(f"measured {options.plan}", flush=True)
     print(markdown(sorted(rows, key=lambda item: -float(str(item["bits_per_weight"])))))

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from launch import launch
-from machine import describe_machine, read_bandwidth
+from parts.machine import describe_machine, read_bandwidth
 from synthetic import SyntheticPlan, granite, write_synthetic
 
 from mpo_runtime.engine import Engine
@@ -75,7 +75,7 @@ def ours(path: Path, name: str, arguments: argparse.Namespace) -> Contestant:
 
 
 def llama_cpp(path: Path, arguments: argparse.Namespace) -> Contestant:
-    """A GGUF file under llama-bench, a process for each stretch; its loading is not in its own figure."""
+    """A GGUF file under llama-bench, in a new process each time; llama-bench does not count the loading."""
 
     def bench(prompt: int, tokens: int) -> float:
         command = [str(arguments.llama_bench), "-m", str(path), "-p", str(prompt), "-n", str(tokens)]
@@ -129,7 +129,7 @@ def transformers_bf16(arguments: argparse.Namespace) -> Contestant:
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:
-    """Everyone who takes part, files made where they are missing."""
+    """All contestants; files that are missing are made."""
     result = []
     arguments.work.mkdir(parents=True, exist_ok=True)
     for text in arguments.plans.split(","):
@@ -146,7 +146,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rounds, and what they gave."""
+    """Runs all rounds; returns their figures."""
     from mpo_runtime import native
 
     entrants, bandwidths = contestants(arguments), []
@@ -190,7 +190,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The rows as a table, with each one's decode speed over every peer's at equal bytes."""
+    """The rows as a table, with each one's decode speed relative to every peer at equal bytes."""
     rows = result["rows"]
     dense = next((row for row in rows if row["name"] == "mpo dense"), None)
     peers = [row for row in rows if row["name"].startswith("llama.cpp")]

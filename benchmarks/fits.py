@@ -4,7 +4,7 @@
     python benchmarks/fits.py --sizes [--cap 60] [--budget 540] [--out ...]
 
 The first fits every attention and MLP matrix of a model (`demo`, a folder or a hub id) by every method and prints the
-medians of the errors √(tr[(W−Ŵ)C(W−Ŵ)ᵀ] / tr[W C Wᵀ]), C from the calibration text on the dense upstream. The second times
+medians of the errors √(tr[(W−Ŵ)C(W−Ŵ)ᵀ] / tr[W C Wᵀ]), C from the calibration text in the dense model. The second times
 the fits on synthetic matrices, each in a process of its own, and gives its peak memory above the inputs'.
 """
 
@@ -24,25 +24,24 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from machine import command_line, describe_machine
 from numpy.typing import NDArray
+from parts.machine import command_line, describe_machine
 
-from mpo_exporter.calibrate.moments import Calibration, dense_matrix
-from mpo_exporter.calibrate.windows import COUNT, calibration_text, cut_calibration
+from mpo_exporter.calibrate.moments import Moment, dense_matrix
+from mpo_exporter.calibrate.windows import COUNT
 from mpo_exporter.fit import als, search, svd, sweep, whitened
 from mpo_exporter.fit.common import Cores, activation_error
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape, parameters
 from mpo_exporter.quantize.gptq import compensated
 from mpo_exporter.quantize.rounding import round_to_nearest
-from mpo_exporter.source import find_source
+from mpo_exporter.source import open_source
+from mpo_exporter.texts import calibration_text, calibration_walk
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
-from mpo_runtime.loading import read_text_files
 from mpo_runtime.memory import peak_memory
-from mpo_runtime.weights.checkpoint import Checkpoint
 
 Matrix = NDArray[np.float64]
 Dims = tuple[int, ...]
-Fit = Callable[[Matrix, Matrix, Dims, Dims, int], Cores]
+Fit = Callable[[Matrix, Moment, Dims, Dims, int], Cores]
 BALANCED = {"sequential SVD, balanced": svd.fit, "ALS, balanced": als.fit}
 LOW_RANK = {"plain SVD": svd.fit, "whitened SVD": whitened.fit}
 SIZES = ((1024, 1024), (4096, 1024), (4096, 4096), (12800, 4096), (4096, 12800))
@@ -80,11 +79,11 @@ def largest_chi(out_dims: Dims, in_dims: Dims, limit: int) -> int:
     return low
 
 
-def fit_matrix(name: str, matrix: Matrix, moment: Matrix, share: float) -> dict[str, object]:
+def fit_matrix(name: str, matrix: Matrix, moment: Moment, share: float) -> dict[str, object]:
     """Relative errors of all methods on one matrix at that share of its parameters."""
     rows, columns = matrix.shape
     limit = int(share * matrix.size)
-    norm = activation_error(matrix, moment)
+    norm = activation_error(matrix, moment.second)
     errors = {}
     for methods, cores in ((BALANCED, 2), (LOW_RANK, None)):
         shape = shape_of(rows, columns, cores)
@@ -101,15 +100,15 @@ def fit_matrix(name: str, matrix: Matrix, moment: Matrix, share: float) -> dict[
 
 def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
     """Fits all matrices of a model and prints the medians."""
-    source = Checkpoint(find_source(arguments.model).folder)
-    text = calibration_text(arguments.calib, *read_text_files(source))
-    windows = cut_calibration(text, source.architecture, count=arguments.windows)
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for names, moment in Calibration(source, windows, Path(folder)).dense():
+    with open_source(arguments.model) as source, tempfile.TemporaryDirectory() as folder:
+        text = calibration_text(source, arguments.calib)
+        walk = calibration_walk(source, text, Path(folder), arguments.windows)
+        for names, moment in walk.dense():
             for name in names:
                 if name not in (EMBEDDING, HEAD):
-                    results.append(fit_matrix(name, dense_matrix(source, name), moment.second, arguments.share))
+                    dense = dense_matrix(source.weights, name)
+                    results.append(fit_matrix(name, dense, moment, arguments.share))
                     print(f"\r{len(results)} matrices", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     methods = list(results[0]["errors"])
@@ -131,15 +130,15 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "model": arguments.model,
         "text_sha256": text.sha256,
-        "windows": list(windows.shape),
+        "windows": list(walk.windows.shape),
         "share": arguments.share,
         "median_ratio": statistics.median(ratios),
         "matrices": results,
     }
 
 
-def synthetic(rows: int, columns: int) -> tuple[Matrix, Matrix]:
-    """A matrix and a moment of decaying spectra; of the right size, of no model."""
+def synthetic(rows: int, columns: int) -> tuple[Matrix, Moment]:
+    """A random matrix and moment of the given size, with decaying spectra."""
     source = np.random.default_rng(0)
     decay = 1 / np.arange(1.0, 257)
     factor = source.standard_normal((columns, 256)) * np.sqrt(64 * decay)
@@ -147,11 +146,11 @@ def synthetic(rows: int, columns: int) -> tuple[Matrix, Matrix]:
     moment[np.diag_indices(columns)] += 0.1
     matrix = source.standard_normal((rows, columns))
     matrix += (source.standard_normal((rows, 256)) * 8 * decay) @ source.standard_normal((256, columns))
-    return matrix / columns**0.5, moment
+    return matrix / columns**0.5, Moment(moment)
 
 
 def time_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[str, object]:
-    """Runs one fit in this process; seconds, peak bytes above the inputs, and whether the clock ended it."""
+    """Runs one fit in this process; returns seconds, peak bytes above the inputs, and whether the time limit ended it."""
     matrix, moment = synthetic(rows, columns)
     options = {"seconds": cap / 2} if name in ("ALS", "sweeps, 3 cores") else {}
     before, start, worked = peak_memory(), time.monotonic(), time.process_time()
@@ -172,7 +171,7 @@ def time_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[s
 
 
 def run_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[str, object] | None:
-    """`time_one` in a process of its own; None where it takes longer than one and a half times the cap."""
+    """`time_one` in a process of its own; None if it takes longer than 1.5 times the cap."""
     command = [sys.executable, __file__, "--one", name, str(rows), str(columns), str(chi), "--cap", str(cap)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=cap * 1.5 + 30)
@@ -183,7 +182,7 @@ def run_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[st
 
 
 def measure_sizes(arguments: argparse.Namespace) -> dict[str, object]:
-    """Times every fit and quantiser on every size; what would pass the cap or the budget is left out and said."""
+    """Times every fit and quantiser on every size; names those that are left out because of the cap or the budget."""
     results, until = [], time.monotonic() + arguments.budget
     given_up: set[tuple[str, int]] = set()
     print("| fit | matrix | χ | seconds | of all threads | peak MB beside the inputs |\n|---|---|---|---|---|---|")

@@ -3,8 +3,8 @@
     python benchmarks/healing.py --cost                              # of granite-nano, on the CPU
     python benchmarks/healing.py --cost --size 2b --device cuda      # of random weights, on a GPU
 
-Each is measured in a process of its own. The peak is that of the whole process, from which what it held before the model
-was built is taken off; on a GPU, of what torch took there.
+Each is measured in a process of its own; this file is that process's program. The peak is the memory of the whole process less
+what it held before the model was built; on a GPU, the memory that torch allocated there.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heal_rows import of_parameters, uniform
-from machine import describe_machine, device_name
+from parts.heal_rows import of_parameters, uniform
+from parts.machine import describe_machine, device_name
 from quality import Bench, Kept
 from synthetic import SyntheticPlan, write_layers, write_synthetic
 from torch import Tensor, nn
 
-from mpo_exporter.export import export
+from mpo_exporter.export import ExportTask, export
 from mpo_exporter.fit.layer import Method
-from mpo_exporter.heal.distributed import Workers
 from mpo_exporter.heal.ops import HealingOps
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.student import Batch, Student
 from mpo_exporter.heal.teacher import matched_blocks
 from mpo_exporter.heal.train import STEPS_BEFORE_GRAPH, Trainer
 from mpo_exporter.heal.trainable import Trainables, Vector
-from mpo_exporter.plan.named import Options
-from mpo_exporter.source import find_source
+from mpo_exporter.heal.workers import Workers
+from mpo_exporter.plan.options import Options
+from mpo_exporter.source import find_source, open_source
 from mpo_formats import LinearSpec
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor
 from mpo_runtime.loading import open_weights
@@ -48,7 +48,7 @@ STEPS = 5
 
 
 class DenseLayer(nn.Module):
-    """A matrix that trains, in float32."""
+    """A matrix in training, in float32."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class DenseLayer(nn.Module):
 
     def linear(self, chi: int | None) -> Linear:
         """The layer with its present weights."""
-        return Linear(self.spec, [MatrixTerm(self.values, self.values.clone, lambda ids: self.values[ids])], None)
+        return Linear(self.spec, [MatrixTerm.of(self.values)], None)
 
 
 class DenseTrainables(nn.Module):
@@ -81,7 +81,7 @@ class DenseTrainables(nn.Module):
 def measure(
     weights: Weights, trainables: Any, batch: int, window: int, recompute: bool, device: str = "cpu"
 ) -> dict[str, float]:
-    """The median time of a step and of its processors [s], which others' work disturbs less, and what trains."""
+    """Median seconds of a step, on the clock and on all processors (which other programs disturb less); numbers trained."""
     trainables.to(device)
     ops = HealingOps(weights, device)
     model = decoder_for(weights.spec.architecture, ops)
@@ -129,16 +129,16 @@ def child(asked: dict[str, Any]) -> dict[str, float]:
 
 
 def written(arguments: argparse.Namespace, source: Weights, layers: tuple[LinearSpec, ...], path: Path) -> None:
-    """Writes a file of these layers: of the source, or of random weights of a size."""
+    """Writes a file of these layers: of the source, or of random weights where a size was asked for."""
     if arguments.size:
         write_layers(arguments.size, layers, path)
     else:
-        folder = find_source(arguments.model).folder
-        export(folder, path, Options("int4"), layers=layers, method=Method("nearest", "svd"), force=True)
+        with open_source(arguments.model) as dense:
+            export(dense, ExportTask(path, Options("int4"), layers=layers, method=Method("nearest", "svd"), force=True))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the table, and writes it where --out says."""
+    """Prints the table, and writes it to the file of --out."""
     dense = find_source(arguments.model).folder
     if arguments.size:
         dense = arguments.rows.parent / f"cost-{arguments.size}-dense.mpo"
@@ -198,7 +198,7 @@ def start(asked: dict[str, Any]) -> dict[str, float]:
 
 
 def markdown(rows: dict[str, dict[str, float]]) -> str:
-    """The rows as a Markdown table, beside the first one."""
+    """The rows as a Markdown table; ratios are to the first row."""
     lines = [
         "| | numbers trained | seconds a step | of dense | processor seconds | of dense | peak MB | of dense |",
         "|---|---|---|---|---|---|---|---|",

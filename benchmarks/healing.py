@@ -1,15 +1,15 @@
-"""What healing gives back, by plan: quality before and after, tokens and minutes. The README's table.
+"""How much quality healing restores, by plan: quality before and after, tokens and minutes. Tables of docs/results.md.
 
     python benchmarks/healing.py                       # the table: 1 M tokens a row, test text
     python benchmarks/healing.py --only auto --tokens 500k --corpus ../shared/corpus
-    python benchmarks/healing.py --split valid --corpus … # to choose settings by
+    python benchmarks/healing.py --split valid --corpus … # for choosing settings
     python benchmarks/healing.py --ablation            # tokens of healing by χ
     python benchmarks/healing.py --cost                # time and memory of a step beside a dense training step
-    python benchmarks/healing.py --device cuda         # heals there; what is measured is computed on the CPU in any case
+    python benchmarks/healing.py --device cuda         # heals on a GPU; quality is measured on the CPU in any case
 
 Every row is a file that the exporter writes, measured on held-out text of three domains, healed, and measured again; files
 with cores also at half and quarter χ. The same settings heal every row. A row is appended to build/healing/rows.jsonl as
-soon as it is done and is not run again; a healing that was stopped goes on from its checkpoint. The text healed on is the
+soon as it is done and is not run again; a healing that was stopped continues from its checkpoint. The text healed on is the
 embedded one, or the corpus's train split with --corpus.
 """
 
@@ -28,20 +28,20 @@ from typing import Any
 import heal_cost
 import numpy as np
 import torch
-from heal_rows import PAPER_BITS, Row, auto, based, cored, of_bytes, of_parameters, planned, smallest
-from judge import DOMAINS, domain_texts, figures
-from machine import command_line, describe_machine, device_name
 from numpy.typing import NDArray
+from parts.heal_rows import PAPER_BITS, Row, auto, based, cored, of_bytes, of_parameters, planned, smallest
+from parts.judge import DOMAINS, domain_texts, figures
+from parts.machine import command_line, describe_machine, device_name
 from quality import Bench, add_options, open_bench
 
-from mpo_exporter.export import export
+from mpo_exporter.export import ExportTask, export
 from mpo_exporter.fit.layer import Method
-from mpo_exporter.heal.distributed import Workers
-from mpo_exporter.heal.progress import shown
 from mpo_exporter.heal.run import Healed, heal
-from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings, parse_tokens
-from mpo_exporter.plan.named import PLANS, Options
-from mpo_exporter.source import data_folder
+from mpo_exporter.heal.settings import DEFAULT_TOKENS, HealJob, Settings, parse_tokens
+from mpo_exporter.heal.workers import Workers, shown
+from mpo_exporter.plan.named import PLANS
+from mpo_exporter.plan.options import Options
+from mpo_exporter.source import data_folder, open_source
 from mpo_formats import ConfigError, MpoFile
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.loading import check_device, read_text_files
@@ -49,7 +49,7 @@ from mpo_runtime.measure import compare, cut_windows
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.text.token_text import TokenText, read_tokens
 
-# Multiply-adds a second that the first row's duration is guessed with; later ones are by what was measured.
+# Multiply-adds per second from which the duration of the first row is estimated; later ones use measured times.
 GUESSED_SPEED = 5e10
 LENGTHS = (0, 100_000, 500_000, 1_000_000, 4_000_000)
 CHIS = (0, 8, 32)
@@ -57,7 +57,7 @@ SVD = Method(cores="whitened")
 
 
 def table_rows() -> Iterator[Row]:
-    """The rows of the README's table."""
+    """The rows of the table of a million tokens."""
     for bits in (4.25, 3.3, 3.0, 2.5):
         yield Row(f"auto, {bits} bits", auto(bits))
     yield Row("auto, 3.0 bits, cores of χ = 8 among them", cored(3.0, 8))
@@ -86,7 +86,7 @@ def ablation_rows(lengths: Sequence[int]) -> Iterator[Row]:
 
 
 def chosen_rows(rows: list[Row], wanted: Sequence[str] | None) -> list[Row]:
-    """The rows of these names; those that contain a name which no row has; all rows where none are wanted."""
+    """The rows with one of these names, or containing it if no row has exactly that name; all rows if none is wanted."""
     names = {row.name for row in rows}
     return [
         row
@@ -96,7 +96,7 @@ def chosen_rows(rows: list[Row], wanted: Sequence[str] | None) -> list[Row]:
 
 
 class Noting(Decoder):
-    """A model that notes the most likely token after each token of what it is run on."""
+    """A model that records the most likely token after each token that it is run on."""
 
     def __init__(self, weights: MpoFile, chi: int | None) -> None:
         super().__init__(weights.spec.architecture, ReferenceOps(weights, chi=chi))
@@ -110,7 +110,7 @@ class Noting(Decoder):
 
 
 def accuracy(tops: list[NDArray[np.int64]], windows: list[NDArray[np.int64]]) -> float:
-    """The share of tokens that were the most likely ones."""
+    """The share of tokens that the model predicted as the most likely ones."""
     hits = np.concatenate([top == window[1:] for top, window in zip(tops, windows, strict=True)])
     return float(hits.mean())
 
@@ -147,7 +147,7 @@ def healing_text(bench: Bench, corpus: Path | None, tokens: int) -> TokenText:
 
 
 class Table:
-    """The rows that were measured, in a file of JSON lines, and how long such rows take."""
+    """The measured rows, kept in a file of JSON lines, and estimates of how long further rows take."""
 
     def __init__(
         self, bench: Bench, settings: Settings, text: TokenText, path: Path, workers: Workers | None = None
@@ -158,7 +158,7 @@ class Table:
         self.done: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
 
     def file_key(self, row: Row) -> str:
-        """What a row's file depends on besides the code; the plan of its layers follows from that."""
+        """A digest of everything that a row's file depends on besides the code."""
         parts = [
             row.name.split(", healed")[0],
             asdict(row.method),
@@ -170,7 +170,7 @@ class Table:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def row(self, row: Row) -> dict[str, Any]:
-        """Makes, measures, heals and measures a row, or takes it from the file."""
+        """Makes a row's file, measures it, heals it and measures it again; or returns the row if it was measured before."""
         settings = replace(self.settings, chi_dropout=row.chi_dropout, tokens=row.tokens or self.settings.tokens)
         heals, file_key = row.tokens != 0, self.file_key(row)
         texts = [(name, text.sha256, int(text.ids.size)) for name, text in self.bench.judge.texts.items()]
@@ -182,8 +182,7 @@ class Table:
         begin = time.perf_counter()
         rough = self.bench.cache / f"{file_key}.mpo"
         if not rough.exists():
-            export(
-                self.bench.source.folder,
+            task = ExportTask(
                 rough,
                 Options("int4"),
                 layers=row.layers(self.bench),
@@ -192,6 +191,8 @@ class Table:
                 windows=self.bench.windows,
                 surveyed=self.bench.survey(),
             )
+            with open_source(self.bench.source.folder) as source:
+                export(source, task)
         before = measured(self.bench, rough)
         exported = time.perf_counter() - begin
         after, result = self.healed(row.name, rough, settings) if heals else (before, None)
@@ -221,24 +222,22 @@ class Table:
     def healed(self, name: str, rough: Path, settings: Settings) -> tuple[dict[str, dict[str, float]], Healed]:
         """Heals a file and measures it; the teacher's scores are kept for the next row."""
         target = rough.with_suffix(".healed.mpo")
-        with shown(name) as update:
-            result = heal(
-                rough,
-                self.bench.source.folder,
-                target,
-                settings,
-                text=self.text,
-                force=True,
-                others=True,
-                work=self.bench.cache / "work",
-                progress=update,
-                workers=self.workers,
-            )
+        job = HealJob(
+            rough,
+            target,
+            settings,
+            text=self.text,
+            work=self.bench.cache / "work",
+            force=True,
+            discard_other=True,
+        )
+        with open_source(self.bench.source.folder) as source, shown(name) as update:
+            result = heal(source, job, self.workers, update)
         found = measured(self.bench, target)
         return found, result
 
     def expected(self, tokens: int) -> str:
-        """How long a row will take, by the last ones, or by the model's size."""
+        """An estimate of how long a row will take, from the last row or from the model's size."""
         known = [row for row in self.done.values() if row["tokens"] and row["threads"] == torch.get_num_threads()]
         if known:
             last = known[-1]
@@ -250,7 +249,7 @@ class Table:
 
 
 def stored(path: Path) -> int:
-    """Numbers that a file stores, codes and scales of integers counting as one each weight."""
+    """The numbers that a file stores; an integer with its scale counts as one for each weight."""
     from mpo_runtime.cli.inspect import stored_parameters
 
     with MpoFile(path) as file:
@@ -258,7 +257,7 @@ def stored(path: Path) -> int:
 
 
 def thinned(curve: list[float], points: int = 200) -> list[float]:
-    """At most so many means of neighbouring losses."""
+    """The curve reduced to at most `points` means of neighbouring losses."""
     parts = np.array_split(np.array(curve), min(points, len(curve)))
     return [round(float(part.mean()), 5) for part in parts]
 

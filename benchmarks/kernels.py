@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe_machine, read_bandwidth
+from parts.machine import describe_machine, read_bandwidth
 
 from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.layout import linear_bytes, linear_tensors

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--windows 8] [--out benchmarks/results/DATE-memory.json]
 
-Hidden 4096, inner 12800, 32 heads, 8 of keys and values; the vocabulary is cut, as the table is mapped and no part of the
-walk. The block goes through what an export does to it: the moments on the dense and on the compressed upstream, the target
+Hidden 4096, inner 12800, 32 heads, 8 of keys and values; the vocabulary is cut, because the embedding is only
+mapped. The block goes through what an export does to it: the moments on the dense and on the compressed upstream, the target
 that makes up for the errors before, error-compensated rounding to 4 bits (one turn of descent: more take time, not memory).
 More windows take more time and disk, not memory. Exits with 1 where the peak is above 8 GB.
 """
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import describe_machine
 from numpy.typing import NDArray
+from parts.machine import describe_machine
 from safetensors.torch import save_file
 
 from mpo_exporter.calibrate.moments import Calibration, Moment
@@ -79,7 +79,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def walk(folder: Path, windows: int) -> list[dict[str, object]]:
-    """Walks the block; the peak so far, in bytes, after each layer."""
+    """Calibrates and rounds the block; returns the peak memory so far, in bytes, after each layer."""
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (windows, WINDOW))
     seen: list[dict[str, object]] = []
     start = time.monotonic()
@@ -88,8 +88,8 @@ def walk(folder: Path, windows: int) -> list[dict[str, object]]:
         before = time.monotonic()
         if name == EMBEDDING:
             return matrix.astype(np.float32)
-        wanted = target(matrix, moment.second, moment.cross, moment.drift, group=GROUP)
-        found = compensated(wanted, moment.second, 4, GROUP, turns=1).matrix().astype(np.float32)
+        wanted = target(matrix, moment, group=GROUP)
+        found = compensated(wanted, moment, 4, GROUP, turns=1).matrix().astype(np.float32)
         row = {
             "layer": name,
             "shape": matrix.shape,

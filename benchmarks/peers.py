@@ -7,7 +7,7 @@ llama-quantize; neither is part of this repository. The model is converted to GG
 calibration text that our files are fitted to, quantised to each type, dequantised with the `gguf` package, and evaluated in
 this runtime, so that only the weights differ. Beside each type: our file with as many bytes of tensors; with --whole-file
 also one as large as their whole file (ours carries a larger tokenizer). Files in --work and rows in --rows are kept: a run
-that was stopped goes on when the command is repeated. Needs `pip install gguf transformers`.
+that was stopped continues when the command is repeated. Needs `pip install gguf transformers`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from judge import Judge
 from numpy.typing import NDArray
+from parts.judge import Judge
+from parts.rows import COMPENSATED, Row, allocated, allocated_bytes
+from parts.verdict import markdown
 from quality import Bench, add_options, open_bench, write_results
-from rows import COMPENSATED, Row, allocated, allocated_bytes
-from verdict import markdown
 
 from mpo_formats import LinearSpec, PlanError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.layers.linear import MatrixTerm
 from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XS")
-# The most that our KL may be of theirs at the same bytes (issue 5).
+# The largest allowed ratio of our KL to theirs at the same bytes (issue 5).
 BARS = {"Q4_K_M": 0.8, "Q3_K_M": 0.8, "Q2_K": 0.8, "IQ3_XXS": 1.0, "IQ2_XS": 0.85}
 PARTS = {
     "attn_q": "self_attn.q_proj",
@@ -55,9 +54,9 @@ import runpy, sys
 source = sys.argv[1]
 sys.path[:0] = [source, source + "/gguf-py"]
 from conversion.base import TextModel
-from conversion.granite import GraniteModel
+from conversion.granite import Decoder
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
-GraniteModel.set_vocab = lambda self: self._set_vocab_gpt2()
+Decoder.set_vocab = lambda self: self._set_vocab_gpt2()
 sys.argv = ["convert_hf_to_gguf.py", *sys.argv[2:]]
 runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 """
@@ -89,14 +88,14 @@ def calibration_file(source: Checkpoint, text: TokenText, path: Path) -> None:
 
 
 def require_same(path: Path, marker: str) -> None:
-    """Stops where the files of a folder were made of another model or calibration text."""
+    """Ends the program if the files of a folder were made from another model or calibration text."""
     if path.exists() and path.read_text(encoding="utf-8") != marker:
         raise SystemExit(f"{path.parent}: made of another model or calibration text; give another --work")
     path.write_text(marker, encoding="utf-8")
 
 
 def make_files(bench: Bench, arguments: argparse.Namespace) -> dict[str, Path]:
-    """Converts, takes the importance matrix and quantises; what is there already is kept."""
+    """Converts, computes the importance matrix and quantises; files that exist already are kept."""
     work, binaries = arguments.work, arguments.llama_bin
     work.mkdir(parents=True, exist_ok=True)
     marker = f"{bench.source.sha256()} {bench.calibration.sha256}"
@@ -164,7 +163,7 @@ def read_matrices(path: Path, source: Checkpoint) -> tuple[dict[str, NDArray[np.
             continue
         shape = [int(length) for length in tensor.shape[::-1]]
         matrix = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        if part[0] == "blk" and part[2] in heads:  # it pairs the values that RoPE turns otherwise
+        if part[0] == "blk" and part[2] in heads:  # llama.cpp pairs the values that RoPE rotates in another order
             count = heads[part[2]]
             matrix = matrix.reshape(count, shape[0] // count // 2, 2, shape[1]).swapaxes(1, 2).reshape(shape)
         result[name] = np.ascontiguousarray(matrix, np.float32)
@@ -175,10 +174,8 @@ def measure_file(path: Path, source: Checkpoint, judge: Judge) -> tuple[dict[str
     """The figures of a GGUF file's matrices in our runtime, norms as they were, and the bytes of its tensors."""
     matrices, size = read_matrices(path, source)
     ops = ReferenceOps(source, held=True)
-    for name, layer in ops.linears.items():
-        [term] = layer.terms
-        assert isinstance(term, MatrixTerm) and term.held is not None
-        term.held = torch.tensor(matrices[name])
+    for linear in source.spec.linears:
+        ops.replace(linear.name, torch.tensor(matrices[linear.name]))
     return judge.ops(ops), size
 
 
@@ -209,7 +206,7 @@ def theirs(bench: Bench, kind: str, path: Path) -> dict[str, Any]:
 def same_bytes(
     bench: Bench, tensor_bytes: int, file_bytes: int, whole_file: bool
 ) -> Iterator[tuple[str, tuple[LinearSpec, ...]]]:
-    """Our layers for as many bytes of tensors, and for a whole file, tokenizer and all, as large as theirs."""
+    """Our layers for the same bytes of tensors as theirs, and for a whole file of the same size, tokenizer included."""
     yield "tensor bytes", allocated_bytes(bench.source, bench.survey(), tensor_bytes)
     if whole_file:
         try:
@@ -221,7 +218,7 @@ def same_bytes(
 def compare_types(
     bench: Bench, files: dict[str, Path], arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of all types and of ours at their bytes, and the lines of the table that sets them against each other."""
+    """The rows of all types and of our files at the same bytes, and the lines of the table that compares them."""
     rows, summary = [], []
     until = time.monotonic() + 60 * arguments.minutes
     for kind, path in files.items():

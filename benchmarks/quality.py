@@ -1,14 +1,14 @@
 """Quality against bytes on held-out text: the whole file, embeddings included, nothing healed.
 
     python benchmarks/quality.py --quick --minutes 20
-    python benchmarks/quality.py --out benchmarks/results/DATE-quality.json --plot docs/quality.svg
+    python benchmarks/quality.py --out benchmarks/results/DATE-quality.json
     python benchmarks/quality.py --calib-domain web        # calibrated on one domain, measured on all three
 
 At each of ten sizes from 2.3 to 8 bits a weight of the whole file: integers rounded to nearest and error-compensated, widths
 allocated layer by layer, each without cores and with int8 cores of χ 8 to 64 beside every matrix; and cores alone (plain SVD,
 whitened SVD, the published MPO, the MPO fitted on activations). Every row is a real file, written by the exporter and read by
 the runtime. Its settings were chosen on valid text; the figures are one run on test text. A row is appended to --rows, a
-file of JSON lines, as soon as it is measured, so a stopped run goes on where it was, and --minutes, --family and --size do
+file of JSON lines, as soon as it is measured, so a stopped run continues where it was, and --minutes, --family and --size do
 parts. Rows of llama.cpp's types come from benchmarks/peers.py: give its result with --peers.
 """
 
@@ -24,18 +24,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from judge import DOMAINS, Judge, calibration_tokens, domain_texts
-from machine import command_line, describe_machine
-from rows import Row, make_row, planned_rows, vector_bytes
-from verdict import divergence, markdown, plot, where_cores_help
+from parts.judge import DOMAINS, Judge, calibration_tokens, domain_texts
+from parts.machine import command_line, describe_machine
+from parts.rows import Row, make_row, planned_rows, vector_bytes
+from parts.verdict import divergence, markdown, where_cores_help
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.export import export
-from mpo_exporter.measure.survey import Survey, stored_bytes
-from mpo_exporter.measure.surveys import kept_survey
-from mpo_exporter.plan.named import Options
-from mpo_exporter.source import find_source
+from mpo_exporter.export import ExportTask, export
+from mpo_exporter.measure.survey import Survey, cached_survey
+from mpo_exporter.plan.options import Options
+from mpo_exporter.source import find_source, open_source
+from mpo_exporter.terms import stored_bytes
 from mpo_formats import MpoFile, PlanError
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ class Kept:
             self.rows[found.pop("key")] = found
 
     def add(self, key: str, entry: dict[str, Any]) -> dict[str, Any]:
-        """Appends a row, on a line of its own whatever came before."""
+        """Appends a row, on a new line even if the last one was cut short."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" * (file.tell() > 0) + json.dumps({"key": key, **entry}))
@@ -77,20 +77,20 @@ class Bench:
 
     @property
     def cache(self) -> Path:
-        """The folder of the measured rows, for what else is kept beside them."""
+        """The folder of the measured rows, where other files are kept too."""
         return self.kept.path.parent
 
     def survey(self) -> Survey:
-        """The survey of the source, made when it is first wanted, or the one that is kept of it."""
+        """The survey of the source: the cached one, or a new one, made when it is first needed."""
         if self.surveyed is None:
             ids = cut_calibration(self.calibration, self.source.architecture, count=self.windows)
             with tempfile.TemporaryDirectory() as folder:
                 walk = Calibration(self.source, ids, Path(folder))
-                self.surveyed = kept_survey(self.source, walk, self.calibration, tell=print)
+                self.surveyed = cached_survey(self.source, walk, self.calibration, log=print)
         return self.surveyed
 
     def key(self, *facts: Any) -> str:
-        """What a row depends on besides the code: the facts, the model and the texts."""
+        """A digest of everything that a row depends on besides the code: `facts`, the model and the texts."""
         texts = [(name, text.sha256, int(text.ids.size)) for name, text in self.judge.texts.items()]
         parts = [
             facts,
@@ -103,11 +103,11 @@ class Bench:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def key_of(self, row: Row) -> str:
-        """The key that a row is kept by."""
+        """The key under which a row is kept."""
         return self.key(row.family, row.chi, [asdict(layer) for layer in row.layers], asdict(row.method))
 
     def measure(self, row: Row) -> dict[str, Any]:
-        """Makes a row's file and measures it, or takes it from what is kept."""
+        """Makes a row's file and measures it; or returns the row if it was measured before."""
         key = self.key_of(row)
         names = {"family": row.family, "size": row.size, "chi": row.chi}
         if key in self.kept.rows:
@@ -115,8 +115,7 @@ class Bench:
         start = time.monotonic()
         table = self.survey() if row.calibrated else None
         with tempfile.TemporaryDirectory() as folder:
-            result = export(
-                self.source.folder,
+            task = ExportTask(
                 Path(folder) / "row.mpo",
                 Options("int4"),
                 layers=row.layers,
@@ -125,6 +124,8 @@ class Bench:
                 windows=self.windows,
                 surveyed=table,
             )
+            with open_source(self.source.folder) as source:
+                result = export(source, task)
             made = time.monotonic()
             with MpoFile(result.path) as file:
                 measured = self.judge.weights(file)
@@ -145,7 +146,7 @@ class Bench:
 
 
 def open_bench(arguments: argparse.Namespace) -> Bench:
-    """Opens what the options name."""
+    """Opens the model and the texts that the options name."""
     source = Checkpoint(find_source(arguments.model).folder)
     texts = domain_texts(source, arguments.corpus, arguments.split, arguments.tokens)
     calibration = calibration_tokens(source, arguments.calib, arguments.calib_domain)
@@ -192,7 +193,7 @@ def write_results(arguments: argparse.Namespace, bench: Bench, rows: list[dict[s
 
 
 def measure_rows(bench: Bench, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measures what was asked for until the time is up; gives the rows, and in words those that there is no file for."""
+    """Measures the rows that were asked for until the time is up; returns them, and messages about sizes without a file."""
     until = time.monotonic() + 60 * arguments.minutes
     rows, missing, late = [], [], 0
     for family, size, chi in planned_rows(arguments.quick):
@@ -219,8 +220,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the part of the table that says most for its time")
     parser.add_argument("--family", action="append", help="only rows of this family; may be repeated")
     parser.add_argument("--size", type=float, action="append", help="only rows of this size; may be repeated")
-    parser.add_argument("--peers", type=Path, help="result of benchmarks/peers.py, for the table and the plot")
-    parser.add_argument("--plot", type=Path, help="the figure to write, .svg or .png (needs matplotlib)")
+    parser.add_argument("--peers", type=Path, help="result of benchmarks/peers.py, for the table")
     arguments = parser.parse_args()
     bench = open_bench(arguments)
     rows, missing = measure_rows(bench, arguments)
@@ -233,8 +233,6 @@ def main() -> None:
         print(f"\nNo such file is that small: {'; '.join(missing)}.")
     if arguments.out:
         write_results(arguments, bench, rows, no_such_file=missing, verdict=where_cores_help(rows))
-    if arguments.plot and rows:
-        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def load(
     activations: str = "int8",
     verify: bool = False,
 ) -> Model:
-    """Loads a `.mpo` file, a Hugging Face folder or a model of the local store.
+    """Loads a `.mpo` or GGUF file, a Hugging Face folder or a model of the local store.
 
     Args:
         path: a file, a folder, or a name that `mpo-run list` shows.
@@ -67,13 +67,13 @@ def load(
 
 
 def open_weights(path: str | Path, *, verify: bool = False) -> Weights:
-    """Opens a `.mpo` file or a Hugging Face folder, given by its path or by its name in the local store.
+    """Opens a `.mpo` or GGUF file or a Hugging Face folder, given by its path or by its name in the local store.
 
     Args:
         verify: checks the checksums of a `.mpo` file.
 
     Raises:
-        CheckpointError: when there is nothing at `path` and no such name in the store, or the folder cannot be read.
+        CheckpointError: when there is nothing at `path` and no such name in the store, or the model cannot be read.
         FormatError: when a `.mpo` file breaks a rule of SPEC.md.
     """
     return store.open_path(store.resolve(path), verify=verify)

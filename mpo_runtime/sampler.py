@@ -1,10 +1,10 @@
 """Drawing the next token from one row of logits, in numpy alone.
 
 The order is fixed: repetition penalty, frequency and presence penalties, logit bias, temperature, top-k, top-p, min-p,
-draw. Each filter sees the distribution that the one before it left, renormalised. Temperature 0 takes the largest
-logit after penalties and bias (the lowest token id where several are equal) and looks at no filter.
+draw. Each filter takes the renormalised result of the one before it. Temperature 0 takes the largest logit after penalties
+and bias (of equal ones the lowest token id) and applies no filter.
 
-The draw is computed in float64 from float32 logits, so a seed gives the same tokens wherever the logits are the same.
+The draw is computed in float64 from float32 logits, so equal logits and an equal seed give the same token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mpo_formats.errors import ConfigError, MpoError
 
 _Floats = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]
-_FIRST_NUCLEUS = 256  # how many of the most probable tokens top-p sorts before it looks at more
+_FIRST_NUCLEUS = 256  # most probable tokens that top-p sorts first; it takes more where they do not suffice
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,10 @@ class SamplingOptions:
     temperature ≥ 0 (0 is greedy); top_k ≥ 0 (0 is off); 0 < top_p ≤ 1 (1 is off); 0 ≤ min_p ≤ 1 (0 is off);
     repetition_penalty in 0.01 … 100 (1 is off); frequency_penalty and presence_penalty in -2 … 2 (0 is off);
     logit_bias maps token ids to numbers in -100 … 100 that are added to their logits; seed in 0 … 2^64 - 1, or None
-    to draw one from the system.
-    Raises ConfigError naming the option that cannot be honoured.
+    for one drawn from the system.
+
+    Raises:
+        ConfigError: naming the option that is out of range.
     """
 
     temperature: float = 0.7
@@ -74,9 +76,9 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A token and the natural logarithm of its probability under the model's own distribution.
+    """A token and its log-probability in nats under the model's own distribution.
 
-    That is the log-softmax of the raw logits, before penalties, bias, temperature and filters, as OpenAI's `logprobs`.
+    This is the log-softmax of the raw logits, before penalties, bias, temperature and filters, as in OpenAI's `logprobs`.
     """
 
     token: int
@@ -84,9 +86,9 @@ class Choice:
 
 
 class Sampler:
-    """Draws tokens by one set of options from a random stream of its own; not to be shared between threads.
+    """Draws tokens with one set of options and a random stream of its own; not to be shared between threads.
 
-    `seed` is the seed in use: the one of the options, or the one that was drawn from the system where that is None.
+    `seed` is the seed in use: that of the options, or one drawn from the system where that is None.
     """
 
     def __init__(self, options: SamplingOptions | None = None) -> None:
@@ -95,12 +97,16 @@ class Sampler:
         self._generator = np.random.Generator(np.random.PCG64(self.seed))
 
     def sample(self, logits: npt.ArrayLike, history: Sequence[int] = (), *, prompt_length: int = 0) -> Choice:
-        """Draws the next token from logits [vocab], given the token ids so far.
+        """Draws the next token from logits [vocab].
 
-        The repetition penalty looks at the whole history; the frequency and presence penalties at what follows its
-        first `prompt_length` entries (pass the prompt's length to have only generated tokens counted, as OpenAI's
-        definition has it). Raises MpoError where the logits hold NaN or infinity or allow no token, ConfigError where
-        the history or the bias names a token outside the vocabulary.
+        Args:
+            history: the token ids so far, which the repetition penalty counts.
+            prompt_length: how many of them are the prompt; the frequency and presence penalties count only those after it,
+                as OpenAI defines them.
+
+        Raises:
+            MpoError: when the logits have NaN or infinity, or allow no token.
+            ConfigError: when the history or the bias has a token outside the vocabulary.
         """
         raw = _checked(logits)
         scores = raw.copy()
@@ -109,24 +115,21 @@ class Sampler:
         token = int(scores.argmax()) if self.options.temperature == 0 else self._draw(scores)
         return Choice(token, float(raw[token] - _log_sum_exp(raw)))
 
-    def top_logprobs(self, logits: npt.ArrayLike, count: int) -> list[Choice]:
-        """The same as the function `top_logprobs` of this module."""
-        return top_logprobs(logits, count)
-
     def _draw(self, scores: _Floats) -> int:
-        """Applies temperature and filters and draws by inverting the cumulative distribution, in order of token id."""
+        """Applies temperature and filters, and draws by inverting the cumulative distribution in order of token id."""
         tokens, probabilities = filtered_distribution(scores, self.options)
         cumulative = np.cumsum(probabilities)
         index = int(np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right"))
-        # A product that rounds up to the total would point past the last token that has any probability.
+        # Where the product rounds up to the total, the index would be past the last token of non-zero probability.
         return int(tokens[min(index, int(np.flatnonzero(probabilities)[-1]))])
 
 
 def top_logprobs(logits: npt.ArrayLike, count: int) -> list[Choice]:
-    """The `count` most probable tokens of logits [vocab], most probable first, ties by the lower token id.
+    """The `count` most probable tokens of logits [vocab], most probable first, of equal ones the lower token id first.
 
-    The log probabilities are those of the raw logits, as in `Choice`. Raises ConfigError where count is negative or
-    larger than the vocabulary, MpoError where the logits hold NaN or infinity.
+    Raises:
+        ConfigError: for a count that is negative or larger than the vocabulary.
+        MpoError: when the logits have NaN or infinity.
     """
     raw = _checked(logits)
     if not _is_integer(count) or not 0 <= count <= raw.size:
@@ -140,9 +143,9 @@ def top_logprobs(logits: npt.ArrayLike, count: int) -> list[Choice]:
 
 
 def filtered_distribution(scores: _Floats, options: SamplingOptions) -> tuple[_Ids, _Floats]:
-    """The distribution that is drawn from, once penalties and bias are in scores [vocab].
+    """The distribution from which a token is drawn, given scores [vocab] after penalties and bias; temperature is not 0.
 
-    Returns token ids in ascending order and their probabilities, which sum to 1; temperature must not be 0.
+    Returns token ids in ascending order and their probabilities, which sum to 1.
 
     - temperature T: softmax(scores / T) (Ackley, Hinton, Sejnowski 1985).
     - top-k: the k largest scores, ties by the lower token id (Fan, Lewis, Dauphin 2018, arXiv:1805.04833).
@@ -156,7 +159,7 @@ def filtered_distribution(scores: _Floats, options: SamplingOptions) -> tuple[_I
     if 0 < options.top_k < scores.size:
         tokens = _top_k(scores, options.top_k)
         scores = scores[tokens]
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the largest to -inf, which is what it means
+    with np.errstate(over="ignore"):  # a tiny temperature makes all but the largest score -inf, which is right
         probabilities = np.exp((scores - peak) / options.temperature)
     probabilities /= probabilities.sum()
     if options.top_p < 1:
@@ -182,7 +185,9 @@ def _nucleus(probabilities: _Floats, mass: float) -> _Ids:
     while True:
         if size < probabilities.size:
             edge = np.partition(probabilities, probabilities.size - size)[probabilities.size - size]
-            candidates = np.flatnonzero(probabilities >= edge)  # every tie at the edge, so that the order is defined
+            candidates = np.flatnonzero(
+                probabilities >= edge
+            )  # with all ties at the edge, so that the order is defined
         else:
             candidates = np.arange(probabilities.size)
         candidates = candidates[np.argsort(-probabilities[candidates], kind="stable")]
@@ -228,7 +233,7 @@ def _add_bias(scores: _Floats, bias: Mapping[int, float]) -> None:
 
 
 def _checked(logits: npt.ArrayLike) -> _Floats:
-    """The logits as float64 [vocab]; raises MpoError unless they are one row with a finite maximum and no NaN."""
+    """The logits as float64 [vocab]; raises MpoError unless they are one row without NaN whose maximum is finite."""
     row = np.asarray(logits, dtype=np.float64)
     if row.ndim != 1 or row.size == 0:
         raise MpoError(f"logits have shape {row.shape}, expected one row [vocab]")
@@ -242,9 +247,9 @@ def _checked(logits: npt.ArrayLike) -> _Floats:
 
 
 def _log_sum_exp(row: _Floats) -> float:
-    """log Σ exp(row), to about 1e-7: exp in float32, which is several times as fast, and the sum in float64."""
+    """log Σ exp(row), accurate to about 1e-7: exp in float32, which is several times faster, and the sum in float64."""
     peak = float(row.max())
-    differences = np.maximum(row - peak, -200.0).astype(np.float32)  # exp(-200) is 0 there; more would overflow
+    differences = np.maximum(row - peak, -200.0).astype(np.float32)  # exp(-200) is 0 in float32
     return peak + math.log(float(np.exp(differences).sum(dtype=np.float64)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from mpo_exporter.export import Listener, Result
+    from mpo_exporter.heal.run import Healed
+    from mpo_exporter.heal.settings import HealJob
+    from mpo_exporter.plan.options import Options
 
 # Matrices this small are multiplied faster by one thread, above all where others use the machine.
 torch.set_num_threads(1)
@@ -152,3 +158,23 @@ def forward(model: Decoder, rows: Sequence[Sequence[int]]) -> NDArray[np.float32
 def some_ids(count: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[int]:
     """Random token ids."""
     return [int(token) for token in np.random.default_rng(seed).integers(0, vocabulary, count)]
+
+
+def export_folder(
+    folder: Path, target: Path, options: Options, *, listener: Listener | None = None, **task: Any
+) -> Result:
+    """Exports a Hugging Face folder; `task` are other fields of ExportTask."""
+    from mpo_exporter.export import ExportTask, export
+    from mpo_exporter.source import open_source
+
+    with open_source(folder) as source:
+        return export(source, ExportTask(target, options, **task), listener)
+
+
+def heal_folder(teacher: Path, job: HealJob, **others: Any) -> Healed:
+    """Heals a file against a Hugging Face folder; `others` are `workers` and `progress` of `heal`."""
+    from mpo_exporter.heal.run import heal
+    from mpo_exporter.source import open_source
+
+    with open_source(teacher) as source:
+        return heal(source, job, **others)

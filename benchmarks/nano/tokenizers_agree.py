@@ -94,6 +94,14 @@ def genai_peer(folder: Path) -> tuple[Encode, str]:
     return lambda text: [int(token) for token in tokenizer.encode(text)], rendered
 
 
+def texts(corpus: Path) -> list[str]:
+    """Awkward texts, and the begins of up to 500 documents of each part of the corpus."""
+    found = list(AWKWARD)
+    for domain in DOMAINS:
+        found += [text[:1500] for text in documents(corpus, domain, "test")][:500]
+    return found
+
+
 PEERS = {"transformers": transformers_peer, "onnxruntime-genai": genai_peer}
 
 
@@ -105,12 +113,10 @@ def main() -> None:
     arguments = parser.parse_args()
     ours = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
     encode, rendered = PEERS[arguments.peer](arguments.model)
-    texts = list(AWKWARD)
-    for domain in DOMAINS:
-        texts += [text[:1500] for text in documents(arguments.corpus, domain, "test")][:500]
-    differing = [text for text in texts if encode(text) != ours.encode(text, add_special_tokens=False).ids]
+    found = texts(arguments.corpus)
+    differing = [text for text in found if encode(text) != ours.encode(text, add_special_tokens=False).ids]
     print(
-        f"{arguments.peer} {version(arguments.peer)}: {len(texts)} texts, {len(differing)} with other ids; "
+        f"{arguments.peer} {version(arguments.peer)}: {len(found)} texts, {len(differing)} with other ids; "
         f"chat template {'equal' if rendered == RENDERED else 'differs'}"
     )
     for text in differing[:5]:

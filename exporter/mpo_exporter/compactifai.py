@@ -1,4 +1,4 @@
-"""CompactifAI's method (arXiv 2401.14109) under the names its readers look for: profile, choose layers, tensorize.
+"""CompactifAI's method (arXiv 2401.14109) under its own names: profile the layers, choose some, tensorize them, heal.
 
     from mpo_exporter.compactifai import CompactifAICompressor, heal_model, load_granite_model, prepare_validation_data
 
@@ -10,7 +10,7 @@
     print(result.to_json())
     heal_model(result.path, model, validation=validation)
 
-Thin over the exporter: the file is what `mpo-export --plan paper` writes for the chosen layers.
+Everything is done by the exporter: the file is the one that `mpo-export --plan paper` writes for the chosen layers.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo_exporter.export import Result, export
+from mpo_exporter.export import ExportTask, Result, export
 from mpo_exporter.heal.run import Healed, heal
-from mpo_exporter.heal.settings import Settings
-from mpo_exporter.measure.layerwise import LayerSensitivity, profile_layers, tensorized
-from mpo_exporter.plan.named import Options
-from mpo_exporter.source import data_folder, find_source
+from mpo_exporter.heal.settings import HealJob, Settings
+from mpo_exporter.measure.sensitivity import LayerSensitivity, compressed_alone, even_windows
+from mpo_exporter.plan.named import PAPER, plan_layers
+from mpo_exporter.plan.options import Choice, Options
+from mpo_exporter.source import ModelFolder, Source, data_folder, open_source, require_finite_weights
 from mpo_formats import Architecture, ConfigError
+from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.cli.inspect import stored_parameters
 from mpo_runtime.engine import Engine
-from mpo_runtime.loading import load_network, open_weights, read_text_files
+from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights.checkpoint import Checkpoint
 
-# Tokens generated in each stretch when the speeds of two models are compared, and how many stretches.
+# When the speeds of two models are compared: tokens that are generated in each round, and the number of rounds.
 SPEED_TOKENS = 16
 SPEED_ROUNDS = 5
 
@@ -50,20 +51,21 @@ class GraniteSource:
     revision: str | None
     architecture: Architecture
 
+    def open(self) -> Source:
+        """Opens the model: its weights, tokenizer and chat template. The caller closes it."""
+        return Source(ModelFolder(self.folder, self.name, self.revision))
+
 
 def load_granite_model(model: str | Path = "granite") -> GraniteSource:
     """Finds a model: `demo`, `granite`, `granite-2b`, a Hugging Face folder or a hub id.
 
-    Its weights stay in their mapped files until they are needed.
+    Its weights are not read until they are needed.
 
     Raises:
         CheckpointError: when there is no such model, or it is not a Granite or Llama.
     """
-    source = find_source(str(model))
-    checkpoint = Checkpoint(source.folder)
-    architecture = checkpoint.architecture
-    checkpoint.close()
-    return GraniteSource(source.folder, source.name, source.revision, architecture)
+    with open_source(model) as source:
+        return GraniteSource(source.folder, source.name, source.revision, source.architecture)
 
 
 def prepare_validation_data(model: GraniteSource, text: str | Path | None = None, max_tokens: int = 4096) -> TokenText:
@@ -84,6 +86,11 @@ def prepare_healing_data(model: GraniteSource, text: str | Path | None = None, m
     return first_tokens(model, data_folder() / "healing.jsonl" if text is None else Path(text), max_tokens)
 
 
+def paper_options(chi: int, layers: tuple[str, ...]) -> Options:
+    """The published method: fp16 cores of bond dimension χ for these layers, int4 for the rest."""
+    return Options(PAPER.name, chi, choice=Choice(names=layers))
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raises ConfigError for a value that is not a whole number of at least `least`."""
     if not isinstance(value, int) or value < least:
@@ -93,21 +100,17 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 def first_tokens(model: GraniteSource, path: Path, count: int) -> TokenText:
     """The first `count` tokens of a text in the model's vocabulary."""
     check_count("max_tokens", count, least=2)
-    checkpoint = Checkpoint(model.folder)
-    try:
-        whole = read_tokens(path, *read_text_files(checkpoint))
-    finally:
-        checkpoint.close()
-    return whole.first(count)
+    with model.open() as source:
+        return read_tokens(path, *source.text_files).first(count)
 
 
 class LayerSensitivityProfiler:
-    """Measures what each attention and MLP matrix costs when it alone is tensorized at one bond dimension.
+    """Measures how much quality is lost when one attention or MLP matrix alone is replaced by cores.
 
     Args:
         model: the dense model.
         validation: held-out text.
-        bond_dimension: χ of the cores that stand in for a matrix.
+        bond_dimension: χ of the cores.
     """
 
     def __init__(self, model: GraniteSource, validation: TokenText, bond_dimension: int = 32) -> None:
@@ -116,13 +119,27 @@ class LayerSensitivityProfiler:
         self._profile: list[LayerSensitivity] | None = None
 
     def profile(self) -> list[LayerSensitivity]:
-        """All layers, the least sensitive first; measured once."""
+        """All layers, the least sensitive first. They are measured at the first call.
+
+        Raises:
+            CheckpointError: for a model with weights that are not finite.
+        """
         if self._profile is None:
-            self._profile = profile_layers(self.model.folder, self.validation, tensorized(self.bond_dimension))
+            with self.model.open() as source:
+                self._profile = self._measured(source)
         return list(self._profile)
 
+    def _measured(self, source: Source) -> list[LayerSensitivity]:
+        require_finite_weights(source.weights, source.name)
+        windows = even_windows(self.validation, source.architecture)
+        names = [linear.name for linear in source.spec.linears if linear.name not in (EMBEDDING, HEAD)]
+        planned = plan_layers(source.spec, paper_options(self.bond_dimension, tuple(names)))
+        layers = [linear for linear in planned if linear.name in names]
+        found = (one for _, one in compressed_alone(source.weights, windows, layers))
+        return sorted(found, key=lambda one: (one.kl_mean, one.layer))
+
     def get_compression_candidates(self, top_k: int = 10) -> list[LayerSensitivity]:
-        """The `top_k` layers whose compression hurts least.
+        """The `top_k` least sensitive layers.
 
         Raises:
             ConfigError: for a `top_k` below one.
@@ -133,7 +150,7 @@ class LayerSensitivityProfiler:
 
 @dataclass(frozen=True, slots=True)
 class CompressionResult:
-    """What a compression gave: the file, the layers that got cores, sizes and quality."""
+    """The outcome of a compression: the file, the layers that were replaced by cores, sizes and quality."""
 
     path: Path
     layers: tuple[str, ...]
@@ -146,11 +163,11 @@ class CompressionResult:
 
 
 class CompactifAICompressor:
-    """Replaces the least sensitive matrices by cores of one bond dimension in fp16; the rest becomes int4.
+    """Replaces the least sensitive matrices by fp16 cores of one bond dimension, and stores the other layers as int4.
 
     Args:
-        bond_dimension: χ of every operator.
-        compression_ratio: the share of attention and MLP matrices that get cores, chosen by sensitivity.
+        bond_dimension: χ of the cores.
+        compression_ratio: the share of attention and MLP matrices that are replaced, the least sensitive ones.
 
     Raises:
         ConfigError: for a bond dimension below one, or a ratio outside 0 to 1.
@@ -164,14 +181,14 @@ class CompactifAICompressor:
         self._profiler: LayerSensitivityProfiler | None = None
 
     def profile_layer_sensitivity(self, model: GraniteSource, validation: TokenText) -> list[LayerSensitivity]:
-        """Measures every attention and MLP matrix alone; the least sensitive comes first."""
+        """Measures every attention and MLP matrix alone; returns the least sensitive first."""
         self._profiler = LayerSensitivityProfiler(model, validation, self.bond_dimension)
         return self._profiler.profile()
 
     def compress_model(
         self, model: GraniteSource, path: str | Path, validation: TokenText, *, force: bool = False
     ) -> CompressionResult:
-        """Writes the compressed model to `path` and measures it; profiles the layers first where that was not done.
+        """Writes the compressed model to `path` and measures it. Layers are profiled first if they were not yet.
 
         Raises:
             OutputError: when `path` exists and `force` is not given.
@@ -181,12 +198,13 @@ class CompactifAICompressor:
         profile = self._profiler.profile() if self._profiler else []
         count = max(1, round(self.compression_ratio * len(profile)))
         layers = tuple(item.layer for item in profile[:count])
-        options = Options(plan="paper", chi=self.bond_dimension, layers=layers)
-        result = export(model.folder, Path(path), options, force=force, revision=model.revision, text=validation)
+        task = ExportTask(Path(path), paper_options(self.bond_dimension, layers), force=force, text=validation)
+        with model.open() as source:
+            result = export(source, task)
         return CompressionResult(result.path, layers, compression_stats(result), evaluation_results(result, model))
 
     def heal_model(self, compressed: str | Path, model: GraniteSource, **given: Any) -> Healed:
-        """Retrains a compressed file, as the function `heal_model` does; `given` are its other arguments."""
+        """Calls the function `heal_model`; `given` are its other arguments."""
         return heal_model(compressed, model, **given)
 
 
@@ -209,21 +227,27 @@ def heal_model(
         compressed: what `compress_model` wrote.
         healing: training text, as `prepare_healing_data` gives it or by its path; the built-in one where None.
         path: the file to write; `…-healed.mpo` beside the compressed one where None.
-        tokens, epochs, minutes: at most one of them bounds the training.
+        tokens, epochs, minutes: the length of the training; at most one of them is given.
         settings: other fields of mpo_exporter.heal.settings.Settings, such as `chi_dropout`.
 
     Raises:
         MpoError: as mpo_exporter.heal.run.heal.
     """
-    source = Path(compressed)
-    target = source.with_name(f"{source.stem}-healed.mpo") if path is None else Path(path)
-    chosen = Settings(tokens=tokens, epochs=epochs, minutes=minutes, **settings)
-    text = Path(healing) if isinstance(healing, str) else healing
-    return heal(source, model.folder, target, chosen, text=text, held_out=validation, force=force)
+    file = Path(compressed)
+    job = HealJob(
+        file=file,
+        target=file.with_name(f"{file.stem}-healed.mpo") if path is None else Path(path),
+        settings=Settings(tokens=tokens, epochs=epochs, minutes=minutes, **settings),
+        text=Path(healing) if isinstance(healing, str) else healing,
+        held_out=validation,
+        force=force,
+    )
+    with model.open() as source:
+        return heal(source, job)
 
 
 def compression_stats(result: Result) -> dict[str, float]:
-    """Parameters and sizes before and after; reductions are shares of the original."""
+    """Parameters and sizes before and after, and by which share of the original they are reduced."""
     original, stored = result.source.architecture.parameters(), stored_parameters(result.spec)
     return {
         "original_parameters": original,
@@ -236,7 +260,7 @@ def compression_stats(result: Result) -> dict[str, float]:
 
 
 def evaluation_results(result: Result, model: GraniteSource) -> dict[str, float]:
-    """Quality on the validation text, and the measured speed of generation against the dense model."""
+    """Quality on the validation text, and the speed of generation relative to the dense model."""
     if result.comparison is None:
         raise ConfigError("validation: nothing was measured")
     ours, dense = result.comparison.model, result.comparison.reference
@@ -251,7 +275,7 @@ def evaluation_results(result: Result, model: GraniteSource) -> dict[str, float]
 
 
 def measured_speedup(path: Path, folder: Path) -> float:
-    """Tokens per second of a file over those of the dense model, in this runtime: the median of alternating rounds."""
+    """Tokens per second of a file divided by those of the dense model, in this runtime: the median over rounds."""
     opened = [open_weights(place) for place in (path, folder)]
     try:
         engines = [Engine(load_network(weights), context=SPEED_TOKENS + 8) for weights in opened]
@@ -266,7 +290,7 @@ def measured_speedup(path: Path, folder: Path) -> float:
 
 
 def generation_seconds(engine: Engine) -> float:
-    """Seconds for SPEED_TOKENS tokens after a short prompt."""
+    """Seconds that an engine takes to generate SPEED_TOKENS tokens after a short prompt."""
     start = time.perf_counter()
     list(engine.generate([1, 2, 3, 4], SamplingOptions(temperature=0), max_tokens=SPEED_TOKENS, stop_ids=()))
     return time.perf_counter() - start

@@ -1,45 +1,102 @@
-"""The export: a dense model in, a `.mpo` file out, one layer in memory at a time."""
+"""The export: a dense model in, a `.mpo` file out; planned, fitted, written and certified with one layer in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mpo_exporter.assemble import Assembly, Watch
-from mpo_exporter.calibrate.moments import Calibration
-from mpo_exporter.calibrate.windows import COUNT, cut_calibration
-from mpo_exporter.fit.layer import Method
-from mpo_exporter.measure.cache import Tell, untold
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_exporter.calibrate.moments import Calibration, Moment
+from mpo_exporter.calibrate.windows import COUNT
+from mpo_exporter.certify import Certifier
+from mpo_exporter.fit.layer import Built, Method, build_linear, widen
 from mpo_exporter.measure.survey import Survey
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.plan.planner import Planner
-from mpo_exporter.plan.predict import remember, within_kl
-from mpo_exporter.progress import Progress, silent
-from mpo_exporter.source import require_finite_weights
-from mpo_formats import (
-    Certificate,
-    Certificates,
-    LinearSpec,
-    ModelSpec,
-    MpoFile,
-    MpoWriter,
-    OutputError,
-    Provenance,
-    Quality,
-)
-from mpo_formats.layout import content_tensors
-from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.measure import Comparison, compare
-from mpo_runtime.models.decoder import Decoder
-from mpo_runtime.models.registry import decoder_for
+from mpo_exporter.plan.predict import record_outcome, within_kl
+from mpo_exporter.progress import Log, Progress, no_log, silent
+from mpo_exporter.request import check_file
+from mpo_exporter.source import Source
+from mpo_exporter.texts import calibration_walk
+from mpo_formats import Certificates, CheckpointError, LinearSpec, ModelSpec, MpoWriter, Provenance
+from mpo_formats.architecture import EMBEDDING
+from mpo_formats.layout import content_tensors, linear_tensors
+from mpo_runtime.measure import Comparison
 from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.protocol import DenseWeights
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The fit of one layer: the dense matrix, the stored one [O, I], the moment that it was fitted to, and the time."""
+
+    layer: str
+    dense: Matrix
+    stored: Matrix
+    moment: Moment | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What an export reports to; by default to nothing.
+
+    Args:
+        log: is given a sentence for each cached measurement that was found, stale or made.
+        fitted: is given the fit of every layer; None spares computing it.
+    """
+
+    progress: Progress = silent
+    log: Log = no_log
+    fitted: Callable[[Fitted], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportTask:
+    """One export of a model that is open, with its texts read.
+
+    Args:
+        target: the file to write.
+        options: of the plan.
+        force: overwrites an existing target.
+        calibration: the text that layers are fitted to, in at most `windows` windows; None fits to the weights alone.
+        text: held-out text that the file is measured on; None measures nothing.
+        prefixes: values of χ at which prefixes of the file are measured too.
+        layers: the terms of every layer, in the place of the plan's.
+        method: how terms are fitted, in the place of the plan's.
+        surveyed: a survey of this model and text, in the place of the cached one or a new one.
+        reserved: the longest entries that a later stage will add to the provenance; a target in bytes leaves room for them.
+    """
+
+    target: Path
+    options: Options = field(default_factory=Options)
+    force: bool = False
+    calibration: TokenText | None = None
+    windows: int = COUNT
+    text: TokenText | None = None
+    prefixes: tuple[int, ...] = ()
+    device: str = "cpu"
+    layers: tuple[LinearSpec, ...] | None = None
+    method: Method | None = None
+    surveyed: Survey | None = None
+    reserved: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an export made: sizes, and the comparison with the dense model where one was measured."""
+    """An exported file: its spec and sizes, and its comparison with the dense model if one was measured.
+
+    Args:
+        source: the spec of the dense model.
+        core_layers: the number of layers with cores.
+        surveyed: the survey that the plan was made from, if any.
+    """
 
     path: Path
     spec: ModelSpec
@@ -56,161 +113,144 @@ class Result:
         return self.file_bytes * 8 / self.source.architecture.parameters()
 
 
-def export(
-    folder: Path,
-    target: Path,
-    options: Options,
-    *,
-    force: bool = False,
-    revision: str | None = None,
-    text: TokenText | None = None,
-    prefixes: tuple[int, ...] = (),
-    device: str = "cpu",
-    progress: Progress = silent,
-    calibration: TokenText | None = None,
-    windows: int = COUNT,
-    layers: tuple[LinearSpec, ...] | None = None,
-    method: Method | None = None,
-    surveyed: Survey | None = None,
-    tell: Tell = untold,
-    watch: Watch | None = None,
-    later: Mapping[str, str] | None = None,
-) -> Result:
-    """Exports the Hugging Face folder `folder` to the file `target`.
-
-    Args:
-        force: overwrites an existing target; text: held-out text to compare with the dense model on, or None.
-        prefixes: values of χ at which the file's prefixes are measured too.
-        progress: called with a stage, the steps done and the steps in all.
-        calibration: text whose activations in at most `windows` windows the layers are fitted to; None: the weights alone.
-        layers, method: terms of every layer, in the place of the plan's; how terms are fitted to the activations.
-        surveyed, later: a survey of this source, in the place of the kept or a new one; as in `planned_spec`.
-        tell, watch: called with a sentence on what measurements were found, stale or made; told of every layer's fit.
+def export(source: Source, task: ExportTask, listener: Listener | None = None) -> Result:
+    """Exports a dense model to a `.mpo` file.
 
     Raises:
         MpoError: for a damaged source, a plan that cannot be carried out, or a target that cannot be written.
     """
-    source = Checkpoint(folder)
-    try:
-        require_folder(target)
-        planner = planner_for(source, calibration, windows, target.parent, surveyed, progress, tell)
-        spec = planned_spec(planner, options, revision, layers, later)
-        comparison: list[Comparison] = []
+    listener = listener or Listener()
+    check_file(task.target, "--out", force=task.force)
+    planner = planner_for(source, task, task.target.parent, listener)
+    spec = planned_spec(source, task, planner)
+    comparisons: list[Comparison] = []
 
-        def measure(path: Path) -> Certificates:
-            if text is None:
-                return Certificates(())
-            bonds = (None, *prefixes)
-            dense = decoder_for(source.spec.architecture, ReferenceOps(source, device=device))
-            comparison.extend(measure_file(path, chi, dense, text, device, progress) for chi in bonds)
-            measured = zip(bonds, comparison, strict=True)
-            return Certificates(tuple(Certificate(chi, quality(result, text)) for chi, result in measured))
+    def certify(path: Path) -> Certificates:
+        if task.text is None:
+            return Certificates(())
+        certifier = Certifier(source.weights, task.text, device=task.device, progress=listener.progress)
+        bonds = (None, *task.prefixes)
+        comparisons.extend(certifier.compare(path, chi) for chi in bonds)
+        return Certificates(tuple(map(certifier.certificate, bonds, comparisons)))
 
-        with MpoWriter(target, spec, force=force) as writer:
-            table = planner.surveyed.table if planner.surveyed else None
-            Assembly(writer, source, method or method_of(options), progress, table, watch).run(planner.walk)
-            writer.commit(measure)
-        if comparison:
-            remember(planner, spec, comparison[0].kl_mean)
-        result = result_of(target, spec, source.spec, comparison[0] if comparison else None)
-        return replace(result, surveyed=planner.surveyed)
-    finally:
-        source.close()
+    with MpoWriter(task.target, spec, force=task.force) as writer:
+        table = planner.surveyed.table if planner.surveyed else None
+        method = task.method or Method(norm=task.options.keeps_norm)
+        Fitting(writer, source.weights, method, listener, table).run(planner.walk)
+        writer.commit(certify)
+    comparison = comparisons[0] if comparisons else None
+    if comparison:
+        record_outcome(planner, spec, comparison.kl_mean)
+    return replace(result_of(task.target, spec, source.spec, comparison), surveyed=planner.surveyed)
 
 
 def result_of(path: Path, spec: ModelSpec, source: ModelSpec, comparison: Comparison | None) -> Result:
-    """Sizes and counts of a written file."""
+    """The result for a written file."""
     dense = sum(tensor.size for tensor in content_tensors(source))
     cores = sum(any(term.kind == "mpo" for term in linear.terms) for linear in spec.linears)
     return Result(path, spec, source, path.stat().st_size, dense, cores, comparison)
 
 
-def planner_for(
-    source: Checkpoint,
-    calibration: TokenText | None,
-    windows: int,
-    folder: Path,
-    surveyed: Survey | None = None,
-    progress: Progress = silent,
-    tell: Tell = untold,
-) -> Planner:
-    """What plans of a source are made from; activations are spilled to `folder`."""
-    walk = None
-    if calibration is not None:
-        require_finite_weights(source, source.folder.name)
-        walk = Calibration(source, cut_calibration(calibration, source.architecture, count=windows), folder)
-    return Planner(source, calibration, walk, progress, tell, surveyed)
+def planner_for(source: Source, task: ExportTask, folder: Path, listener: Listener) -> Planner:
+    """What a task's plan is made from; activations are spilled to `folder`."""
+    text = task.calibration
+    walk = None if text is None else calibration_walk(source, text, folder, task.windows)
+    return Planner(source.weights, text, walk, listener.progress, listener.log, task.surveyed)
 
 
-def planned_spec(
-    planner: Planner,
-    options: Options,
-    revision: str | None,
-    layers: tuple[LinearSpec, ...] | None = None,
-    later: Mapping[str, str] | None = None,
-) -> ModelSpec:
-    """The spec of the file to write, complete before anything is fitted; `layers` take the place of the plan's.
-
-    Args:
-        later: what a later stage will add to the provenance: a target in bytes leaves room for it.
-    """
-    spec = file_spec(planner.source, options, revision, planner.text)
-    if layers is None:
-        longest = replace(spec.provenance, options={**spec.provenance.options, **(later or {})})
-        layers = planner.layers(replace(spec, provenance=longest), within_kl(planner, options))
-    return replace(spec, linears=layers)
+def planned_spec(source: Source, task: ExportTask, planner: Planner) -> ModelSpec:
+    """The spec of the file to write, complete before anything is fitted."""
+    spec = file_spec(source, task)
+    if task.layers is not None:
+        return replace(spec, linears=task.layers)
+    options = {**spec.provenance.options, **task.reserved}
+    longest = replace(spec, provenance=replace(spec.provenance, options=options))
+    return replace(spec, linears=planner.layers(longest, within_kl(planner, task.options)))
 
 
-def method_of(options: Options) -> Method:
-    """How a plan's terms are fitted: key projections may keep their matrix's norm."""
-    return Method(norm=options.plan == "k-proj" and options.keys.norm)
-
-
-def require_folder(target: Path) -> None:
-    """Raises OutputError where the folder of the file to write is missing: calibration spills there before."""
-    if not target.parent.is_dir():
-        raise OutputError(f"{target}: cannot write (No such file or directory); give another folder with --out")
-
-
-def file_spec(source: Checkpoint, options: Options, revision: str | None, calibration: TokenText | None) -> ModelSpec:
-    """The spec of the file to write, its layers still the source's: vectors, files and provenance."""
+def file_spec(source: Source, task: ExportTask) -> ModelSpec:
+    """The spec of the file to write with its provenance, the layers still dense."""
     from mpo_runtime import __version__
 
-    chosen = options.recorded()
-    if calibration is not None:
-        chosen["calibration"] = calibration.name
+    options = task.options.recorded(source.spec)
+    if task.calibration is not None:
+        options["calibration"] = task.calibration.name
     provenance = Provenance(
         source=source.folder.name,
-        revision=revision,
-        source_sha256=source.sha256(),
+        revision=source.revision,
+        source_sha256=source.weights.sha256(),
         exporter=f"mpo-runtime {__version__}",
-        options=chosen,
-        calibration_sha256=None if calibration is None else calibration.sha256,
+        options=options,
+        calibration_sha256=None if task.calibration is None else task.calibration.sha256,
     )
     return replace(source.spec, provenance=provenance)
 
 
-def measure_file(
-    path: Path, chi: int | None, dense: Decoder, text: TokenText, device: str, progress: Progress
-) -> Comparison:
-    """Compares a written file, or its prefix at χ = `chi`, with its dense source on held-out text."""
-    stage = "measuring" if chi is None else f"measuring χ={chi}"
-    with MpoFile(path) as file:
-        ours = decoder_for(file.spec.architecture, ReferenceOps(file, chi=chi, device=device))
-        return compare(ours, dense, text.ids, progress=lambda done, total: progress(stage, done, total))
+@dataclass(slots=True)
+class Fitting:
+    """Fits the layers of a planned file one after the other, and writes each as soon as it is fitted.
 
+    Args:
+        table: the second moment that the embedding's rows are rounded with. None measures it if the embedding is the head
+            too, and otherwise rounds each row by itself.
+        done: the number of layers that are written.
+    """
 
-def quality(comparison: Comparison, text: TokenText) -> Quality:
-    """The certificate's figures."""
-    return Quality(
-        text=text.name,
-        text_sha256=text.sha256,
-        tokens=int(text.ids.size),
-        window=comparison.model.window,
-        perplexity=comparison.model.perplexity,
-        perplexity_error=comparison.model.error,
-        dense_perplexity=comparison.reference.perplexity,
-        kl_mean=comparison.kl_mean,
-        kl_999=comparison.kl_999,
-        same_top1=comparison.same_top1,
-    )
+    writer: MpoWriter
+    source: DenseWeights
+    method: Method
+    listener: Listener
+    table: Matrix | None = None
+    done: int = 0
+
+    def run(self, walk: Calibration | None) -> None:
+        """Writes all tensors in the order of the file; layers are fitted to the walk's text, or to the weights alone.
+
+        Raises:
+            ConfigError: naming the layer that cannot be fitted.
+            CheckpointError: if an embedded file has vanished.
+        """
+        spec = self.writer.spec
+        if walk is None:
+            for linear in spec.linears:
+                self.layer(linear, None)
+        else:
+            self.calibrated({linear.name: linear for linear in spec.linears}, walk)
+        for vector in spec.vectors:
+            self.writer.write(f"{vector.name}.weight", self.source.array(f"{vector.name}.weight"))
+        for file in spec.files:
+            content = self.source.file(file.name)
+            if content is None:
+                raise CheckpointError(f"{self.source.folder}: {file.name} vanished during the export")
+            self.writer.write(f"file.{file.name}", np.frombuffer(content, np.uint8))
+
+    def calibrated(self, linears: dict[str, LinearSpec], walk: Calibration) -> None:
+        """Fits the embedding to its uses, then every layer to what the compressed layers before it make of the text."""
+        if self.table is None and self.source.architecture.tie_word_embeddings:
+            for names, moment in walk.dense():
+                if names == (EMBEDDING,):
+                    self.table = moment.second
+        table = None if self.table is None else Moment(self.table, None, walk.windows.size)
+        embedding = self.layer(linears[EMBEDDING], table).matrix.astype(np.float32)
+
+        def build(name: str, matrix: Matrix, moment: Moment) -> NDArray[np.float32]:
+            if name == EMBEDDING:
+                return embedding
+            return self.layer(linears[name], moment).matrix.astype(np.float32)
+
+        walk.compress(build, embedding=embedding)
+
+    def layer(self, linear: LinearSpec, moment: Moment | None) -> Built:
+        """Fits one layer, and writes its tensors and its bias."""
+        weight = f"{linear.name}.0.weight"
+        raw, dtype, start = self.source.array(weight), self.source.dtype(weight), time.perf_counter()
+        built = build_linear(linear, raw, dtype, moment, self.method)
+        seconds = time.perf_counter() - start
+        if self.listener.fitted:
+            self.listener.fitted(Fitted(linear.name, widen(raw, dtype), built.matrix, moment, seconds))
+        for tensor in linear_tensors(linear):
+            bias = tensor.name == f"{linear.name}.bias"
+            self.writer.write(tensor.name, self.source.array(tensor.name) if bias else built.tensors[tensor.name])
+        self.done += 1
+        self.listener.progress("fitting", self.done, len(self.writer.spec.linears))
+        return built

@@ -1,38 +1,53 @@
-"""The terms that a plan gives a layer: integers, operators, and what each would cost."""
+"""The terms that a layer can be stored as: integers and operators, and a candidate's bytes and expected loss."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from mpo_exporter.quantize.rounding import fitting_group
-from mpo_formats import Dense, Mpo, Quantized, Term
+from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import full_rank
-from mpo_formats.spec import CoreType
+from mpo_formats.layout import linear_tensors
+from mpo_formats.spec import GROUPS, CoreType
 
 # Weights that share a scale in the named plans.
 GROUP = 32
+# The largest group of integer cores.
+CORE_GROUP = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What a layer could be stored as: its bytes in the file, its predicted loss in nats a token, and its terms."""
+    """One way to store a layer: its bytes in the file, its expected loss in nats per token, and its terms."""
 
     bytes: int
     loss: float
     terms: tuple[Term, ...]
 
 
+def fitting_group(columns: int, wanted: int) -> int | None:
+    """The largest allowed group size of at most `wanted` that divides a row of `columns` weights; None if there is none.
+
+    A matrix whose rows no group divides is stored dense: 172 = 4 · 43 is such a row length.
+    """
+    return max((group for group in GROUPS if group <= wanted and columns % group == 0), default=None)
+
+
 def integers(columns: int, bits: int, group: int = GROUP) -> Term:
-    """A Quantized term of the largest group that fits, or bf16 where none divides the row."""
+    """A Quantized term with the largest group of at most `group` that divides the row; bf16 if none does."""
     fitting = fitting_group(columns, group)
     return Dense("bf16") if fitting is None else Quantized(bits, fitting, False)
 
 
 def operator(out_dims: tuple[int, ...], in_dims: tuple[int, ...], chi: int, dtype: CoreType) -> Mpo:
-    """An Mpo term with bonds of at most χ; integer cores fall back to fp16 where no group divides a core."""
+    """An Mpo term with bonds of at most χ; integer cores become fp16 if no group divides every core."""
     bonds = tuple(min(chi, most) for most in full_rank(out_dims, in_dims))
-    group = fitting_group(math.gcd(*(o * i for o, i in zip(out_dims, in_dims, strict=True))), 64)
-    if dtype in ("int8", "int4") and group is not None:
-        return Mpo(out_dims, in_dims, bonds, dtype, group)
-    return Mpo(out_dims, in_dims, bonds, "f16" if dtype in ("int8", "int4") else dtype, 0)
+    if dtype not in ("int8", "int4"):
+        return Mpo(out_dims, in_dims, bonds, dtype, 0)
+    group = fitting_group(math.gcd(*(o * i for o, i in zip(out_dims, in_dims, strict=True))), CORE_GROUP)
+    return Mpo(out_dims, in_dims, bonds, "f16", 0) if group is None else Mpo(out_dims, in_dims, bonds, dtype, group)
+
+
+def stored_bytes(linear: LinearSpec) -> int:
+    """Bytes of a layer's tensors in the file, padding included."""
+    return sum(tensor.size + tensor.padding for tensor in linear_tensors(linear))

@@ -1,4 +1,4 @@
-"""The `.mpo` format: its specification as dataclasses, a strict reader, a crash-safe writer. Needs numpy only."""
+"""The `.mpo` format (SPEC.md): its contents as dataclasses, a strict reader, a crash-safe writer. Needs numpy only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The architecture configuration of a `.mpo` file and the layers that it demands (SPEC.md, section 3)."""
+"""The architecture configuration of a `.mpo` file and the layers that it requires (SPEC.md, section 3)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ModelType = Literal["granite", "llama"]
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding: base theta, and the frequency scaling of Llama 3.1 or a linear one."""
+    """Rotary position embedding: base `theta`, and linear frequency scaling, that of Llama 3.1, or none."""
 
     theta: float
     scaling: Scaling
@@ -59,7 +59,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A decoder of the Granite family; a Llama is one whose multipliers are 1 and whose attention is 1/√head_dim."""
+    """A decoder of the Granite family. A Llama is one with all multipliers 1, and attention_multiplier 1/√head_dim."""
 
     model_type: ModelType
     vocab_size: int
@@ -142,7 +142,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Everything the header says: architecture, layer table, vectors, embedded files, provenance."""
+    """The contents of the header: architecture, layer table, vectors, embedded files, provenance."""
 
     architecture: Architecture
     linears: tuple[LinearSpec, ...]

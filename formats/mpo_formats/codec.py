@@ -17,18 +17,18 @@ from mpo_formats.errors import FormatError
 Record = TypeVar("Record")
 Converter = Callable[[Any], Any]
 
-# Limits of a JSON text (SPEC.md, section 2). They bound memory and time before the parser runs.
+# Limits of a JSON text (SPEC.md, section 2), checked before the parser runs: they bound its memory and time.
 DEEPEST_NESTING = 8
 MOST_BRACKETS = 1 << 18
 MOST_ITEMS = 1 << 15
 
 JSON_NAMES: dict[type, str] = {int: "an integer", bool: "true or false", str: "a string"}
-# Everything between two brackets, strings with the brackets in them included. Possessive: no input backtracks.
+# Everything between two brackets, including strings that contain brackets. Possessive, so that no input backtracks.
 _NO_BRACKETS = re.compile(rb'(?s)(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+"?)++')
 
 
 class _Fault(Exception):
-    """A wrong value; the path to it is gathered on the way up, so that valid input never pays for it."""
+    """A wrong value. The path to it is put together while the exception propagates, so it costs nothing for valid input."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class _Fault(Exception):
 
 
 def parse_json(text: bytes | str, where: str) -> Any:
-    """Parses JSON and refuses what stock parsers let through: duplicate keys, NaN, deep nesting, millions of lists.
+    """Parses JSON and refuses what common parsers accept: duplicate keys, NaN, deep nesting, millions of lists.
 
     Raises:
         FormatError: naming `where` and what is wrong.
@@ -68,12 +68,12 @@ def parse_json(text: bytes | str, where: str) -> Any:
 
 
 def _check_brackets(text: bytes, where: str) -> None:
-    # Stops soon after the limit, so that a header of nothing but brackets costs little.
+    # Stops soon after the limit, so that a header of millions of brackets is refused quickly.
     brackets = _NO_BRACKETS.sub(b"", text, count=MOST_BRACKETS + 2)
     if len(brackets) > MOST_BRACKETS:
         raise FormatError(f"{where}: more than {MOST_BRACKETS} brackets; not a .mpo file")
     for _ in range(DEEPEST_NESTING):
-        # One level of nesting goes in each round, the innermost first.
+        # Each round removes one level of nesting, the innermost first.
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
     if brackets:
         raise FormatError(f"{where}: brackets do not match or nest deeper than {DEEPEST_NESTING}; the file is damaged")
@@ -107,7 +107,7 @@ _CONVERTERS: dict[Any, Converter] = {}
 
 
 def _record_converter(kind: Any) -> Converter:
-    """How to build a dataclass of type `kind` from a parsed JSON object; made once per type."""
+    """The function that builds a dataclass of type `kind` from a parsed JSON object; made once per type."""
     if kind not in _CONVERTERS:
         _CONVERTERS[kind] = _make_record_converter(kind)
     return _CONVERTERS[kind]
@@ -172,7 +172,7 @@ def _literal_converter(choices: tuple[Any, ...]) -> Converter:
 
 
 def _union_converter(arguments: tuple[Any, ...]) -> Converter:
-    """The only alternative to null, or the dataclass that the object's `kind` names."""
+    """The converter of `X | None`, or of a union of dataclasses that the key `kind` of the object tells apart."""
     choices = [argument for argument in arguments if argument is not type(None)]
     if len(choices) == 1:
         single = _converter(choices[0])
@@ -212,7 +212,7 @@ def _exact_converter(kind: type) -> Converter:
 
 
 def _converter(hint: Any) -> Converter:
-    """How to convert a parsed JSON value to a field of type `hint`."""
+    """The function that converts a parsed JSON value to a field of type `hint`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _union_converter(arguments)

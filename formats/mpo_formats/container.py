@@ -1,7 +1,7 @@
-"""The safetensors container, read strictly: bytes 0-7 the header's length, then JSON, then the tensors.
+"""The safetensors container, read strictly: the length of the header in bytes 0-7, then JSON, then the tensors.
 
-Stock readers accept duplicate names, holes that a later tensor hides, and misaligned tensors; this one refuses them.
-Nothing is allocated before its declared size was compared with the size of the file.
+Common readers accept duplicate names, gaps between tensors and misaligned tensors; this one refuses them. Declared sizes are
+compared with the size of the file before anything is allocated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROW_KEYS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies: [begin, end) from the start of the file."""
+    """A tensor and its bytes [begin, end), counted from the start of the file."""
 
     tensor: TensorSpec
     begin: int
@@ -51,7 +51,7 @@ def write_header(metadata: Mapping[str, str], tensors: tuple[TensorSpec, ...]) -
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
-    """Reads the length field; raises FormatError when header and file size cannot fit."""
+    """The header's length in bytes, from its length field; raises FormatError when it does not fit the size of the file."""
     if file_size < LENGTH_SIZE or len(prefix) < LENGTH_SIZE:
         raise FormatError(f"{where}: {file_size} bytes are too short for a header; the file is truncated")
     length = int.from_bytes(prefix[:LENGTH_SIZE], "little")
@@ -85,7 +85,7 @@ def parse_header(text: bytes, where: str) -> tuple[dict[str, str], dict[str, obj
 
 
 def place_tensors(rows: Mapping[str, object], start: int, file_size: int, where: str) -> tuple[Entry, ...]:
-    """Checks every tensor's type, shape, place and alignment against the file; the first one begins at byte `start`.
+    """Checks type, shape, place and alignment of every tensor against the file; the first one begins at byte `start`.
 
     Raises:
         FormatError: naming the tensor.

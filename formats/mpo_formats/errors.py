@@ -1,6 +1,6 @@
 """The exceptions of the whole project, one tree.
 
-MpoError                  anything a user can cause and mend
+MpoError                  anything that a user can cause and correct
 ├── FormatError           a `.mpo` file breaks a rule of SPEC.md
 ├── ConfigError           an option, configuration or request has a value that cannot be honoured
 │   └── PlanError         an export plan cannot be carried out on this model
@@ -18,7 +18,7 @@ class MpoError(Exception):
 
 
 class FormatError(MpoError):
-    """A `.mpo` file is damaged, hostile or from the future."""
+    """A `.mpo` file that is damaged, hostile or of another version."""
 
 
 class ConfigError(MpoError):

@@ -1,4 +1,4 @@
-"""Which tensors a ModelSpec demands: names, types, shapes and file order (SPEC.md, sections 2 and 4)."""
+"""The tensors that a ModelSpec requires: names, types, shapes and file order (SPEC.md, sections 2 and 4)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TensorSpec:
 
     @property
     def padding(self) -> int:
-        """Zero bytes that must follow so that the next tensor starts at a multiple of 64."""
+        """The number of zero bytes that must follow so that the next tensor starts at a multiple of 64."""
         return -self.size % ALIGNMENT
 
 

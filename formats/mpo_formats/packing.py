@@ -1,4 +1,4 @@
-"""Integer layouts, in numpy: the reference that every kernel is tested against (SPEC.md, section 5).
+"""The layout of integers, in numpy: the reference that every kernel is tested against (SPEC.md, section 5).
 
 A matrix [rows, columns] is cut into groups along its columns. Its codes q are unsigned integers of `bits` bits, stored
 as one or two bit planes, low bits first: 8, 4 and 2 bits as they are, 6 = 4 + 2, 5 = 4 + 1, 3 = 2 + 1. In a plane of
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mpo_formats.layout import PLANES
 
 Codes = NDArray[np.uint8]
-# Values looked at in one go, so that a check of a large tensor needs little memory.
+# Values that are checked at once, so that checking a large tensor needs little memory.
 FINITE_CHUNK = 1 << 20
 
 
@@ -58,14 +58,14 @@ def unpack(planes: list[Codes], bits: int) -> Codes:
 
 
 def implicit_zero(bits: int) -> float:
-    """The zero of groups that store none: 2^(bits − 1), and 1.5 at 2 bits, whose four levels are then symmetric."""
+    """The zero of groups that store none: 2^(bits − 1), but 1.5 at 2 bits, which makes the four levels symmetric."""
     return 1.5 if bits == 2 else float(1 << (bits - 1))
 
 
 def dequantize(
     planes: list[Codes], bits: int, scale: NDArray[np.float16], zero: NDArray[np.float16] | None
 ) -> NDArray[np.float64]:
-    """Computes w = scale · (q − zero) [rows, columns] in float64; zero is `implicit_zero` where it is None."""
+    """The weights w = scale · (q − zero) [rows, columns] in float64; zero None stands for `implicit_zero`."""
     codes = unpack(planes, bits).astype(np.float64)
     rows, groups = scale.shape
     grouped = codes.reshape(rows, groups, -1)

@@ -12,7 +12,7 @@ from mpo_formats.spec import require, require_sizes
 
 LONGEST_TEXT = 4096
 MOST_OPTIONS = 256
-# Control characters would reach the terminal of whoever prints them; surrogates are not text.
+# Control characters could change the terminal on which they are printed; surrogates are not text.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -32,7 +32,7 @@ def require_digest(name: str, digest: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where the weights came from and what was done to them; `source_sha256` is empty where it was not computed."""
+    """The source model and the options of the export; `source_sha256` is empty where it was not computed."""
 
     source: str
     revision: str | None
@@ -59,7 +59,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """The compressed model against the dense one, in nats, on one text."""
+    """The compressed model compared with the dense one on one text; divergences in nats a token."""
 
     text: str
     text_sha256: str
@@ -83,7 +83,7 @@ class Quality:
         error = self.perplexity_error
         require(0 <= error < math.inf, f"perplexity_error: expected at least 0, found {describe(error)}")
         for name in ("kl_mean", "kl_999"):
-            # Not negative, but for the rounding of a sum that is almost zero.
+            # A divergence is not negative, but rounding may make a sum near zero so.
             value = getattr(self, name)
             require(-1e-3 < value < math.inf, f"{name}: expected at least 0, found {describe(value)}")
         share = self.same_top1
@@ -92,7 +92,7 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """The measured quality of a file, for the whole bonds (chi null) and for prefixes of them."""
+    """The measured quality of a file with all values of its bonds (chi is null), or with their first `chi` values."""
 
     chi: int | None
     quality: Quality
@@ -104,11 +104,11 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """All measured certificates of a file; empty where nothing was measured."""
+    """All certificates of a file; empty where nothing was measured."""
 
     entries: tuple[Certificate, ...]
 
     def __post_init__(self) -> None:
-        # The same prefix may be measured on several texts, but only once on each.
+        # The same chi may be measured on several texts, but only once on each.
         keys = [(entry.chi, entry.quality.text_sha256) for entry in self.entries]
         require(len(set(keys)) == len(keys), "entries: the same chi and text are listed twice")

@@ -1,4 +1,4 @@
-"""Opens a `.mpo` file: strict, lazy, memory-mapped. Only the header is read until a tensor is asked for."""
+"""Opens a `.mpo` file: strict and memory-mapped. Only the header is read until a tensor is used."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from mpo_formats.spec import FileSpec, Layouts, LinearSpec, VectorSpec
 FORMAT = "mpo"
 VERSION = "0.2"
 METADATA_KEYS = ("format", "version", "layouts", "architecture", "layers", "vectors", "files", "provenance")
-# How numpy holds each element type, little-endian; bf16 as its raw bits.
+# The numpy type of each element type, little-endian; bf16 as its bit patterns.
 NUMPY: dict[str, Any] = {
     "f32": np.dtype("<f4"),
     "f16": np.dtype("<f2"),
     "bf16": np.dtype("<u2"),
     "u8": np.dtype("u1"),
 }
+# Bytes that are hashed at once.
 CHUNK = 1 << 24
 # Bytes that tell a Git LFS pointer.
 POINTER_HEAD = 64
@@ -45,6 +46,9 @@ class MpoFile:
 
     Arrays are read-only views of the mapped file and keep it mapped. Usable as a context manager, and from several
     threads at once. The file must not be changed in place while it is open; MpoWriter never does so.
+
+    Args:
+        verify: checks all checksums and values first, as `verify` does.
 
     Raises:
         FormatError: when any rule of SPEC.md is broken, naming the tensor or key.
@@ -76,7 +80,7 @@ class MpoFile:
                 raise
 
     def _check_tensors(self, entries: tuple[Entry, ...]) -> None:
-        """Compares the container's tensors with those that the layer table demands."""
+        """Compares the container's tensors with those that the layer table requires."""
         expected = file_tensors(self.spec)
         if tuple(entry.tensor for entry in entries) != expected:
             difference = self._difference(entries, expected)
@@ -84,7 +88,7 @@ class MpoFile:
 
     @staticmethod
     def _difference(entries: tuple[Entry, ...], expected: tuple[TensorSpec, ...]) -> str:
-        """Names the first tensor that is missing, surplus, or not what the layer table demands in its place."""
+        """Names the first tensor that is missing, not in the layer table, or different from it."""
         pairs = zip_longest((entry.tensor for entry in entries), expected)
         found, wanted = next((found, wanted) for found, wanted in pairs if found != wanted)
         if wanted and wanted.name not in {entry.tensor.name for entry in entries}:
@@ -154,10 +158,10 @@ class MpoFile:
             raise FormatError(f"{self.name}: {name}: element {index} is not finite; export the file again")
 
     def close(self) -> None:
-        """Unmaps the file, as soon as no array views it any more."""
+        """Unmaps the file, now or when the last array that views it is gone."""
         try:
             self._map.close()
-        except BufferError:  # arrays still view the mapping: it goes when the last of them goes
+        except BufferError:  # arrays still view the mapping; it ends with the last of them
             return
 
     def __enter__(self) -> MpoFile:

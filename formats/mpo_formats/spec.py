@@ -1,4 +1,4 @@
-"""What a `.mpo` file holds, as frozen dataclasses that cannot be built invalid (SPEC.md, sections 3 and 4).
+"""The contents of a `.mpo` file as frozen dataclasses that refuse invalid values (SPEC.md, sections 3 and 4).
 
 A linear layer is a sum of terms: y = Σ_t term_t(x) (+ bias), term ∈ {Dense, Quantized, Mpo}.
 """
@@ -67,7 +67,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """Group-wise integers: w = scale · (q − zero), zero stored per group, or that of its width (`packing.implicit_zero`)."""
+    """Group-wise integers: w = scale · (q − zero), with a zero stored per group, or else `packing.implicit_zero(bits)`."""
 
     kind: Literal["quantized"] = field(default="quantized", kw_only=True)
     bits: int
@@ -154,7 +154,7 @@ class Mpo:
 
 
 def full_rank(out_dims: tuple[int, ...], in_dims: tuple[int, ...]) -> tuple[int, ...]:
-    """The largest useful bond at each cut of an MPO: the smaller side of the matrix unfolded there."""
+    """The largest useful bond between neighbouring cores of an MPO: the smaller side of the matrix unfolded there."""
     sizes = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
     return tuple(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in range(1, len(sizes)))
 
@@ -232,7 +232,7 @@ class FileSpec:
 
 @dataclass(frozen=True, slots=True)
 class Layouts:
-    """How the bytes of integers and cores are laid out (SPEC.md, sections 5 and 6); version 0.2 knows one way."""
+    """How the bytes of integers and cores are laid out (SPEC.md, sections 5 and 6); version 0.2 has one way only."""
 
     integers: Literal["blocks-low-plane-first"] = "blocks-low-plane-first"
     cores: Literal["right-left-out-in"] = "right-left-out-in"

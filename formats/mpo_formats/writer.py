@@ -1,8 +1,8 @@
-"""Writes a `.mpo` file so that it is never seen half-written.
+"""Writes a `.mpo` file that appears complete or not at all.
 
-The header is written first, because the plan fixes every size; tensors stream in file order and are forgotten. They go
-to a temporary file beside the target, which is synced, renamed over the target, and the folder synced. Whatever
-happens before the rename leaves the target as it was.
+The header is written first, because the layer table determines every size; then tensors are written in file order and not
+kept in memory. All goes to a temporary file beside the target, which is synced to disk and renamed over the target; then the
+folder is synced. A failure before the rename leaves the target unchanged.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ TEMPORARY = ".partial"
 
 
 def reserve(descriptor: int, size: int) -> bool:
-    """Claims the first `size` bytes of a file on its disk; False where the system or the file system cannot do that.
+    """Claims disk space for the first `size` bytes of a file; False where the system or the file system cannot do that.
 
     Raises:
-        OSError: when the disk has not so many left.
+        OSError: when the disk has less space left.
     """
     if not hasattr(os, "posix_fallocate"):
         return False
@@ -52,7 +52,7 @@ def reserve(descriptor: int, size: int) -> bool:
 
 
 class MpoWriter:
-    """Streams the tensors of `spec` into `path`; a context manager that removes the temporary file unless committed.
+    """Writes the tensors of `spec` to `path`; a context manager that removes the temporary file unless committed.
 
         with MpoWriter(path, spec) as writer:
             for tensor in writer.pending():
@@ -91,7 +91,7 @@ class MpoWriter:
             raise OutputError(f"{self.path}: exists already; give another name with --out or overwrite it with --force")
 
     def _reserve(self, header_size: int) -> None:
-        """Claims the file's whole size, so that a full disk is known before the work and not after it."""
+        """Claims disk space for the whole file, so that a full disk is noticed before the work begins."""
         size = header_size + sum(tensor.size for tensor in self._tensors)
         reserve(self._file.fileno(), size)
 
@@ -145,7 +145,7 @@ class MpoWriter:
 
         Raises:
             FormatError: when tensors are missing.
-            OutputError: when the disk refuses the bytes, or the target has appeared meanwhile.
+            OutputError: when the disk refuses the bytes, or the target was created in the meantime without `force`.
         """
         if self._tensors[self._next].name != CERTIFICATE:
             raise FormatError(f"{self.path.name}: tensor {self._tensors[self._next].name} was never written")
@@ -158,7 +158,7 @@ class MpoWriter:
         with self._disk_errors():
             os.fsync(self._file.fileno())
             self._file.close()
-            self._refuse_existing()  # it may have appeared while the tensors were computed
+            self._refuse_existing()  # it may have been created while the tensors were computed
             os.replace(self.temporary, self.path)
             self._committed = True
             sync_folder(self.path.parent)
@@ -174,7 +174,7 @@ class MpoWriter:
             self._file.flush()
 
     def _discard(self) -> None:
-        # Closing writes what is buffered, and fails again where the disk is full.
+        # Closing writes the buffered bytes, which fails again on a full disk.
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(FileNotFoundError):
@@ -210,12 +210,12 @@ def spec_rows(records: tuple[Any, ...]) -> list[Any]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to disk, so that a rename survives a power cut."""
+    """Flushes a folder's entries to disk, so that a rename survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems order renames by themselves and know no such call.
+        # Some network file systems do not support this call; they order renames themselves.
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
     finally:

@@ -1,10 +1,10 @@
 """The native backend: C++ kernels on numpy memory and on the mapped file, for any CPU; never imports torch.
 
-A forward pass is a few hundred small operations, and calling each from Python would cost a small model most of its time.
-So the model is written once, in Python (models/granite.py), and this backend runs it once with *symbols* in place of
-arrays: every op then records itself into a native program, which all later steps run in a single call without the GIL.
-C++ thereby knows ops and registers, no architecture. An op that is given arrays instead of symbols records a program of
-that op alone and runs it, so there is one path, and a test of a single op tests what the model runs.
+A forward pass is a few hundred small operations. In a small model, calling each of them from Python would take most of the
+time. So this backend runs the model's Python code (models/decoder.py) once with *symbols* in place of arrays: every op
+records itself into a native program, and all later steps run that program in a single call without the GIL. The C++ code
+knows ops and registers, but no architecture. An op that is given arrays instead of symbols records a program of that op
+alone and runs it. There is only this one path, so a test of a single op tests the code that the model runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 import mpo_runtime._native as _native
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.backends.ops import Array, check_activations
+from mpo_runtime.backends.ops import Array, Ops, check_activations
 from mpo_runtime.layers.native import float_vector, load_linear
-from mpo_runtime.layers.rope import inverse_frequencies
+from mpo_runtime.rope import inverse_frequencies
 from mpo_runtime.weights.protocol import Weights
 
 Floats = NDArray[np.float32]
@@ -31,7 +31,7 @@ KV_TYPES = ("f32", "f16", "bf16", "int8")
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A register of a program that is being recorded, in place of an array; `register` is None for the token ids."""
+    """Stands for an array while a program is recorded: a register of the program, or None for the token ids."""
 
     program: _native.Program
     register: int | None
@@ -50,16 +50,16 @@ class NativeCache:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens held by each row."""
+        """Tokens in each row."""
         return self.held.lengths
 
     @property
     def nbytes(self) -> int:
-        """Bytes set aside; the system provides them as they are first written."""
+        """Reserved bytes; the system provides each page when it is first written."""
         return self.held.nbytes
 
     def advance(self, counts: list[int]) -> None:
-        """Counts the new tokens of each row as held; raises ValueError past the capacity."""
+        """Adds the number of new tokens to the length of each row; raises ValueError past the capacity."""
         self.held.advance(counts)
 
     def rewind(self, length: int) -> None:
@@ -67,15 +67,15 @@ class NativeCache:
         self.held.rewind(length)
 
 
-class NativeOps:
+class NativeOps(Ops):
     """The op set in C++.
 
     Args:
-        weights: an open file or folder; its tensors are read where they are mapped.
+        weights: an open file or folder; its tensors are read directly from the mapping.
         chi: cuts every MPO bond to its first `chi` values.
-        kv_type: what the KV cache is stored in: f32, f16, bf16 or int8 (with a scale for each position and head).
+        kv_type: element type of the KV cache: f32, f16, bf16 or int8 (with a scale for each position and head).
         activations: what integer weights are multiplied with: `int8` rounds the input of a layer to 8 bits in blocks of
-            32 (fast), `float` keeps float32 throughout.
+            32 (fast), `float` keeps it in float32.
 
     Raises:
         ConfigError: for another `kv_type` or `activations`.
@@ -97,16 +97,16 @@ class NativeOps:
         spec = weights.spec
         self.kv_type = kv_type
         self.exact = activations == "float"
-        self.linears = {linear.name: load_linear(weights, linear, chi=chi) for linear in spec.linears}
-        self.vectors = {vector.name: float_vector(weights, f"{vector.name}.weight") for vector in spec.vectors}
+        self._linears = {linear.name: load_linear(weights, linear, chi=chi) for linear in spec.linears}
+        self._vectors = {vector.name: float_vector(weights, f"{vector.name}.weight") for vector in spec.vectors}
         self.head_dim = spec.architecture.head_dim
         self.frequencies = inverse_frequencies(spec.architecture.rope, self.head_dim)
-        # Forward passes by weak reference: a program must not keep the model that recorded it, and thereby itself, alive.
+        # Forward passes are weak keys: a strong one would keep the model alive, and the model keeps this op set alive.
         self.recorded: dict[Any, tuple[_native.Program, int]] = {}
 
     def weights(self, layer: str) -> _native.Linear | Floats:
         """The layer or vector of that name."""
-        return self.linears[layer] if layer in self.linears else self.vectors[layer]
+        return self._linears[layer] if layer in self._linears else self._vectors[layer]
 
     def ids(self, rows: list[list[int]]) -> Ids:
         """Token ids [B, S]."""
@@ -117,7 +117,7 @@ class NativeOps:
         return array
 
     def new_cache(self, architecture: Architecture, rows: int, capacity: int) -> NativeCache:
-        """Sets an empty KV cache aside."""
+        """Allocates an empty KV cache."""
         if capacity > architecture.max_position_embeddings:
             limit = architecture.max_position_embeddings
             raise ConfigError(f"context of {capacity} tokens: the model was made for {limit}; lower --ctx-size")
@@ -125,7 +125,7 @@ class NativeOps:
         return NativeCache(_native.Cache(blocks, rows, heads, capacity, architecture.head_dim, self.kv_type))
 
     def run(self, forward: Callable[[Array, Any], Array], ids: Ids, cache: NativeCache) -> Floats:
-        """What `forward(ids, cache)` gives [B, S, width], by the program that its first call recorded."""
+        """The result of `forward(ids, cache)` [B, S, width], from the program that its first call recorded."""
         key = weakref.WeakMethod(forward) if hasattr(forward, "__self__") else forward
         if key not in self.recorded:
             program = _native.Program(self.exact)
@@ -145,11 +145,11 @@ class NativeOps:
         cache: NativeCache | None = None,
         key: Any = None,
     ) -> Any:
-        """Records an op on symbols; runs it on arrays [..., width] with one or two axes in front.
+        """Records an op on symbols, or runs it on arrays [..., width] with one or two leading axes.
 
         Args:
             record: `record(program, *registers)` adds the op and returns the register of its result.
-            key: names the op's program, to be kept for the next call; it must tell apart all that `record` depends on.
+            key: under which the op's program is kept for the next call; two ops that record differently need two keys.
         """
         given = ids if ids is not None else arrays[0]
         if isinstance(given, Symbol):

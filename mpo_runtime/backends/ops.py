@@ -1,12 +1,13 @@
 """The op set: what a model needs and a backend provides. A model is written once; a backend is a complete set of ops.
 
-Arrays are opaque to the models: torch tensors or numpy arrays, whatever the backend takes. Shapes: B rows, S new tokens,
-H query heads, K key-value heads, D head size, E hidden size.
+Models pass arrays from op to op without looking into them; they are torch tensors or numpy arrays, depending on the backend.
+Shapes: B rows, S new tokens, H query heads, K key-value heads, D head size, E hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +27,7 @@ def check_activations(activations: str) -> None:
 
 
 class Cache(Protocol):
-    """A preallocated KV cache; every row has its own length."""
+    """A preallocated KV cache of several rows, each with a length of its own."""
 
     @property
     def capacity(self) -> int:
@@ -35,11 +36,11 @@ class Cache(Protocol):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens held by each row."""
+        """Tokens in each row."""
         ...
 
     def advance(self, counts: list[int]) -> None:
-        """Counts the new tokens of each row as held; what was appended beyond them will be overwritten."""
+        """Adds the number of new tokens to the length of each row; appended padding beyond it will be overwritten."""
         ...
 
     def rewind(self, length: int) -> None:
@@ -48,7 +49,7 @@ class Cache(Protocol):
 
 
 class Ops(Protocol):
-    """A complete backend."""
+    """What a model runs on: a complete backend."""
 
     name: str
 
@@ -69,7 +70,7 @@ class Ops(Protocol):
         ...
 
     def run(self, forward: Callable[[Array, Any], Array], ids: Array, cache: Any) -> Array:
-        """What `forward(ids, cache)` gives; a backend may record its ops once and run them as one afterwards."""
+        """The result of `forward(ids, cache)`; a backend may record its ops in the first call and replay them later."""
         ...
 
     def embed(self, table: Array, ids: Array, multiplier: float) -> Array:
@@ -105,4 +106,24 @@ class Ops(Protocol):
 
     def logits(self, head: Array, x: Array, scaling: float) -> Array:
         """head(x) / scaling [..., vocabulary]."""
+        ...
+
+
+class EditableOps(Ops, Protocol):
+    """A backend whose matrices can be exchanged, as calibration, measuring and healing do. The reference backend is one."""
+
+    def replace(self, layer: str, weight: Array) -> None:
+        """Puts the matrix [out, in] in the place of a layer's terms; its bias stays."""
+        ...
+
+    def replaced(self, layer: str, weight: Array) -> AbstractContextManager[None]:
+        """A context in which the layer has that matrix in the place of its terms."""
+        ...
+
+    def holding(self, layers: Iterable[str]) -> AbstractContextManager[None]:
+        """A context in which the matrices of these layers stay in memory instead of being rebuilt at every use."""
+        ...
+
+    def block_cache(self, architecture: Architecture, rows: int, count: int) -> Cache:
+        """A KV cache for `count` tokens that all blocks share: for running one block after the other on a whole text."""
         ...

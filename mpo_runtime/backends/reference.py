@@ -1,8 +1,12 @@
-"""The reference backend: plain torch in float32, the numerical truth; differentiable, so healing uses it too."""
+"""The reference backend: plain torch in float32. Every other backend is tested against it.
+
+It is differentiable and its matrices can be exchanged, so calibration, measuring and healing run on it too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,24 +16,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.layers.linear import Linear, float_tensor, load_linear
-from mpo_runtime.layers.rope import inverse_frequencies
+from mpo_runtime.backends.ops import EditableOps
+from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor, load_linear
 from mpo_runtime.memory import available_memory
+from mpo_runtime.rope import inverse_frequencies
 from mpo_runtime.weights.protocol import Weights
 
-# Float matrices are held when they take at most this share of the memory that is free.
+# All matrices are kept in memory as float32 where they take at most this share of the free memory.
 HELD_SHARE = 0.6
-# Types that the KV cache may be stored in, by the names of --kv-type.
+# Element types of the KV cache, by the values of --kv-type.
 KV_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a torch device; on a CPU, that this process may take."""
+    """Free memory of a torch device in bytes; for the CPU, what this process can still allocate."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else available_memory()
 
 
 class TorchCache:
-    """Keys and values [2, B, K, capacity, D] of each block, stored in `dtype`; apart, so that gradients flow through."""
+    """Keys and values [2, B, K, capacity, D], a tensor for each block so that gradients can flow through the cache.
+
+    Args:
+        shared: all blocks use one tensor, for running one block after the other on a whole text.
+    """
 
     def __init__(
         self,
@@ -38,13 +47,17 @@ class TorchCache:
         capacity: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        *,
+        shared: bool = False,
     ) -> None:
         heads, size = architecture.num_key_value_heads, architecture.head_dim
         self.capacity = capacity
         self.lengths = [0] * rows
         shape = (2, rows, heads, capacity, size)
         self.device = device
-        self.held = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(architecture.num_hidden_layers)]
+        blocks = architecture.num_hidden_layers
+        tensors = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(1 if shared else blocks)]
+        self.held = tensors * blocks if shared else tensors
 
     def positions(self, count: int) -> Tensor:
         """The positions [B, S] of `count` new tokens in each row."""
@@ -52,7 +65,7 @@ class TorchCache:
         return starts[:, None] + torch.arange(count, device=self.device)
 
     def advance(self, counts: list[int]) -> None:
-        """Counts the new tokens of each row as held."""
+        """Adds the number of new tokens to the length of each row."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def rewind(self, length: int) -> None:
@@ -60,16 +73,16 @@ class TorchCache:
         self.lengths = [min(length, held) for held in self.lengths]
 
 
-class ReferenceOps:
+class ReferenceOps(EditableOps):
     """The op set in plain torch.
 
     Args:
         weights: an open file or folder.
         chi: cuts every MPO bond to its first `chi` values.
         device: a torch device name.
-        held: keeps all matrices in float32; None decides by the device's memory that is free, and rebuilds integer and bf16
-            matrices at every use where it would not suffice.
-        kv_type: what the KV cache is stored in: f32, f16 or bf16; attention computes in float32 in any case.
+        held: keeps all matrices in memory as float32; False rebuilds them from the file at every use. None keeps them where
+            the device has enough free memory.
+        kv_type: element type of the KV cache: f32, f16 or bf16; attention is computed in float32 in any case.
 
     Raises:
         ConfigError: for another `kv_type`.
@@ -94,10 +107,10 @@ class ReferenceOps:
         if held is None:
             held = spec.architecture.parameters() * 4 <= HELD_SHARE * free_memory(device)
         self.held = held
-        self.linears: dict[str, Linear] = {
+        self._linears: dict[str, Linear] = {
             linear.name: load_linear(weights, linear, chi=chi, held=held, device=self.device) for linear in spec.linears
         }
-        self.vectors: dict[str, Tensor] = {
+        self._vectors: dict[str, Tensor] = {
             vector.name: float_tensor(weights, f"{vector.name}.weight").to(self.device) for vector in spec.vectors
         }
         frequencies = inverse_frequencies(spec.architecture.rope, spec.architecture.head_dim)
@@ -105,7 +118,35 @@ class ReferenceOps:
 
     def weights(self, layer: str) -> Linear | Tensor:
         """The loaded layer or vector of that name."""
-        return self.linears[layer] if layer in self.linears else self.vectors[layer]
+        return self._linears[layer] if layer in self._linears else self._vectors[layer]
+
+    def replace(self, layer: str, weight: Tensor) -> None:
+        """Puts the matrix [out, in] in the place of a layer's terms; its bias stays."""
+        present = self._linears[layer]
+        self._linears[layer] = Linear(present.spec, [MatrixTerm.of(weight.to(self.device))], present.bias)
+
+    @contextmanager
+    def replaced(self, layer: str, weight: Tensor) -> Iterator[None]:
+        """A context in which the layer has that matrix [out, in] in the place of its terms."""
+        original = self._linears[layer]
+        self.replace(layer, weight)
+        try:
+            yield
+        finally:
+            self._linears[layer] = original
+
+    @contextmanager
+    def holding(self, layers: Iterable[str]) -> Iterator[None]:
+        """A context in which the matrices of these layers stay in memory as float32."""
+        terms = [term for name in layers for term in self._linears[name].terms if isinstance(term, MatrixTerm)]
+        rebuilt = [term for term in terms if term.held is None]
+        for term in rebuilt:
+            term.held = term.rebuild()
+        try:
+            yield
+        finally:
+            for term in rebuilt:
+                term.held = None
 
     def ids(self, rows: list[list[int]]) -> Tensor:
         """Token ids [B, S]."""
@@ -122,8 +163,12 @@ class ReferenceOps:
             raise ConfigError(f"context of {capacity} tokens: the model was made for {limit}; lower --ctx-size")
         return TorchCache(architecture, rows, capacity, self.device, self.kv_type)
 
+    def block_cache(self, architecture: Architecture, rows: int, count: int) -> TorchCache:
+        """A float32 KV cache for `count` tokens that all blocks share: for running one block after the other."""
+        return TorchCache(architecture, rows, count, self.device, shared=True)
+
     def run(self, forward: Callable[[Tensor, Any], Tensor], ids: Tensor, cache: TorchCache) -> Tensor:
-        """`forward(ids, cache)` itself: nothing is recorded, so that gradients flow and every op can be replaced."""
+        """`forward(ids, cache)`: nothing is recorded, so that gradients flow and a subclass can override every op."""
         return forward(ids, cache)
 
     def embed(self, table: Linear, ids: Tensor, multiplier: float) -> Tensor:
@@ -149,7 +194,7 @@ class ReferenceOps:
         k = rotate(k.view(rows, count, heads, size).transpose(1, 2), cosine, sine)
         v = v.view(rows, count, heads, size).transpose(1, 2)
         for row, start in enumerate(cache.lengths):
-            kept = min(count, cache.capacity - start)  # the padding of a short row may reach past the end
+            kept = min(count, cache.capacity - start)  # the padding of a short row may exceed the capacity
             held[0, row, :, start : start + kept] = k[row, :, :kept]
             held[1, row, :, start : start + kept] = v[row, :, :kept]
         return rotate(q.view(rows, count, -1, size).transpose(1, 2), cosine, sine)
@@ -181,6 +226,6 @@ class ReferenceOps:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotates the halves of x [..., D] against each other by the angles [..., D/2]."""
+    """Rotates each pair of elements (j, j + D/2) of x [..., D] by its angle [..., D/2], given as cosine and sine."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

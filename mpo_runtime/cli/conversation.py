@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_formats.errors import ConfigError, OutputError
+from mpo_runtime.cli.options import json_or_text, parse_biases
 from mpo_runtime.filesystem import replace_file
 from mpo_runtime.model import FinishReason, Model, Piece
 from mpo_runtime.sampler import SamplingOptions
@@ -78,18 +79,8 @@ def parse_value(name: str, text: str) -> Any:
         stop = json_or_text(text) if text[:1] in ('"', "[") else text
         return tuple(stop) if isinstance(stop, list) else (stop,)
     if name == "logit_bias":
-        from mpo_runtime.cli.options import parse_biases
-
         return parse_biases(text.split())
     return json_or_text(text)
-
-
-def json_or_text(text: str) -> Any:
-    """The value that a text stands for as JSON, or the text itself where it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # the latter where brackets are nested a thousand deep
-        return text
 
 
 @dataclass(slots=True)

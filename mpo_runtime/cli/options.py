@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpo_runtime.text.chat_template import TemplateOptions
 
 File = Annotated[
-    Path, typer.Argument(help="A .mpo file, a Hugging Face folder, or a name in the store.", show_default=False)
+    Path, typer.Argument(help="A .mpo or GGUF file, a Hugging Face folder, or a name in the store.", show_default=False)
 ]
 Chi = Annotated[
     int | None,
@@ -220,10 +220,17 @@ def read_objects(path: Path, option: str) -> list[dict[str, Any]]:
     return rows
 
 
+def json_or_text(text: str) -> Any:
+    """The value that a text stands for as JSON, or the text itself where it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # the latter where brackets are nested a thousand deep
+        return text
+
+
 def parse_arguments(items: list[str]) -> dict[str, Any]:
     """Variables of the chat template from `NAME=VALUE` each; raises ConfigError for another form."""
     from mpo_formats.errors import ConfigError
-    from mpo_runtime.cli.conversation import json_or_text
 
     arguments = {}
     for item in items:

@@ -1,1 +1,1 @@
-"""Layers: a linear layer as a sum of terms, and how its cores are contracted."""
+"""Layers: a linear layer as a sum of terms, how its cores are contracted, and RoPE frequencies."""

@@ -1,4 +1,8 @@
-"""A linear layer as a sum of terms, in torch: y = Σ_t term_t(x) (+ bias), term ∈ {Dense, Quantized, Mpo}."""
+"""A linear layer as a sum of terms, in torch: y = Σ_t term_t(x) (+ bias), term ∈ {Dense, Quantized, Mpo}.
+
+The reference backend runs these classes. The product with an integer matrix of any width is the plain product with the
+dequantised one (`mpo_runtime.native.dequantize`); the native backend multiplies without dequantising (csrc/).
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,16 @@ from mpo_runtime.weights.protocol import Weights
 
 @dataclass(slots=True)
 class MatrixTerm:
-    """A Dense or Quantized term [out, in]: held in float, or rebuilt from the mapped file at every use."""
+    """A Dense or Quantized term [out, in]: `held` in memory as float32, or None and rebuilt from the file at every use."""
 
     held: Tensor | None
     rebuild: Callable[[], Tensor]
     rebuild_rows: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> MatrixTerm:
+        """A term of that matrix [out, in], which stays in memory."""
+        return cls(weight, lambda: weight, lambda ids: weight[ids])
 
     def weight(self) -> Tensor:
         """The matrix [out, in]."""
@@ -50,7 +59,7 @@ class MpoTerm:
     cores: list[Tensor]
 
     def apply(self, x: Tensor) -> Tensor:
-        """Maps x [T, in] to [T, out] in the order that costs least."""
+        """Maps x [T, in] to [T, out] in the order of contraction that costs least (contraction.py)."""
         order = choose_order(self.spec, x.shape[0])
         if order == "densify":
             return F.linear(x, self.weight())
@@ -76,7 +85,7 @@ class MpoTerm:
         return state[..., 0]
 
     def _sweep(self, x: Tensor) -> Tensor:
-        # The state is [T·O, χ·i_k, rest]: finished outputs in front, inputs to come behind.
+        # The state is [T·O, χ·i_k, rest]: finished outputs first, inputs that are still to be contracted last.
         rows, rest = x.shape[0], x.shape[1]
         state = x
         for core in self.cores:
@@ -89,13 +98,13 @@ class MpoTerm:
         return state.reshape(rows, -1)
 
     def _sweep_back(self, x: Tensor) -> Tensor:
-        # The state is [T·rest, i_k·χ, O]: inputs to come in front, finished outputs behind.
+        # The state is [T·rest, i_k·χ, O]: inputs that are still to be contracted first, finished outputs last.
         rows, done = x.shape[0], 1
         state = x
         for core in reversed(self.cores):
             chi, out, inner, bond = core.shape
             state = state.reshape(-1, inner * bond, done)
-            matrix = core.permute(0, 1, 2, 3).reshape(chi * out, inner * bond)
+            matrix = core.reshape(chi * out, inner * bond)
             state = product(matrix, state)  # [T·rest, χ'·o, O]
             done *= out
             state = state.reshape(-1, chi, done)
@@ -103,10 +112,10 @@ class MpoTerm:
 
 
 def product(matrix: Tensor, state: Tensor) -> Tensor:
-    """matrix [M, K] times each of the states [N, K, R].
+    """The product of a matrix [M, K] with each of the states [N, K, R].
 
-    Where R is 1, which in low-rank operators it is throughout, as one product: torch takes N products with a vector, each
-    of which reads the matrix again, 20 times as long.
+    Where R is 1, as it always is in low-rank operators, it is computed as one matrix product: torch.matmul would take N
+    products with a vector and read the matrix N times, which is 20 times slower.
     """
     if state.shape[2] == 1:
         return F.linear(state[..., 0], matrix)[..., None]
@@ -118,7 +127,7 @@ TorchTerm = MatrixTerm | MpoTerm
 
 @dataclass(slots=True)
 class Linear:
-    """A layer ready to run: its spec, terms and bias."""
+    """A loaded layer: its spec, terms and bias."""
 
     spec: LinearSpec
     terms: list[TorchTerm]
@@ -151,8 +160,8 @@ def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None, held: bo
     """Loads a layer in float32.
 
     Args:
-        chi: cuts every bond to its first `chi` values; only that prefix of each core is read.
-        held: keeps dense and integer terms as float32 matrices; otherwise they are rebuilt at every use.
+        chi: cuts every bond to its first `chi` values; only that part of each core is read.
+        held: keeps Dense and Quantized terms in memory as float32 matrices; otherwise they are rebuilt at every use.
     """
     terms: list[TorchTerm] = []
     for index, term in enumerate(spec.terms):
@@ -183,7 +192,7 @@ def _matrix_term(
 
 
 def load_cores(weights: Weights, prefix: str, stored: Mpo, kept: Mpo, device: torch.device) -> list[Tensor]:
-    """Reads the prefix `kept` of the cores `stored`, as float32 [χ_{k−1}, o_k, i_k, χ_k]."""
+    """Reads cores as float32 [χ_{k−1}, o_k, i_k, χ_k]: of the term `stored` the leading part that `kept` describes."""
     cores = []
     for index, (full, part) in enumerate(zip(stored.core_shapes(), kept.core_shapes(), strict=True)):
         name = f"{prefix}.core{index}"

@@ -1,4 +1,4 @@
-"""A linear layer for the native backend: its terms as views of the mapped file, nothing copied but a bias."""
+"""A linear layer for the native backend: its terms are views of the mapped file; only a bias is copied."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mpo_runtime.weights.protocol import Weights
 
 
 def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None) -> _native.Linear:
-    """A layer whose terms are read where they lie in the file, every bond cut to its first `chi` values.
+    """A layer whose terms are read directly from the mapped file, every bond cut to its first `chi` values.
 
     Raises:
-        ValueError: where a tensor does not have the size that the layer table says; a checked file never does.
+        ValueError: when a tensor has another size than the layer table says, which cannot happen in a checked file.
     """
     matrices, operators = [], []
     for index, term in enumerate(spec.terms):
@@ -35,7 +35,7 @@ def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None) -> _nati
 
 
 def load_operator(weights: Weights, prefix: str, stored: Mpo, kept: Mpo) -> _native.Operator:
-    """The prefix `kept` of the cores `stored`, with the order that is cheapest for one token and for many."""
+    """An Mpo term, of `stored` the leading part that `kept` describes, with the cheapest order for one and for many tokens."""
     cores = []
     for index, (full, part) in enumerate(zip(stored.core_shapes(), kept.core_shapes(), strict=True)):
         name = f"{prefix}.core{index}"

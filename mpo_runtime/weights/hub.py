@@ -13,7 +13,14 @@ from mpo_formats.errors import CheckpointError, ConfigError, MpoError
 from mpo_runtime.weights import store
 
 
-def pull(identifier: str, name: str | None = None, *, file: str | None = None, replace: bool = False) -> store.Entry:
+def pull(
+    identifier: str,
+    name: str | None = None,
+    *,
+    file: str | None = None,
+    replace: bool = False,
+    seconds: float | None = None,
+) -> store.Entry:
     """Downloads `owner/name` into the store: its `.mpo` file where it has one, else its safetensors folder.
 
     An interrupted download is resumed by the next call.
@@ -22,6 +29,7 @@ def pull(identifier: str, name: str | None = None, *, file: str | None = None, r
         name: of the new entry; the identifier where None.
         file: name of the `.mpo` file to take where the repository has several.
         replace: replaces an entry of that name.
+        seconds: how long the hub may take to answer before it counts as out of reach; None for its client's own limit.
 
     Raises:
         MpoError: when the hub cannot be reached, has no such model, or the downloaded files are no model.
@@ -30,7 +38,7 @@ def pull(identifier: str, name: str | None = None, *, file: str | None = None, r
     store.refuse_taken(chosen, replace)
     store.require_writable()
     partial = store.models_folder() / f".pulling-{chosen.replace('/', '--')}"
-    target = fetch(identifier, file, partial)
+    target = fetch(identifier, file, partial, seconds)
     store.open_path(target).close()  # raises where it is no model
     with store.staging(chosen) as stage:
         staged = stage / ("folder" if target.is_dir() else "file.mpo")
@@ -40,11 +48,11 @@ def pull(identifier: str, name: str | None = None, *, file: str | None = None, r
         return store.publish(staged, chosen)
 
 
-def fetch(identifier: str, file: str | None, folder: Path) -> Path:
+def fetch(identifier: str, file: str | None, folder: Path, seconds: float | None = None) -> Path:
     """Downloads into a folder and returns the `.mpo` file or the folder; raises CheckpointError where that fails."""
     with reach(identifier, "copy the model here and run: mpo-run pull FOLDER, or FILE.mpo") as hub:
         # Without a network list_repo_files retries for half a minute; model_info fails at once.
-        siblings = hub.HfApi().model_info(identifier).siblings or []
+        siblings = hub.HfApi().model_info(identifier, timeout=seconds).siblings or []
         chosen = choose_file(identifier, [sibling.rfilename for sibling in siblings], file)
         if chosen:
             return Path(hub.hf_hub_download(identifier, chosen, local_dir=folder))
@@ -52,14 +60,33 @@ def fetch(identifier: str, file: str | None, folder: Path) -> Path:
         return folder
 
 
-def cached_folder(identifier: str) -> Path:
+def cached_folder(identifier: str, *, seconds: float | None = None) -> Path:
     """The folder of a checkpoint in the hub client's own cache, downloaded if needed; its name is the revision.
+
+    Args:
+        seconds: how long the hub may take to answer before only what the cache holds is looked at; None for no such limit.
 
     Raises:
         CheckpointError: when the hub cannot be reached or has no such model.
     """
     with reach(identifier, "copy the model's folder here and run: mpo-export FOLDER") as hub:
+        if seconds is not None:
+            try:
+                hub.HfApi().model_info(identifier, timeout=seconds)
+            except Exception:
+                if folder := earlier_download(hub, identifier):
+                    return folder
+                raise
         return Path(hub.snapshot_download(identifier, allow_patterns=list(store.NEEDED)))
+
+
+def earlier_download(hub: Any, identifier: str) -> Path | None:
+    """The folder of a checkpoint that the hub client's cache holds with its weights, without asking the hub."""
+    try:
+        folder = Path(hub.snapshot_download(identifier, local_files_only=True))
+    except Exception:  # its kind depends on what the cache lacks
+        return None
+    return folder if (folder / "config.json").exists() and any(folder.glob("*.safetensors")) else None
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""Where weights come from: one view of a `.mpo` file and of a Hugging Face folder, so that both load the same way."""
+"""Where weights come from: one view of a `.mpo` file, a GGUF file and a Hugging Face folder, so that all load the same way."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from mpo_formats import ModelSpec
+from mpo_formats import Architecture, ModelSpec
 
 
 class Weights(Protocol):
@@ -31,4 +32,22 @@ class Weights(Protocol):
 
     def close(self) -> None:
         """Unmaps the files."""
+        ...
+
+
+class DenseWeights(Weights, Protocol):
+    """The weights of a dense model that an export starts from: a Hugging Face folder or a GGUF file."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder, or the GGUF file."""
+        ...
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's architecture."""
+        ...
+
+    def sha256(self) -> str:
+        """The digest of the files that hold the tensors."""
         ...

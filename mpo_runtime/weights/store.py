@@ -1,7 +1,7 @@
 """The local store: models kept under a name, so that every command and `load` take the name in place of a path.
 
-An entry is a file `NAME.mpo` or a Hugging Face folder `NAME` in the folder `models` of the store; in a name `owner/name` the
-slash is stored as two hyphens. A model is checked before it is added, and it appears complete or not at all.
+An entry is a file `NAME.mpo` or `NAME.gguf` or a Hugging Face folder `NAME` in the folder `models` of the store; in a name
+`owner/name` the slash is stored as two hyphens. A model is checked before it is added, and it appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from pathlib import Path
 from mpo_formats import MpoFile
 from mpo_formats.errors import CheckpointError, ConfigError, OutputError
 from mpo_runtime.filesystem import expand_user, user_folder
+from mpo_runtime.weights import gguf
 from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.weights.protocol import Weights
 
 SUFFIX = ".mpo"
+SUFFIXES = (SUFFIX, gguf.SUFFIX)
 # Such a part is a valid file name on every system, and no path that leads out of the store's folder.
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._]|-(?!-)){0,95}"
 _NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
@@ -54,8 +56,8 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """`mpo`, or `folder` for a Hugging Face folder."""
-        return "folder" if self.path.is_dir() else "mpo"
+        """`mpo`, `gguf`, or `folder` for a Hugging Face folder."""
+        return "folder" if self.path.is_dir() else self.path.suffix[1:]
 
 
 def home() -> Path:
@@ -79,7 +81,7 @@ def models_folder() -> Path:
 
 def check_name(name: str) -> str:
     """The name itself; raises ConfigError unless it is `name` or `owner/name` of plain characters."""
-    if not _NAME.fullmatch(name) or name.endswith((".", SUFFIX)):
+    if not _NAME.fullmatch(name) or name.endswith((".", *SUFFIXES)):
         raise ConfigError(
             f"{name!r} is no name for the store; expected letters, digits, '.', '_' and single '-', "
             "as in granite or owner/granite; choose one with --name"
@@ -95,9 +97,9 @@ def find(name: str) -> Entry | None:
         plain = models_folder() / name.replace("/", "--")
     except ConfigError:  # no store, and so nothing in it
         return None
-    file = plain.with_name(plain.name + SUFFIX)
-    path = file if file.is_file() else plain
-    return Entry(name, path, size_of(path)) if file.is_file() or plain.is_dir() else None
+    files = [plain.with_name(plain.name + suffix) for suffix in SUFFIXES]
+    found = [path for path in files if path.is_file()] + [plain] * plain.is_dir()
+    return Entry(name, found[0], size_of(found[0])) if found else None
 
 
 def resolve(path: str | Path) -> Path:
@@ -113,18 +115,20 @@ def resolve(path: str | Path) -> Path:
     if entry is None:
         raise CheckpointError(
             f"{place}: no such file or folder, nor a name in the store (see mpo-run list); "
-            "give a .mpo file or a Hugging Face folder"
+            "give a .mpo file or a Hugging Face folder, or a GGUF file"
         )
     return entry.path
 
 
 def open_path(path: Path, *, verify: bool = False) -> Weights:
-    """Opens a `.mpo` file or a Hugging Face folder; `verify` checks the checksums of a file.
+    """Opens a `.mpo` or GGUF file or a Hugging Face folder; `verify` checks the checksums of a `.mpo` file.
 
     Raises:
-        CheckpointError: when a folder is no complete model of a known architecture.
+        CheckpointError: when a folder or GGUF file is no complete model of a known architecture.
         FormatError: when a `.mpo` file breaks a rule of SPEC.md.
     """
+    if not path.is_dir() and gguf.is_gguf(path):
+        return gguf.Gguf(path)
     return Checkpoint(path) if path.is_dir() else MpoFile(path, verify=verify)
 
 
@@ -132,16 +136,23 @@ def entries() -> list[Entry]:
     """All models in the store, by name."""
     folder = models_folder()
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    names = [(path.name.removesuffix(SUFFIX).replace("--", "/"), path) for path in paths]
+    names = [(without_suffix(path.name).replace("--", "/"), path) for path in paths]
     return [
         Entry(name, path, size_of(path))
         for name, path in names
-        if _NAME.fullmatch(name) and (path.suffix == SUFFIX or path.is_dir())
+        if _NAME.fullmatch(name) and (path.suffix in SUFFIXES or path.is_dir())
     ]
 
 
+def without_suffix(name: str) -> str:
+    """The name of a file without .mpo or .gguf, or of a folder as it is."""
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
 def add(source: Path, name: str | None = None, *, replace: bool = False) -> Entry:
-    """Adds a `.mpo` file or a Hugging Face folder to the store, by hard links where the file system has them.
+    """Adds a `.mpo` or GGUF file or a Hugging Face folder to the store, by hard links where the file system has them.
 
     Args:
         name: of the new entry; where None, the name of the file or folder.
@@ -150,7 +161,7 @@ def add(source: Path, name: str | None = None, *, replace: bool = False) -> Entr
     Raises:
         MpoError: when the source is no model, the name is taken or not valid, or the store cannot be written.
     """
-    chosen = check_name(name or source.resolve().name.removesuffix(SUFFIX))
+    chosen = check_name(name or without_suffix(source.resolve().name))
     refuse_taken(chosen, replace)
     require_writable()
     open_path(source).close()  # raises where it is no model
@@ -162,7 +173,7 @@ def add(source: Path, name: str | None = None, *, replace: bool = False) -> Entr
                 place.parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(file, place)
         else:
-            target = stage / "file.mpo"
+            target = stage / f"file{gguf.SUFFIX if gguf.is_gguf(source) else SUFFIX}"
             link_or_copy(source, target)
         return publish(target, chosen)
 
@@ -201,7 +212,7 @@ def staging(name: str) -> Iterator[Path]:
 
 def publish(target: Path, name: str) -> Entry:
     """Moves a finished file or folder to its place; an older entry of that name is removed afterwards."""
-    place = models_folder() / (name.replace("/", "--") + ("" if target.is_dir() else SUFFIX))
+    place = models_folder() / (name.replace("/", "--") + ("" if target.is_dir() else target.suffix))
     old = find(name)
     if old and (old.kind == "folder" or old.path != place):
         aside = target.parent / "old"

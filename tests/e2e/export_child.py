@@ -9,14 +9,14 @@ import os
 import sys
 from pathlib import Path
 
-from mpo_exporter.export import export
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
+from tests.helpers import export_folder
 
 
 def export_forever(folder: Path, target: Path, number: int) -> None:
     """Exports round after round; the round is told by χ, of which the file keeps a record."""
     while True:
-        export(folder, target, Options("paper", chi=number), force=True)
+        export_folder(folder, target, Options("paper", chi=number), force=True)
         number += 1
 
 

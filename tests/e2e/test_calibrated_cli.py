@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpo_exporter.calibrate.windows import COUNT
-from mpo_exporter.cli.main import CALIBRATION_WINDOWS
+from mpo_exporter.cli.options import CALIBRATION_WINDOWS
 from mpo_formats import MpoFile
 from tests.e2e.conftest import Run
 from tests.helpers import write_folder
@@ -102,7 +102,7 @@ def test_targets_that_cannot_be_met_or_read(run: Run, folder: Path) -> None:
         (("--target-bpw", 0), ("--target-bpw 0", "more than 0")),
         (("--target-size", "2 bananas"), ("--target-size 2 bananas", "2.1GB")),
         (("--target-size", "1MB", "--target-bpw", 3), ("give one of them",)),
-        (("--target-size", "1MB", "--plan", "int4"), ("the plan auto",)),
+        (("--target-size", "1MB", "--plan", "int4"), ("--target-size: expected the plan auto, found int4",)),
         (("--target-size", "1MB", "--calib-windows", 0), ("--calib",)),
     ):
         windows = () if "--calib-windows" in arguments else ("--calib-windows", 8)

@@ -18,21 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpo_exporter import assemble as assemble_module
+from mpo_exporter import export as export_module
 from mpo_formats import CheckpointError, MpoFile, MpoWriter
 from mpo_runtime.cli import main as runtime_cli
 from mpo_runtime.measure import compare, perplexity
 from tests.e2e.conftest import Outcome, Run
-from tests.helpers import granite_config, network, some_ids, write_folder, write_weights
+from tests.helpers import export_folder, granite_config, network, some_ids, write_folder, write_weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODULES = {"mpo-run": "mpo_runtime.cli.main", "mpo-export": "mpo_exporter.cli.main"}
 STORY = "Once upon a time, there was a little girl named Lily."
 
 
-def spawn(program: str, *arguments: object) -> Outcome:
-    """Runs a program as a process of its own, as its entry point does."""
-    code = f"from {MODULES[program]} import main; main()"
+def spawn(program: str, *arguments: object, after: str = "") -> Outcome:
+    """Runs a program as a process of its own, as its entry point does; `after` is a statement to run at its end."""
+    code = f"import sys\nfrom {MODULES[program]} import main\ntry:\n    main()\nfinally:\n    {after or 'pass'}"
     path = os.pathsep.join(str(ROOT / part) for part in ("", "formats", "exporter"))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -59,10 +59,9 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mpo_exporter.export import export
-    from mpo_exporter.plan.named import Options
+    from mpo_exporter.plan.options import Options
 
-    return export(folder, tmp_path_factory.mktemp("file") / "little.mpo", Options("auto", chi=2)).path
+    return export_folder(folder, tmp_path_factory.mktemp("file") / "little.mpo", Options("auto", chi=2)).path
 
 
 @pytest.fixture
@@ -297,7 +296,7 @@ def old(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_known_before_the_work(run: Run, folder: Path, old: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(assemble_module, "build_linear", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(export_module, "build_linear", lambda *_: pytest.fail("the work began"))
     outcome = run("mpo-export", folder, "--force", "--measure-tokens", 0)
     outcome.assert_error("mpo-export", "little.mpo: cannot write", "No space left on device", "free some space")
     assert re.search(r"cannot write \d+\.\d MB", outcome.err)
@@ -328,7 +327,7 @@ def test_an_interrupted_export_leaves_nothing(
     target = tmp_path / "little.mpo"
     if force:
         target.write_bytes(b"an older file")
-    build, calls = assemble_module.build_linear, []
+    build, calls = export_module.build_linear, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -336,7 +335,7 @@ def test_an_interrupted_export_leaves_nothing(
             raise KeyboardInterrupt
         return build(*arguments)
 
-    monkeypatch.setattr(assemble_module, "build_linear", interrupted)
+    monkeypatch.setattr(export_module, "build_linear", interrupted)
     outcome = run("mpo-export", folder, "--measure-tokens", 0, *(["--force"] if force else []))
     assert outcome.code != 0
     assert "Traceback" not in outcome.err
@@ -362,6 +361,20 @@ def test_wrong_usage_is_exit_code_2(run: Run, program: str, arguments: tuple[str
     outcome = run(program, *arguments)
     assert outcome.code == 2
     assert outcome.out == "" and "Usage: " in outcome.err and "Traceback" not in outcome.err
+
+
+def test_help_lists_the_options_of_an_export_and_the_commands() -> None:
+    """And neither loads torch nor numpy, so that it comes at once."""
+    for arguments, words in (
+        (("--help",), ("Usage: mpo-export [OPTIONS]", "--target-size", "\n  heal ", "\n  profile ", "\n  report ")),
+        (("-h",), ("Usage: mpo-export [OPTIONS]",)),
+        (("heal", "--help"), ("Usage: mpo-export heal [OPTIONS]", "--heal-tokens")),
+        (("profile", "--help"), ("Usage: mpo-export profile [OPTIONS]", "--level")),
+        (("report", "--help"), ("Usage: mpo-export report [OPTIONS]", "--without-cores")),
+    ):
+        done = spawn("mpo-export", *arguments, after="print(sys.modules.keys() & {'torch', 'numpy', 'rich'})")
+        assert done.code == 0 and all(word in done.out for word in words), done
+        assert done.out.endswith("\nset()\n")
 
 
 def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

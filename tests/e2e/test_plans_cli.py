@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mpo_exporter.cli.options import PLAN_NAMES
+from mpo_exporter.plan.file import read_plan
 from mpo_exporter.plan.named import PLANS
+from mpo_exporter.plan.options import Options, Target
+from mpo_exporter.plan.planner import Planner
 from mpo_formats import Mpo, MpoFile
 from tests.e2e.conftest import Run
 from tests.helpers import granite_config, write_folder
@@ -107,6 +111,29 @@ def test_a_saved_plan_makes_the_same_layers(run: Run, folder: Path) -> None:
     assert json.loads(Path("plan.json").read_text())["version"] == 1
 
 
+def test_the_saved_plan_is_the_one_that_was_carried_out(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first plan of --max-kl is taken as a miss, and the second one made smaller: that one is saved."""
+    bounds = [0.01, 1.0]
+    carried_out: list[Options] = []
+
+    def bounded(planner: Planner, options: Options) -> Options:
+        carried_out.append(replace(options, target=Target(max_kl=bounds[len(carried_out)])))
+        return carried_out[-1]
+
+    monkeypatch.setattr("mpo_exporter.export.within_kl", bounded)
+    monkeypatch.setattr("mpo_exporter.cli.export.exceeds_kl", lambda result, options, *, again: len(carried_out) < 2)
+    done = run("mpo-export", folder, "--max-kl", 0.01, "--save-plan", "plan.json", *TEXT, *QUICK)
+    assert done.code == 0 and len(carried_out) == 2, done
+    with MpoFile("little.mpo") as file:
+        saved = read_plan(Path("plan.json")).terms(file.spec)
+        assert {linear.name: linear.terms for linear in file.spec.linears} == saved
+    refused = run("mpo-export", folder, "--out", "other.mpo", "--save-plan", "plan.json", *TEXT, *QUICK)
+    refused.assert_error("mpo-export", "plan.json: exists already", "--save-plan", "--force")
+    assert not Path("other.mpo").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -142,7 +169,7 @@ def test_plans_that_cannot_be_had_are_one_line(
 
 
 def test_the_names_of_plans_on_the_command_line() -> None:
-    assert PLAN_NAMES == PLANS
+    assert tuple(PLANS) == PLAN_NAMES
 
 
 def test_profile_by_command(run: Run, folder: Path) -> None:

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import torch
 
-from mpo_exporter.heal.distributed import joined
 from mpo_exporter.heal.run import heal
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.settings import HealJob, Settings
+from mpo_exporter.heal.workers import joined
+from mpo_exporter.source import open_source
 
 
 def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     with joined("cpu") as workers:
-        paths = [Path(asked[name]) for name in ("file", "teacher", "target")]
-        result = heal(*paths, Settings(**asked["settings"]), text=Path(asked["text"]), workers=workers)
+        paths = {name: Path(asked[name]) for name in ("file", "target", "text")}
+        with open_source(asked["teacher"]) as source:
+            result = heal(source, HealJob(**paths, settings=Settings(**asked["settings"])), workers)
         if workers.first:
             facts = {"curve": result.curve, "blocks": result.block_curves, "processes": workers.count}
             Path(sys.argv[2]).write_text(json.dumps(facts))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit import als, common, site, svd, whitened
 from mpo_exporter.fit.common import Cores, activation_error, contract
 from mpo_exporter.fit.site import make_target, site_at
@@ -59,7 +60,7 @@ def test_every_step_of_the_gradients_descends() -> None:
         core, square = place.solve(cores[0], steps)
         assert square == pytest.approx(true_error(matrix, (core, cores[1]), moment) ** 2, rel=1e-9)
         errors.append(square)
-    assert errors[0] == pytest.approx(svd.fit(matrix, moment, *BALANCED, 3).error ** 2)
+    assert errors[0] == pytest.approx(svd.fit(matrix, Moment(moment), *BALANCED, 3).error ** 2)
     assert all(later < earlier for earlier, later in pairwise(errors))
 
 
@@ -68,20 +69,20 @@ def test_sweeps_descend(monkeypatch: pytest.MonkeyPatch, formed: bool) -> None:
     monkeypatch.setattr(als, "pays_to_form", lambda *_: formed)
     matrix, moment = case(24, 36)
     dims = ((6, 4), (6, 6))
-    errors = [als.fit(matrix, moment, *dims, 5, sweeps=sweeps).error for sweeps in (0, 1, 2, 4, 8, 16)]
-    assert errors[0] == pytest.approx(whitened.fit(matrix, moment, *dims, 5).error)
+    errors = [als.fit(matrix, Moment(moment), *dims, 5, sweeps=sweeps).error for sweeps in (0, 1, 2, 4, 8, 16)]
+    assert errors[0] == pytest.approx(whitened.fit(matrix, Moment(moment), *dims, 5).error)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.9 * errors[0]
-    assert errors[-1] < 0.75 * svd.fit(matrix, moment, *dims, 5).error
+    assert errors[-1] < 0.75 * svd.fit(matrix, Moment(moment), *dims, 5).error
 
 
 @settings(max_examples=15)
 @given(dims=st.sampled_from(SHAPES), chi=st.integers(1, 8), seed=st.integers(0, 5))
 def test_never_worse_than_its_start_and_the_error_is_the_true_one(dims: tuple[Dims, Dims], chi: int, seed: int) -> None:
     matrix, moment = case(12, 16, seed)
-    plain = svd.fit(matrix, moment, *dims, chi)
-    for start, begun in ((None, whitened.fit(matrix, moment, *dims, chi)), (plain, plain)):
-        fit = als.fit(matrix, moment, *dims, chi, start=start, sweeps=5)
+    plain = svd.fit(matrix, Moment(moment), *dims, chi)
+    for start, begun in ((None, whitened.fit(matrix, Moment(moment), *dims, chi)), (plain, plain)):
+        fit = als.fit(matrix, Moment(moment), *dims, chi, start=start, sweeps=5)
         assert fit.error <= begun.error * (1 + 1e-9) + 1e-9
         assert fit.error == pytest.approx(true_error(matrix, fit, moment), rel=1e-6, abs=1e-7)
         assert fit.bonds == begun.bonds
@@ -90,26 +91,26 @@ def test_never_worse_than_its_start_and_the_error_is_the_true_one(dims: tuple[Di
 def test_the_closed_form_is_returned_where_there_is_one() -> None:
     matrix, moment = case(12, 16)
     for dims in (SHAPES[0], ((3, 4), (1, 16))):
-        assert als.fit(matrix, moment, *dims, 3).error == whitened.fit(matrix, moment, *dims, 3).error
+        assert als.fit(matrix, Moment(moment), *dims, 3).error == whitened.fit(matrix, Moment(moment), *dims, 3).error
     assert als.fit(matrix, None, *BALANCED, 3).error == pytest.approx(svd.fit(matrix, None, *BALANCED, 3).error)
 
 
 def test_no_start_is_better_than_the_closed_form() -> None:
     matrix, moment = case(12, 16)
-    fit = als.fit(matrix, moment, *SHAPES[0], 3, start=svd.fit(matrix, moment, *SHAPES[0], 3))
-    assert fit.error == whitened.fit(matrix, moment, *SHAPES[0], 3).error
+    fit = als.fit(matrix, Moment(moment), *SHAPES[0], 3, start=svd.fit(matrix, Moment(moment), *SHAPES[0], 3))
+    assert fit.error == whitened.fit(matrix, Moment(moment), *SHAPES[0], 3).error
 
 
 def test_a_prefix_is_sensible() -> None:
     """Cut prefixes get better with χ, and are at least as good as the plain decomposition of that size."""
     matrix, moment = case(24, 36)
     dims = ((6, 4), (6, 6))
-    fit = als.fit(matrix, moment, *dims, 12)
+    fit = als.fit(matrix, Moment(moment), *dims, 12)
     errors = [true_error(matrix, prefix(fit.cores, chi), moment) for chi in range(1, 13)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == pytest.approx(fit.error)
     for chi in (4, 8):
-        assert errors[chi - 1] < svd.fit(matrix, moment, *dims, chi).error
+        assert errors[chi - 1] < svd.fit(matrix, Moment(moment), *dims, chi).error
     shuffled = fit.cores[0][..., ::-1], fit.cores[1][::-1]
     assert true_error(matrix, prefix(shuffled, 4), moment) > 1.1 * errors[3]
 
@@ -120,20 +121,20 @@ def test_a_singular_moment(monkeypatch: pytest.MonkeyPatch, formed: bool) -> Non
     matrix, _ = case(12, 16)
     few = np.random.default_rng(1).standard_normal((6, 16))
     moment = few.T @ few / 6
-    fit = als.fit(matrix, moment, *BALANCED, 3)
-    assert fit.error <= whitened.fit(matrix, moment, *BALANCED, 3).error
+    fit = als.fit(matrix, Moment(moment), *BALANCED, 3)
+    assert fit.error <= whitened.fit(matrix, Moment(moment), *BALANCED, 3).error
     assert all(np.isfinite(core).all() for core in fit.cores)
 
 
 def test_large_products_in_single_precision_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, moment = case(24, 36)
     dims = ((6, 4), (6, 6))
-    wide = als.fit(matrix, moment, *dims, 5)
+    wide = als.fit(matrix, Moment(moment), *dims, 5)
     monkeypatch.setattr(site, "DOUBLE_WORK", 0)
     assert make_target(matrix, moment, dims[1]).product.dtype == np.float32
     for formed in (True, False):
         monkeypatch.setattr(als, "pays_to_form", lambda *_, formed=formed: formed)
-        narrow = als.fit(matrix, moment, *dims, 5)
+        narrow = als.fit(matrix, Moment(moment), *dims, 5)
         assert narrow.error == pytest.approx(wide.error, rel=0.02)
         assert narrow.error == pytest.approx(true_error(matrix, narrow, moment), rel=1e-6)
 
@@ -153,25 +154,25 @@ def test_the_clock_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(als, "pays_to_form", lambda *_: True)
     monkeypatch.setattr(als, "solve_directly", lambda *given: calls.append(1) or solve(*given))
     monkeypatch.setattr(als.time, "monotonic", lambda: begun + 10 * len(calls))
-    als.fit(matrix, moment, *BALANCED, 3, sweeps=50, seconds=25)
+    als.fit(matrix, Moment(moment), *BALANCED, 3, sweeps=50, seconds=25)
     assert len(calls) == 3  # a sweep of two cores and a half
 
 
 def test_what_als_refuses() -> None:
     matrix, moment = case(12, 16)
     with pytest.raises(ConfigError, match="ALS takes 2 cores; fit 3 by sweeps"):
-        als.fit(matrix, moment, (3, 2, 2), (4, 2, 2), 2)
+        als.fit(matrix, Moment(moment), (3, 2, 2), (4, 2, 2), 2)
     with pytest.raises(ConfigError, match="start: expected cores of shape"):
-        als.fit(matrix, moment, *BALANCED, 2, start=svd.fit(matrix, moment, *SHAPES[2], 2))
+        als.fit(matrix, Moment(moment), *BALANCED, 2, start=svd.fit(matrix, Moment(moment), *SHAPES[2], 2))
     with pytest.raises(ConfigError, match="start: expected cores of shape"):
-        als.fit(matrix, moment, *BALANCED, 2, start=svd.fit(matrix, moment, *BALANCED, 3))
+        als.fit(matrix, Moment(moment), *BALANCED, 2, start=svd.fit(matrix, Moment(moment), *BALANCED, 3))
     with pytest.raises(ConfigError, match="chi: expected at least 1"):
-        als.fit(matrix, moment, *BALANCED, 0)
+        als.fit(matrix, Moment(moment), *BALANCED, 0)
 
 
 def test_a_matrix_of_zeros() -> None:
     _, moment = case(12, 16)
-    fit = als.fit(np.zeros((12, 16)), moment, *BALANCED, 2)
+    fit = als.fit(np.zeros((12, 16)), Moment(moment), *BALANCED, 2)
     assert fit.error == 0
     assert isinstance(fit, Cores)
     assert activation_error(np.zeros((12, 16)), moment) == 0
@@ -180,7 +181,7 @@ def test_a_matrix_of_zeros() -> None:
 def test_a_partner_of_zeros_gives_zeros() -> None:
     matrix, moment = case(12, 16)
     start = Cores((np.ones((1, 4, 4, 2)), np.zeros((2, 3, 4, 1))), 0.0)
-    fit = als.fit(matrix, moment, *BALANCED, 2, start=start, sweeps=20)
+    fit = als.fit(matrix, Moment(moment), *BALANCED, 2, start=start, sweeps=20)
     assert fit.error <= activation_error(matrix, moment) * (1 + 1e-9)
     assert all(np.isfinite(core).all() for core in fit.cores)
 
@@ -194,7 +195,7 @@ def test_errors_of_large_matrices_are_exact_where_one_direction_holds_nearly_all
     matrix, inputs = source.standard_normal((60, 96)), source.standard_normal((400, 96))
     moment, lead = inputs.T @ inputs / 400, source.standard_normal(96)
     moment = (1 - share) * moment / np.trace(moment) + share * np.outer(lead, lead) / (lead @ lead)
-    fitted = whitened.fit(matrix, moment, (60, 1), (1, 96), 12)
+    fitted = whitened.fit(matrix, Moment(moment), (60, 1), (1, 96), 12)
     residual = matrix - contract(fitted.cores)
     monkeypatch.setattr(common, "DOUBLE_WORK", 0)
     assert common.activation_error(residual, moment) == pytest.approx(fitted.error, rel=1e-6)

@@ -11,15 +11,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import judge
 import quality
-import rows
-import verdict
+from parts import judge, rows, verdict
 
-from mpo_exporter.measure.survey import Survey, stored_bytes
+from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.budget import file_bytes
 from mpo_exporter.source import embedded_model
-from mpo_exporter.terms import Candidate
+from mpo_exporter.terms import Candidate, stored_bytes
 from mpo_formats import Mpo, PlanError, Quantized
 from mpo_formats.architecture import EMBEDDING
 from mpo_runtime.measure import Comparison, summarise

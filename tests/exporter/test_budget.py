@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo_exporter.measure.survey import GRIDS, stored_bytes
+from mpo_exporter.measure.candidates import GRIDS
 from mpo_exporter.plan.budget import (
     DEFAULT_BITS,
     allocated_layers,
@@ -21,7 +21,7 @@ from mpo_exporter.plan.budget import (
     layers_within_loss,
     least_bytes,
 )
-from mpo_exporter.terms import Candidate, operator
+from mpo_exporter.terms import Candidate, operator, stored_bytes
 from mpo_formats import LinearSpec, ModelSpec, PlanError, Quantized, Term
 from tests.exporter.test_plan import dense_model
 

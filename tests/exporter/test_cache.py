@@ -1,4 +1,4 @@
-"""Kept measurements: read back as they were, and never believed where they are stale, damaged or of something else."""
+"""Cached measurements: read back as they were, and refused if they are stale, damaged or of something else."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpo_exporter.measure.cache import Kept, Shelf, cache_folder
+from mpo_exporter.measure.cache import Cached, CacheFile, cache_folder
 
-SHELF = Shelf("survey", "a model", ("1" * 64, "2" * 64), {"version": 1, "windows": [3, 4]})
-KEPT = Kept({"rows": [[1, 0.1, "x"]]}, {"table": np.arange(6, dtype=np.float32).reshape(2, 3)})
+FILE = CacheFile("survey", "a model", ("1" * 64, "2" * 64), {"version": 1, "windows": [3, 4]})
+CACHED = Cached({"rows": [[1, 0.1, "x"]]}, {"table": np.arange(6, dtype=np.float32).reshape(2, 3)})
 
 
 @pytest.fixture(autouse=True)
@@ -20,67 +20,67 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def read(shelf: Shelf = SHELF) -> tuple[Kept | None, list[str]]:
+def read(file: CacheFile = FILE) -> tuple[Cached | None, list[str]]:
     told: list[str] = []
-    return shelf.read(told.append), told
+    return file.read(told.append), told
 
 
-def test_what_is_kept_is_read_as_it_was(folder: Path) -> None:
+def test_what_is_cached_is_read_as_it_was(folder: Path) -> None:
     assert read() == (None, [])
-    SHELF.write(KEPT)
-    kept, told = read()
-    assert kept is not None and told == []
-    assert kept.content == KEPT.content
-    np.testing.assert_array_equal(kept.arrays["table"], KEPT.arrays["table"])
-    assert [file.name for file in folder.iterdir()] == [SHELF.path.name]
-    assert SHELF.path.name.startswith("survey-a_model-1111111111111111-2222222222222222")
+    FILE.write(CACHED)
+    cached, told = read()
+    assert cached is not None and told == []
+    assert cached.content == CACHED.content
+    np.testing.assert_array_equal(cached.arrays["table"], CACHED.arrays["table"])
+    assert [path.name for path in folder.iterdir()] == [FILE.path.name]
+    assert FILE.path.name.startswith("survey-a_model-1111111111111111-2222222222222222")
 
 
 def test_a_stale_one_is_told_with_what_changed() -> None:
-    SHELF.write(KEPT)
-    kept, told = read(replace(SHELF, key={"version": 1, "windows": [5, 4]}))
-    assert kept is None
+    FILE.write(CACHED)
+    cached, told = read(replace(FILE, key={"version": 1, "windows": [5, 4]}))
+    assert cached is None
     assert len(told) == 1 and "is stale (windows [3, 4], now [5, 4]); measuring again" in told[0]
 
 
 def test_other_weights_or_another_text_are_told() -> None:
-    SHELF.write(KEPT)
-    kept, told = read(replace(SHELF, parts=("3" * 64, "2" * 64)))
-    assert kept is None
-    assert told == ["survey: what is kept of a model is of other weights or another text; measuring again"]
-    assert read(replace(SHELF, name="another")) == (None, [])
+    FILE.write(CACHED)
+    cached, told = read(replace(FILE, parts=("3" * 64, "2" * 64)))
+    assert cached is None
+    assert told == ["survey: the measurement of a model is of other weights or another text; measuring again"]
+    assert read(replace(FILE, name="another")) == (None, [])
 
 
 @pytest.mark.parametrize("place", range(0, 400, 17))
 def test_a_damaged_one_is_never_believed(place: int) -> None:
     """A flipped byte anywhere: refused and told, or, in bytes that mean nothing, read as it was."""
-    SHELF.write(KEPT)
-    raw = bytearray(SHELF.path.read_bytes())
+    FILE.write(CACHED)
+    raw = bytearray(FILE.path.read_bytes())
     raw[place % len(raw)] ^= 0xFF
-    SHELF.path.write_bytes(raw)
-    kept, told = read()
-    if kept is None:
+    FILE.path.write_bytes(raw)
+    cached, told = read()
+    if cached is None:
         assert len(told) == 1 and "is damaged" in told[0]
     else:
-        assert kept.content == KEPT.content
-        np.testing.assert_array_equal(kept.arrays["table"], KEPT.arrays["table"])
+        assert cached.content == CACHED.content
+        np.testing.assert_array_equal(cached.arrays["table"], CACHED.arrays["table"])
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x00" * 64])
 def test_what_is_no_cache_file_is_measured_again(content: bytes, folder: Path) -> None:
     folder.mkdir()
-    SHELF.path.write_bytes(content)
-    kept, told = read()
-    assert kept is None and "is damaged; measuring again" in told[0]
-    SHELF.write(KEPT)
+    FILE.path.write_bytes(content)
+    cached, told = read()
+    assert cached is None and "is damaged; measuring again" in told[0]
+    FILE.write(CACHED)
     assert read()[0] is not None
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_cache(folder: Path) -> None:
     folder.write_text("a file in the way")
     told: list[str] = []
-    SHELF.write(KEPT, told.append)
-    assert len(told) == 1 and "cannot be kept" in told[0] and "MPO_CACHE" in told[0]
+    FILE.write(CACHED, told.append)
+    assert len(told) == 1 and "cannot be cached" in told[0] and "MPO_CACHE" in told[0]
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

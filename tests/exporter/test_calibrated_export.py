@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.export import export
 from mpo_exporter.fit.common import activation_error
 from mpo_exporter.fit.layer import Method, build_linear
-from mpo_exporter.measure.survey import Sensitivity, Survey, candidates, stored_bytes, survey, table_sensitivity
+from mpo_exporter.measure.candidates import Sensitivity, candidates, table_sensitivity
+from mpo_exporter.measure.survey import Survey, survey
 from mpo_exporter.plan.budget import allocated_layers, file_bytes
-from mpo_exporter.plan.named import Options, plan_layers
+from mpo_exporter.plan.named import plan_layers
+from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.quantize.gptq import Grid
+from mpo_exporter.terms import stored_bytes
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, OutputError, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.backends.reference import ReferenceOps
@@ -26,7 +28,7 @@ from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import granite_config, some_ids, write_folder
+from tests.helpers import export_folder, granite_config, some_ids, write_folder
 
 GRIDS = (Grid(2, 32), Grid(2, 32, True), Grid(3, 32), Grid(4, 32), Grid(8, 32))
 TEXT = TokenText("calibration", np.array(some_ids(24 * 32), np.int64), 0, "1" * 64)
@@ -54,7 +56,7 @@ def uniform(folder: Path, *terms: Term) -> tuple[LinearSpec, ...]:
 
 def divergence(folder: Path, target: Path, bits: int, **options: object) -> float:
     layers = uniform(folder, Quantized(bits, 32, False))
-    result = export(folder, target, Options("int4"), layers=layers, text=HELD_OUT, **options)
+    result = export_folder(folder, target, Options("int4"), layers=layers, text=HELD_OUT, **options)
     assert result.comparison is not None
     return result.comparison.kl_mean
 
@@ -68,7 +70,7 @@ def test_calibration_lowers_the_divergence_from_the_dense_model(folder: Path, tm
 def test_calibrated_exports_are_deterministic_and_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
     paths = [tmp_path / f"{name}.mpo" for name in "ab"]
     for path in paths:
-        export(folder, path, Options("auto", chi=4), calibration=TEXT)
+        export_folder(folder, path, Options("auto", chi=4), calibration=TEXT)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(tmp_path.iterdir()) == paths
     with MpoFile(paths[0]) as file:
@@ -104,8 +106,8 @@ def test_a_target_is_never_exceeded_and_nearly_used(
         file_bytes(dataclasses.replace(spec, linears=uniform(folder, Quantized(bits, 32, False)))) for bits in (2, 8)
     )
     target = round(smallest + share * (largest - smallest)) + 500  # provenance says a little more than the source's
-    result = export(
-        folder, tmp_path / "out.mpo", Options("auto", target_bytes=target), calibration=TEXT, surveyed=surveyed
+    result = export_folder(
+        folder, tmp_path / "out.mpo", Options("auto", target=Target(size=target)), calibration=TEXT, surveyed=surveyed
     )
     assert result.file_bytes <= target
     assert result.file_bytes == file_bytes(result.spec)
@@ -115,8 +117,8 @@ def test_a_target_is_never_exceeded_and_nearly_used(
 def test_allocation_beats_one_width_at_the_same_bytes(folder: Path, surveyed: Survey, tmp_path: Path) -> None:
     flat = tmp_path / "flat.mpo"
     plain = divergence(folder, flat, 3, calibration=TEXT, surveyed=surveyed)
-    options = Options("auto", target_bytes=flat.stat().st_size)
-    result = export(folder, tmp_path / "ours.mpo", options, calibration=TEXT, surveyed=surveyed, text=HELD_OUT)
+    options = Options("auto", target=Target(size=flat.stat().st_size))
+    result = export_folder(folder, tmp_path / "ours.mpo", options, calibration=TEXT, surveyed=surveyed, text=HELD_OUT)
     assert result.comparison is not None and result.comparison.kl_mean < 1.05 * plain
 
 
@@ -124,11 +126,9 @@ def test_targets_that_cannot_be_met(folder: Path, surveyed: Survey, tmp_path: Pa
     with pytest.raises(PlanError, match="target: 1,000 bytes are too few, the smallest file of this model takes"):
         allocated_layers(Checkpoint(folder).spec, surveyed.candidates, 1000)
     with pytest.raises(ConfigError, match="give one with --calib"):
-        export(folder, tmp_path / "out.mpo", Options("auto", target_bytes=10**6))
-    with pytest.raises(PlanError, match="target 0: expected at least 1 byte"):
-        Options("auto", target_bytes=0)
+        export_folder(folder, tmp_path / "out.mpo", Options("auto", target=Target(size=10**6)))
     with pytest.raises(OutputError, match="cannot write"):
-        export(folder, tmp_path / "missing" / "out.mpo", Options("auto"), calibration=TEXT)
+        export_folder(folder, tmp_path / "missing" / "out.mpo", Options("auto"), calibration=TEXT)
     assert not (tmp_path / "missing").exists()
 
 
@@ -189,7 +189,7 @@ def test_a_width_without_a_group_stays_dense() -> None:
 def test_every_width_is_tried_with_the_largest_group_that_divides(columns: int, groups: set[int]) -> None:
     linear = LinearSpec("layer", 4, columns, None, (Dense("bf16"),))
     matrix = np.random.default_rng(0).standard_normal((4, columns))
-    found = candidates(linear, matrix, Sensitivity(np.eye(columns), np.ones(4)), chis=())
+    found = candidates(linear, matrix, Sensitivity(Moment(np.eye(columns)), np.ones(4)), chis=())
     terms = [one.terms[0] for one in found[:-1]]
     assert {term.bits for term in terms} == {2, 3, 4, 5, 6, 8}
     assert {term.group for term in terms} == groups and len(set(terms)) == len(terms)
@@ -197,7 +197,7 @@ def test_every_width_is_tried_with_the_largest_group_that_divides(columns: int, 
 
 def test_values_beyond_what_a_scale_reaches_leave_the_wider_integers_and_the_dense_matrix() -> None:
     linear = LinearSpec("layer", 4, 64, None, (Dense("f32"),))
-    sensitivity = Sensitivity(np.eye(64), np.ones(4))
+    sensitivity = Sensitivity(Moment(np.eye(64)), np.ones(4))
     for peak, bits in ((2e5, {3, 4, 5, 6, 8}), (1e9, set())):
         matrix = np.ones((4, 64))
         matrix[1, 2] = peak
@@ -211,7 +211,7 @@ def test_rows_of_a_large_matrix_stand_for_all(monkeypatch: pytest.MonkeyPatch) -
     generator = np.random.default_rng(4)
     size = np.exp(generator.standard_normal(3000))[:, None]
     matrix = size * generator.standard_normal((3000, 32))
-    sensitivity = Sensitivity(moment_of(32), np.exp(2 * generator.standard_normal(3000)))
+    sensitivity = Sensitivity(Moment(moment_of(32)), np.exp(2 * generator.standard_normal(3000)))
     linear = LinearSpec("layer", 3000, 32, None, (Dense("bf16"),))
     quick = candidates(linear, matrix, sensitivity, GRIDS, ())
     monkeypatch.setattr(Sensitivity, "sample", lambda self, matrix: (matrix, self))
@@ -227,7 +227,7 @@ def test_a_sampled_matrix_is_checked_in_full() -> None:
     matrix[7, 3] = np.nan
     linear = LinearSpec("layer", 3000, 32, None, (Dense("bf16"),))
     with pytest.raises(ConfigError, match="not finite"):
-        candidates(linear, matrix, Sensitivity(moment_of(32), np.r_[np.zeros(2999), 1.0]), GRIDS, ())
+        candidates(linear, matrix, Sensitivity(Moment(moment_of(32)), np.r_[np.zeros(2999), 1.0]), GRIDS, ())
 
 
 class Listening(ReferenceOps):
@@ -246,7 +246,7 @@ def test_drift_is_what_the_stream_has_lost(folder: Path, tmp_path: Path) -> None
     architecture = source.architecture
     windows = cut_calibration(TEXT, architecture, window=32)
     ops = Listening(source)
-    table = ops.linears[EMBEDDING].terms[0].weight()
+    table = ops.weights(EMBEDDING).weight()
     changed = table + 0.1 * torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
     seen: dict[str, Moment] = {}
 
@@ -255,7 +255,7 @@ def test_drift_is_what_the_stream_has_lost(folder: Path, tmp_path: Path) -> None
         return matrix.astype(np.float32)
 
     Calibration(source, windows, tmp_path).compress(build, embedding=changed.numpy())
-    ops.linears[EMBEDDING].terms[0].held = changed
+    ops.replace(EMBEDDING, changed)
     model = decoder_for(architecture, ops)
     model.hidden(ops.ids(windows.tolist()), ops.new_cache(architecture, len(windows), 32), [32] * len(windows))
     lost = architecture.embedding_multiplier * (table - changed)[windows.reshape(-1)].double().numpy()

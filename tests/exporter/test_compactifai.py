@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,17 +18,15 @@ from mpo_exporter.compactifai import (
     prepare_healing_data,
     prepare_validation_data,
 )
-from mpo_exporter.export import export
-from mpo_exporter.fit import shapes
-from mpo_exporter.fit.svd import contract, sequential_svd
-from mpo_exporter.measure.layerwise import profile_layers, tensorized
-from mpo_exporter.plan.named import Options
-from mpo_formats import CheckpointError, ConfigError, MpoFile, OutputError
-from mpo_runtime.loading import load_network, open_weights
-from mpo_runtime.measure import compare
+from mpo_exporter.fit.layer import widen
+from mpo_exporter.fit.shapes import balanced_shape
+from mpo_exporter.plan.options import Choice, Options
+from mpo_formats import CheckpointError, ConfigError, Mpo, MpoFile, OutputError
+from mpo_formats.reference import matrix
+from mpo_runtime.measure import log_softmax
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import granite_config, some_ids, write_folder
+from tests.helpers import BOS, export_folder, forward, granite_config, network, some_ids, write_folder
 
 CONFIG = granite_config(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
 
@@ -66,31 +65,26 @@ def test_bad_arguments_are_named(model: GraniteSource, text: TokenText) -> None:
 def test_a_layers_sensitivity_is_what_an_export_of_that_layer_alone_measures(
     model: GraniteSource, text: TokenText, tmp_path: Path
 ) -> None:
-    """The profile swaps a matrix in memory; the oracle writes a checkpoint with that matrix and compares two models."""
-    from safetensors.numpy import load_file, save_file
-
+    """The profile swaps a matrix in memory; the oracle exports a file in which that layer alone has cores."""
     name, chi = "model.layers.1.mlp.down_proj", 3
-    [found] = profile_layers(model.folder, text, tensorized(chi), layers=[name])
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in model.folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    stored = load_file_as_float32(copy / "model.safetensors")
-    matrix = stored[f"{name}.weight"].astype(np.float64)
-    out_dims, in_dims = shapes.balanced_shape(*matrix.shape, 2)
-    replacement = contract(sequential_svd(matrix, out_dims, in_dims, chi).cores)
-    stored[f"{name}.weight"] = replacement.astype(np.float32)
-    save_file(stored, copy / "model.safetensors")
-    assert load_file(copy / "model.safetensors")[f"{name}.weight"].dtype == np.float32
-    expected = compare(load_network(open_weights(copy)), load_network(open_weights(model.folder)), text.ids)
-    assert found.kl_mean == pytest.approx(expected.kl_mean, rel=2e-3)
-    assert found.error == pytest.approx(float(np.linalg.norm(matrix - replacement) / np.linalg.norm(matrix)), rel=1e-6)
-
-
-def load_file_as_float32(path: Path) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-    from safetensors.torch import load_file
-
-    return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+    [found] = [one for one in LayerSensitivityProfiler(model, text, chi).profile() if one.layer == name]
+    source = Checkpoint(model.folder)
+    dims = balanced_shape(*source.array(f"{name}.0.weight").shape, 2)
+    cores = Mpo(*dims, (chi,), "f16", 0)
+    layers = tuple(
+        dataclasses.replace(linear, terms=(cores,)) if linear.name == name else linear for linear in source.spec.linears
+    )
+    path = export_folder(model.folder, tmp_path / "one.mpo", Options("dense"), layers=layers).path
+    half = text.ids.size // 2
+    rows = [[BOS, *text.ids[:half].tolist()], [BOS, *text.ids[half:].tolist()]]  # 96 tokens do not fit into 64
+    q, p = (log_softmax(forward(network(place), rows)) for place in (path, model.folder))
+    assert found.kl_mean == pytest.approx(float((np.exp(p) * (p - q)).sum(-1).mean()), rel=2e-3)
+    assert found.same_top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).mean()))
+    with MpoFile(path) as file:
+        stored = matrix(file, file.spec.linear(name))
+    dense = widen(source.array(f"{name}.0.weight"), "bf16")
+    assert found.error == pytest.approx(float(np.linalg.norm(dense - stored) / np.linalg.norm(dense)), rel=1e-6)
+    assert "mpo" in found.terms or "χ" in found.terms
 
 
 def test_candidates_are_the_least_sensitive_layers(model: GraniteSource, text: TokenText) -> None:
@@ -126,8 +120,12 @@ def test_compression_writes_cores_for_the_least_sensitive_share(
 
 def test_a_plan_that_names_a_layer_that_does_not_exist_is_refused(model: GraniteSource, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.layers\.9\.mlp\.up_proj"):
-        export(model.folder, tmp_path / "out.mpo", Options("paper", layers=("model.layers.9.mlp.up_proj",)))
-    with MpoFile(export(model.folder, tmp_path / "few.mpo", Options("paper", chi=2, layers=())).path) as file:
+        export_folder(
+            model.folder, tmp_path / "out.mpo", Options("paper", choice=Choice(names=("model.layers.9.mlp.up_proj",)))
+        )
+    with MpoFile(
+        export_folder(model.folder, tmp_path / "few.mpo", Options("paper", chi=2, choice=Choice(names=()))).path
+    ) as file:
         assert all(linear.terms[0].kind == "quantized" for linear in file.spec.linears)
     source = Checkpoint(model.folder)
     assert source.architecture == model.architecture

@@ -13,11 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mpo_exporter import assemble as assemble_module
+from mpo_exporter import certify as certify_module
 from mpo_exporter import export as export_module
-from mpo_exporter.export import Result, export
+from mpo_exporter.export import Listener, Result
 from mpo_exporter.fit.layer import Built, Tensors, build_linear, narrow, widen
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, MpoWriter, OutputError, Quantized, Term
 from mpo_formats.layout import linear_tensors
 from mpo_formats.reference import matrix
@@ -25,7 +25,7 @@ from mpo_runtime.layers.linear import load_linear
 from mpo_runtime.measure import compare
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import Config, forward, granite_config, network, some_ids, write_folder, write_weights
+from tests.helpers import Config, export_folder, forward, granite_config, network, some_ids, write_folder, write_weights
 
 # The second MLP size has no group; biases and an untied head are carried along.
 CONFIG: Config = granite_config(
@@ -50,7 +50,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("exported")
     return {
-        name: export(source, folder / f"{index}.mpo", options) for index, (name, options) in enumerate(PLANS.items())
+        name: export_folder(source, folder / f"{index}.mpo", options)
+        for index, (name, options) in enumerate(PLANS.items())
     }
 
 
@@ -137,14 +138,14 @@ def test_sizes_and_provenance(exported: dict[str, Result], source: Path) -> None
 @pytest.mark.parametrize("plan", ["dense", "auto"])
 def test_other_storage_types(tmp_path: Path, dtype: torch.dtype, plan: str) -> None:
     folder = write_folder(tmp_path / "model", dtype=dtype)
-    result = export(folder, tmp_path / "out.mpo", Options(plan, chi=4))
+    result = export_folder(folder, tmp_path / "out.mpo", Options(plan, chi=4))
     rows = [some_ids(12)]
     difference = np.abs(forward(network(result.path), rows) - forward(network(folder), rows)).max()
     assert difference == 0 if plan == "dense" else 0 < difference < 2
 
 
 def test_the_same_export_gives_the_same_bytes(exported: dict[str, Result], source: Path, tmp_path: Path) -> None:
-    again = export(source, tmp_path / "again.mpo", PLANS["auto"]).path
+    again = export_folder(source, tmp_path / "again.mpo", PLANS["auto"]).path
     assert again.read_bytes() == exported["auto"].path.read_bytes()
 
 
@@ -152,7 +153,9 @@ def test_the_certificate_is_what_compare_measures(source: Path, tmp_path: Path) 
     ids = np.array(some_ids(100), np.int64)
     text = TokenText("ids", ids, 0, "0" * 64)
     stages: list[tuple[str, int, int]] = []
-    result = export(source, tmp_path / "out.mpo", PLANS["auto"], text=text, progress=lambda *step: stages.append(step))
+    result = export_folder(
+        source, tmp_path / "out.mpo", PLANS["auto"], text=text, listener=Listener(lambda *step: stages.append(step))
+    )
     with MpoFile(result.path, verify=True) as file:
         (entry,) = file.certificates().entries
     measured = compare(network(result.path), network(source), ids)
@@ -170,7 +173,7 @@ def test_the_certificate_is_what_compare_measures(source: Path, tmp_path: Path) 
 
 def test_a_text_of_a_single_window_has_a_certificate_too(source: Path, tmp_path: Path) -> None:
     text = TokenText("ids", np.array(some_ids(9), np.int64), 0, "0" * 64)
-    result = export(source, tmp_path / "out.mpo", PLANS["int4"], text=text)
+    result = export_folder(source, tmp_path / "out.mpo", PLANS["int4"], text=text)
     assert result.comparison is not None and result.comparison.model.windows == 1
     with MpoFile(result.path) as file:
         assert file.certificates().entries[0].quality.perplexity_error == result.comparison.model.error > 0
@@ -196,9 +199,9 @@ def test_an_interrupted_export_leaves_nothing_and_the_old_file_untouched(
             raise KeyboardInterrupt
         return build_linear(linear, *rest)
 
-    monkeypatch.setattr(assemble_module, "build_linear", interrupted)
+    monkeypatch.setattr(export_module, "build_linear", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(source, target, PLANS["auto"], force=force)
+        export_folder(source, target, PLANS["auto"], force=force)
     assert left_behind(tmp_path) == (["out.mpo"] if force else [])
     assert not force or target.read_bytes() == b"old"
 
@@ -209,10 +212,10 @@ def test_an_interrupted_measurement_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_module, "compare", interrupted)
+    monkeypatch.setattr(certify_module, "compare", interrupted)
     text = TokenText("ids", np.array(some_ids(20), np.int64), 0, "0" * 64)
     with pytest.raises(KeyboardInterrupt):
-        export(source, tmp_path / "out.mpo", PLANS["dense"], text=text)
+        export_folder(source, tmp_path / "out.mpo", PLANS["dense"], text=text)
     assert left_behind(tmp_path) == []
 
 
@@ -241,7 +244,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
 
         monkeypatch.setattr(MpoWriter, "_append", fails_later)
     with pytest.raises(OutputError, match=r"out\.mpo: cannot write .* MB \(No space left on device\); free some space"):
-        export(source, target, PLANS["int4"], force=True)
+        export_folder(source, target, PLANS["int4"], force=True)
     assert left_behind(tmp_path) == ["out.mpo"]
     assert target.read_bytes() == b"old"
 
@@ -250,9 +253,9 @@ def test_a_target_is_overwritten_only_when_forced(source: Path, tmp_path: Path) 
     target = tmp_path / "out.mpo"
     target.write_bytes(b"old")
     with pytest.raises(OutputError, match="exists already; give another name with --out or overwrite it with --force"):
-        export(source, target, PLANS["dense"])
+        export_folder(source, target, PLANS["dense"])
     assert target.read_bytes() == b"old"
-    export(source, target, PLANS["dense"], force=True)
+    export_folder(source, target, PLANS["dense"], force=True)
     with MpoFile(target) as file:
         assert file.verify() > 0
     assert left_behind(tmp_path) == ["out.mpo"]
@@ -267,7 +270,7 @@ def test_values_that_do_not_fit_name_their_layer(tmp_path: Path) -> None:
     tensors[f"{name}.weight"][3, 4] = torch.inf
     write_weights(folder, tensors)
     with pytest.raises(ConfigError, match=f"{name}: matrix: has values that are not finite; check the source model"):
-        export(folder, tmp_path / "out.mpo", PLANS["int4"])
+        export_folder(folder, tmp_path / "out.mpo", PLANS["int4"])
     assert left_behind(tmp_path) == ["model"]
 
 

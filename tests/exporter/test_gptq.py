@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mpo_exporter.calibrate.hessian import processing_order
+from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit.common import activation_error
 from mpo_exporter.quantize.descent import Problem, State, descend, errors, gradient_of
 from mpo_exporter.quantize.gptq import Grid, compensated, expected_residuals, sweep, target
 from mpo_exporter.quantize.grid import Levels, encode, half, inverse, search
-from mpo_exporter.quantize.hessian import Hessian, hessian_of, processing_order
 from mpo_exporter.quantize.rounding import round_to_nearest
 from mpo_formats import ConfigError
 from mpo_formats.packing import dequantize
@@ -44,7 +45,7 @@ def test_compensation_beats_rounding_to_nearest_in_the_activation_norm(
     bits: int, group: int, zeros: bool, seed: int
 ) -> None:
     matrix, moment = weights(24, 2 * group, seed), moment_of(2 * group, seed)
-    ours = compensated(matrix, moment, bits, group, zeros=zeros)
+    ours = compensated(matrix, Moment(moment), bits, group, zeros=zeros)
     nearest = round_to_nearest(matrix, bits, group, zeros=zeros)
     assert activation_error(matrix - ours.matrix(), moment) < activation_error(matrix - nearest.matrix(), moment)
     assert (ours.zero is not None) == zeros
@@ -55,7 +56,7 @@ def test_compensation_beats_rounding_to_nearest_in_the_activation_norm(
 def test_descent_improves_on_plain_gptq(bits: int) -> None:
     matrix, moment = weights(32, 128, bits), moment_of(128, bits)
     found = [
-        activation_error(matrix - compensated(matrix, moment, bits, 32, turns=turns).matrix(), moment)
+        activation_error(matrix - compensated(matrix, Moment(moment), bits, 32, turns=turns).matrix(), moment)
         for turns in (0, 1, 4)
     ]
     assert found[0] > found[1] > found[2]
@@ -65,7 +66,7 @@ def problem_of(group: int, columns: int, levels: Levels, seed: int) -> tuple[Pro
     """A problem and a start that is far from its best."""
     source = torch.Generator().manual_seed(seed)
     rows = 6
-    hessian = hessian_of(moment_of(columns, seed), group).matrix
+    hessian = Moment(moment_of(columns, seed)).hessian(group).matrix
     wanted = torch.randn((columns, rows), generator=source)
     scale = half(torch.rand((columns // group, rows), generator=source) + 0.3)
     zero = half(torch.full_like(scale, levels.middle - 0.25 * levels.zeros))
@@ -114,7 +115,7 @@ def test_close_to_the_best_of_all_codes_on_a_tiny_row(seed: int) -> None:
     """All 4^8 codes of a row, with the scales that were found: brute force may do a little better, never much."""
     moment = np.kron(np.eye(2), moment_of(8, seed))  # two independent halves; the second one's codes stay as found
     matrix = np.concatenate([weights(1, 8, seed), np.zeros((1, 8))], 1)
-    ours = compensated(matrix, moment, 2, 16, turns=8)
+    ours = compensated(matrix, Moment(moment), 2, 16, turns=8)
     codes = np.array(list(itertools.product(range(4), repeat=8)), np.float64)
     scale = float(ours.scale[0, 0])
     rest = np.broadcast_to(ours.matrix()[:, 8:], (len(codes), 8))
@@ -150,7 +151,7 @@ def test_a_group_that_rests_has_the_scale_of_least_squares(zeros: bool) -> None:
 def test_the_sweep_is_that_of_gptq() -> None:
     """Against the paper's own update of the remaining columns by the root of the inverse Hessian, in double precision."""
     moment, matrix = moment_of(64, 5), weights(7, 64, 5)
-    hessian = hessian_of(moment, 16)
+    hessian = Moment(moment).hessian(16)
     levels = Levels(3, False)
     wanted = torch.from_numpy(matrix).float()[:, hessian.order].T.contiguous()
     state = sweep(Problem(hessian.matrix, 16, levels), hessian, wanted)
@@ -164,13 +165,16 @@ def test_the_sweep_is_that_of_gptq() -> None:
         rest[column + 1 :] -= root[column, column + 1 :, None] * lost
 
 
-def test_layers_of_one_input_share_its_hessian() -> None:
-    moment = moment_of(32, 0)
-    first: Hessian = hessian_of(moment, 16)
-    assert hessian_of(moment, 16) is first
-    assert hessian_of(moment, 32) is not first
-    moment *= 2
-    assert hessian_of(moment, 32).mean == pytest.approx(2 * first.mean)
+def test_a_moment_computes_its_root_and_its_hessian_once() -> None:
+    moment = Moment(moment_of(32, 0))
+    first = moment.hessian(16)
+    assert moment.hessian(16) is first
+    assert moment.hessian(16, damping=0.5) is not first
+    again = moment.hessian(16)
+    assert again is not first  # only the last one is kept
+    torch.testing.assert_close(again.matrix, first.matrix, rtol=0, atol=0)
+    assert moment.root is moment.root
+    np.testing.assert_allclose(moment.root @ moment.root.T, moment.second, atol=1e-10)
 
 
 @settings(max_examples=20)
@@ -213,18 +217,19 @@ def test_a_changed_upstream_is_made_up_for() -> None:
     seen = x @ turn.T
     second, cross = seen.T @ seen / 4000, x.T @ seen / 4000
     matrix = weights(8, 16, 1)
-    np.testing.assert_allclose(target(matrix, second, cross, damping=0) @ turn, matrix, atol=1e-5)
-    wanted = target(matrix, second, cross, drift @ second, damping=0)
-    np.testing.assert_allclose(wanted - target(matrix, second, cross, damping=0), drift, atol=1e-5)
-    assert target(matrix, second, None) is matrix
+    plain = target(matrix, Moment(second, cross), damping=0)
+    np.testing.assert_allclose(plain @ turn, matrix, atol=1e-5)
+    wanted = target(matrix, Moment(second, cross, drift=drift @ second), damping=0)
+    np.testing.assert_allclose(wanted - plain, drift, atol=1e-5)
+    assert target(matrix, Moment(second)) is matrix
 
 
 def test_the_expected_error_is_near_the_real_one() -> None:
     matrix, moment = weights(64, 128, 0), moment_of(128, 0)
     grids = [Grid(bits, 32) for bits in (2, 3, 4)]
-    residuals, weight = expected_residuals(matrix, moment, grids)
+    residuals, weight = expected_residuals(matrix, Moment(moment), grids)
     for grid, residual in zip(grids, residuals, strict=True):
-        real = activation_error(matrix - compensated(matrix, moment, grid.bits, 32, turns=0).matrix(), moment)
+        real = activation_error(matrix - compensated(matrix, Moment(moment), grid.bits, 32, turns=0).matrix(), moment)
         assert 0.8 < real / np.sqrt((np.square(residual) @ weight).sum()) < 1.25
 
 
@@ -232,31 +237,31 @@ def test_a_singular_moment_is_loaded_and_logged(caplog: pytest.LogCaptureFixture
     moment = -1e-3 * np.eye(32)
     moment[0, 0] = 40.0  # rounding may leave such a thing of too few tokens, only less
     with caplog.at_level(logging.WARNING):
-        found = compensated(weights(4, 32, 0), moment, 4, 32, damping=1e-5)
+        found = compensated(weights(4, 32, 0), Moment(moment), 4, 32, damping=1e-5)
     assert "second moment of 32 inputs is singular" in caplog.text
     assert np.isfinite(found.matrix()).all()
     with caplog.at_level(logging.WARNING):
-        assert np.isfinite(compensated(weights(4, 32, 0), np.zeros((32, 32)), 4, 32).matrix()).all()
+        assert np.isfinite(compensated(weights(4, 32, 0), Moment(np.zeros((32, 32))), 4, 32).matrix()).all()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"matrix": np.full((4, 32), np.nan)}, "matrix: row 0, column 0 is nan, not finite"),
-        ({"moment": np.full((32, 32), np.inf)}, "second moment: has values that are not finite"),
-        ({"moment": np.eye(16)}, "do not fit together"),
+        ({"moment": Moment(np.full((32, 32), np.inf))}, "second moment: has values that are not finite"),
+        ({"moment": Moment(np.eye(16))}, "do not fit together"),
         ({"group": 64}, "do not fit together"),
         ({"matrix": np.full((4, 32), 1e9)}, "exceed the range of half-precision scales"),
     ],
 )
 def test_what_cannot_be_rounded(change: dict[str, object], words: str) -> None:
-    arguments = {"matrix": np.ones((4, 32)), "moment": np.eye(32), "bits": 4, "group": 32, **change}
+    arguments = {"matrix": np.ones((4, 32)), "moment": Moment(np.eye(32)), "bits": 4, "group": 32, **change}
     with pytest.raises(ConfigError, match=words):
         compensated(**arguments)
 
 
 def test_the_same_input_gives_the_same_codes() -> None:
     matrix, moment = weights(16, 64, 0), moment_of(64, 0)
-    first, second = (compensated(matrix, moment, 3, 32, zeros=True) for _ in range(2))
+    first, second = (compensated(matrix, Moment(moment), 3, 32, zeros=True) for _ in range(2))
     np.testing.assert_array_equal(first.codes, second.codes)
     np.testing.assert_array_equal(first.scale, second.scale)

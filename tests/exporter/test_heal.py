@@ -17,22 +17,21 @@ import torch
 
 from mpo_exporter.cli.main import main
 from mpo_exporter.compactifai import CompactifAICompressor, load_granite_model
-from mpo_exporter.export import export
 from mpo_exporter.heal import run as run_module
 from mpo_exporter.heal import session as session_module
 from mpo_exporter.heal.checkpoint import NAME, load_checkpoint
-from mpo_exporter.heal.run import Healed, heal, out_of_memory
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.run import Healed, out_of_memory
+from mpo_exporter.heal.settings import HealJob, Settings
 from mpo_exporter.heal.student import fits
 from mpo_exporter.heal.train import Trainer as RealTrainer
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_formats import CheckpointError, ConfigError, LinearSpec, Mpo, MpoFile, OutputError, Quantized
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import compare
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import BOS, granite_config, some_ids, write_folder
+from tests.helpers import BOS, export_folder, granite_config, heal_folder, some_ids, write_folder
 
 CONFIG = granite_config()
 # 30 windows of 31 new tokens; a step takes 4 of them.
@@ -78,13 +77,13 @@ def file(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     held_out = TokenText("t", np.array(some_ids(100, 3, BOS)), 0, "0" * 64)
     layers = tuple(rough(linear) for linear in source.spec.linears)
-    export(teacher, path, Options("int4"), layers=layers, text=held_out, prefixes=(2,))
+    export_folder(teacher, path, Options("int4"), layers=layers, text=held_out, prefixes=(2,))
     source.close()
     return path
 
 
 def healed(file: Path, teacher: Path, text: Path, target: Path, **options: Any) -> Healed:
-    return heal(file, teacher, target, options.pop("settings", SETTINGS), text=text, **options)
+    return heal_folder(teacher, HealJob(file, target, options.pop("settings", SETTINGS), text=text, **options))
 
 
 def test_healing_helps_and_the_file_says_so(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
@@ -400,7 +399,7 @@ def test_the_teacher_s_scores_serve_shorter_healings(file: Path, teacher: Path, 
         target = tmp_path / f"{tokens}.mpo"
         settings = replace(SETTINGS, tokens=tokens)
         curves[tokens] = healed(
-            file, teacher, text, target, settings=settings, work=tmp_path / "kept", others=True
+            file, teacher, text, target, settings=settings, work=tmp_path / "kept", discard_other=True
         ).curve
         [done] = (tmp_path / "kept").glob("teacher-*-done.npy")
         assert int(np.load(done)) == {600: 16, 300: 16, 900: 28}[tokens]

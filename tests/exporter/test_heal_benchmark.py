@@ -13,21 +13,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import heal_cost
-import heal_rows
 import healing
-from judge import Judge
+from parts import heal_rows
+from parts.judge import Judge
 from quality import Bench, Kept
 
-from mpo_exporter.export import export
 from mpo_exporter.fit.layer import Method
 from mpo_exporter.heal.settings import Settings
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.source import find_source
 from mpo_formats import Mpo, MpoFile
 from mpo_formats.architecture import EMBEDDING
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import BOS, granite_config, some_ids, write_folder
+from tests.helpers import BOS, export_folder, granite_config, some_ids, write_folder
 
 
 def text(seed: int, count: int) -> TokenText:
@@ -110,7 +109,7 @@ def test_a_dense_step_trains_all_weights_and_is_the_model(bench: Bench, tmp_path
     assert not torch.equal(trainables.layers[EMBEDDING].values, before.layers[EMBEDDING].values)
     path = tmp_path / "cores.mpo"
     layers = heal_rows.of_parameters(0.3, balanced=True)(bench)
-    export(bench.source.folder, path, Options("int4"), layers=layers)
+    export_folder(bench.source.folder, path, Options("int4"), layers=layers)
     asked = {
         "file": str(path),
         "dense": False,

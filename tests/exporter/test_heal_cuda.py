@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from mpo_exporter.export import export
 from mpo_exporter.heal import train
-from mpo_exporter.heal.distributed import Workers
-from mpo_exporter.heal.run import Healed, heal
-from mpo_exporter.heal.settings import Settings
-from mpo_exporter.plan.named import Options
+from mpo_exporter.heal.run import Healed
+from mpo_exporter.heal.settings import HealJob, Settings
+from mpo_exporter.heal.workers import Workers
+from mpo_exporter.plan.options import Options
 from mpo_formats import LinearSpec, Mpo, Quantized
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import BOS, granite_config, some_ids, write_folder
+from tests.helpers import BOS, export_folder, granite_config, heal_folder, some_ids, write_folder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 # 60 steps, of which 3 a block.
@@ -46,12 +45,12 @@ def file(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cores = Mpo((linear.out_features, 1), (1, linear.in_features), (4,), "f16", 0)
         return replace(linear, terms=(base, cores) if ".mlp." in linear.name else (base,))
 
-    export(teacher, path, Options("int4"), layers=tuple(map(rough, Checkpoint(teacher).spec.linears)))
+    export_folder(teacher, path, Options("int4"), layers=tuple(map(rough, Checkpoint(teacher).spec.linears)))
     return path
 
 
 def healed(file: Path, teacher: Path, text: Path, target: Path, device: str, settings: Settings = SETTINGS) -> Healed:
-    return heal(file, teacher, target, settings, text=text, workers=Workers(device=device))
+    return heal_folder(teacher, HealJob(file, target, settings, text=text), workers=Workers(device=device))
 
 
 def test_a_gpu_heals_as_a_cpu_does(

@@ -10,14 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpo_exporter.export import export
-from mpo_exporter.heal.run import heal
-from mpo_exporter.heal.settings import Settings
-from mpo_exporter.measure.layerwise import profile_layers, tensorized
-from mpo_exporter.plan.named import Options
+from mpo_exporter.compactifai import LayerSensitivityProfiler, load_granite_model
+from mpo_exporter.heal.settings import HealJob, Settings
+from mpo_exporter.plan.options import Options
 from mpo_formats import CheckpointError, ConfigError, FormatError, MpoError, MpoFile, OutputError
 from mpo_runtime.text.token_text import TokenText
-from tests.helpers import BOS, granite_config, some_ids, write_folder
+from tests.helpers import BOS, export_folder, granite_config, heal_folder, some_ids, write_folder
 
 SETTINGS = Settings(tokens=300, window=32, train_codes=False)
 NAN = "model.layers.1.mlp.up_proj.weight"
@@ -31,7 +29,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def file(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("file") / "rough.mpo"
-    export(teacher, path, Options("int4"))
+    export_folder(teacher, path, Options("int4"))
     return path
 
 
@@ -51,7 +49,7 @@ def tokens(count: int) -> TokenText:
 
 def refused(error: type[MpoError], words: str, file: Path, teacher: Path, target: Path, text: TokenText) -> None:
     with pytest.raises(error, match=words):
-        heal(file, teacher, target, SETTINGS, text=text)
+        heal_folder(teacher, HealJob(file, target, SETTINGS, text=text))
     assert not target.exists() and not list(target.parent.glob(".*"))
 
 
@@ -74,20 +72,20 @@ def test_a_teacher_that_is_not_finite(file: Path, broken: Path, tmp_path: Path) 
 
 def test_a_source_that_is_not_finite_is_named_before_gradients_are_taken(broken: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"{NAN} is not finite at \[3, 5\]"):
-        export(broken, tmp_path / "out.mpo", Options("auto"), calibration=tokens(2000))
+        export_folder(broken, tmp_path / "out.mpo", Options("auto"), calibration=tokens(2000))
     assert not list(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=rf"{NAN} is not finite at \[3, 5\]"):
-        profile_layers(broken, tokens(400), tensorized(4))
+        LayerSensitivityProfiler(load_granite_model(broken), tokens(400), bond_dimension=4).profile()
 
 
 def test_a_text_too_short_and_folders_that_are_not_there(file: Path, teacher: Path, tmp_path: Path) -> None:
     refused(ConfigError, "fill 1 windows of 32", file, teacher, tmp_path / "healed.mpo", tokens(40))
     with pytest.raises(OutputError, match="cannot write"):
-        heal(file, teacher, tmp_path / "no" / "healed.mpo", SETTINGS, text=tokens(930))
+        heal_folder(teacher, HealJob(file, tmp_path / "no" / "healed.mpo", SETTINGS, text=tokens(930)))
     place = tmp_path / "taken"
     place.write_text("mine")
     with pytest.raises(OutputError, match="taken: cannot be made"):
-        heal(file, teacher, tmp_path / "healed.mpo", SETTINGS, text=tokens(930), work=place)
+        heal_folder(teacher, HealJob(file, tmp_path / "healed.mpo", SETTINGS, text=tokens(930), work=place))
     assert [path.name for path in tmp_path.iterdir()] == ["taken"] and place.read_text() == "mine"
 
 
@@ -100,7 +98,7 @@ def test_a_kept_folder_serves_no_other_part_of_the_same_text(file: Path, teacher
     """A text that was read and cut keeps its source's digest: the teacher's scores are those of the windows."""
     long, short = tokens(2000), tokens(2000).first(930)
     settings = replace(SETTINGS, tokens=900)
-    heal(file, teacher, tmp_path / "long.mpo", settings, text=long, work=tmp_path / "work")
-    kept = heal(file, teacher, tmp_path / "short.mpo", settings, text=short, work=tmp_path / "work")
-    fresh = heal(file, teacher, tmp_path / "fresh.mpo", settings, text=short)
+    heal_folder(teacher, HealJob(file, tmp_path / "long.mpo", settings, text=long, work=tmp_path / "work"))
+    kept = heal_folder(teacher, HealJob(file, tmp_path / "short.mpo", settings, text=short, work=tmp_path / "work"))
+    fresh = heal_folder(teacher, HealJob(file, tmp_path / "fresh.mpo", settings, text=short))
     assert kept.curve == fresh.curve

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mpo_exporter.heal.bonds import sort_bonds
-from mpo_exporter.heal.loss import head_loss
-from mpo_exporter.heal.ops import HealingOps, Pair, WindowOps, compute, multiplies_bf16
+from mpo_exporter.heal.ops import HealingOps, WindowCache, WindowOps, autocast, multiplies_bf16
 from mpo_exporter.heal.rounding import cells, dequantize, rounded
+from mpo_exporter.heal.student import head_loss
 from mpo_exporter.heal.trainable import CELL, Grid, Trainables
 from mpo_formats import MpoFile
 from mpo_formats.layout import content_tensors
@@ -193,13 +193,13 @@ def test_windows_run_as_the_reference_runs_them() -> None:
             with context, torch.no_grad():
                 x = model.embed(model.ops.ids(rows))
                 for block in range(file.spec.architecture.num_hidden_layers):
-                    x = model.block(x, Pair(), block)
+                    x = model.block(x, WindowCache(), block)
                 found = model.logits(model.normed(x)).float()
             np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
 def test_bf16_is_used_only_where_it_is_fast() -> None:
-    with compute("cpu"):
+    with autocast("cpu"):
         assert torch.is_autocast_enabled("cpu") == multiplies_bf16("cpu")
     assert not multiplies_bf16("meta")
 

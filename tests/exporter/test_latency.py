@@ -1,4 +1,4 @@
-"""The latency table: real kernels on small shapes, kept for this machine, and timed once."""
+"""The latency table: real kernels on small shapes, cached for this machine, and timed once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from mpo_exporter.measure import latency as latency_module
-from mpo_exporter.measure.latency import Latency, keep_table, no_slower_than, open_table, working_set_of
-from mpo_exporter.measure.survey import Candidate
-from mpo_exporter.terms import operator
+from mpo_exporter.measure.latency import Latency, no_slower_than, open_table, save_table, working_set_of
+from mpo_exporter.terms import Candidate, operator
 from mpo_formats import Dense, LinearSpec, ModelSpec, Quantized
 from mpo_runtime import native
 from tests.exporter.test_plan import dense_model
@@ -50,8 +49,8 @@ def test_every_kind_of_term_is_timed_once_and_kept(spec: ModelSpec, monkeypatch:
     seconds = table.token(planned)
     assert seconds >= sum(table.layer(linear) for linear in planned.linears)
     told: list[str] = []
-    keep_table(table, told.append)
-    assert "kept for the next plan" in told[0] and table.measured == 0
+    save_table(table, told.append)
+    assert "cached for the next plan" in told[0] and table.measured == 0
 
     def timed_again(*_: object) -> float:
         raise AssertionError("timed again")
@@ -68,13 +67,13 @@ def test_another_cpu_number_of_threads_or_version_is_measured_anew(
 ) -> None:
     table = open_table(spec)
     table.layer(LinearSpec("layer", 64, 64, None, TERMS[0]))
-    keep_table(table)
+    save_table(table)
     assert open_table(spec).seconds
     key = latency_module.machine_key()
     for change in ({"cpu": "another"}, {"threads": "99"}, {"native": "another level"}, {"version": "0.0"}):
         monkeypatch.setattr(latency_module, "machine_key", lambda change=change: key | change)
         told: list[str] = []
-        assert open_table(spec, tell=told.append).seconds == {}
+        assert open_table(spec, log=told.append).seconds == {}
         assert "is stale" in told[0] and next(iter(change)) in told[0]
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_exporter.cli.export import tell_cut_bonds
+from mpo_exporter.cli.export import print_cut_bonds
 from mpo_exporter.fit.shapes import parameters
-from mpo_exporter.plan.named import CORE_SHARE, EMBEDDING_BITS, PLANS, KeyOptions, Options, plan_layers
-from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, PlanError, Quantized, Term
+from mpo_exporter.plan.file import PlanFile
+from mpo_exporter.plan.named import CORE_SHARE, EMBEDDING_BITS, PLANS, plan_layers
+from mpo_exporter.plan.options import Choice, KeyOptions, Options, Target
+from mpo_formats import ConfigError, Dense, LinearSpec, ModelSpec, Mpo, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
 from tests.formats import tiny
 
@@ -168,30 +171,33 @@ def test_k_proj_without_a_matrix_to_replace_is_refused() -> None:
     ):
         planned(dense_model(), plan="k-proj", keys=KeyOptions(min_dim=65))
     with pytest.raises(PlanError, match="the largest smaller side is 0"):
-        planned(dense_model(), plan="k-proj", pattern="q_proj", keys=KeyOptions(min_dim=1))
+        planned(dense_model(), plan="k-proj", choice=Choice(pattern="q_proj"), keys=KeyOptions(min_dim=1))
 
 
 @pytest.mark.parametrize("plan", ["int4", "corrected", "auto"])
 def test_a_pattern_leaves_other_layers_as_they_are(plan: str) -> None:
-    layers = planned(dense_model(blocks=3), plan=plan, pattern=r"layers\.1\..*(up|down)_proj$")
+    layers = planned(dense_model(blocks=3), plan=plan, choice=Choice(pattern=r"layers\.1\..*(up|down)_proj$"))
     changed = {name for name, layer in layers.items() if layer.terms != (BF16,)}
     assert changed == {"model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"}
 
 
 def test_a_pattern_takes_the_place_of_what_paper_spares() -> None:
-    layers = planned(dense_model(), plan="paper", chi=3, pattern="layers.0.*q_proj|embed")
+    layers = planned(dense_model(), plan="paper", chi=3, choice=Choice(pattern="layers.0.*q_proj|embed"))
     cores = {name for name, layer in layers.items() if isinstance(layer.terms[0], Mpo)}
     assert cores == {"model.layers.0.self_attn.q_proj"}
     assert layers["model.layers.5.mlp.up_proj"].terms == (INT4,)
 
 
 def test_pinned_layers_keep_their_terms_in_every_plan() -> None:
-    terms = (Quantized(2, 64, True),)
+    def pins(name: str) -> PlanFile:
+        terms = [{"kind": "quantized", "bits": 2, "group": 64, "zeros": True}]
+        return PlanFile(Path("mine"), "int4", None, None, ({"layer": name, "terms": terms},))
+
     for plan in PLANS:
-        layers = planned(dense_model(), plan=plan, keys=KeyOptions(min_dim=16), pinned=((EMBEDDING, terms),))
-        assert layers[EMBEDDING].terms == terms
-    with pytest.raises(PlanError, match="mine: other is no layer of this model"):
-        planned(dense_model(), plan="int4", file="mine", pinned=(("other", terms),))
+        layers = planned(dense_model(), plan=plan, keys=KeyOptions(min_dim=16), file=pins(EMBEDDING))
+        assert layers[EMBEDDING].terms == (Quantized(2, 64, True),)
+    with pytest.raises(PlanError, match=r"mine: layers\[0\]: 'other' is no layer of this model"):
+        planned(dense_model(), plan="int4", file=pins("other"))
 
 
 @pytest.mark.parametrize(
@@ -205,21 +211,57 @@ def test_pinned_layers_keep_their_terms_in_every_plan() -> None:
         ({"chi": -1}, "--chi -1: the bond dimension must be at least 1"),
         ({"cores": 1}, "--cores 1: expected 2 to 8"),
         ({"cores": 9}, "--cores 9: expected 2 to 8"),
-        ({"plan": "int4", "max_kl": 0.1}, "--max-kl 0.1: expected more than 0 nats a token, and the plan auto"),
-        ({"max_kl": -1.0}, "--max-kl -1: expected more than 0"),
-        ({"max_kl": 0.1, "target_bytes": 5}, "--max-kl and a target in bytes: give one of them"),
+        ({"plan": "int4", "target": Target(max_kl=0.1)}, "--max-kl: expected the plan auto, found int4"),
+        ({"plan": "paper", "target": Target(ratio=0.1)}, "--target-ratio: expected the plan auto, found paper"),
         ({"plan": "paper", "for_speed": True}, "--for-speed: expected the plan auto, found paper"),
-        ({"sensitivity": "exact"}, "--sensitivity exact: expected one of fast, full"),
-        ({"pattern": "("}, r"--layers \(: not a regular expression"),
-        ({"top_k": 3}, "expected the plan paper, k-proj, corrected, int4, found auto"),
-        ({"plan": "paper", "top_k": 0}, "--top-k 0: expected at least 1"),
-        ({"plan": "paper", "share": 1.5}, "--compression-ratio 1.5: expected more than 0 and at most 1"),
-        ({"plan": "paper", "share": 0.5, "top_k": 1}, "--top-k and --compression-ratio: give one of them"),
+        ({"choice": Choice(top_k=3)}, "expected the plan paper, k-proj, corrected, int4, found auto"),
+        ({"plan": "dense", "choice": Choice(share=0.5)}, "expected the plan paper, k-proj, corrected, int4, found"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_named(options: dict[str, object], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"sensitivity": "exact"}, "--sensitivity exact: expected one of fast, full"),
+        ({"pattern": "("}, r"--layers \(: not a regular expression"),
+        ({"top_k": 0}, "--top-k 0: expected at least 1"),
+        ({"share": 1.5}, "--compression-ratio 1.5: expected more than 0 and at most 1"),
+        ({"share": 0.5, "top_k": 1}, "--top-k and --compression-ratio: give one of them"),
+    ],
+)
+def test_choices_of_layers_that_cannot_be_honoured(choice: dict[str, object], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        Choice(**choice)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"size": 0}, "--target-size 0: expected at least 1 byte"),
+        ({"bits_per_weight": float("inf")}, "--target-bpw inf: expected more than 0 and at most 32"),
+        ({"bits_per_weight": float("nan")}, "--target-bpw nan: expected more than 0"),
+        ({"bits_per_weight": 33.0}, "--target-bpw 33: expected more than 0"),
+        ({"ratio": 1.5}, "--target-ratio 1.5: expected more than 0 and at most 1"),
+        ({"max_kl": -1.0}, "--max-kl -1: expected more than 0"),
+        ({"max_kl": 0.1, "size": 5}, "--target-size and --max-kl: give one of them"),
+    ],
+)
+def test_targets_that_cannot_be_honoured(target: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Target(**target)
+
+
+def test_targets_in_bytes() -> None:
+    spec = dense_model()
+    assert Target(size=10**6).bytes_of(spec) == 10**6
+    assert Target(bits_per_weight=3.0).bytes_of(spec) == int(3 * spec.architecture.parameters() / 8)
+    dense = sum(2 * linear.out_features * linear.in_features for linear in spec.linears)
+    assert Target(ratio=0.5).bytes_of(spec) == pytest.approx(dense / 2, rel=0.02)  # norms aside
+    assert Target().bytes_of(spec) is None and Target(max_kl=0.1).bytes_of(spec) is None
 
 
 @pytest.mark.parametrize(
@@ -239,12 +281,13 @@ def test_a_pattern_that_matches_nothing_names_an_example() -> None:
     with pytest.raises(
         PlanError, match="--layers nothing: matches no layer of this model, whose names are like model."
     ):
-        planned(dense_model(), plan="int4", pattern="nothing")
+        planned(dense_model(), plan="int4", choice=Choice(pattern="nothing"))
 
 
 def test_only_what_was_given_is_recorded() -> None:
-    assert Options("auto", chi=4).recorded() == {"plan": "auto", "chi": "4", "cores": "2"}
-    found = Options("auto", max_kl=0.05, for_speed=True, pattern="mlp").recorded()
+    spec = dense_model()
+    assert Options("auto", chi=4).recorded(spec) == {"plan": "auto", "chi": "4", "cores": "2"}
+    found = Options("auto", target=Target(max_kl=0.05), for_speed=True, choice=Choice(pattern="mlp")).recorded(spec)
     assert found == {
         "plan": "auto",
         "chi": "32",
@@ -253,7 +296,10 @@ def test_only_what_was_given_is_recorded() -> None:
         "for_speed": "True",
         "pattern": "mlp",
     }
-    assert Options("k-proj", keys=KeyOptions(rank=7)).recorded()["keys.rank"] == "7"
+    assert Options("auto", target=Target(bits_per_weight=3.0)).recorded(spec)["target_bytes"] == str(
+        Target(bits_per_weight=3.0).bytes_of(spec)
+    )
+    assert Options("k-proj", keys=KeyOptions(rank=7)).recorded(spec)["keys.rank"] == "7"
 
 
 def test_a_chi_far_above_the_full_rank_is_planned_at_once() -> None:
@@ -275,5 +321,5 @@ def test_a_chi_above_the_full_rank_is_said(capsys: pytest.CaptureFixture[str]) -
     source = dense_model(hidden=64, inner=128)
     for chi, words in ((10_000, "χ of 10,000 is above the full rank of"), (2, "")):
         options = Options("paper", chi=chi)
-        tell_cut_bonds(dataclasses.replace(source, linears=plan_layers(source, options)), options)
+        print_cut_bonds(dataclasses.replace(source, linears=plan_layers(source, options)), options)
         assert words in (said := capsys.readouterr().out) and bool(said) == bool(words)

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mpo_exporter.export import export, planned_spec, planner_for
+from mpo_exporter.export import ExportTask, Listener, planned_spec, planner_for
 from mpo_exporter.measure import latency as latency_module
-from mpo_exporter.measure import surveys as surveys_module
-from mpo_exporter.measure.cache import Kept
-from mpo_exporter.measure.expected import layer_loss
+from mpo_exporter.measure import survey as survey_module
+from mpo_exporter.measure.cache import Cached
 from mpo_exporter.measure.latency import Latency
-from mpo_exporter.measure.surveys import packed, unpacked
-from mpo_exporter.plan import planner as make_module
+from mpo_exporter.measure.survey import packed, unpacked
+from mpo_exporter.plan import planner as planner_module
 from mpo_exporter.plan.budget import default_bytes, file_bytes
 from mpo_exporter.plan.file import read_plan, write_plan
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Choice, Options, Target
 from mpo_exporter.plan.planner import Planner
-from mpo_exporter.plan.predict import correction, outcomes_shelf, predict, remember, within_kl
+from mpo_exporter.plan.predict import correction, outcomes_file, predict, record_outcome, within_kl
+from mpo_exporter.request import plan_options
+from mpo_exporter.source import Source, open_source
 from mpo_exporter.terms import integers
-from mpo_formats import ConfigError, LinearSpec, ModelSpec, Mpo, MpoFile, PlanError, Quantized
+from mpo_formats import ConfigError, LinearSpec, ModelSpec, Mpo, MpoFile, OutputError, PlanError, Quantized
 from mpo_formats.architecture import EMBEDDING
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import granite_config, some_ids, write_folder
+from tests.helpers import export_folder, granite_config, some_ids, write_folder
 
 TEXT = TokenText("calibration", np.array(some_ids(24 * 63), np.int64), 0, "1" * 64)
 HELD_OUT = TokenText("held-out", np.array(some_ids(512, 9), np.int64), 0, "2" * 64)
@@ -46,9 +48,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def planner(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Planner:
+def source(folder: Path) -> Iterator[Source]:
+    with open_source(folder) as source:
+        yield source
+
+
+@pytest.fixture(scope="module")
+def planner(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Planner:
     """One planner for all tests, so that the model is surveyed once."""
-    made = planner_for(Checkpoint(folder), TEXT, WINDOWS, tmp_path_factory.mktemp("spill"))
+    task = ExportTask(Path("none.mpo"), calibration=TEXT, windows=WINDOWS)
+    made = planner_for(source, task, tmp_path_factory.mktemp("spill"), Listener())
     made.survey()
     return made
 
@@ -64,25 +73,25 @@ def bytes_of(spec: ModelSpec, linears: tuple[LinearSpec, ...]) -> int:
 
 def test_another_budget_does_not_survey_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPO_CACHE", str(tmp_path / "cache"))
-    surveyed, original = [], surveys_module.survey
+    surveyed, original = [], survey_module.survey
 
     def counting(*arguments: object, **options: object) -> object:
         surveyed.append(arguments)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(surveys_module, "survey", counting)
+    monkeypatch.setattr(survey_module, "survey", counting)
     told: list[str] = []
     sizes, files = (30_000, 40_000, 30_000), []
     least = default_bytes(Checkpoint(folder).spec)
     for number, more in enumerate(sizes):
         target = tmp_path / f"{number}.mpo"
-        result = export(
+        result = export_folder(
             folder,
             target,
-            Options("auto", target_bytes=least + more),
+            Options("auto", target=Target(size=least + more)),
             calibration=TEXT,
             windows=WINDOWS,
-            tell=told.append,
+            listener=Listener(log=told.append),
         )
         assert 0.985 * (least + more) < result.file_bytes <= least + more
         files.append(target.read_bytes())
@@ -94,13 +103,13 @@ def test_another_budget_does_not_survey_again(folder: Path, tmp_path: Path, monk
     raw[-100] ^= 1
     kept.write_bytes(raw)
     told.clear()
-    export(
+    export_folder(
         folder,
         tmp_path / "again.mpo",
-        Options("auto", target_bytes=least + sizes[0]),
+        Options("auto", target=Target(size=least + sizes[0])),
         calibration=TEXT,
         windows=WINDOWS,
-        tell=told.append,
+        listener=Listener(log=told.append),
     )
     assert "is damaged; measuring again" in told[0] and len(surveyed) == 2
     assert (tmp_path / "again.mpo").read_bytes() == files[0]
@@ -114,19 +123,21 @@ def test_a_survey_is_kept_whole(planner: Planner) -> None:
 
 def test_the_least_sensitive_layers_are_chosen(planner: Planner, spec: ModelSpec) -> None:
     losses = {
-        linear.name: layer_loss(planner.survey(), dataclasses.replace(linear, terms=(integers(64, 4),)))
+        linear.name: planner.survey().loss(dataclasses.replace(linear, terms=(integers(64, 4),)))
         for linear in spec.linears
         if linear.in_features == 64 and linear.name != EMBEDDING
     }
     order = sorted(losses, key=lambda name: losses[name] or 0.0)
-    planned = planner.layers(spec, Options("int4", top_k=3, pattern="q_proj|k_proj|v_proj|o_proj|gate|up"))
+    planned = planner.layers(
+        spec, Options("int4", choice=Choice(top_k=3, pattern="q_proj|k_proj|v_proj|o_proj|gate|up"))
+    )
     changed = {linear.name for linear, plain in zip(planned, spec.linears, strict=True) if linear != plain}
     assert changed == set(order[:3])
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_paper_gives_cores_to_a_share_of_the_layers(planner: Planner, spec: ModelSpec, share: float) -> None:
-    planned = planner.layers(spec, Options("paper", chi=4, share=share))
+    planned = planner.layers(spec, Options("paper", chi=4, choice=Choice(share=share)))
     cores = [linear.name for linear in planned if isinstance(linear.terms[0], Mpo)]
     assert len(cores) == round(share * 21) and EMBEDDING not in cores
     rest = [linear for linear in planned if linear.name not in cores]
@@ -142,8 +153,8 @@ def test_measured_sensitivity_ranks_by_what_was_measured(
         names = [linear.name for linear in layers]
         return [Row(name, 1.0 / (1 + index)) for index, name in enumerate(names)]
 
-    monkeypatch.setattr(make_module, "measured_alone", by_hand)
-    planned = planner.layers(spec, Options("paper", chi=4, top_k=2, sensitivity="full"))
+    monkeypatch.setattr(planner_module, "cached_sensitivities", by_hand)
+    planned = planner.layers(spec, Options("paper", chi=4, choice=Choice(top_k=2, sensitivity="full")))
     cores = [linear.name for linear in planned if isinstance(linear.terms[0], Mpo)]
     assert cores == ["model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj"]
 
@@ -156,19 +167,19 @@ class Row:
 
 def test_more_layers_than_there_are(planner: Planner, spec: ModelSpec) -> None:
     with pytest.raises(PlanError, match="--top-k 22: the plan paper can act on 21 layers of this model"):
-        planner.layers(spec, Options("paper", top_k=22))
+        planner.layers(spec, Options("paper", choice=Choice(top_k=22)))
 
 
 def test_chi_bounds_the_cores_of_an_allocation(planner: Planner, spec: ModelSpec) -> None:
     target = 2 * default_bytes(spec)
     for chi in (1, 4):
-        rows = planner.candidates(Options("auto", chi=chi, target_bytes=target), spec.linears)
+        rows = planner.candidates(Options("auto", chi=chi, target=Target(size=target)), spec.linears)
         bonds = {max(term.bonds) for row in rows.values() for one in row for term in one.terms if isinstance(term, Mpo)}
         assert bonds == {value for value in (1, 2, 4) if value <= chi}
 
 
 def test_layers_that_a_pattern_leaves_out_stay_dense_in_an_allocation(planner: Planner, spec: ModelSpec) -> None:
-    options = Options("auto", target_bytes=2 * default_bytes(spec), pattern="mlp")
+    options = Options("auto", target=Target(size=2 * default_bytes(spec)), choice=Choice(pattern="mlp"))
     for linear, dense in zip(planner.layers(spec, options), spec.linears, strict=True):
         assert ".mlp." in linear.name or linear == dense
 
@@ -177,11 +188,11 @@ def test_below_integers_cores_alone_and_below_these_the_minimum(planner: Planner
     integers_least = bytes_of(
         spec, tuple(dataclasses.replace(linear, terms=(Quantized(2, 64, False),)) for linear in spec.linears)
     )
-    planned = planner.layers(spec, Options("auto", chi=2, target_bytes=integers_least - 2000))
+    planned = planner.layers(spec, Options("auto", chi=2, target=Target(size=integers_least - 2000)))
     assert any(linear.terms[0].kind == "mpo" for linear in planned)
     assert bytes_of(spec, planned) <= integers_least - 2000
     with pytest.raises(PlanError, match="the smallest file of this model takes [0-9,]+; give a larger target"):
-        planner.layers(spec, Options("auto", chi=2, target_bytes=20_000))
+        planner.layers(spec, Options("auto", chi=2, target=Target(size=20_000)))
 
 
 def test_shapes_slower_than_int4_are_not_chosen(
@@ -195,14 +206,14 @@ def test_shapes_slower_than_int4_are_not_chosen(
         return (5.0 if bits == 3 else bits) + len(linear.terms) - 1
 
     monkeypatch.setattr(Latency, "layer", lambda table, linear: seconds(linear))
-    monkeypatch.setattr(make_module, "open_table", lambda source, **_: Latency(source, 1 << 20, {}, {}))
+    monkeypatch.setattr(planner_module, "open_table", lambda source, **_: Latency(source, 1 << 20, {}, {}))
     target = round(1.1 * default_bytes(spec))
-    free = planner.layers(spec, Options("auto", target_bytes=target))
-    fast = planner.layers(spec, Options("auto", target_bytes=target, for_speed=True))
+    free = planner.layers(spec, Options("auto", target=Target(size=target)))
+    fast = planner.layers(spec, Options("auto", target=Target(size=target), for_speed=True))
     assert any(seconds(linear) > 4 for linear in free)
     assert all(seconds(linear) <= 4 for linear in fast)
     with pytest.raises(PlanError, match="are too few"):
-        planner.layers(spec, Options("auto", target_bytes=20_000, for_speed=True))
+        planner.layers(spec, Options("auto", target=Target(size=20_000), for_speed=True))
 
 
 def test_without_native_kernels_there_is_nothing_to_time(
@@ -210,22 +221,26 @@ def test_without_native_kernels_there_is_nothing_to_time(
 ) -> None:
     monkeypatch.setattr(latency_module.native, "available", lambda: False)
     with pytest.raises(ConfigError, match="no native kernels to time here .*; plan without --for-speed"):
-        planner.layers(spec, Options("auto", target_bytes=default_bytes(spec), for_speed=True))
+        planner.layers(spec, Options("auto", target=Target(size=default_bytes(spec)), for_speed=True))
 
 
-def test_plans_that_need_text_say_so(folder: Path, tmp_path: Path, spec: ModelSpec) -> None:
-    blind = planner_for(Checkpoint(folder), None, WINDOWS, tmp_path)
-    for options in (Options("auto", target_bytes=10**6), Options("paper", top_k=1), Options("auto", max_kl=0.1)):
+def test_plans_that_need_text_say_so(source: Source, spec: ModelSpec) -> None:
+    blind = Planner(source.weights)
+    for options in (
+        Options("auto", target=Target(size=10**6)),
+        Options("paper", choice=Choice(top_k=1)),
+        Options("auto", target=Target(max_kl=0.1)),
+    ):
         with pytest.raises(ConfigError, match="give one with --calib"):
             blind.layers(spec, options)
 
 
-def test_predictions_against_what_came_out(folder: Path, planner: Planner, tmp_path: Path) -> None:
+def test_predictions_against_what_came_out(folder: Path, source: Source, planner: Planner, tmp_path: Path) -> None:
     """Bytes exactly; KL within a factor of two before an export was measured, and nearly exactly after it."""
-    options = Options("auto", target_bytes=round(0.9 * default_bytes(planner.source.spec)))
-    spec = planned_spec(planner, options, None)
+    options = Options("auto", target=Target(size=round(0.9 * default_bytes(planner.source.spec))))
+    spec = planned_spec(source, ExportTask(Path("none.mpo"), options, calibration=TEXT), planner)
     first = predict(planner, spec)
-    result = export(folder, tmp_path / "out.mpo", options, calibration=TEXT, windows=WINDOWS, text=HELD_OUT)
+    result = export_folder(folder, tmp_path / "out.mpo", options, calibration=TEXT, windows=WINDOWS, text=HELD_OUT)
     assert result.comparison is not None and first.kl is not None
     assert first.file_bytes == result.file_bytes
     assert result.spec.linears == spec.linears
@@ -240,13 +255,11 @@ def test_a_prediction_is_corrected_by_the_nearest_outcome(
 ) -> None:
     monkeypatch.setenv("MPO_CACHE", str(tmp_path))
     assert correction(planner, 0.1) == 1
-    from mpo_exporter.measure.expected import total_loss
-
     for bits, factor in ((4, 2.0), (2, 3.0)):
         linears = tuple(dataclasses.replace(one, terms=(integers(one.in_features, bits, 64),)) for one in spec.linears)
-        loss = total_loss(planner.survey(), linears)
+        loss = planner.survey().total_loss(linears)
         assert loss is not None
-        remember(planner, dataclasses.replace(spec, linears=linears), factor * loss)
+        record_outcome(planner, dataclasses.replace(spec, linears=linears), factor * loss)
         if loss <= 1:
             assert correction(planner, 1.01 * loss) == pytest.approx(factor)
 
@@ -256,25 +269,25 @@ def test_an_export_that_missed_teaches_the_next_one(
 ) -> None:
     """Once the correction was looked up at the KL that was asked for, and the third export repeated the second."""
     monkeypatch.setenv("MPO_CACHE", str(tmp_path))
-    asked = Options("auto", max_kl=5e-4)
+    asked = Options("auto", target=Target(max_kl=5e-4))
     outcomes = [(0.99 * 5e-4, 1.04), (0.97 * 5e-4, 1.06)]  # expected, and measured over expected
-    planned, shelf = [asked.max_kl], outcomes_shelf(planner)
-    assert shelf is not None
+    planned, file = [asked.target.max_kl], outcomes_file(planner)
+    assert file is not None
     for count in (1, 2):
-        shelf.write(Kept([[expected, expected * ratio] for expected, ratio in outcomes[:count]]))
-        planned.append(within_kl(planner, asked).max_kl)
+        file.write(Cached([[expected, expected * ratio] for expected, ratio in outcomes[:count]]))
+        planned.append(within_kl(planner, asked).target.max_kl)
     np.testing.assert_allclose(planned, [5e-4, 5e-4 / 1.04, 5e-4 / 1.06])
 
 
 def test_max_kl_is_met_by_the_expected_loss(planner: Planner, spec: ModelSpec) -> None:
     sizes = []
     coarse = sum(
-        layer_loss(planner.survey(), dataclasses.replace(one, terms=(integers(one.in_features, 2, 64),))) or 0.0
+        planner.survey().loss(dataclasses.replace(one, terms=(integers(one.in_features, 2, 64),))) or 0.0
         for one in spec.linears
     )
     for most in (coarse / 100, coarse / 10, coarse):
-        planned = planner.layers(spec, Options("auto", max_kl=most))
-        losses = [layer_loss(planner.survey(), linear) for linear in planned]
+        planned = planner.layers(spec, Options("auto", target=Target(max_kl=most)))
+        losses = [planner.survey().loss(linear) for linear in planned]
         assert sum(loss or 0.0 for loss in losses) <= most
         sizes.append(bytes_of(spec, planned))
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
@@ -302,8 +315,8 @@ def test_a_plan_file_overrides_single_layers(folder: Path, spec: ModelSpec, tmp_
             ],
         },
     )
-    options = read_plan(path, spec, Options())
-    result = export(folder, tmp_path / "out.mpo", options)
+    options = plan_options(f"file:{path}", 32, 2)
+    result = export_folder(folder, tmp_path / "out.mpo", options)
     with MpoFile(result.path) as file:
         file.verify()
         layers = {linear.name: linear for linear in file.spec.linears}
@@ -315,17 +328,21 @@ def test_a_plan_file_overrides_single_layers(folder: Path, spec: ModelSpec, tmp_
     assert layers["model.layers.2.mlp.up_proj"].terms == (integers(64, 4),)
     # Over an allocation: the rest shares what the pinned layers leave.
     target = default_bytes(spec) + 30_000
-    mixed = planner.layers(spec, dataclasses.replace(options, plan="auto", target_bytes=target))
+    mixed = planner.layers(spec, dataclasses.replace(options, plan="auto", target=Target(size=target)))
     assert mixed[0] == spec.linear(EMBEDDING) and 0.97 * target < bytes_of(spec, mixed) <= target
 
 
 def test_a_saved_plan_is_read_as_it_was(spec: ModelSpec, planner: Planner, tmp_path: Path) -> None:
-    planned = planner.layers(spec, Options("auto", target_bytes=default_bytes(spec)))
+    planned = planner.layers(spec, Options("auto", target=Target(size=default_bytes(spec))))
     write_plan(tmp_path / "plan.json", planned)
-    options = read_plan(tmp_path / "plan.json", spec, Options())
+    options = plan_options(f"file:{tmp_path / 'plan.json'}", 32, 2)
     assert planner.layers(spec, options) == planned
-    with pytest.raises(Exception, match="cannot be written .File exists"):
+    with pytest.raises(
+        OutputError, match=r"plan.json: cannot write \(File exists\); give another name with --save-plan"
+    ):
         write_plan(tmp_path / "plan.json", planned)
+    write_plan(tmp_path / "plan.json", spec.linears, force=True)
+    assert read_plan(tmp_path / "plan.json").terms(spec) == {one.name: one.terms for one in spec.linears}
 
 
 def layer(**changes: object) -> str:
@@ -400,10 +417,10 @@ BAD_PLANS: dict[str, tuple[str, str]] = {
 def test_a_bad_plan_file_is_named_with_what_is_wrong(spec: ModelSpec, tmp_path: Path, case: str) -> None:
     content, words = BAD_PLANS[case]
     with pytest.raises(PlanError, match=words) as caught:
-        read_plan(write(tmp_path / "mine.json", content), spec, Options())
+        read_plan(write(tmp_path / "mine.json", content)).terms(spec)
     assert "mine.json" in str(caught.value)
 
 
-def test_an_absent_plan_file(spec: ModelSpec, tmp_path: Path) -> None:
+def test_an_absent_plan_file(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="none.json: cannot be read .No such file or directory"):
-        read_plan(tmp_path / "none.json", spec, Options())
+        read_plan(tmp_path / "none.json")

@@ -14,14 +14,14 @@ import torch
 
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.cli.profile_command import run_profile
-from mpo_exporter.export import export
+from mpo_exporter.cli.profile import run_profile
 from mpo_exporter.fit.layer import build_linear
 from mpo_exporter.measure import sensitivity as full
-from mpo_exporter.measure.sensitivity import check_windows, measured_alone
-from mpo_exporter.measure.summary import Judged, Profile, rank_correlation
-from mpo_exporter.plan.named import Options
+from mpo_exporter.measure.profile import Judged, Profile, rank_correlation
+from mpo_exporter.measure.sensitivity import cached_sensitivities, check_windows
+from mpo_exporter.plan.options import Options
 from mpo_exporter.report.profile_plots import DEPTH, HEAT
+from mpo_exporter.request import CalibrationRequest, ProfileRequest
 from mpo_exporter.terms import integers
 from mpo_formats import ConfigError, LinearSpec, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD
@@ -29,7 +29,7 @@ from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.measure import compare
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import granite_config, some_ids, write_folder
+from tests.helpers import export_folder, granite_config, some_ids, write_folder
 
 TEXT = TokenText("calibration", np.array(some_ids(16 * 63), np.int64), 0, "1" * 64)
 
@@ -64,15 +64,14 @@ def test_a_measured_layer_is_what_an_export_of_that_layer_alone_gives(
         for one in coarse(source)
         if one.name.endswith(("1.mlp.down_proj", "0.self_attn.k_proj")) or one.name in (EMBEDDING, HEAD)
     ]
-    found = {one.layer: one for one in measured_alone(source, TEXT, walk, wanted)}
+    found = {one.layer: one for one in cached_sensitivities(source, TEXT, walk, wanted)}
     moments: dict[str, Moment] = {name: moment for names, moment in walk.dense() for name in names}
     dense = load_network(open_weights(folder), backend="reference")
     for linear in wanted:
         raw, kind = source.array(f"{linear.name}.0.weight"), source.dtype(f"{linear.name}.0.weight")
         built = build_linear(linear, raw, kind, moments.get(linear.name))
         changed = load_network(open_weights(folder), backend="reference")
-        term = changed.ops.linears[linear.name].terms[0]
-        term.held = torch.from_numpy(built.matrix.astype(np.float32))
+        changed.ops.replace(linear.name, torch.from_numpy(built.matrix.astype(np.float32)))
         results = [compare(changed, dense, window[1:], window=window.size) for window in windows]
         kl = np.mean([one.kl_mean for one in results])
         losses = [np.mean([getattr(one, side).nats for one in results]) for side in ("model", "reference")]
@@ -90,7 +89,7 @@ def test_what_was_measured_is_kept_layer_by_layer(
     monkeypatch.setenv("MPO_CACHE", str(tmp_path / "cache"))
     source = Checkpoint(folder)
     walk = Calibration(source, cut_calibration(TEXT, source.architecture, count=8), tmp_path)
-    first = measured_alone(source, TEXT, walk, coarse(source)[:3])
+    first = cached_sensitivities(source, TEXT, walk, coarse(source)[:3])
     built: list[str] = []
     original = full.build_linear
 
@@ -100,7 +99,7 @@ def test_what_was_measured_is_kept_layer_by_layer(
 
     monkeypatch.setattr(full, "build_linear", counting)
     told: list[str] = []
-    again = measured_alone(source, TEXT, walk, coarse(source)[:4], tell=told.append)
+    again = cached_sensitivities(source, TEXT, walk, coarse(source)[:4], log=told.append)
     assert again[:3] == first and set(built) == {coarse(source)[3].name}
     assert "3 of 4 measured before" in told[0]
 
@@ -137,7 +136,8 @@ def test_the_summary_answers_by_depth_and_by_type() -> None:
 
 
 def profile_of(folder: Path, text: Path, level: str, out: Path | None, plots: bool = True) -> Profile:
-    return run_profile(str(folder), level, 3, 4, out, plots, text, 8, "cpu", None)
+    calibration = CalibrationRequest(text, 8)
+    return run_profile(ProfileRequest(str(folder), level, 3, 4, out, plots, calibration))
 
 
 @pytest.fixture
@@ -186,31 +186,14 @@ def test_plots_without_matplotlib_name_the_extra(
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["profile.json"]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"level": "exact"}, "--level exact: expected one of fast, full"),
-        ({"bits": 7}, "--bits 7: expected one of 8, 6"),
-        ({"chi": 0}, "--chi 0"),
-        ({"windows": 0}, "--calib-windows 0: expected at least 1"),
-    ],
-)
-def test_options_that_cannot_be_honoured(change: dict[str, Any], words: str) -> None:
-    given = {"level": "fast", "bits": 2, "chi": 4, "windows": 8} | change
-    with pytest.raises(ConfigError, match=words):
-        run_profile(
-            "demo", given["level"], given["bits"], given["chi"], None, True, None, given["windows"], "cpu", None
-        )
-
-
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file: cannot be made"):
-        run_profile("demo", "fast", 2, 4, tmp_path / "file", False, None, 8, "cpu", None)
+    with pytest.raises(OutputError, match="file: is a file; give a folder with --out"):
+        run_profile(ProfileRequest("demo", out=tmp_path / "file", plots=False))
 
 
 def test_key_projections_keep_their_norm(folder: Path, tmp_path: Path) -> None:
-    from mpo_exporter.plan.named import KeyOptions
+    from mpo_exporter.plan.options import KeyOptions
     from mpo_formats import MpoFile
     from mpo_formats.reference import matrix
 
@@ -218,7 +201,7 @@ def test_key_projections_keep_their_norm(folder: Path, tmp_path: Path) -> None:
     ratios = {}
     for norm in (True, False):
         options = Options("k-proj", keys=KeyOptions(4, 16, norm, 16))
-        with MpoFile(export(folder, tmp_path / f"{norm}.mpo", options).path) as file:
+        with MpoFile(export_folder(folder, tmp_path / f"{norm}.mpo", options).path) as file:
             for linear in file.spec.linears:
                 raw = source.array(f"{linear.name}.0.weight")
                 dense = build_linear(source.spec.linear(linear.name), raw, "bf16").matrix

@@ -11,23 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpo_exporter.calibrate.hessian import cholesky_root
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.export import Result, export
-from mpo_exporter.fit.common import activation_error, cholesky_root
+from mpo_exporter.cli.export import print_next_step
+from mpo_exporter.export import Listener, Result
+from mpo_exporter.fit.common import activation_error
 from mpo_exporter.measure.survey import survey
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.progress import silent
 from mpo_exporter.report import facts, footprint
-from mpo_exporter.report.alternative import predicted_curve
 from mpo_exporter.report.facts import Point, Report, from_text, to_text
-from mpo_exporter.report.folder import JSON, PAGE, prepare, write
-from mpo_exporter.report.gather import Job, earlier_points, gather
-from mpo_exporter.report.layers import spectrum
-from mpo_exporter.report.next_step import wrote
-from mpo_exporter.report.record import Recorder
-from mpo_exporter.report.samples import repeated_share, write_texts
+from mpo_exporter.report.gather import gather
+from mpo_exporter.report.job import JSON, PAGE, Job, prepare, write
+from mpo_exporter.report.layers import Recorder, spectrum
+from mpo_exporter.report.runs import repeated_share, write_texts
+from mpo_exporter.report.sizes import earlier_points, predicted_curve
 from mpo_exporter.report.terminal import print_whole
+from mpo_exporter.source import open_source
 from mpo_formats import ConfigError, FormatError, MpoFile, OutputError
 from mpo_formats.layout import linear_bytes
 from mpo_formats.reference import matrix
@@ -35,7 +36,7 @@ from mpo_runtime.loading import load
 from mpo_runtime.measure import compare
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import byte_tokenizer, granite_config, network, some_ids, write_folder
+from tests.helpers import byte_tokenizer, export_folder, granite_config, network, some_ids, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CALIBRATION = TokenText("calibration.txt", np.array(some_ids(700, 1)), 700, "1" * 64)
@@ -56,7 +57,7 @@ def recorder() -> Recorder:
 @pytest.fixture(scope="module")
 def exported(source: Path, recorder: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Result:
     target = tmp_path_factory.mktemp("file") / "little.mpo"
-    return export(
+    return export_folder(
         source,
         target,
         Options("auto", chi=3),
@@ -64,8 +65,7 @@ def exported(source: Path, recorder: Recorder, tmp_path_factory: pytest.TempPath
         prefixes=(1,),
         calibration=CALIBRATION,
         windows=8,
-        progress=recorder.progress,
-        watch=recorder.watch,
+        listener=Listener(recorder.progress, fitted=recorder.fitted),
     )
 
 
@@ -73,7 +73,6 @@ def exported(source: Path, recorder: Recorder, tmp_path_factory: pytest.TempPath
 def job(source: Path, exported: Result, recorder: Recorder, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(
         file=exported.path,
-        teacher=source,
         name="little",
         folder=tmp_path_factory.mktemp("report"),
         text=TEXT,
@@ -86,8 +85,13 @@ def job(source: Path, exported: Result, recorder: Recorder, tmp_path_factory: py
 
 
 @pytest.fixture(scope="module")
-def report(job: Job) -> Report:
-    return gather(job)
+def report(source: Path, job: Job) -> Report:
+    return gathered(source, job)
+
+
+def gathered(folder: Path, job: Job) -> Report:
+    with open_source(folder) as source:
+        return gather(source, job)
 
 
 def test_the_json_reads_back(report: Report) -> None:
@@ -104,7 +108,7 @@ def test_the_json_reads_back(report: Report) -> None:
 
 def test_quality_is_what_the_measure_says(report: Report, job: Job, source: Path, exported: Result) -> None:
     expected = compare(network(exported.path), network(source), TEXT.ids)
-    alone = gather(dataclasses.replace(job, comparison=None, calibration=None, compression=None))
+    alone = gathered(source, dataclasses.replace(job, comparison=None, calibration=None, compression=None))
     for made in (report, alone):
         found = made.quality
         assert found is not None
@@ -184,14 +188,14 @@ def test_the_progress_is_that_of_the_export(report: Report, exported: Result) ->
     assert all(early.end <= late.start + 1e-9 for early, late in zip(went.stages, went.stages[1:], strict=False))
 
 
-def test_the_same_bytes_without_cores_are_measured(report: Report, job: Job) -> None:
+def test_the_same_bytes_without_cores_are_measured(report: Report, source: Path, job: Job) -> None:
     plain = report.without_cores
     assert plain is not None and plain.kl_mean > 0
     assert 0.9 * report.sizes.file_bytes < plain.file_bytes <= report.sizes.file_bytes + 256
     kinds = [point.kind for point in report.points]
     assert sorted(kinds) == ["dense", "prefix", "this file", "without cores"]
     assert [point.bytes for point in report.points] == sorted((point.bytes for point in report.points), reverse=True)
-    refused = gather(dataclasses.replace(job, without_cores=False))
+    refused = gathered(source, dataclasses.replace(job, without_cores=False))
     assert refused.without_cores is None and "--without-cores" in refused.missing["without_cores"]
 
 
@@ -239,10 +243,10 @@ def test_a_file_of_another_model_is_refused(job: Job, tmp_path: Path) -> None:
     config = granite_config(num_hidden_layers=2, hidden_size=64, intermediate_size=96, max_position_embeddings=128)
     other = write_folder(tmp_path / "other", config, seed=1)
     with pytest.raises(ConfigError, match="was made from model with SHA-256 .* give that one with --teacher"):
-        gather(dataclasses.replace(job, teacher=other))
+        gathered(other, job)
     smaller = write_folder(tmp_path / "smaller", granite_config())
     with pytest.raises(ConfigError, match="its architecture is not that of smaller"):
-        gather(dataclasses.replace(job, teacher=smaller))
+        gathered(smaller, job)
 
 
 def test_points_of_earlier_reports_are_kept_where_they_compare(report: Report) -> None:
@@ -337,7 +341,9 @@ def test_the_documentation_names_every_figure() -> None:
         (("tokenizer.json", "chat_template.jinja"), "mpo-run chat"),
     ],
 )
-def test_the_command_that_suits_a_file(tmp_path: Path, files: tuple[str, ...], command: str) -> None:
+def test_the_command_that_suits_a_file(
+    tmp_path: Path, files: tuple[str, ...], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_folder(tmp_path / "model", granite_config())
     for name in ("tokenizer.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
@@ -346,5 +352,6 @@ def test_the_command_that_suits_a_file(tmp_path: Path, files: tuple[str, ...], c
     if "chat_template.jinja" in files:
         (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     path = tmp_path / "model.mpo"
-    export(folder, path, Options("int4"))
-    assert command in wrote(path)
+    export_folder(folder, path, Options("int4"))
+    print_next_step(path)
+    assert command in capsys.readouterr().out

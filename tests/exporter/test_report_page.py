@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_exporter.report.charts import Scale, linear_ticks, log_ticks
 from mpo_exporter.report.facts import (
     Compression,
     Cost,
@@ -36,9 +35,9 @@ from mpo_exporter.report.facts import (
     Texts,
     WithoutCores,
 )
-from mpo_exporter.report.markup import element
+from mpo_exporter.report.markup import change, compact, element
 from mpo_exporter.report.page import page
-from mpo_exporter.report.wording import change, compact
+from mpo_exporter.report.plots import Scale, linear_ticks, log_ticks
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp; \x00\x1b[31m\ud800 </pre></style> http://evil.example/x"
 NAMES = ("self_attn.q_proj", "mlp.down_proj")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mpo_exporter.quantize import rounding
-from mpo_exporter.quantize.rounding import fitting_group, round_to_nearest
+from mpo_exporter.quantize.rounding import round_to_nearest
+from mpo_exporter.terms import fitting_group
 from mpo_formats import ConfigError
 from mpo_formats.packing import dequantize
 from mpo_formats.spec import BITS, GROUPS

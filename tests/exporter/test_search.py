@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit import search, whitened
 from mpo_exporter.fit.search import Limits, bond_multiply_adds, dropped_share, score_shapes
 from mpo_exporter.fit.shapes import low_rank_shape
@@ -31,8 +32,8 @@ def kronecker(rows: int, columns: int) -> tuple[Matrix, Matrix]:
 def test_never_worse_than_whitened_svd(seed: int, share: float) -> None:
     matrix, moment = case(12, 16, seed)
     limit = int(share * matrix.size)
-    found = search.search(matrix, moment, Limits(limit), keep=1)
-    plain = whitened.fit(matrix, moment, *low_rank_shape(12, 16), limit // 28)
+    found = search.search(matrix, Moment(moment), Limits(limit), keep=1)
+    plain = whitened.fit(matrix, Moment(moment), *low_rank_shape(12, 16), limit // 28)
     assert found.error <= plain.error
     assert found.error == pytest.approx(true_error(matrix, found, moment), rel=1e-6, abs=1e-7)
     assert sum(core.size for core in found.cores) <= limit
@@ -40,7 +41,7 @@ def test_never_worse_than_whitened_svd(seed: int, share: float) -> None:
 
 def test_the_shape_in_which_the_matrix_was_made_is_found() -> None:
     matrix, moment = kronecker(16, 24)
-    found = search.search(matrix, moment, Limits(2 * (16 + 24)))
+    found = search.search(matrix, Moment(moment), Limits(2 * (16 + 24)))
     assert [core.shape[1:3] for core in found.cores] == [(4, 4), (4, 6)]
     assert found.error < 1e-6 * true_error(matrix, tuple(np.zeros_like(core) for core in found.cores), moment)
 
@@ -63,7 +64,7 @@ def test_all_shapes_are_scored_by_what_they_drop() -> None:
     for shape in scored:
         # the moment is a product of 4 and 6, so that the score of these shapes is exact
         if shape.in_dims in ((4, 6), (1, 24)):
-            error = whitened.fit(matrix, moment, shape.out_dims, shape.in_dims, shape.chi).error
+            error = whitened.fit(matrix, Moment(moment), shape.out_dims, shape.in_dims, shape.chi).error
             whole = np.trace(matrix @ moment @ matrix.T)
             assert shape.dropped == pytest.approx(error**2 / whole, rel=1e-6, abs=1e-9)
 
@@ -85,7 +86,7 @@ def test_limits_hold() -> None:
     assert {shape.chi for shape in score_shapes(matrix, moment, limits)} == {1, 2}
     never = Limits(96, seconds=0.25, latency=lambda *_: math.inf)
     with pytest.raises(PlanError, match="no factor shape of a 12 x 16 matrix"):
-        search.search(matrix, moment, never)
+        search.search(matrix, Moment(moment), never)
 
 
 @pytest.mark.parametrize(

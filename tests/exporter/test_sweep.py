@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit import als, svd, sweep
 from mpo_exporter.fit.common import contract
 from mpo_exporter.fit.site import make_target, site_at
@@ -54,33 +55,35 @@ def test_sweeps_descend_and_tell_the_true_error(dims: tuple[Dims, Dims], weighed
     norm = moment if weighed else np.eye(16)
     errors = []
     for sweeps in (0, 1, 2, 6):
-        fit = sweep.fit(matrix, moment if weighed else None, *dims, 3, sweeps=sweeps)
+        fit = sweep.fit(matrix, Moment(moment) if weighed else None, *dims, 3, sweeps=sweeps)
         assert fit.error == pytest.approx(true_error(matrix, fit, norm), rel=1e-6)
         assert fit.bonds == tuple(min(3, most) for most in full_rank(*dims))
         errors.append(fit.error)
     assert errors == sorted(errors, reverse=True)
-    assert errors[0] == pytest.approx(svd.fit(matrix, moment if weighed else None, *dims, 3).error)
+    assert errors[0] == pytest.approx(svd.fit(matrix, Moment(moment) if weighed else None, *dims, 3).error)
     assert errors[-1] < (0.9 if weighed else 1.0) * errors[0]
 
 
 def test_two_cores_end_where_als_ends() -> None:
     matrix, moment = case(24, 36)
     dims = ((6, 4), (6, 6))
-    swept = sweep.fit(matrix, moment, *dims, 5, sweeps=30)
-    start = svd.fit(matrix, moment, *dims, 5)
-    assert swept.error == pytest.approx(als.fit(matrix, moment, *dims, 5, sweeps=60, start=start).error, rel=0.05)
+    swept = sweep.fit(matrix, Moment(moment), *dims, 5, sweeps=30)
+    start = svd.fit(matrix, Moment(moment), *dims, 5)
+    assert swept.error == pytest.approx(
+        als.fit(matrix, Moment(moment), *dims, 5, sweeps=60, start=start).error, rel=0.05
+    )
 
 
 def test_full_rank_is_exact() -> None:
     matrix, moment = case(12, 16)
-    fit = sweep.fit(matrix, moment, (3, 2, 2), (2, 2, 4), 99)
+    fit = sweep.fit(matrix, Moment(moment), (3, 2, 2), (2, 2, 4), 99)
     np.testing.assert_allclose(contract(fit.cores), matrix, atol=1e-6)
 
 
 def test_prefixes_of_a_chain_hold_what_matters() -> None:
     matrix, _ = case(24, 36)
     moment = np.kron(np.kron(case(4, 3)[1], case(4, 3, 1)[1]), case(4, 4)[1])  # which its partial traces tell in full
-    fit = sweep.fit(matrix, moment, (4, 3, 2), (3, 3, 4), 8)
+    fit = sweep.fit(matrix, Moment(moment), (4, 3, 2), (3, 3, 4), 8)
     errors = [true_error(matrix, prefix(fit.cores, chi), moment) for chi in (2, 4, 6, 8)]
     assert errors == sorted(errors, reverse=True)
     first, middle, last = fit.cores
@@ -94,7 +97,7 @@ def test_the_clock_ends_it_between_cores(monkeypatch: pytest.MonkeyPatch) -> Non
     begun, calls, make = time.monotonic(), [], sweep.site_at
     monkeypatch.setattr(sweep, "site_at", lambda *given: calls.append(given[2]) or make(*given))
     monkeypatch.setattr(sweep.time, "monotonic", lambda: begun + 10 * len(calls))
-    cores = sweep.fit(matrix, moment, *CHAINS[0], 3, seconds=35)
+    cores = sweep.fit(matrix, Moment(moment), *CHAINS[0], 3, seconds=35)
     assert calls == [0, 1, 2, 1]  # there, and half of the way back
     assert cores.error == pytest.approx(true_error(matrix, cores, moment), rel=1e-6)
 
@@ -102,4 +105,4 @@ def test_the_clock_ends_it_between_cores(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_sweeps_refuse() -> None:
     _, moment = case(12, 16)
     with pytest.raises(ConfigError, match="not finite"):
-        sweep.fit(np.full((12, 16), np.inf), moment, (3, 2, 2), (2, 2, 4), 2)
+        sweep.fit(np.full((12, 16), np.inf), Moment(moment), (3, 2, 2), (2, 2, 4), 2)

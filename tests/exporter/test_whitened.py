@@ -7,9 +7,12 @@ import logging
 import numpy as np
 import pytest
 
+from mpo_exporter.calibrate import moments
+from mpo_exporter.calibrate.hessian import cholesky_root
+from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit import als, common, svd, sweep, whitened
 from mpo_exporter.fit.bonds import order_bonds
-from mpo_exporter.fit.common import activation_error, check_fit, cholesky_root, contract, factor_moments
+from mpo_exporter.fit.common import activation_error, check_fit, contract, factor_moments
 from mpo_formats import ConfigError
 from tests.exporter.fit_cases import SHAPES, Dims, Matrix, case, prefix, true_error
 
@@ -29,7 +32,7 @@ def test_its_error_is_that_of_the_dropped_singular_values(dims: tuple[Dims, Dims
     (o1, o2), (i1, i2) = dims
     weighed = (matrix @ symmetric_root(moment)).reshape(o1, o2, i1, i2).transpose(0, 2, 1, 3)
     dropped = np.linalg.svd(weighed.reshape(o1 * i1, o2 * i2), compute_uv=False)[chi:]
-    fit = whitened.fit(matrix, moment, *dims, chi)
+    fit = whitened.fit(matrix, Moment(moment), *dims, chi)
     assert fit.error == pytest.approx(np.linalg.norm(dropped), rel=1e-9)
     assert fit.error == pytest.approx(true_error(matrix, fit, moment), rel=1e-6)
     assert fit.bonds == (chi,)
@@ -40,7 +43,7 @@ def test_the_error_told_is_the_true_one_in_any_shape(dims: tuple[Dims, Dims]) ->
     matrix, moment = case(12, 16)
     for chi in (1, 2, 5):
         for method in (svd.fit, whitened.fit):
-            fit = method(matrix, moment, *dims, chi)
+            fit = method(matrix, Moment(moment), *dims, chi)
             assert fit.error == pytest.approx(true_error(matrix, fit, moment), rel=1e-6)
 
 
@@ -48,15 +51,15 @@ def test_it_beats_the_plain_decomposition_and_equals_it_without_a_moment() -> No
     matrix, moment = case(12, 16)
     for dims in SHAPES:
         assert whitened.fit(matrix, None, *dims, 3).error == pytest.approx(svd.fit(matrix, None, *dims, 3).error)
-    assert whitened.fit(matrix, moment, *LOW, 3).error < 0.9 * svd.fit(matrix, moment, *LOW, 3).error
+    assert whitened.fit(matrix, Moment(moment), *LOW, 3).error < 0.9 * svd.fit(matrix, Moment(moment), *LOW, 3).error
 
 
 def test_prefixes_are_the_fits_of_a_smaller_chi() -> None:
     matrix, moment = case(12, 16)
-    whole = whitened.fit(matrix, moment, *LOW, 8)
+    whole = whitened.fit(matrix, Moment(moment), *LOW, 8)
     for chi in (1, 4, 7):
         assert true_error(matrix, prefix(whole.cores, chi), moment) == pytest.approx(
-            whitened.fit(matrix, moment, *LOW, chi).error, rel=1e-9
+            whitened.fit(matrix, Moment(moment), *LOW, chi).error, rel=1e-9
         )
 
 
@@ -65,7 +68,7 @@ def test_a_singular_moment_is_loaded_and_logged(caplog: pytest.LogCaptureFixture
     few = np.random.default_rng(1).standard_normal((5, 16))
     moment = few.T @ few / 5
     with caplog.at_level(logging.WARNING):
-        fit = whitened.fit(matrix, moment, *LOW, 5)
+        fit = whitened.fit(matrix, Moment(moment), *LOW, 5)
     assert "moment of size 16 is singular" in caplog.text
     assert fit.error < 1e-4 * activation_error(matrix, moment)  # five bonds reproduce the outputs on five inputs
     assert np.isfinite(contract(fit.cores)).all()
@@ -74,7 +77,7 @@ def test_a_singular_moment_is_loaded_and_logged(caplog: pytest.LogCaptureFixture
 
 def test_a_moment_of_zero_still_fits(caplog: pytest.LogCaptureFixture) -> None:
     matrix, _ = case(12, 16)
-    fit = whitened.fit(matrix, np.zeros((16, 16)), *LOW, 3)
+    fit = whitened.fit(matrix, Moment(np.zeros((16, 16))), *LOW, 3)
     assert fit.error == 0
     assert np.linalg.norm(matrix - contract(fit.cores)) == pytest.approx(svd.fit(matrix, None, *LOW, 3).error)
 
@@ -88,7 +91,7 @@ def test_no_load_where_none_is_needed(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("method", [svd.fit, whitened.fit])
 def test_a_chi_above_the_full_rank_is_cut_and_that_is_said(method, caplog: pytest.LogCaptureFixture) -> None:
     matrix, moment = case(12, 16)
-    fit = method(matrix, moment, *LOW, 99)
+    fit = method(matrix, Moment(moment), *LOW, 99)
     assert fit.bonds == (12,)
     assert fit.error < 1e-6 * activation_error(matrix, moment)
     assert "chi 99 is above the full rank" in caplog.text
@@ -100,15 +103,15 @@ def test_what_cannot_be_fitted() -> None:
     broken = matrix.copy()
     broken[3, 7] = np.nan
     with pytest.raises(ConfigError, match="matrix: row 3, column 7 is nan"):
-        whitened.fit(broken, moment, *LOW, 2)
+        whitened.fit(broken, Moment(moment), *LOW, 2)
     broken = moment.copy()
     broken[15, 0] = np.inf
     with pytest.raises(ConfigError, match="moment: row 15, column 0 is inf"):
-        whitened.fit(matrix, broken, *LOW, 2)
+        whitened.fit(matrix, Moment(broken), *LOW, 2)
     with pytest.raises(ConfigError, match=r"moment: expected 16 x 16, found \[4, 4\]"):
-        whitened.fit(matrix, np.eye(4), *LOW, 2)
+        whitened.fit(matrix, Moment(np.eye(4)), *LOW, 2)
     with pytest.raises(ConfigError, match="whitened SVD takes 2 cores"):
-        whitened.fit(matrix, moment, (3, 2, 2), (4, 2, 2), 2)
+        whitened.fit(matrix, Moment(moment), (3, 2, 2), (4, 2, 2), 2)
     with pytest.raises(ConfigError, match="does not multiply to a matrix"):
         check_fit(matrix, None, (12, 1), (16,), 2)
 
@@ -129,10 +132,11 @@ def test_large_matrices_take_the_gram_matrix_or_a_sketch(monkeypatch: pytest.Mon
 def test_a_sketch_of_a_large_matrix_is_nearly_as_good(dims: tuple[Dims, Dims], monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the root of the moment nor the whitened matrix is formed; the error told is the true one."""
     matrix, moment = case(60, 80)
-    best = whitened.fit(matrix, moment, *dims, 2)
+    best = whitened.fit(matrix, Moment(moment), *dims, 2)
     monkeypatch.setattr(whitened, "SKETCH_SIZE", 8)
-    monkeypatch.setattr(whitened, "cholesky_root", None)
-    fit = whitened.fit(matrix, moment, *dims, 2)
+    for module in (whitened, moments):
+        monkeypatch.setattr(module, "cholesky_root", None)
+    fit = whitened.fit(matrix, Moment(moment), *dims, 2)
     assert best.error * (1 - 1e-9) <= fit.error <= 1.001 * best.error
     assert fit.error == pytest.approx(true_error(matrix, fit, moment), rel=1e-6)
 
@@ -141,7 +145,7 @@ def test_the_error_of_large_matrices_is_told_to_six_digits(monkeypatch: pytest.M
     """Single precision is enough, also where what is left avoids the strongest directions of the input."""
     for method in (whitened.fit, als.fit):
         matrix, moment = case(60, 80)
-        exact = method(matrix, moment, (6, 10), (8, 10), 5)
+        exact = method(matrix, Moment(moment), (6, 10), (8, 10), 5)
         with monkeypatch.context() as patch:
             patch.setattr(common, "DOUBLE_WORK", 1 << 10)
             patch.setattr(common, "PANEL", 16)

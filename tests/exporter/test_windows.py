@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpo_exporter.calibrate.windows import calibration_text, cut_calibration
-from mpo_exporter.source import find_source
+from mpo_exporter.calibrate.windows import cut_calibration
+from mpo_exporter.source import open_source
+from mpo_exporter.texts import calibration_text
 from mpo_formats import ConfigError
-from mpo_runtime.loading import read_text_files
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, VOCABULARY, granite_config, write_folder
@@ -43,17 +43,17 @@ def test_windows_are_no_longer_than_the_context(source: Checkpoint) -> None:
 
 
 def test_the_embedded_text_fills_the_windows_of_the_embedded_model() -> None:
-    demo = Checkpoint(find_source("demo").folder)
-    text = calibration_text(None, *read_text_files(demo))
-    assert cut_calibration(text, demo.architecture).shape == (96, 256)
+    with open_source("demo") as demo:
+        assert cut_calibration(calibration_text(demo), demo.architecture).shape == (96, 256)
 
 
 def test_chat_rows_pass_through_the_template(tmp_path: Path) -> None:
-    demo = Checkpoint(find_source("demo").folder)
-    tokenizer, template = read_text_files(demo)
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello there"}]}) + "\n")
-    shown = tokenizer.decode(calibration_text(file, tokenizer, template).ids.tolist(), skip_special_tokens=False)
+    with open_source("demo") as demo:
+        text, tokenizer = calibration_text(demo, file), demo.tokenizer
+    assert tokenizer is not None
+    shown = tokenizer.decode(text.ids.tolist(), skip_special_tokens=False)
     assert "Hello there" in shown
     assert "user" in shown
 
@@ -68,8 +68,8 @@ def test_chat_rows_pass_through_the_template(tmp_path: Path) -> None:
 def test_too_little_text(source: Checkpoint, tmp_path: Path, content: str, words: str) -> None:
     file = tmp_path / "short.txt"
     file.write_text(content)
-    with pytest.raises(ConfigError, match=words):
-        cut_calibration(calibration_text(file, *read_text_files(source)), source.architecture)
+    with open_source(source.folder) as opened, pytest.raises(ConfigError, match=words):
+        cut_calibration(calibration_text(opened, file), source.architecture)
 
 
 @pytest.mark.parametrize(("window", "count"), [(1, 4), (65, 4), (10, 0)])

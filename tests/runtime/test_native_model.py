@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpo_exporter.export import export
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.source import embedded_model
 from mpo_formats import ConfigError
 from mpo_runtime import load, native
@@ -26,7 +25,7 @@ from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, read_tokens
 from mpo_runtime.text.tokenizer import Tokenizer
 from tests.conftest import ROOT
-from tests.helpers import forward, granite_config, network, some_ids, write_folder
+from tests.helpers import export_folder, forward, granite_config, network, some_ids, write_folder
 from tests.runtime.native_cases import LEVELS, level, needs_native
 
 pytestmark = needs_native
@@ -46,7 +45,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("native")
     names = {name: folder / f"{index}.mpo" for index, name in enumerate(PLANS)}
     for name, options in PLANS.items():
-        export(EMBEDDED, names[name], options)
+        export_folder(EMBEDDED, names[name], options)
     return names
 
 

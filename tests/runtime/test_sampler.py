@@ -191,7 +191,6 @@ def test_top_logprobs(row: list[float], data: st.DataObject) -> None:
     choices = top_logprobs(np.array(row, dtype=np.float32), count)
     assert [choice.token for choice in choices] == best
     assert [choice.logprob for choice in choices] == pytest.approx([expected[token] for token in best], abs=1e-6)
-    assert Sampler().top_logprobs(row, count) == choices
 
 
 # Drawing

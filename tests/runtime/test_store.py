@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import mpo_runtime
@@ -17,7 +18,8 @@ from mpo_runtime.cli.main import app
 from mpo_runtime.loading import open_weights
 from mpo_runtime.weights import hub, store
 from tests.formats import tiny
-from tests.helpers import write_folder
+from tests.gguf_files import write_gguf
+from tests.helpers import granite_config, random_tensors, write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +46,29 @@ def folder(tmp_path: Path) -> Path:
 def everything(folder: Path) -> list[str]:
     """Relative paths of all files and folders."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_gguf_file_is_an_entry_like_any_other(tmp_path: Path, home: Path) -> None:
+    config = granite_config(num_hidden_layers=1)
+    tensors = {name: tensor.numpy() for name, tensor in random_tensors(config, 0, torch.float32).items()}
+    path = write_gguf(tmp_path / "small.gguf", config, tensors)
+    entry = store.add(path)
+    assert (entry.name, entry.kind, entry.size) == ("small", "gguf", path.stat().st_size)
+    assert everything(home) == ["models", "models/small.gguf"] and store.entries() == [entry]
+    assert open_weights("small").spec.architecture.num_hidden_layers == 1
+    with pytest.raises(ConfigError, match=r"'a\.gguf' is no name for the store"):
+        store.add(path, "a.gguf")
+    with pytest.raises(CheckpointError, match="truncated or damaged GGUF file"):
+        path.with_name("cut.gguf").write_bytes(path.read_bytes()[:3000])
+        store.add(path.with_name("cut.gguf"))
+    file = tmp_path / "small.mpo"
+    tiny.write(file, tiny.model())
+    assert store.add(file, replace=True).kind == "mpo"  # whatever its kind, there is one entry of a name
+    assert everything(home) == ["models", "models/small.mpo"]
+    store.add(path, replace=True)
+    assert everything(home) == ["models", "models/small.gguf"]
+    store.remove("small")
+    assert store.entries() == []
 
 
 def test_a_file_is_linked_and_found_by_its_name(file: Path, home: Path) -> None:
@@ -189,7 +214,7 @@ class FakeHub:
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot)
 
-    def model_info(self, identifier: str) -> Any:
+    def model_info(self, identifier: str, timeout: float | None = None) -> Any:
         names = [str(path.relative_to(self.source)) for path in self.source.rglob("*")]
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 

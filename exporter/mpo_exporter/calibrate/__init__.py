@@ -1,1 +1,1 @@
-"""What the fits know about a model's activations: windows of text, second moments, output gradients."""
+"""Calibration: windows of text, second moments of the activations, Fisher information of the outputs."""

@@ -1,9 +1,9 @@
-"""How much the loss bends at the output of every linear layer: the diagonal of the true Fisher information.
+"""The diagonal of the true Fisher information at the output of every linear layer: how much an error there raises the loss.
 
 With labels drawn from the model itself, an error Δy_o at a layer's outputs raises the loss of a token by about
-½ Σ_o F_o Δy_o², F_o = E[(∂L/∂y_o)²] (Martens 2020, section 9; METHOD.md), so a compressed matrix with the rows ŵ_o costs
-½ Σ_o F_o (w − ŵ)_o C (w − ŵ)_oᵀ. Gradients are those of the summed loss of a window: what other tokens' labels add to the
-gradient at one has mean zero given the text before.
+½ Σ_o F_o Δy_o², F_o = E[(∂L/∂y_o)²] (Martens 2020, section 9; docs/method.md), so a compressed matrix with the rows ŵ_o costs
+½ Σ_o F_o (w − ŵ)_o C (w − ŵ)_oᵀ. Gradients are those of the summed loss of a window: the contribution of other tokens'
+labels to the gradient at one token has mean zero, given the text before it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.calibrate.upstream import RecordingOps, block_cache
+from mpo_exporter.calibrate.upstream import RecordingOps, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import Linear
@@ -23,23 +23,24 @@ from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.protocol import Weights
 
+# Called with the number of batches done and their total.
 Progress = Callable[[int, int], None]
 Vector = NDArray[np.float64]
-# The key of what is measured at the embedding's rows, [E], where tokens are looked up.
+# The key of the Fisher information [E] at the rows that are looked up in the embedding.
 LOOKUP = "lookup"
-# Tokens whose logits are held at a time.
+# Tokens whose logits are in memory at once.
 HEAD_TOKENS = 512
 
 
 class OutputOps(RecordingOps):
-    """The reference ops, that keep the outputs of a run's linears while gradients are taken."""
+    """The reference ops that also keep the outputs of the layers, for which gradients are computed."""
 
     def __init__(self, source: Weights) -> None:
         super().__init__(source)
         self.outputs: dict[str, Tensor] = {}
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
-        """Σ_t term_t(x) + bias, kept."""
+        """Σ_t term_t(x) + bias; the result is kept."""
         y = super().linear(layer, x)
         if y.requires_grad:
             self.outputs[layer.spec.name] = y
@@ -53,7 +54,7 @@ class Squares:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, squares: Tensor) -> None:
-        """Adds squares [..., O], summed over all but the last axis."""
+        """Adds squares [..., O] to the sum of that name, over all axes but the last."""
         total = squares.double().reshape(-1, squares.shape[-1]).sum(0)
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
@@ -66,20 +67,23 @@ def output_fisher(
     batch: int = 4,
     progress: Progress | None = None,
 ) -> dict[str, Vector]:
-    """F_o = E[(∂L/∂y_o)²] at the output of every linear, L the loss in nats, its labels drawn from the model itself.
+    """F_o = E[(∂L/∂y_o)²] at the output of every layer, L the loss in nats of labels that are drawn from the model itself.
 
-    At the head, y being the logits before they are scaled, the expectation over labels is taken exactly: p_o (1 − p_o).
-    One more entry, `LOOKUP`, holds it at the embedding's rows as tokens look them up [E]. Gradients are taken block by
-    block, back from the last: in memory are one block's float32 matrices, the states of a batch between blocks, and the
+    At the head, where y are the logits before scaling, the expectation over labels is exact: p_o (1 − p_o). One more entry,
+    `LOOKUP`, is the Fisher information [E] at the looked up rows of the embedding. Gradients are computed block by block,
+    backwards from the last one. In memory are one block's float32 matrices, the states of a batch between blocks, and the
     logits of 512 tokens.
 
     Args:
-        windows: token ids [N, W]; 32 windows of 256 tokens do.
-        seed: of the drawn labels.
-        batch: windows run at a time.
+        windows: token ids [N, W]; 32 windows of 256 tokens are enough.
+        seed: for drawing the labels.
+        batch: windows that are run at once.
 
     Returns:
-        By the layer's name, [O]; the head under the embedding's name where the two are tied.
+        F [O] by the layer's name; the head's under the embedding's name where the two are tied.
+
+    Raises:
+        ConfigError: when a block's output or the logits are not finite.
     """
     ops = OutputOps(source)
     model = decoder_for(source.spec.architecture, ops)
@@ -101,8 +105,8 @@ def _add_batch(
     rows, count = windows.shape
 
     def run(x: Tensor, block: int) -> Tensor:
-        with ops.holding(block):
-            y: Tensor = model.block(x, block_cache(architecture, rows, count, x.device), block)
+        with ops.holding(block_linears(architecture, block)):
+            y: Tensor = model.block(x, ops.block_cache(architecture, rows, count), block)
         return y
 
     with torch.no_grad():
@@ -125,10 +129,10 @@ def _add_batch(
 
 
 def head_gradient(model: Decoder, squares: Squares, x: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient [B, W, E] at the residual stream x of the summed loss of labels drawn from the model itself.
+    """The gradient [B, W, E] at the last residual stream x, for the summed loss of labels drawn from the model itself.
 
     Args:
-        squares: to which the head's own Fisher information is added.
+        squares: the head's own Fisher information is added to it.
         generator: on the device of x.
     """
     name = EMBEDDING if model.architecture.tie_word_embeddings else HEAD
@@ -141,7 +145,7 @@ def head_gradient(model: Decoder, squares: Squares, x: Tensor, generator: torch.
         if not torch.isfinite(chances).all():
             raise ConfigError("the logits are not finite on the calibration text; check the source model")
         labels = torch.multinomial(chances, 1, generator=generator)
-        # Of the labels' draw, E[(p_o − [o = label])²] = p_o (1 − p_o).
+        # The expectation over the drawn label: E[(p_o − [o = label])²] = p_o (1 − p_o).
         squares.add(name, chances * (1 - chances) / model.architecture.logits_scaling**2)
         gradients += torch.autograd.grad(-scores.gather(-1, labels).sum(), [part])
     return torch.cat(gradients).reshape(x.shape)

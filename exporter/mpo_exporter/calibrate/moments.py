@@ -1,16 +1,17 @@
-"""Second moments of the input of every linear layer, block by block.
+"""Second moments of the input of every linear layer, measured block by block.
 
-A model's residual stream lies on disk, one state for each window and upstream; a block is run on it batch by batch with
-the same model code that generates text, and only that block's matrices are in memory. The dense upstream is the model as
-it came; the compressed one is what the layers before, already compressed, make of the same text.
+The residual stream of a model is kept on disk, one state for each token of the calibration text. Blocks are run on it batch
+by batch, with the same model code that generates text, and only one block's matrices are in memory at a time. There are two
+such upstreams: the dense one is the original model; in the compressed one the layers so far are already compressed.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, decompose
 from mpo_exporter.calibrate.spill import mapped_file
-from mpo_exporter.calibrate.upstream import Upstream
+from mpo_exporter.calibrate.upstream import Upstream, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import widen
@@ -29,35 +31,67 @@ Matrix = NDArray[np.float64]
 Single = NDArray[np.float32]
 # Layers whose output is added to the residual stream.
 TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
-# Rows of a product computed at a time: the single-precision part then takes little memory beside the sums.
+# Rows of a product that are computed at once, so that its single-precision result takes little memory beside the sums.
 PANEL = 1024
-# name, the matrix [O, I], its input's moment → the compressed matrix [O, I]
+# From a layer's name, its matrix [O, I] and its input's moment to the compressed matrix [O, I].
 Build = Callable[[str, Matrix, "Moment"], NDArray[np.float32]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Moment:
-    """Second moments of one input: E[x̂ x̂ᵀ] [I, I] and, where x̂ is not the dense input x, E[x x̂ᵀ] [I, I].
+    """Second moments of one input x̂ over `tokens` tokens: `second` is C = E[x̂ x̂ᵀ] [I, I]. The arrays must not be changed.
 
-    `drift` is E[(h − ĥ) x̂ᵀ] / m [O, I], for a layer whose output is added to the residual stream ĥ, m times: what an output
-    would have to make up for so that the stream becomes the dense model's h again.
+    `cross` is E[x x̂ᵀ] [I, I] where x̂ differs from the input x of the dense model, else None. `drift` is
+    E[(h − ĥ) x̂ᵀ] / m [O, I] for a layer whose output is added, m times, to the residual stream ĥ: it says how the output
+    would have to change so that the stream becomes the dense model's h again.
+
+    Layers with one input share one object, so that the root and the Hessian are computed once for all of them. Only the last
+    Hessian is kept, because each takes as much memory as C.
     """
 
     second: Matrix
-    cross: Single | None
-    tokens: int
+    cross: Single | None = None
+    tokens: int = 0
     drift: Single | None = None
+    _hessians: dict[tuple[int, float], Hessian] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def root(self) -> Matrix:
+        """The lower triangular L with L Lᵀ = C, as `cholesky_root` gives it."""
+        return cholesky_root(self.second)
+
+    def hessian(self, group: int, damping: float = DAMPING) -> Hessian:
+        """The damped Hessian, its columns in the processing order for groups of that size.
+
+        Raises:
+            ConfigError: when C has values that are not finite.
+        """
+        key = (group, damping)
+        if key not in self._hessians:
+            self._hessians.clear()  # before the new one takes its memory
+            self._hessians[key] = decompose(self.second, group, damping)
+        return self._hessians[key]
+
+
+def require_finite(matrix: Matrix, name: str) -> None:
+    """Raises ConfigError with the place of the first value that is not finite."""
+    finite = np.isfinite(matrix)
+    if not finite.all():
+        row, column = (int(place) for place in np.unravel_index(int(finite.argmin()), matrix.shape))
+        raise ConfigError(
+            f"{name}: row {row}, column {column} is {matrix[row, column]}, not finite; check the source model"
+        )
 
 
 class Sums:
-    """Running sums of x x̂ᵀ over tokens: products of a batch in single precision, their sum in double."""
+    """Running sums of x x̂ᵀ over tokens: the products of a batch in single precision, their sum in double precision."""
 
     def __init__(self) -> None:
         self.total: Matrix | None = None
         self.tokens = 0
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
-        """Adds Σ_t left_t right_tᵀ of inputs [..., I]; without `right` it is left's own, of which one half is computed."""
+        """Adds Σ_t left_t right_tᵀ of inputs [..., I]; without `right`, Σ_t left_t left_tᵀ, of which the upper half is summed."""
         left = left.detach().reshape(-1, left.shape[-1])
         right_ = left if right is None else right.detach().reshape(-1, right.shape[-1])
         size = left.shape[1]
@@ -70,7 +104,7 @@ class Sums:
         self.tokens += left.shape[0]
 
     def mean(self, symmetric: bool) -> Matrix:
-        """The sums over tokens divided by their number; the lower half is filled in where only the upper was summed."""
+        """The sums divided by the number of tokens; `symmetric` fills the lower half in where only the upper was summed."""
         if self.total is None:
             raise ConfigError("calibration: no tokens were seen; give a longer text with --calib")
         total, self.total = self.total, None
@@ -79,24 +113,25 @@ class Sums:
             for start in range(0, total.shape[0], PANEL):
                 rows = slice(start, start + PANEL)
                 total[start + PANEL :, rows] = total[rows, start + PANEL :].T
-                # The diagonal panel was computed whole; rounding may have left its halves different.
+                # The block on the diagonal was computed completely, and rounding may have made its halves differ.
                 total[rows, rows] = (total[rows, rows] + total[rows, rows].T) / 2
         return total
 
 
 class Calibration:
-    """Walks a dense model over windows of token ids [N, W], its residual stream spilled to disk.
+    """Runs a dense model block by block over windows of token ids [N, W], with its residual stream in a file.
 
-    In `compress` both upstreams go through a block input by input, each linear once: the last input is kept in a file.
+    `compress` takes both upstreams through a block from one layer input to the next, so that each layer runs once; the input
+    that was reached is kept in a file.
 
-    Memory: the matrices of one block in float32, the moments asked for, and a batch of activations. Compressed matrices of
-    the block stay in mapped files. benchmarks/memory.py measures it for the geometry of 8 billion parameters.
+    Memory: the matrices of one block in float32, the moments that the caller keeps, and a batch of activations. Compressed
+    matrices of the block are in mapped files. benchmarks/memory.py measures it for a model of 8 billion parameters.
 
     Args:
         source: the dense model.
-        folder: where states are spilled, N · W · E · 4 bytes for each upstream, in `compress` the inputs of a block's last
-            two groups of layers beside them; what is written there is removed.
-        batch: windows run at a time.
+        folder: for the temporary files: N · W · E · 4 bytes for each upstream, and in `compress` the inputs of the last two
+            groups of layers of a block. They are removed at the end.
+        batch: windows that are run at once.
 
     Raises:
         ConfigError: for windows that are not [N, W] or are empty.
@@ -115,13 +150,13 @@ class Calibration:
         self.batch = batch
 
     def dense(self) -> Iterator[tuple[tuple[str, ...], Moment]]:
-        """Yields the names of the linears that share an input and its moment on the dense upstream, in model order.
+        """Yields the names of the layers that share an input, and the input's moment on the dense upstream, in model order.
 
-        The last is the head, named as the embedding where the two are tied.
+        The last is the head, under the embedding's name where the two are tied.
 
         Raises:
             ConfigError: naming the layer whose input is not finite.
-            OutputError: when the disk is too small for what is spilled.
+            OutputError: when the disk has no room for the temporary files.
         """
         with self._work() as work:
             dense = self._upstream(work / "dense")
@@ -133,28 +168,26 @@ class Calibration:
             yield self._head(), self._head_moment(dense, None)
 
     def compress(self, build: Build, *, embedding: NDArray[np.float32] | None = None) -> None:
-        """Walks the model while it is being compressed: each layer's moment is that of what its input has become.
+        """Runs the model while it is being compressed: each layer's moment is that of its input after the compressed layers.
 
-        For every group of linears with one input, in model order, the moment on the compressed upstream is measured and
-        `build` is called for each of them; the walk goes on with the matrices that it returns. The head comes last (named
-        as the embedding where the two are tied).
+        For every group of layers with one input, in model order, the moment on the compressed upstream is measured and
+        `build` is called for each layer; the run continues with the matrices that it returns. The head comes last, under the
+        embedding's name where the two are tied.
 
         Args:
-            build: (name, matrix [O, I], moment) → compressed matrix [O, I].
-            embedding: the compressed table [V, E] that tokens are looked up in; None means the dense one.
+            build: makes the compressed matrix of a layer.
+            embedding: the compressed table [V, E] that tokens are looked up in; None for the dense one.
 
         Raises:
             ConfigError: naming the layer whose input is not finite, or for a compressed matrix of another shape.
-            OutputError: when the disk is too small for what is spilled.
+            OutputError: when the disk has no room for the temporary files.
         """
         with self._work() as work:
             dense, ours = self._upstream(work / "dense"), self._upstream(work / "compressed")
             dense.embed()
-            table = ours.ops.linears[EMBEDDING]
-            if embedding is not None:
-                ours.ops.replace(EMBEDDING, torch.from_numpy(np.ascontiguousarray(embedding, np.float32)))
-            ours.embed()
-            ours.ops.linears[EMBEDDING] = table
+            table = None if embedding is None else torch.from_numpy(np.ascontiguousarray(embedding, np.float32))
+            with nullcontext() if table is None else ours.ops.replaced(EMBEDDING, table):
+                ours.embed()
             for block in range(self.architecture.num_hidden_layers):
                 self._compress_block(dense, ours, block, build, work)
             moment = self._head_moment(ours, dense)
@@ -162,30 +195,29 @@ class Calibration:
                 build(name, dense_matrix(self.source, name), moment)
 
     def _compress_block(self, dense: Upstream, ours: Upstream, block: int, build: Build, work: Path) -> None:
-        originals = dict(ours.ops.linears)
         mapped = []
         before: tuple[str, ...] = ()
-        for names in input_groups(dense, block):
-            moment = moment_of(names, *measure_input(dense, ours, block, before))
-            for name in names:
-                built = build(name, dense_matrix(self.source, name), moment)
-                spec = originals[name].spec
-                if built.shape != (spec.out_features, spec.in_features):
-                    raise ConfigError(
-                        f"{name}: expected a compressed matrix of {spec.out_features} x "
-                        f"{spec.in_features}, found {list(built.shape)}"
-                    )
-                mapped.append(work / f"{name}.matrix")
-                ours.ops.replace(name, spill(mapped[-1], built))
-            del moment  # before the next one takes its memory
-            before = names
-        for upstream in (dense, ours):
-            with upstream.ops.holding(block, before):
-                for rows in upstream.batches:
-                    upstream.step(rows, block, before)
-            for name in list(upstream.inputs):
-                upstream.forget(name)
-        ours.ops.linears.update(originals)
+        with ExitStack() as compressed:
+            for names in input_groups(dense, block):
+                moment = moment_of(names, *measure_input(dense, ours, block, before))
+                for name in names:
+                    built = build(name, dense_matrix(self.source, name), moment)
+                    spec = self.source.spec.linear(name)
+                    if built.shape != (spec.out_features, spec.in_features):
+                        raise ConfigError(
+                            f"{name}: expected a compressed matrix of {spec.out_features} x "
+                            f"{spec.in_features}, found {list(built.shape)}"
+                        )
+                    mapped.append(work / f"{name}.matrix")
+                    compressed.enter_context(ours.ops.replaced(name, spill(mapped[-1], built)))
+                del moment  # before the next one takes its memory
+                before = names
+            for upstream in (dense, ours):
+                with upstream.ops.holding(before):
+                    for rows in upstream.batches:
+                        upstream.step(rows, block, before)
+                for name in list(upstream.inputs):
+                    upstream.forget(name)
         for file in mapped:
             file.unlink()
 
@@ -212,21 +244,21 @@ class Calibration:
 
 
 def dense_matrix(source: Weights, name: str) -> Matrix:
-    """The matrix [O, I] of a dense model's layer."""
+    """The matrix [O, I] of a dense model's layer, in float64."""
     tensor = f"{name}.0.weight"
     return widen(source.array(tensor), source.dtype(tensor)).numpy().astype(np.float64)
 
 
 def input_groups(upstream: Upstream, block: int) -> list[tuple[str, ...]]:
-    """The names of a block's linears, those with one input together, in the order of use; found on one window."""
+    """The names of a block's layers in the order of use, those with one input together; found by running one window."""
     inputs, _ = upstream.run(slice(0, 1), block)
     return [tuple(part.names) for part in inputs]
 
 
 def measure_block(upstream: Upstream, block: int) -> dict[tuple[str, ...], Sums]:
-    """Sums the moments of all inputs in a block and advances the residual stream past it, in one pass."""
+    """Sums the moments of all layer inputs of a block, and replaces the residual stream by the block's output."""
     sums: dict[tuple[str, ...], Sums] = {}
-    with upstream.ops.holding(block):
+    with upstream.ops.holding(block_linears(upstream.model.architecture, block)):
         for rows in upstream.batches:
             inputs, output = upstream.run(rows, block)
             for part in inputs:
@@ -238,14 +270,16 @@ def measure_block(upstream: Upstream, block: int) -> dict[tuple[str, ...], Sums]
 def measure_input(
     dense: Upstream, ours: Upstream, block: int, before: tuple[str, ...]
 ) -> tuple[Sums, Sums, Sums | None]:
-    """Sums the moments of the input that follows the linears `before`, whose matrices are as they will stay.
+    """Sums the moments of the first layer input after the layers `before`, which are already compressed.
 
-    Gives those on the compressed upstream, across the two, and the drift.
+    Returns:
+        The sums of x̂ x̂ᵀ on the compressed upstream, of x x̂ᵀ across the two, and of the drift where the layers' output is
+        added to the residual stream (see `Moment`).
     """
     second, cross, drift = Sums(), Sums(), Sums()
     scale = ours.model.architecture.residual_multiplier
     residual = False
-    with dense.ops.holding(block, before), ours.ops.holding(block, before):
+    with dense.ops.holding(before), ours.ops.holding(before):
         for rows in ours.batches:
             theirs, mine = (upstream.step(rows, block, before) for upstream in (dense, ours))
             if theirs is None or mine is None:
@@ -259,13 +293,13 @@ def measure_input(
 
 
 def moment_of(names: tuple[str, ...], second: Sums, cross: Sums | None, drift: Sums | None = None) -> Moment:
-    """The moment that sums make.
+    """The moment from its sums.
 
     Raises:
         ConfigError: naming the first layer, when the input was not finite.
     """
     tokens = second.tokens
-    # Only differences of these are used, and they are large: in single precision they take half the memory.
+    # Only the difference of `cross` and C is used, so single precision is enough, and it takes half the memory.
     across, drifted = (
         None if sums is None else sums.mean(symmetric=False).astype(np.float32) for sums in (cross, drift)
     )
@@ -277,7 +311,7 @@ def moment_of(names: tuple[str, ...], second: Sums, cross: Sums | None, drift: S
 
 
 def spill(file: Path, matrix: NDArray[np.float32]) -> Tensor:
-    """Puts a matrix into a mapped file, so that it takes no memory that cannot be given back."""
+    """Moves a matrix to a mapped file, whose pages the system can drop from memory at any time."""
     mapped = mapped_file(file, matrix.shape)
     mapped[:] = matrix
     return torch.from_numpy(mapped)

@@ -1,4 +1,4 @@
-"""Files that hold for a while what memory has no room for: mapped, and with all their bytes on the disk beforehand."""
+"""Temporary files for arrays that are too large for memory: mapped, with their disk space claimed in advance."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from mpo_formats.writer import reserve
 def mapped_file(
     file: Path, shape: tuple[int, ...], what: str = "calibration", remedy: str = "give another work folder"
 ) -> NDArray[np.float32]:
-    """A new file of float32 zeros, mapped.
+    """A new mapped file of float32 zeros.
+
+    Args:
+        what: the subject of the message when the disk is full.
+        remedy: the end of that message.
 
     Raises:
-        OutputError: as `claim`.
+        OutputError: as `claim` does.
     """
     size = 4 * math.prod(shape)
     with file.open("wb") as handle:
@@ -31,10 +35,14 @@ def mapped_file(
 
 
 def claim(file: Path, what: str, remedy: str) -> None:
-    """Has the disk give a sparse file all its bytes: a write to a mapped page that found none would end the process.
+    """Claims the disk space of a sparse file: writing to a mapped page without disk space would kill the process.
+
+    Args:
+        what: the subject of the message when the disk is full.
+        remedy: the end of that message.
 
     Raises:
-        OutputError: when the disk has fewer left; the file is removed.
+        OutputError: when the disk has too little space left; the file is removed.
     """
     size, free = file.stat().st_size, shutil.disk_usage(file.parent).free
     try:

@@ -1,9 +1,7 @@
-"""One upstream of the calibration: a model whose residual stream lies on disk and whose blocks are run one at a time."""
+"""One upstream of the calibration: a model whose residual stream is kept on disk and whose blocks are run one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,18 +13,18 @@ from torch import Tensor
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import ReferenceOps, TorchCache
-from mpo_runtime.layers.linear import Linear, MatrixTerm
+from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.protocol import Weights
 
 
 class Enough(Exception):
-    """Ends a run of a block whose remaining outputs nobody wants."""
+    """Ends the run of a block early, when the last input that is needed was seen."""
 
 
 @dataclass(slots=True)
 class Input:
-    """What linears with one input were given: names in the order of use, the input [B, S, I], the stream [B, S, E] then."""
+    """One input x [B, S, I]: the names of the layers that take it in the order of use, and the residual stream at that time."""
 
     names: list[str]
     x: Tensor
@@ -35,17 +33,17 @@ class Input:
 
 @dataclass(slots=True)
 class Record:
-    """The inputs of a run's linears; the run ends where the input of number `last` is seen."""
+    """The inputs of the layers in a run of a block; the run ends when the input of index `last` is seen."""
 
     last: int | None = None
     inputs: list[Input] = field(default_factory=list)
     stream: Tensor | None = None
 
     def see(self, name: str, x: Tensor) -> None:
-        """Notes that the layer `name` takes the input x.
+        """Records that the layer `name` takes the input x.
 
         Raises:
-            Enough: when this is the last input that is wanted.
+            Enough: when this is the last input that is needed.
         """
         if not self.inputs or self.inputs[-1].x is not x:
             self.inputs.append(Input([], x, self.stream))
@@ -56,7 +54,7 @@ class Record:
 
 @dataclass(slots=True)
 class Resume:
-    """Where a run begins: at the linears `names`, with their input x; until they are called no op does anything."""
+    """Where a run begins: at the layers `names`, with their input x; the ops before them do nothing."""
 
     names: tuple[str, ...]
     x: Tensor
@@ -64,10 +62,10 @@ class Resume:
 
 
 class RecordingOps(ReferenceOps):
-    """The reference ops, whose matrices stay in the mapped file, and that note what linears are given.
+    """The reference ops that record the inputs of the layers; matrices are read from the mapped file at every use.
 
-    With a `resume` the ops before its linears are passed over: they give back what they were given, which nobody uses but
-    the residual stream.
+    With a `resume`, the ops before its layers are skipped: they return one of their inputs. Of these results only the
+    residual stream is used, which passes through unchanged.
     """
 
     def __init__(self, source: Weights) -> None:
@@ -76,16 +74,16 @@ class RecordingOps(ReferenceOps):
         self.resume: Resume | None = None
 
     @property
-    def passing(self) -> bool:
-        """Whether the run has not yet come to where it begins."""
+    def skipping(self) -> bool:
+        """Whether the run has not yet reached the layers where it begins."""
         return self.resume is not None and not self.resume.reached
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
-        """Σ_t term_t(x) + bias, noted."""
+        """Σ_t term_t(x) + bias; the input is recorded."""
         name = layer.spec.name
         if self.resume is not None and name in self.resume.names:
             self.resume.reached, x = True, self.resume.x
-        if self.passing:
+        if self.skipping:
             return x
         if self.record is not None:
             self.record.see(name, x)
@@ -93,66 +91,40 @@ class RecordingOps(ReferenceOps):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / √(mean x² + eps) · weight."""
-        return x if self.passing else super().rms_norm(x, weight, eps)
+        return x if self.skipping else super().rms_norm(x, weight, eps)
 
     def rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache, block: int) -> Tensor:
         """Rotates q and k, appends k and v to the cache; returns q."""
-        return q if self.passing else super().rope_and_append(q, k, v, cache, block)
+        return q if self.skipping else super().rope_and_append(q, k, v, cache, block)
 
     def attention(self, q: Tensor, cache: TorchCache, block: int, scale: float) -> Tensor:
         """Causal grouped-query attention of q over the cache."""
-        return q if self.passing else super().attention(q, cache, block, scale)
+        return q if self.skipping else super().attention(q, cache, block, scale)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) · up."""
-        return gate if self.passing else super().swiglu(gate, up)
+        return gate if self.skipping else super().swiglu(gate, up)
 
     def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
         """x + scale · y, the residual stream from now on."""
-        if self.passing:
+        if self.skipping:
             return x
         stream = super().add_scaled(x, y, scale)
         if self.record is not None:
             self.record.stream = stream
         return stream
 
-    def replace(self, name: str, weight: Tensor) -> None:
-        """Puts the matrix [out, in] in the place of a layer's terms; its bias stays."""
-        layer = self.linears[name]
-        term = MatrixTerm(weight, lambda: weight, lambda ids: weight[ids])
-        self.linears[name] = Linear(layer.spec, [term], layer.bias)
 
-    @contextmanager
-    def holding(self, block: int, only: tuple[str, ...] | None = None) -> Iterator[None]:
-        """Keeps the matrices of a block in memory, in float32; of `only` these layers where they are given."""
-        prefix = f"model.layers.{block}."
-        layers = [
-            layer for name, layer in self.linears.items() if (name.startswith(prefix) if only is None else name in only)
-        ]
-        terms = [term for layer in layers for term in layer.terms if isinstance(term, MatrixTerm) and term.held is None]
-        for term in terms:
-            term.held = term.rebuild()
-        try:
-            yield
-        finally:
-            for term in terms:
-                term.held = None
-
-
-def block_cache(architecture: Architecture, rows: int, count: int, device: torch.device) -> TorchCache:
-    """A KV cache for one block at a time: all blocks share one block's memory."""
-    cache = TorchCache(architecture, 0, 0, device)
-    shape = (2, rows, architecture.num_key_value_heads, count, architecture.head_dim)
-    cache.held = [torch.zeros(shape, device=device)] * architecture.num_hidden_layers
-    cache.lengths, cache.capacity = [0] * rows, count
-    return cache
+def block_linears(architecture: Architecture, block: int) -> list[str]:
+    """The names of a block's layers."""
+    return [name for name, *_ in architecture.linear_sizes() if name.startswith(f"model.layers.{block}.")]
 
 
 class Upstream:
-    """A model and the residual stream [N, W, E] of windows of token ids [N, W], kept in a file.
+    """A model, and its residual stream [N, W, E] over windows of token ids [N, W] in a file.
 
     Raises:
-        OutputError: when the file would not fit on its disk.
+        OutputError: when the disk has no room for the file.
     """
 
     def __init__(self, source: Weights, windows: NDArray[np.int64], file: Path, batch: int) -> None:
@@ -183,14 +155,14 @@ class Upstream:
     def run(
         self, rows: slice, block: int, last: int | None = None, resume: Resume | None = None
     ) -> tuple[list[Input], Tensor | None]:
-        """Runs a block on a batch; gives its linears' inputs and its output [B, W, E].
+        """Runs a block on a batch; returns the inputs of its layers and its output [B, W, E].
 
         Args:
-            last: ends the run at the block's input of that number; there is no output then.
-            resume: begins there, not at the block's first op; its input is then the first one.
+            last: ends the run at the input of that index; the output is then None.
+            resume: begins the run there and not at the block's first op; the first input is then the one of `resume`.
         """
         x = self.read(rows)
-        cache = block_cache(self.model.architecture, x.shape[0], x.shape[1], x.device)
+        cache = self.ops.block_cache(self.model.architecture, x.shape[0], x.shape[1])
         self.ops.record, self.ops.resume = Record(last, stream=x), resume
         record = self.ops.record
         try:
@@ -201,12 +173,12 @@ class Upstream:
             self.ops.record = self.ops.resume = None
 
     def step(self, rows: slice, block: int, before: tuple[str, ...]) -> Input | None:
-        """Goes on through a block to the next input that linears are given, or to its end: gives that input, or None.
+        """Continues through a block to the next input of a layer and returns it, or to the block's end and returns None.
 
-        The residual stream in the file is brought up to there, and the input is kept for the next step.
+        The residual stream in the file is updated to that place, and the input is kept in a file for the next step.
 
         Args:
-            before: the linears of the step before, whose input was kept; none at the block's begin.
+            before: the layers of the step before, whose input was kept; none at the beginning of the block.
         """
         if before:
             resume = Resume(before, torch.from_numpy(np.array(self.kept(before[0])[rows])))
@@ -220,16 +192,17 @@ class Upstream:
         return found
 
     def kept(self, name: str) -> NDArray[np.float32]:
-        """The input [N, W, I] of the layer `name`, in a file; of two others the older one is removed."""
+        """The input [N, W, I] of the layer `name` in a mapped file; a new file removes all others but the newest."""
         if name not in self.inputs:
             for other in list(self.inputs)[:-1]:
                 self.forget(other)
-            shape = (*self.windows.shape, self.ops.linears[name].spec.in_features)
+            sizes = {layer: columns for layer, _, columns, _ in self.model.architecture.linear_sizes()}
+            shape = (*self.windows.shape, sizes[name])
             self.inputs[name] = mapped_file(self.input_file(name), shape)
         return self.inputs[name]
 
     def input_file(self, name: str) -> Path:
-        """Where a layer's input is kept."""
+        """The file of a layer's input."""
         return self.file.with_name(f"{self.file.name}.{name}")
 
     def forget(self, name: str) -> None:
@@ -239,6 +212,6 @@ class Upstream:
 
     @torch.no_grad()
     def normed(self, rows: slice) -> Tensor:
-        """The normed residual stream of a batch: what the head is given."""
+        """The normed residual stream of a batch: the input of the head."""
         x: Tensor = self.model.normed(self.read(rows))
         return x

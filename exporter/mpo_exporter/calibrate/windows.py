@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.source import data_folder
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.text.chat_template import ChatTemplate
-from mpo_runtime.text.token_text import TokenText, read_tokens
-from mpo_runtime.text.tokenizer import Tokenizer
+from mpo_runtime.text.token_text import TokenText
 
-# Windows of the prototype in METHOD.md; more change the fits little.
+# Tokens of a window, and windows: more of them change the fits little (docs/method.md).
 WINDOW = 256
 COUNT = 96
-# Less text than this says too little about any direction of the activations.
+# With fewer windows the moments of the activations would mostly be noise.
 LEAST_WINDOWS = 4
-
-
-def calibration_text(path: Path | None, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> TokenText:
-    """Reads the calibration text: a file as `read_tokens` takes it, chat rows through the template; None: the embedded one.
-
-    Raises:
-        ConfigError: for a file that cannot be read or that holds no text.
-    """
-    return read_tokens(path or data_folder() / "calibration.jsonl", tokenizer, template)
 
 
 def cut_calibration(
@@ -34,11 +20,11 @@ def cut_calibration(
 ) -> NDArray[np.int64]:
     """Cuts a text into at most `count` windows of equal length [N, W], spread evenly over the text.
 
-    Each window is led by the model's begin-of-text token where it has one, as in the measurement. The rest of the text
-    that fills no window is left out.
+    Each window begins with the model's begin-of-text token where it has one, as in mpo_runtime.measure. The end of the text
+    that does not fill a window is left out.
 
     Args:
-        window: tokens of a window, the leading one included; None means 256, or the model's context if that is shorter.
+        window: tokens of a window, the begin-of-text token included; None for 256, or the model's context if shorter.
 
     Raises:
         ConfigError: for a text of fewer than four windows, a window that does not fit into the model's context, or an id

@@ -1,242 +1,237 @@
-"""What mpo-export does: find the source, export, report."""
+"""What mpo-export does: check the request, read the texts, plan, export, heal, report."""
 
 from __future__ import annotations
 
-import os
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from mpo_exporter.calibrate.windows import COUNT, calibration_text
-from mpo_exporter.cli.show_plan import print_plan
-from mpo_exporter.export import Result, export, planned_spec, planner_for
-from mpo_exporter.heal.exported import check_healing, heal_exported
-from mpo_exporter.heal.settings import Settings
+from rich.console import Console
+from rich.table import Table
+
+from mpo_exporter.export import ExportTask, Listener, Result, export, planned_spec, planner_for
+from mpo_exporter.heal.command import check_healing, heal_exported, healing_notes
+from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.file import write_plan
-from mpo_exporter.plan.named import Options
-from mpo_exporter.plan.predict import predict
-from mpo_exporter.report.folder import prepare
-from mpo_exporter.report.gather import Job
-from mpo_exporter.report.make import make_report
-from mpo_exporter.report.record import Recorder
-from mpo_exporter.report.terminal import print_healing, print_report
-from mpo_exporter.request import Asked
-from mpo_exporter.source import Source, find_source
-from mpo_formats import ConfigError, ModelSpec, OutputError
+from mpo_exporter.plan.options import Options
+from mpo_exporter.plan.planner import with_default_target
+from mpo_exporter.plan.predict import Prediction, predict
+from mpo_exporter.report.command import make_report
+from mpo_exporter.report.job import Job, prepare
+from mpo_exporter.report.layers import Recorder
+from mpo_exporter.report.terminal import HealedStage, print_report
+from mpo_exporter.request import ExportRequest
+from mpo_exporter.source import Source, open_source
+from mpo_exporter.terms import stored_bytes
+from mpo_exporter.texts import calibration_for, held_out_text
+from mpo_formats import ModelSpec, MpoFile
 from mpo_formats.architecture import full_rank
 from mpo_runtime.cli import console
-from mpo_runtime.loading import check_device, read_text_files, set_threads
-from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
-from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.cli.console import size_text
+from mpo_runtime.cli.inspect import layer_text
 
-# Plans that are fitted to the built-in calibration text where the user names none.
-CALIBRATED_PLANS = ("auto", "corrected")
-# Exports that --max-kl may take: what one measured corrects the next one's plan.
+# Exports that --max-kl may take: each one's measured KL corrects the next one's plan.
 MOST_EXPORTS = 3
-# Multiply-adds and tokens that measuring may take if the user says nothing: at most a minute on two slow cores.
-MEASURE_BUDGET = 2e11
-MOST_TOKENS = 20_000
-LEAST_TOKENS = 512
 
 
-def run_export(
-    model: str,
-    plan: str,
-    chi: int,
-    cores: int,
-    out: Path | None,
-    force: bool,
-    text: Path | None,
-    measure_tokens: int | None,
-    prefixes: tuple[int, ...],
-    device: str,
-    threads: int | None,
-    *,
-    calib: Path | None = None,
-    calib_windows: int = COUNT,
-    asked: Asked | None = None,
-    heal: Settings | None = None,
-    heal_text: Path | None = None,
-    report: Path | None = None,
-) -> Result | None:
-    """Exports a model, heals the file where `heal` is given, and prints the report; only a plan with --dry-run."""
-    options = (asked := asked or Asked()).options(plan, chi, cores)
-    check_asked(chi, measure_tokens, calib_windows, prefixes, device, threads)
-    source = find_source(model)
-    target = file_to_write(out or Path(f"{source.name}.mpo"), force or asked.dry_run)
-    earlier = None if report is None or asked.dry_run else prepare(report, force)
-    later = check_healing(source.folder, heal, heal_text) if heal else None
-    held_out, reason = held_out_text(source.folder, text, measure_tokens)
-    calibration, told = calibration_for(source.folder, options, plan, calib, calib_windows)
-    options = for_model(asked, plan, options, source, calibration)
-    if asked.dry_run or asked.save_plan:
-        show_plan(asked, options, source, calibration, calib_windows, 0 if held_out is None else held_out.ids.size)
-    if asked.dry_run:
-        return None
-    print(f"exporting {source.name} to {target} (plan {plan}, {wanted(options)}); {told}", flush=True)
+def run_export(request: ExportRequest) -> Result | None:
+    """Carries out an export and prints its result; with `dry_run` it only makes a plan, and returns None.
+
+    Raises:
+        MpoError: for a request that cannot be honoured, before any long work where that can be known.
+    """
+    request.machine.prepare()
+    with open_source(request.model) as source:
+        target = request.target(source.name)
+        request.check_paths(target)
+        earlier = None if request.report is None or request.dry_run else prepare(request.report, request.force)
+        reserved = check_healing(source, request.healing) if request.healing else {}
+        task, reason, fitted_to = resolved(request, source, target, reserved)
+        if request.dry_run:
+            show_plan(source, task, request.save_plan)
+            return None
+        print(f"exporting {source.name} to {target} ({asked(task.options, source.spec)}); {fitted_to}", flush=True)
+        result, recorder = export_within_kl(source, task, recorded=request.report is not None)
+        print_cut_bonds(result.spec, task.options)
+        if request.save_plan:
+            write_plan(request.save_plan, result.spec.linears, force=request.force)
+        healed = heal_exported(source, result, request.healing, task.text, task.device) if request.healing else None
+        notes = healing_notes(healed) if healed else []
+        if request.report is None:
+            print_report(result, task.text, reason, HealedStage(healed.comparison, notes) if healed else None)
+            print_next_step(target)
+            return result
+        for note in notes:
+            log(note)
+        better = healed if healed and healed.written else result
+        make_report(
+            source,
+            Job(
+                file=target,
+                name=source.name,
+                folder=request.report,
+                text=task.text,
+                why_no_text=reason,
+                calibration=task.calibration,
+                fit_windows=task.windows,
+                device=task.device,
+                threads=request.machine.threads,
+                earlier=earlier,
+                comparison=better.comparison,
+                surveyed=result.surveyed,
+                compression=recorder.compression(),
+            ),
+        )
+        return result
+
+
+def print_next_step(path: Path) -> None:
+    """Prints that a file was written, and how to use it: a chat needs a chat template, a text needs a tokenizer."""
+    with MpoFile(path) as file:
+        if file.file("tokenizer.json") is None:
+            step = f"see what is in it: mpo-run info {path}"
+        elif file.file("chat_template.jinja") is None:
+            step = f'it has no chat template, let it continue a text: mpo-run generate {path} -p "…"'
+        else:
+            step = f"talk to it: mpo-run chat {path}"
+    log(f"wrote {path}; {step}")
+
+
+def resolved(
+    request: ExportRequest, source: Source, target: Path, reserved: Mapping[str, str]
+) -> tuple[ExportTask, str, str]:
+    """The task of a request for an open model; the reason why nothing is measured; and what layers are fitted to, in words.
+
+    Args:
+        reserved: the longest entries that healing will add to the provenance.
+    """
+    text, reason = held_out_text(source, request.measure.text, request.measure.tokens)
+    windows = request.calibration.windows
+    calibration, fitted_to = calibration_for(source, request.options, request.calibration.text, windows)
+    task = ExportTask(
+        target=target,
+        options=request.options if calibration is None else with_default_target(request.options, source.spec),
+        force=request.force,
+        calibration=calibration,
+        windows=windows,
+        text=text,
+        prefixes=request.prefixes,
+        device=request.machine.device,
+        reserved=reserved,
+    )
+    return task, reason, fitted_to
+
+
+def export_within_kl(source: Source, task: ExportTask, *, recorded: bool) -> tuple[Result, Recorder]:
+    """Exports, and again with a corrected plan as long as the measured KL is above the one that was asked for.
+
+    Args:
+        recorded: whether the fits are recorded for a report.
+    """
     for number in range(MOST_EXPORTS):
         with console.progress("export") as update:
             recorder = Recorder(update)
-            result = export(
-                source.folder,
-                target,
-                options,
-                force=force or number > 0,
-                revision=source.revision,
-                text=held_out,
-                prefixes=prefixes,
-                device=device,
-                progress=recorder.progress,
-                watch=recorder.watch if report else None,
-                calibration=calibration,
-                windows=calib_windows,
-                tell=tell,
-                later=later,
-            )
-        if not misses(result, options, number + 1 < MOST_EXPORTS):
+            listener = Listener(recorder.progress, log, recorder.fitted if recorded else None)
+            result = export(source, replace(task, force=task.force or number > 0), listener)
+        if not exceeds_kl(result, task.options, again=number + 1 < MOST_EXPORTS):
             break
-    tell_cut_bonds(result.spec, options)
-    healed = heal_exported(result, source.folder, heal, heal_text, held_out, device) if heal else None
-    if report is None:
-        print_report(result, held_out, reason, healed)
-        return result
-    print_healing(healed)
-    better = healed if healed and healed.written else result
-    make_report(
-        Job(
-            file=target,
-            teacher=source.folder,
-            name=source.name,
-            folder=report,
-            text=held_out,
-            why_no_text=reason,
-            calibration=calibration,
-            fit_windows=calib_windows,
-            device=device,
-            threads=threads,
-            earlier=earlier,
-            comparison=better.comparison,
-            surveyed=result.surveyed,
-            compression=recorder.compression(),
-        )
-    )
-    return result
+    return result, recorder
 
 
-def file_to_write(target: Path, free: bool) -> Path:
-    """The file to write; raises OutputError where it exists, unless that makes no difference."""
-    if not free and os.path.lexists(target) and not target.is_dir():
-        raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
-    return target
-
-
-def check_asked(
-    chi: int, measure_tokens: int | None, windows: int, prefixes: tuple[int, ...], device: str, threads: int | None
-) -> None:
-    """Raises ConfigError for numbers out of range or a device that is not there; sets the threads."""
-    check_device(device)
-    if measure_tokens is not None and measure_tokens < 0:
-        raise ConfigError(f"--measure-tokens {measure_tokens}: expected 0 or more")
-    if windows < 0:
-        raise ConfigError(f"--calib-windows {windows}: expected 0 or more")
-    set_threads(threads)
-    for prefix in prefixes:
-        if not 1 <= prefix < chi:
-            raise ConfigError(f"--certify-chi {prefix}: expected 1 to {chi - 1}, below --chi")
-
-
-def tell(message: str) -> None:
-    """Prints what was found, stale or made among the kept measurements."""
+def log(message: str) -> None:
+    """Prints a message, such as that a measurement was found in the cache."""
     print(message, flush=True)
 
 
-def tell_cut_bonds(spec: ModelSpec, options: Options) -> None:
-    """Says where χ is above the full rank of operators, whose bonds end there."""
+def asked(options: Options, source: ModelSpec) -> str:
+    """What was asked for, in words."""
+    name = options.plan if options.file is None else f"file:{options.file.path}"
+    if options.target.max_kl is not None:
+        return f"plan {name}, KL of at most {options.target.max_kl:g}, χ ≤ {options.chi}"
+    if options.named.replaces_keys:
+        return f"plan {name}, rank ≤ {options.keys.rank}"
+    size = options.target.bytes_of(source)
+    return f"plan {name}, χ ≤ {options.chi}" + ("" if size is None else f", at most {size:,} bytes")
+
+
+def exceeds_kl(result: Result, options: Options, *, again: bool) -> bool:
+    """Whether the measured KL is above the one that was asked for; prints so, and what follows from it."""
+    most = options.target.max_kl
+    if most is None or result.comparison is None or result.comparison.kl_mean <= most:
+        return False
+    follows = "planning again with what was learned" if again else "give a smaller one, or more --calib-windows"
+    log(f"measured a KL of {result.comparison.kl_mean:.4g}, above --max-kl {most:g}; {follows}")
+    return True
+
+
+def print_cut_bonds(spec: ModelSpec, options: Options) -> None:
+    """Prints how many operators have a full rank below χ, at which their bonds end."""
     terms = [term for linear in spec.linears for term in linear.terms if term.kind == "mpo"]
     ranks = [max(full_rank(term.out_dims, term.in_dims)) for term in terms]
     cut = [rank for rank in ranks if rank < options.chi]
-    if cut and options.plan in ("paper", "corrected"):
-        tell(
+    if cut and options.named.takes_chi:
+        log(
             f"χ of {options.chi:,} is above the full rank of {len(cut)} of {len(ranks)} operators: "
             f"their bonds end at {max(cut):,} or less"
         )
 
 
-def for_model(asked: Asked, plan: str, options: Options, source: Source, calibration: TokenText | None) -> Options:
-    """The options with what only the model tells: the target in bytes, the layers of a plan file."""
-    checkpoint = Checkpoint(source.folder)
-    try:
-        return asked.resolved(plan, options, checkpoint.spec, calibration is not None)
-    finally:
-        checkpoint.close()
+def show_plan(source: Source, task: ExportTask, save_plan: Path | None) -> None:
+    """Makes a plan, saves it if a file is named, and prints it with its predictions."""
+    tokens = 0 if task.text is None else task.text.ids.size
+    with tempfile.TemporaryDirectory(prefix="mpo-plan-") as work, console.progress("plan") as update:
+        planner = planner_for(source, task, Path(work), Listener(update, log))
+        spec = planned_spec(source, task, planner)
+        if save_plan:
+            write_plan(save_plan, spec.linears, force=task.force)
+        prediction = predict(planner, spec, tokens)
+    print_plan(spec, prediction, planner.surveyed)
 
 
-def wanted(options: Options) -> str:
-    """What was asked for, in words."""
-    if options.max_kl is not None:
-        return f"KL of at most {options.max_kl:g}, χ ≤ {options.chi}"
-    if options.plan == "k-proj":
-        return f"rank ≤ {options.keys.rank}"
-    return f"χ ≤ {options.chi}" + ("" if options.target_bytes is None else f", at most {options.target_bytes:,} bytes")
+def print_plan(spec: ModelSpec, prediction: Prediction, surveyed: Survey | None) -> None:
+    """Prints every layer's terms, and the predictions for the whole file."""
+    table = Table("layer", "terms", "bytes", "bits", "expected KL")
+    table.columns[0].no_wrap = True
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for linear in spec.linears:
+        size = stored_bytes(linear)
+        loss = None if surveyed is None else surveyed.loss(linear)
+        table.add_row(
+            linear.name.removeprefix("model.").removeprefix("layers."),
+            layer_text(linear),
+            f"{size:,}",
+            f"{8 * size / (linear.out_features * linear.in_features):.2f}",
+            "" if loss is None else f"{loss:.2g}",
+        )
+    out = Console(highlight=False)
+    out.print(table)
+    for line in prediction_lines(spec, prediction):
+        out.print(line)
 
 
-def misses(result: Result, options: Options, again: bool) -> bool:
-    """Whether a measured KL is above what was asked for; says so."""
-    if options.max_kl is None or result.comparison is None or result.comparison.kl_mean <= options.max_kl:
-        return False
-    follows = "planning again with what was learned" if again else "give a smaller one, or more --calib-windows"
-    print(f"measured a KL of {result.comparison.kl_mean:.4g}, above --max-kl {options.max_kl:g}; {follows}", flush=True)
-    return True
+def prediction_lines(spec: ModelSpec, prediction: Prediction) -> list[str]:
+    """The predictions in words."""
+    size = prediction.file_bytes
+    parameters = spec.architecture.parameters()
+    unknown = "unknown"
+    kl = unknown if prediction.kl is None else f"{prediction.kl:.4f} nats per token"
+    speed = unknown if prediction.tokens_per_second is None else f"{prediction.tokens_per_second:.4g} tokens/s"
+    cores = sum(any(term.kind == "mpo" for term in linear.terms) for linear in spec.linears)
+    return [
+        f"predicted bytes: {size:,} ({size_text(size)}, {8 * size / parameters:.2f} bits per weight)",
+        f"predicted memory: {size_text(prediction.memory_bytes)} with a full context of {prediction.context:,} tokens",
+        f"predicted KL: {kl}",
+        f"predicted speed: {speed}, one conversation, on this machine",
+        f"predicted time of the export: {time_text(prediction.export_seconds)}",
+        f"layers with cores: {cores} of {len(spec.linears)}",
+        *prediction.reasons,
+    ]
 
 
-def show_plan(
-    asked: Asked, options: Options, source: Source, calibration: TokenText | None, windows: int, tokens: int
-) -> None:
-    """Makes the plan, saves it where that was asked for, and prints it with its predictions for a dry run."""
-    checkpoint = Checkpoint(source.folder)
-    try:
-        with tempfile.TemporaryDirectory(prefix="mpo-plan-") as work, console.progress("plan") as update:
-            planner = planner_for(checkpoint, calibration, windows, Path(work), None, update, tell)
-            spec = planned_spec(planner, options, source.revision)
-            if asked.save_plan:
-                write_plan(asked.save_plan, spec.linears)
-            prediction = predict(planner, spec, tokens) if asked.dry_run else None
-        if prediction:
-            print_plan(spec, prediction, planner.surveyed)
-    finally:
-        checkpoint.close()
-
-
-def calibration_for(
-    folder: Path, options: Options, plan: str, calib: Path | None, windows: int
-) -> tuple[TokenText | None, str]:
-    """The text to calibrate on, or None, and what to tell about it.
-
-    `auto`, `corrected` and plan files always calibrate, and what chooses layers by sensitivity; other plans when asked to.
-    """
-    unasked = plan not in CALIBRATED_PLANS and not plan.startswith("file:") and not options.chooses
-    if windows == 0 or plan == "dense" or (calib is None and unasked):
-        return None, "fitted to the weights alone, without calibration text"
-    source = Checkpoint(folder)
-    tokenizer, template = read_text_files(source)
-    source.close()
-    if tokenizer is None and calib is None:
-        return None, "fitted to the weights alone: the model has no tokenizer.json to read calibration text with"
-    text = calibration_text(calib, tokenizer, template)
-    return text, f"fitted to the calibration text {text.name}"
-
-
-def held_out_text(folder: Path, text: Path | None, tokens: int | None) -> tuple[TokenText | None, str]:
-    """The tokens to measure on, or None and the reason why nothing is measured."""
-    if tokens == 0:
-        return None, "--measure-tokens 0"
-    source = Checkpoint(folder)
-    tokenizer, template = read_text_files(source)
-    parameters = source.architecture.parameters()
-    source.close()
-    if tokenizer is None:
-        return None, "the model has no tokenizer.json"
-    whole = read_tokens(text or BUILT_IN_TEXT, tokenizer, template)
-    budget = min(int(MEASURE_BUDGET / parameters), MOST_TOKENS) if tokens is None else tokens
-    if tokens is None and budget < LEAST_TOKENS:
-        return None, "the model is large for this machine; give --measure-tokens N to measure all the same"
-    return whole.first(budget), ""
+def time_text(seconds: float) -> str:
+    """A time as seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

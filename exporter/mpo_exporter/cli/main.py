@@ -1,20 +1,46 @@
-"""mpo-export: a dense model in, a compressed `.mpo` file out."""
+"""mpo-export: a dense model in, a compressed `.mpo` file out. Commands import what they need when they run."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mpo_exporter.cli import options as given
-from mpo_exporter.cli.heal import HealEpochs, HealMinutes, HealTokens
 from mpo_runtime.cli import console
+from mpo_runtime.cli.options import grouped
 
-# Kept here so that --help need not import torch; a test compares it with the calibration's own default.
-CALIBRATION_WINDOWS = 96
+PROGRAM = "mpo-export"
+# The command that is run if none is named: `mpo-export MODEL`.
+DEFAULT = "export"
+SETTINGS = {"help_option_names": ["-h", "--help"]}
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=True)
+
+class DefaultGroup(TyperGroup):
+    """A group of commands that runs `export` if its first argument names none; a folder is then given as ./heal."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts `export` before arguments that begin with neither a command nor an option of the group itself."""
+        own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        if not args or (args[0] not in self.commands and args[0] not in own):
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Writes the help of `export`, and the other commands."""
+        export = self.commands[DEFAULT]
+        own = export.context_class(export, info_name=ctx.info_name, **export.context_settings)
+        export.format_usage(own, formatter)
+        export.format_help_text(own, formatter)
+        export.format_options(own, formatter)
+        self.format_commands(ctx, formatter)
+        export.format_epilog(own, formatter)
+
+
+app = typer.Typer(cls=DefaultGroup, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=SETTINGS)
 
 
 def show_version(wanted: bool) -> None:
@@ -27,112 +53,211 @@ def show_version(wanted: bool) -> None:
 
 
 @app.command(
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="mpo-export heal FILE --teacher MODEL retrains a file briefly. "
-    "mpo-export profile MODEL tells how much each layer matters. "
-    "mpo-export report FILE --teacher MODEL --out DIR reports on a file. "
-    "Add --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    context_settings=SETTINGS,
+    short_help="Compress a model; the default command.",
+    epilog="Add --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.",
 )
+@grouped
 def export(
     model: given.Model,
+    *,
     chi: given.Chi = 32,
     cores: given.CoreCount = 2,
     plan: given.PlanName = "auto",
     out: given.Out = None,
-    target_size: given.TargetSize = None,
-    target_bpw: given.TargetBits = None,
-    target_ratio: given.TargetRatio = None,
-    max_kl: given.MostKl = None,
+    target: given.TargetOptions,
     for_speed: given.ForSpeed = False,
-    layers: given.Layers = None,
-    top_k: given.TopK = None,
-    compression_ratio: given.Ratio = None,
-    sensitivity: given.Sensitivity = "fast",
-    rank: given.Rank = 128,
-    quant_bits: given.QuantBits = 8,
-    norm_correction: given.Norm = True,
-    min_dim: given.LeastSide = 64,
+    choice: given.ChoiceOptions,
+    keys: given.KeyProjections,
     dry_run: given.DryRun = False,
     save_plan: given.SavePlan = None,
-    calib: given.Calib = None,
-    calib_windows: given.Windows = CALIBRATION_WINDOWS,
+    calibration: given.CalibrationOptions,
     force: given.Force = False,
-    text: given.EvalText = None,
-    measure_tokens: given.MeasureTokens = None,
+    measure: given.MeasureOptions,
     report: given.ReportFolder = None,
-    certify_chi: given.Certify = None,
+    certify_chi: given.Prefixes = None,
     heal: given.Heal = False,
-    heal_tokens: HealTokens = None,
-    heal_epochs: HealEpochs = None,
-    heal_minutes: HealMinutes = None,
+    bounds: given.HealBounds,
     heal_text: given.HealText = None,
-    device: given.Device = "cpu",
-    threads: given.Threads = None,
+    machine: given.MachineOptions,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Compress a decoder model into one .mpo file and report what that cost."""
     from mpo_exporter.cli.export import run_export
-    from mpo_exporter.heal.exported import heal_settings
-    from mpo_exporter.request import Asked
+    from mpo_exporter.request import ExportRequest, plan_options
 
-    asked = Asked(
-        target_size,
-        target_bpw,
-        target_ratio,
-        max_kl,
-        for_speed,
-        layers,
-        top_k,
-        compression_ratio,
-        sensitivity,
-        rank,
-        quant_bits,
-        norm_correction,
-        min_dim,
-        dry_run,
-        save_plan,
-    )
-    run_export(
-        model,
-        plan,
-        chi,
-        cores,
-        out,
-        force,
-        text,
-        measure_tokens,
-        tuple(certify_chi or ()),
-        device,
-        threads,
-        calib=calib,
-        calib_windows=calib_windows,
-        asked=asked,
+    request = ExportRequest(
+        model=model,
+        options=plan_options(
+            plan, chi, cores, target=target.record(), for_speed=for_speed, choice=choice.record(), keys=keys.record()
+        ),
+        out=out,
+        force=force,
+        calibration=calibration.record(),
+        measure=measure.record(),
+        prefixes=tuple(certify_chi or ()),
+        healing=bounds.request(heal, heal_text),
         report=report,
-        heal=heal_settings(heal, heal_tokens, heal_epochs, heal_minutes, heal_text),
-        heal_text=heal_text,
+        dry_run=dry_run,
+        save_plan=save_plan,
+        machine=machine.record(),
+    )
+    run_export(request)
+
+
+@app.command(
+    "heal",
+    context_settings=SETTINGS,
+    short_help="Retrain a .mpo file briefly.",
+    epilog="Several devices: torchrun --nproc-per-node N -m mpo_exporter.heal FILE … with the same options. "
+    "A healing that was interrupted continues when the same command is given again.",
+)
+@grouped
+def heal_command(
+    file: given.File,
+    *,
+    teacher: given.Teacher,
+    bounds: given.HealBounds,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text to train on: .jsonl (chat rows or text), .txt, .u16, .npy.", show_default="embedded"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="FILE-healed.mpo")
+    ] = None,
+    force: given.Force = False,
+    settings: given.HealSettings,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for checkpoints and the teacher's logits and states; is kept.",
+            show_default="beside the output",
+        ),
+    ] = None,
+    measure: given.MeasureOptions,
+    machine: given.MachineOptions,
+) -> None:
+    """Retrain a compressed model briefly, so that it gives again what the dense model gives."""
+    from mpo_exporter.cli.export import print_next_step
+    from mpo_exporter.heal.command import HealCommand, run_heal
+
+    healed = run_heal(
+        HealCommand(
+            file=file,
+            teacher=teacher,
+            settings=settings.record(bounds),
+            out=out,
+            force=force,
+            text=text,
+            work=work,
+            measure=measure.record(),
+            machine=machine.record(),
+        )
+    )
+    if healed:
+        print_next_step(healed.path)
+
+
+@app.command(
+    "profile",
+    context_settings=SETTINGS,
+    short_help="Show how much each layer matters.",
+    epilog="Measurements are cached and reused by plans; MPO_CACHE names their folder.",
+)
+@grouped
+def profile_command(
+    model: given.Model,
+    *,
+    level: Annotated[
+        str,
+        typer.Option(
+            help="fast: expected from gradients, minutes at 8B; full: each layer compressed alone and measured."
+        ),
+    ] = "fast",
+    bits: Annotated[
+        int, typer.Option(help="Bits of the integers that layers are judged with, 2, 3, 4, 5, 6 or 8.")
+    ] = 2,
+    chi: given.Chi = 32,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for profile.json and plots (PNG).", show_default=False)
+    ] = None,
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="Write no plots; these need matplotlib.")] = False,
+    calibration: given.CalibrationOptions,
+    machine: given.MachineOptions,
+) -> None:
+    """Tell how much each layer matters: by block, and by type of matrix."""
+    from mpo_exporter.cli.profile import run_profile
+    from mpo_exporter.request import ProfileRequest
+
+    run_profile(
+        ProfileRequest(
+            model=model,
+            level=level,
+            bits=bits,
+            chi=chi,
+            out=out,
+            plots=not no_plots,
+            calibration=calibration.record(),
+            machine=machine.record(),
+        )
+    )
+
+
+@app.command(
+    "report",
+    context_settings=SETTINGS,
+    short_help="Report on an existing .mpo file.",
+    epilog="docs/report.md explains every figure. mpo-export MODEL --report DIR makes the report with the export, "
+    "which also shows how the compression went.",
+)
+@grouped
+def report_command(
+    file: given.File,
+    *,
+    teacher: given.Teacher,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder for report.html and report.json.", show_default=False)
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Write into a folder that holds something else.")
+    ] = False,
+    measure: given.MeasureOptions,
+    calib: Annotated[
+        Path | None,
+        typer.Option(help="Text for the errors of the layers, .jsonl or .txt.", show_default="a built-in one"),
+    ] = None,
+    calib_windows: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows of 256 tokens of it; 0 measures layers by their weights alone.",
+            show_default="32, fewer of a large model",
+        ),
+    ] = None,
+    without_cores: given.WithoutCores = None,
+    machine: given.MachineOptions,
+) -> None:
+    """Measure a .mpo file beside its dense model and write the report: a page, JSON, and a table here."""
+    from mpo_exporter.report.command import ReportCommand, run_report
+
+    run_report(
+        ReportCommand(
+            file=file,
+            teacher=teacher,
+            out=out,
+            force=force,
+            measure=measure.record(),
+            calib=calib,
+            calib_windows=calib_windows,
+            without_cores=without_cores,
+            machine=machine.record(),
+        )
     )
 
 
 def main() -> None:
-    """The entry point of mpo-export; `heal`, `profile` and `report` are programs of their own (a folder: ./heal)."""
-    if sys.argv[1:2] == ["heal"]:
-        from mpo_exporter.cli import heal as cli
-
-        sys.argv = [sys.argv[0], *sys.argv[2:]]
-        cli.main()
-        return
-    if sys.argv[1:2] == ["profile"]:
-        from mpo_exporter.cli import profile as profile_cli
-
-        sys.argv = [sys.argv[0], *sys.argv[2:]]
-        profile_cli.main()
-        return
-    if sys.argv[1:2] == ["report"]:
-        from mpo_exporter.cli import report as report_cli
-
-        sys.argv = [sys.argv[0], *sys.argv[2:]]
-        report_cli.main()
-        return
-    console.run(app, "mpo-export")
+    """The entry point of mpo-export; messages of a command name it, such as `mpo-export heal: error: …`."""
+    names = {command.name for command in app.registered_commands if command.name}
+    program = " ".join([PROGRAM, *(name for name in sys.argv[1:2] if name in names)])
+    console.run(lambda prog_name: app(prog_name=PROGRAM), program)

@@ -1,13 +1,25 @@
-"""The options of mpo-export, each declared once; nothing here loads torch."""
+"""The options of mpo-export, each declared once; importing this module does not load torch or numpy.
+
+Options of one subject form a group: a command takes the group as one parameter (see mpo_runtime.cli.options.grouped), and
+the group makes the record that the command passes on.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from mpo_exporter.heal.settings import Settings
+    from mpo_exporter.plan.options import Choice, KeyOptions, Target
+    from mpo_exporter.request import CalibrationRequest, HealingRequest, Machine, MeasureRequest
+
+# A test compares these with the registry of plans and with the default of the calibration, which are slow to import.
 PLAN_NAMES = ("auto", "paper", "k-proj", "corrected", "int4", "dense")
+CALIBRATION_WINDOWS = 96
 
 
 def plan_name(text: str) -> str:
@@ -23,6 +35,14 @@ Model = Annotated[
         help="demo (embedded), granite, granite-2b, a Hugging Face folder, or a hub id owner/name.", show_default=False
     ),
 ]
+File = Annotated[Path, typer.Argument(help="A .mpo file that mpo-export wrote.", show_default=False)]
+Teacher = Annotated[
+    str,
+    typer.Option(
+        help="The dense model that the file was made from: demo, granite, a Hugging Face folder or a hub id.",
+        show_default=False,
+    ),
+]
 Chi = Annotated[int, typer.Option(help="The largest bond dimension of the cores.")]
 CoreCount = Annotated[int, typer.Option("--cores", help="Cores of each operator.")]
 PlanName = Annotated[
@@ -35,61 +55,15 @@ PlanName = Annotated[
         "dense: as it is; file: your own. All but auto and corrected use calibration text only with --calib.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.mpo")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite an existing file.")]
-TargetSize = Annotated[
-    str | None,
-    typer.Option(help="The most bytes of the whole file, such as 2.1GB.", show_default="4.25 bits per weight for auto"),
-]
-TargetBits = Annotated[
-    float | None, typer.Option(help="The same in bits of the whole file per weight of the dense model.")
-]
-TargetRatio = Annotated[float | None, typer.Option(help="The same as a share of the dense model's bytes.")]
-MostKl = Annotated[
-    float | None, typer.Option("--max-kl", help="As few bytes as this KL to the dense model allows, in nats a token.")
-]
 ForSpeed = Annotated[bool, typer.Option("--for-speed", help="auto: nothing that is slower than int4 on this machine.")]
-Layers = Annotated[
-    str | None, typer.Option(help="Regular expression: the plan acts on layers of such names.", show_default=False)
-]
-TopK = Annotated[int | None, typer.Option(help="The plan acts on the N least sensitive layers.", show_default=False)]
-Ratio = Annotated[
-    float | None, typer.Option("--compression-ratio", help="The same as a share of the layers.", show_default=False)
-]
-Sensitivity = Annotated[
-    str, typer.Option(help="How layers are judged: fast (expected from gradients) or full (each measured alone).")
-]
-Rank = Annotated[int, typer.Option(help="k-proj: rank of the factors; half as much again in boundary blocks.")]
-QuantBits = Annotated[int, typer.Option(help="k-proj: bits of the factors, 4, 8 or 16.")]
-Norm = Annotated[bool, typer.Option(help="k-proj: scale the factors to the matrix's Frobenius norm.")]
-LeastSide = Annotated[int, typer.Option("--min-dim", help="k-proj: leave matrices with a smaller side alone.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and what to expect of it; write no file.")]
-SavePlan = Annotated[Path | None, typer.Option(help="Write the plan as a file for --plan file:…", show_default=False)]
-Calib = Annotated[
-    Path | None,
-    typer.Option("--calib", help="Calibration text, .jsonl or .txt.", show_default="a built-in one for auto"),
-]
-Windows = Annotated[
-    int, typer.Option(help="Windows of 256 tokens to calibrate on, the more the better; 0 uses no text.")
-]
-EvalText = Annotated[
-    Path | None, typer.Option("--eval-text", help="Held-out text to measure on.", show_default="a small built-in one")
-]
-MeasureTokens = Annotated[
-    int | None,
-    typer.Option(help="Tokens to measure on; 0 measures nothing.", show_default="as many as take about a minute"),
-]
-Certify = Annotated[
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.mpo")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite existing files.")]
+Prefixes = Annotated[
     list[int] | None,
     typer.Option("--certify-chi", help="Measure the file's prefix at this χ too; may be repeated.", show_default=False),
 ]
-Device = Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")]
-Heal = Annotated[bool, typer.Option("--heal", help="Retrain the file briefly afterwards; the bounds below imply it.")]
-HealText = Annotated[
-    Path | None,
-    typer.Option(help="Text to heal on: .jsonl (chat rows or text), .txt, .u16, .npy.", show_default="embedded"),
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and what to expect of it; write no file.")]
+SavePlan = Annotated[Path | None, typer.Option(help="Write the plan as a file for --plan file:…", show_default=False)]
 ReportFolder = Annotated[
     Path | None,
     typer.Option(
@@ -98,3 +72,219 @@ ReportFolder = Annotated[
         show_default=False,
     ),
 ]
+Heal = Annotated[bool, typer.Option("--heal", help="Retrain the file briefly afterwards; the options below imply it.")]
+HealText = Annotated[
+    Path | None,
+    typer.Option(help="Text to heal on: .jsonl (chat rows or text), .txt, .u16, .npy.", show_default="embedded"),
+]
+WithoutCores = Annotated[
+    bool | None,
+    typer.Option(
+        "--without-cores/--no-without-cores",
+        help="Fit the same bytes without cores too, which takes another export.",
+        show_default="where the model is small",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOptions:
+    """How large the file may become, or how far from the dense model."""
+
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            help="The most bytes of the whole file, such as 2.1GB.", show_default="4.25 bits per weight for auto"
+        ),
+    ] = None
+    target_bpw: Annotated[
+        float | None, typer.Option(help="The same in bits of the whole file per weight of the dense model.")
+    ] = None
+    target_ratio: Annotated[float | None, typer.Option(help="The same as a share of the dense model's bytes.")] = None
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="As few bytes as this KL to the dense model allows, in nats per token."),
+    ] = None
+
+    def record(self) -> Target:
+        """The target; raises ConfigError for more than one, or one that is out of range."""
+        from mpo_exporter.plan.options import Target
+        from mpo_exporter.request import size_bytes
+
+        return Target(
+            size=None if self.target_size is None else size_bytes(self.target_size),
+            bits_per_weight=self.target_bpw,
+            ratio=self.target_ratio,
+            max_kl=self.max_kl,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOptions:
+    """Which layers the plan acts on."""
+
+    layers: Annotated[
+        str | None, typer.Option(help="Regular expression: the plan acts on layers of such names.", show_default=False)
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="The plan acts on the N least sensitive layers.", show_default=False)
+    ] = None
+    compression_ratio: Annotated[
+        float | None, typer.Option(help="The same as a share of the layers.", show_default=False)
+    ] = None
+    sensitivity: Annotated[
+        str, typer.Option(help="How layers are judged: fast (expected from gradients) or full (each measured alone).")
+    ] = "fast"
+
+    def record(self) -> Choice:
+        """The choice; raises PlanError for a value out of range."""
+        from mpo_exporter.plan.options import Choice
+
+        return Choice(pattern=self.layers, top_k=self.top_k, share=self.compression_ratio, sensitivity=self.sensitivity)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyProjections:
+    """How the plan k-proj replaces key projections."""
+
+    rank: Annotated[int, typer.Option(help="k-proj: rank of the factors; half as much again in boundary blocks.")] = 128
+    quant_bits: Annotated[int, typer.Option(help="k-proj: bits of the factors, 4, 8 or 16.")] = 8
+    norm_correction: Annotated[bool, typer.Option(help="k-proj: scale the factors to the matrix's Frobenius norm.")] = (
+        True
+    )
+    min_dim: Annotated[int, typer.Option(help="k-proj: leave matrices with a smaller side alone.")] = 64
+
+    def record(self) -> KeyOptions:
+        """The options of the plan; raises PlanError for a value out of range."""
+        from mpo_exporter.plan.options import KeyOptions
+
+        return KeyOptions(rank=self.rank, bits=self.quant_bits, norm=self.norm_correction, min_dim=self.min_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """What layers are fitted to."""
+
+    calib: Annotated[
+        Path | None, typer.Option(help="Calibration text, .jsonl or .txt.", show_default="a built-in one for auto")
+    ] = None
+    calib_windows: Annotated[
+        int, typer.Option(help="Windows of 256 tokens to calibrate on, the more the better; 0 uses no text.")
+    ] = CALIBRATION_WINDOWS
+
+    def record(self) -> CalibrationRequest:
+        """The request; raises ConfigError for less than 0 windows."""
+        from mpo_exporter.request import CalibrationRequest
+
+        return CalibrationRequest(self.calib, self.calib_windows)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureOptions:
+    """What quality is measured on."""
+
+    eval_text: Annotated[
+        Path | None, typer.Option(help="Held-out text to measure on.", show_default="a small built-in one")
+    ] = None
+    measure_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens to measure on; 0 measures nothing.", show_default="as many as take about a minute"),
+    ] = None
+
+    def record(self) -> MeasureRequest:
+        """The request; raises ConfigError for less than 0 tokens."""
+        from mpo_exporter.request import MeasureRequest
+
+        return MeasureRequest(self.eval_text, self.measure_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineOptions:
+    """What to compute on."""
+
+    device: Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")] = "cpu"
+    threads: Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")] = None
+
+    def record(self) -> Machine:
+        """The machine."""
+        from mpo_exporter.request import Machine
+
+        return Machine(self.device, self.threads)
+
+
+@dataclass(frozen=True, slots=True)
+class HealBounds:
+    """How long healing trains; at most one of the three."""
+
+    heal_tokens: Annotated[
+        str | None, typer.Option(help="Tokens to train on, such as 500k or 2M.", show_default="1M")
+    ] = None
+    heal_epochs: Annotated[float | None, typer.Option(help="Times to see the healing text.", show_default=False)] = None
+    heal_minutes: Annotated[float | None, typer.Option(help="Minutes to train.", show_default=False)] = None
+
+    def request(self, wanted: bool, text: Path | None) -> HealingRequest | None:
+        """Healing after an export, which a bound or a healing text implies; None if nothing asks for it."""
+        from mpo_exporter.request import HealingRequest
+
+        given = (self.heal_tokens, self.heal_epochs, self.heal_minutes, text)
+        return HealingRequest(*given) if wanted or any(value is not None for value in given) else None
+
+
+@dataclass(frozen=True, slots=True)
+class HealSettings:
+    """How healing trains."""
+
+    rate: Annotated[float, typer.Option(help="Multiplies all learning rates.")] = 1.0
+    batch: Annotated[int, typer.Option(help="Windows in an optimizer step, over all devices together.")] = 4
+    micro_batch: Annotated[int, typer.Option(help="Windows that a device runs at once.")] = 4
+    window: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="256")] = None
+    block_share: Annotated[float, typer.Option(help="Share of the tokens spent on training single blocks first.")] = (
+        0.05
+    )
+    cross_entropy: Annotated[float, typer.Option(help="Weight of the text's cross entropy relative to the KL.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Number of teacher logits to keep for each token.")] = 256
+    match_blocks: Annotated[
+        int, typer.Option(help="Number of blocks whose outputs are matched to the teacher's; 0: none.")
+    ] = 4
+    match_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight of the block-matching loss relative to the KL.",
+            show_default="the model's weights divided by the text's tokens, at most 20",
+        ),
+    ] = None
+    train_codes: Annotated[
+        bool | None,
+        typer.Option(
+            "--train-codes/--freeze-codes",
+            help="Train the integers too, or only scales, cores and norms.",
+            show_default="train in models of at most 500 M weights",
+        ),
+    ] = None
+    assistant_only: Annotated[
+        bool, typer.Option("--assistant-only", help="Only the assistant's messages count in the loss.")
+    ] = False
+    chi_dropout: Annotated[float, typer.Option(help="Probability that a step uses a random prefix of the bonds.")] = 0.0
+    seed: Annotated[int, typer.Option(help="Seed of the order of the text and of χ-dropout.")] = 0
+
+    def record(self, bounds: HealBounds) -> Settings:
+        """The settings; raises ConfigError for a value out of range."""
+        from mpo_exporter.heal.settings import Settings, parse_tokens
+
+        return Settings(
+            tokens=None if bounds.heal_tokens is None else parse_tokens(bounds.heal_tokens),
+            epochs=bounds.heal_epochs,
+            minutes=bounds.heal_minutes,
+            window=self.window,
+            batch=self.batch,
+            micro_batch=self.micro_batch,
+            block_share=self.block_share,
+            train_codes=self.train_codes,
+            top_k=self.top_k,
+            match_blocks=self.match_blocks,
+            match_weight=self.match_weight,
+            cross_entropy=self.cross_entropy,
+            assistant_only=self.assistant_only,
+            chi_dropout=self.chi_dropout,
+            seed=self.seed,
+        ).faster(self.rate)

@@ -1,50 +1,119 @@
-"""mpo-export profile: the options."""
+"""What mpo-export profile does: measure, print, write."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from rich.console import Console
+from rich.table import Table
 
-from mpo_exporter.cli.options import Calib, Chi, Device, Model, Threads, Windows
+from mpo_exporter.measure.profile import Group, Profile, profile_model
+from mpo_exporter.report.profile_plots import require_matplotlib, write_plots
+from mpo_exporter.request import ProfileRequest, check_folder
+from mpo_exporter.source import open_source
+from mpo_exporter.texts import calibration_text, calibration_walk
+from mpo_formats import OutputError
 from mpo_runtime.cli import console
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-Level = Annotated[
-    str,
-    typer.Option(help="fast: expected from gradients, minutes at 8B; full: each layer compressed alone and measured."),
-]
-Bits = Annotated[int, typer.Option(help="Bits of the integers that layers are judged with, 2, 3, 4, 5, 6 or 8.")]
-OutFolder = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder for profile.json and plots (PNG).", show_default=False)
-]
-NoPlots = Annotated[bool, typer.Option("--no-plots", help="Write no plots; these need matplotlib.")]
+def run_profile(request: ProfileRequest) -> Profile:
+    """Profiles a model, prints the tables, and writes JSON and plots if a folder is named.
 
-
-@app.command(
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Measurements are kept and reused by plans; MPO_CACHE names their folder.",
-)
-def profile(
-    model: Model,
-    level: Level = "fast",
-    bits: Bits = 2,
-    chi: Chi = 32,
-    out: OutFolder = None,
-    no_plots: NoPlots = False,
-    calib: Calib = None,
-    calib_windows: Windows = 96,
-    device: Device = "cpu",
-    threads: Threads = None,
-) -> None:
-    """Tell how much each layer matters: by block, and by type of matrix."""
-    from mpo_exporter.cli.profile_command import run_profile
-
-    run_profile(model, level, bits, chi, out, not no_plots, calib, calib_windows, device, threads)
+    Raises:
+        MpoError: for a model or text that cannot be read, a folder that cannot be written to, or missing matplotlib.
+    """
+    request.machine.prepare()
+    if request.out is not None:
+        if request.plots:
+            require_matplotlib()
+        check_folder(request.out, "--out")
+    with open_source(request.model) as source:
+        text = calibration_text(source, request.calibration.text)
+        with tempfile.TemporaryDirectory(prefix="mpo-profile-") as work, console.progress("profile") as update:
+            profile = profile_model(
+                source.weights,
+                source.name,
+                text,
+                calibration_walk(source, text, Path(work), request.calibration.windows),
+                level=request.level,
+                bits=request.bits,
+                chi=request.chi,
+                progress=update,
+                log=print,
+            )
+    print_profile(profile)
+    if request.out is not None:
+        write_profile(profile, request.out, request.plots)
+    return profile
 
 
-def main() -> None:
-    """The entry point of mpo-export profile."""
-    console.run(app, "mpo-export profile")
+def print_profile(profile: Profile) -> None:
+    """Prints the tables and the answers."""
+    out = Console(highlight=False)
+    expected = "expected" if profile.level == "fast" else "measured"
+    for title, groups in (("by block", profile.by_block()), ("by type", profile.by_type())):
+        out.print(group_table(f"{title}: KL {expected} of one matrix alone, summed", groups, profile))
+    if profile.level == "full":
+        out.print(measured_table(profile))
+    for part in ("integers", "cores"):
+        out.print(f"deeper blocks compress better ({getattr(profile, part)})? {profile.depth_answer(part)}")
+    found = profile.precious()
+    named = ", ".join(short(one.layer) for one in found[:8]) or "none stands out"
+    out.print(f"better left alone (over 5 times the median cost for each weight, {profile.integers}): {named}")
+
+
+def group_table(title: str, groups: list[Group], profile: Profile) -> Table:
+    """Groups of layers as a table."""
+    table = Table("", "layers", "weights", profile.integers, "a million", profile.cores, "a million", title=title)
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group in groups:
+        cores = ("", "") if group.cores is None else (f"{group.cores:.3g}", f"{group.cores_each:.3g}")
+        table.add_row(
+            group.name,
+            str(group.layers),
+            f"{group.weights:,}",
+            f"{group.integers:.3g}",
+            f"{group.integers_each:.3g}",
+            *cores,
+        )
+    return table
+
+
+def measured_table(profile: Profile) -> Table:
+    """All measured layers as a table."""
+    table = Table("layer", "as", "KL", "perplexity", "output cosine", "norm drift", "activation drift", "error")
+    table.columns[0].no_wrap = True
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for one in (row for judged in profile.layers for row in judged.measured):
+        table.add_row(
+            short(one.layer),
+            one.terms,
+            f"{one.kl_mean:.3g}",
+            f"{100 * one.perplexity_increase:+.2f} %",
+            f"{one.output_cosine:.4f}",
+            f"{100 * one.norm_drift:+.2f} %",
+            f"{one.activation_drift:.4f}",
+            f"{one.error:.4f}",
+        )
+    return table
+
+
+def short(name: str) -> str:
+    """A layer's name without the prefix that all share."""
+    return name.removeprefix("model.").removeprefix("layers.")
+
+
+def write_profile(profile: Profile, folder: Path, plots: bool) -> None:
+    """Writes profile.json and, if asked for, the plots."""
+    target = folder / "profile.json"
+    try:
+        target.write_text(json.dumps(profile.plain(), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror}); give another folder with --out") from None
+    made = [target, *(write_plots(profile, folder) if plots else [])]
+    print("wrote " + ", ".join(map(str, made)))

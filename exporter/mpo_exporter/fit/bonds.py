@@ -1,4 +1,4 @@
-"""The order of bonds: by importance, so that cutting each to its first χ' values leaves a sensible smaller operator."""
+"""The order of bonds: by importance, so that cutting each bond to its first χ' values gives a good smaller operator."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 
 from mpo_exporter.fit.common import Matrix, factor_moments
 
-# Singular values below this share of the largest are noise of the Gram matrices' roots.
+# Singular values below this share of the largest are rounding noise of the Gram matrices' roots.
 NOISE = 1e-12
 
 
-def order_bonds(cores: Sequence[Matrix], moment: Matrix | None) -> tuple[Matrix, ...]:
-    """Turns every bond to the singular vectors of the operator there, in descending order of the singular values.
+def order_bonds(cores: Sequence[Matrix], second: Matrix | None) -> tuple[Matrix, ...]:
+    """Changes the basis of every bond to the operator's singular vectors there, by descending singular values.
 
     The norm is that of the moment's partial traces, ⊗_k C_k, which is exact where one core takes the whole input or there
     is no moment. With Gram matrices Rᵀ R of the left and the right part at a bond, and the decomposition
     R_left R_rightᵀ = U S Vᵀ, the bond is changed by R_rightᵀ V S^(−1/2), whose inverse is S^(−1/2) Uᵀ R_left: the
     canonical form of Vidal 2003, with S shared between the neighbours. The product of the cores does not change.
     """
-    weights = factor_moments(moment, tuple(core.shape[2] for core in cores))
+    weights = factor_moments(second, tuple(core.shape[2] for core in cores))
     left = left_grams(cores, weights)
     right = left_grams([core.transpose(3, 1, 2, 0) for core in reversed(cores)], weights[::-1])[::-1]
     turned = list(cores)
@@ -34,7 +34,7 @@ def order_bonds(cores: Sequence[Matrix], moment: Matrix | None) -> tuple[Matrix,
 
 
 def left_grams(cores: Sequence[Matrix], weights: Sequence[Matrix]) -> list[Matrix]:
-    """Σ of products of everything left of each bond with itself, [χ_k, χ_k], inputs weighed by C_k; from the outer 1."""
+    """The Gram matrix [χ_k, χ_k] of the part left of each bond, inputs weighted by C_k, beginning with the outer bond's 1."""
     grams = [np.ones((1, 1))]
     for core, weight in zip(cores, weights, strict=True):
         weighed = np.tensordot(grams[-1], core, 1)  # [a, o, i, b]

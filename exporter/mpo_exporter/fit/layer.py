@@ -1,4 +1,4 @@
-"""Fits the terms of one layer to its matrix and gives their tensors."""
+"""Fits the terms of one layer to its matrix and makes their tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit import als, sweep, whitened
-from mpo_exporter.fit.common import Cores, activation_error, contract
+from mpo_exporter.fit.common import Cores, activation_error, contract, second_of
 from mpo_exporter.fit.svd import sequential_svd
 from mpo_exporter.quantize.gptq import TURNS, compensated, target
 from mpo_exporter.quantize.rounding import MOST_LOST, Integers, require_scales, round_to_nearest
@@ -21,7 +21,7 @@ from mpo_formats.packing import bf16_to_f32, f32_to_bf16
 
 Matrix = NDArray[np.float64]
 Tensors = dict[str, NDArray[Any]]
-# A base and the cores that correct it are fitted in turns; the round of least error is kept.
+# Terms of a sum are fitted in turns, this many times; the round with the least error is kept.
 ROUNDS = 2
 # A term that has to make up for less than this share of a matrix's squared values may be stored as roughly as it likes.
 NEGLIGIBLE = 1e-6
@@ -29,11 +29,11 @@ NEGLIGIBLE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How terms are fitted where the moment of the layer's input is known; without one there is only one way.
+    """How terms are fitted where the moment of the layer's input is known; without one, `nearest` and `svd` are used.
 
-    `rounding`: `compensated` (GPTQ and descent) or `nearest`. `cores`: `weighted` (the least activation error for their
-    shape), `whitened` (its start alone) or `svd` (on the weights alone, the published method). `norm`: cores that replace a
-    matrix are scaled to its Frobenius norm.
+    `rounding`: `compensated` (GPTQ and descent) or `nearest`. `cores`: `weighted` (ALS or sweeps for the least activation
+    error of their shape), `whitened` (whitened SVD only) or `svd` (on the weights alone, the published method). `norm`: cores
+    that replace a matrix are scaled to its Frobenius norm.
     """
 
     rounding: Literal["compensated", "nearest"] = "compensated"
@@ -43,7 +43,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A layer's tensors by name, and the matrix [O, I] that a reader makes of them."""
+    """A layer's tensors by name, and the matrix [O, I] that the stored tensors stand for."""
 
     tensors: Tensors
     matrix: Matrix
@@ -55,10 +55,10 @@ def widen(raw: NDArray[Any], dtype: str) -> Matrix:
 
 
 def narrow(values: Matrix, dtype: str) -> NDArray[Any]:
-    """float64 values in a stored float type; bf16 as bit patterns.
+    """float64 values rounded to a stored float type; bf16 as bit patterns.
 
     Raises:
-        ConfigError: when a value does not fit into half precision.
+        ConfigError: when a value is outside the range of the type.
     """
     if dtype == "bf16":
         return f32_to_bf16(values.astype(np.float32))
@@ -75,7 +75,7 @@ def build_linear(
     """Fits all terms of a layer to its stored matrix [out, in], in the norm of its input's moment where that is given.
 
     Raises:
-        ConfigError: naming the layer, when its values are not finite or do not fit.
+        ConfigError: naming the layer, when a value is not finite or outside the range of the stored type.
     """
     matrix = widen(raw, dtype)
     only = linear.terms[0]
@@ -84,8 +84,8 @@ def build_linear(
     try:
         if moment is not None:
             group = next((term.group for term in linear.terms if isinstance(term, Quantized)), 1)
-            matrix = target(matrix, moment.second, moment.cross, moment.drift, group=group)
-        return _fit(linear, matrix, None if moment is None else moment.second, method or Method())
+            matrix = target(matrix, moment, group=group)
+        return _fit(linear, matrix, moment, method or Method())
     except ConfigError as error:
         raise ConfigError(f"{linear.name}: {error}") from None
 
@@ -123,7 +123,7 @@ def require_half(pairs: Sequence[tuple[Matrix, Matrix]]) -> None:
             )
 
 
-def _fit(linear: LinearSpec, matrix: Matrix, moment: Matrix | None, method: Method) -> Built:
+def _fit(linear: LinearSpec, matrix: Matrix, moment: Moment | None, method: Method) -> Built:
     best: tuple[float, list[Built]] | None = None
     fitted = [Built({}, np.zeros_like(matrix)) for _ in linear.terms]
     rounds = ROUNDS if len(linear.terms) > 1 else 1
@@ -146,7 +146,7 @@ def _fit(linear: LinearSpec, matrix: Matrix, moment: Matrix | None, method: Meth
                 fitted[index] = store_cores(prefix, term, cores)
             if float(np.square(rest).sum()) > NEGLIGIBLE * energy:
                 require_precision(term, rest, fitted[index], cores)
-        error = activation_error(matrix - sum(part.matrix for part in fitted), moment)
+        error = activation_error(matrix - sum(part.matrix for part in fitted), second_of(moment))
         if best is None or error < best[0]:
             best = error, list(fitted)
     parts = best[1] if best else fitted
@@ -154,25 +154,25 @@ def _fit(linear: LinearSpec, matrix: Matrix, moment: Matrix | None, method: Meth
     return Built(tensors, sum((part.matrix for part in parts), np.zeros_like(matrix)))
 
 
-def quantize(matrix: Matrix, term: Quantized, moment: Matrix | None, method: Method, turns: int = TURNS) -> Integers:
-    """Rounds a matrix as the term says: error-compensated where a moment is known and the method asks for it."""
+def quantize(matrix: Matrix, term: Quantized, moment: Moment | None, method: Method, turns: int = TURNS) -> Integers:
+    """Rounds a matrix to the term's integers, with compensated rounding where a moment is given and the method says so."""
     if moment is None or method.rounding == "nearest":
         return round_to_nearest(matrix, term.bits, term.group, zeros=term.zeros)
     return compensated(matrix, moment, term.bits, term.group, zeros=term.zeros, turns=turns)
 
 
-def fit_cores(matrix: Matrix, term: Mpo, moment: Matrix | None, method: Method) -> Cores:
-    """Fits an operator of the term's shape; where its bonds differ, with the largest, then cut to the others."""
+def fit_cores(matrix: Matrix, term: Mpo, moment: Moment | None, method: Method) -> Cores:
+    """Fits an operator of the term's shape; where its bonds differ, all are fitted as the largest and then cut."""
     cores = fit_bond(matrix, term, moment, method)
     if tuple(core.shape[3] for core in cores.cores[:-1]) == term.bonds:
         return cores
     bonds = (1, *term.bonds, 1)
     cut = tuple(core[: bonds[k], :, :, : bonds[k + 1]] for k, core in enumerate(cores.cores))
-    return Cores(cut, activation_error(matrix - contract(cut), moment))
+    return Cores(cut, activation_error(matrix - contract(cut), second_of(moment)))
 
 
-def fit_bond(matrix: Matrix, term: Mpo, moment: Matrix | None, method: Method) -> Cores:
-    """Fits an operator of the term's shape and largest bond."""
+def fit_bond(matrix: Matrix, term: Mpo, moment: Moment | None, method: Method) -> Cores:
+    """Fits an operator of the term's shape, every bond as large as the term's largest."""
     out_dims, in_dims, chi = term.out_dims, term.in_dims, max(term.bonds)
     if moment is None or method.cores == "svd":
         return sequential_svd(matrix, out_dims, in_dims, chi)
@@ -184,7 +184,7 @@ def fit_bond(matrix: Matrix, term: Mpo, moment: Matrix | None, method: Method) -
 
 
 def with_norm(cores: Cores, matrix: Matrix) -> Cores:
-    """Cores scaled so that the operator has the Frobenius norm of the matrix, which truncation takes from."""
+    """Cores scaled so that the operator has the Frobenius norm of the matrix; truncation has reduced it."""
     found = float(np.linalg.norm(contract(cores.cores)))
     if not found:
         return cores

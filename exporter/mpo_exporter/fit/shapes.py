@@ -11,10 +11,10 @@ from mpo_formats import PlanError
 
 @functools.cache
 def balanced_dims(size: int, count: int) -> tuple[int, ...]:
-    """Splits `size` into `count` factors that multiply to it exactly and are as equal as its divisors allow.
+    """Splits `size` into `count` factors whose product it is and that are as equal as its divisors allow.
 
-    Of all splits the one with the smallest sum (equal factors have the smallest, where there are such): 12800 becomes
-    (128, 100). Every size has a split: a prime p becomes (p, 1, …). Factors come in descending order.
+    This is the split with the smallest sum: 12800 becomes (128, 100). Every size has a split: a prime p becomes (p, 1, …).
+    Factors are in descending order.
 
     Raises:
         PlanError: for fewer than two factors or a size below one.
@@ -35,10 +35,10 @@ def divisors(size: int) -> list[int]:
 
 
 def balanced_shape(rows: int, columns: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Balanced out_dims and in_dims whose cores o_k · i_k are as equal as possible.
+    """Balanced out_dims and in_dims whose core sizes o_k · i_k are as equal as possible.
 
-    Of all orders of the input factors, the one with the smallest Σ o_k · i_k, which is the number of parameters per bond
-    of a two-core operator.
+    Of all orders of the input factors this is the one with the smallest Σ o_k · i_k, which for two cores is the number of
+    parameters per value of the bond.
     """
     out_dims, in_dims = balanced_dims(rows, count), balanced_dims(columns, count)
     best = min(

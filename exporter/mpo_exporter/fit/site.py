@@ -1,4 +1,4 @@
-"""One core of an operator, the others held: a linear least-squares problem, solved without forming its matrix."""
+"""One core of an operator with the others fixed: a linear least-squares problem, solved without forming its matrix."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ import numpy as np
 from mpo_exporter.fit.bonds import left_grams
 from mpo_exporter.fit.common import DOUBLE_WORK, Dims, Matrix, factor_moments
 
-# Share of the mean diagonal that is added to what the preconditioner inverts.
+# Share of the mean diagonal that is added to the matrices that the preconditioner inverts.
 LOAD = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is fitted: the moment C [I, I] or None for 1, D = W C [O, I], tr(W C Wᵀ), and C's partial traces."""
+    """What is fitted: C [I, I] or None for the identity, `product` = W C [O, I], `square` = tr(W C Wᵀ), C's partial traces."""
 
-    moment: Matrix | None
+    second: Matrix | None
     product: Matrix
     square: float
     weights: list[Matrix]
 
     def weigh(self, matrix: Matrix) -> Matrix:
         """The matrix [O, I] times C."""
-        return matrix if self.moment is None else matrix @ self.moment
+        return matrix if self.second is None else matrix @ self.second
 
 
-def make_target(matrix: Matrix, moment: Matrix | None, in_dims: Dims) -> Target:
-    """What sites fit; in single precision where the products with C are large."""
-    weights = factor_moments(moment, in_dims)
+def make_target(matrix: Matrix, second: Matrix | None, in_dims: Dims) -> Target:
+    """The target of a matrix and a moment; in single precision where the products with C are large."""
+    weights = factor_moments(second, in_dims)
     wanted = matrix
-    if moment is not None and matrix.size * moment.shape[0] > DOUBLE_WORK:
-        moment, wanted = moment.astype(np.float32), matrix.astype(np.float32)
-    product = wanted if moment is None else wanted @ moment
-    return Target(moment, product, float(np.vdot(matrix, product)), weights)
+    if second is not None and matrix.size * second.shape[0] > DOUBLE_WORK:
+        second, wanted = second.astype(np.float32), matrix.astype(np.float32)
+    product = wanted if second is None else wanted @ second
+    return Target(second, product, float(np.vdot(matrix, product)), weights)
 
 
 class Site:
-    """The place of core k between frames: left [O_{<k} · I_{<k}, a] and right [b, O_{>k} · I_{>k}].
+    """The place of core k between two frames, the contracted cores left [O_{<k} · I_{<k}, a] and right [b, O_{>k} · I_{>k}].
 
     Args:
-        grams: of the two frames, [a, a] and [b, b], inputs weighed by the partial traces; they make the preconditioner.
+        grams: the Gram matrices of the two frames, [a, a] and [b, b], inputs weighted by the partial traces; the
+            preconditioner is made of them.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Site:
         return state.reshape(self.shape)
 
     def precondition(self, core: Matrix) -> Matrix:
-        """Applies the inverse of (Gram of the left) ⊗ C_k ⊗ (Gram of the right), what the normal matrix nearly is."""
+        """Applies the inverse of (left Gram) ⊗ C_k ⊗ (right Gram), which approximates the matrix of the normal equations."""
         first, weight, last = self.inverses
         a, o, i, b = self.shape
         state = (first @ core.reshape(a, -1)).reshape(-1, b) @ last
@@ -102,9 +103,9 @@ class Site:
         return residual, square
 
     def solve(self, core: Matrix, steps: int) -> tuple[Matrix, float]:
-        """Improves the core by `steps` of preconditioned conjugate gradients; gives it and E² with it.
+        """Improves the core by `steps` of preconditioned conjugate gradients; returns the new core and E².
 
-        Every step lowers E² by exactly α rᵀz, so that the result is never worse than the start (Hestenes & Stiefel 1952).
+        Every step lowers E² by exactly α rᵀz, so the result is never worse than the start (Hestenes & Stiefel 1952).
         """
         residual, square = self._residual(core)
         r = self.project(residual)
@@ -127,7 +128,7 @@ class Site:
 
 
 def site_at(target: Target, cores: Sequence[Matrix], k: int) -> Site:
-    """The place of core k among the others, multiplied out to frames."""
+    """The place of core k among the others, which are contracted to the two frames."""
     left, right = left_frame(cores[:k], target.product.dtype), right_frame(cores[k + 1 :], target.product.dtype)
     mirrored = [core.transpose(3, 1, 2, 0) for core in reversed(cores[k + 1 :])]
     grams = left_grams(cores[:k], target.weights[:k])[-1], left_grams(mirrored, target.weights[:k:-1])[-1]
@@ -136,7 +137,7 @@ def site_at(target: Target, cores: Sequence[Matrix], k: int) -> Site:
 
 
 def left_frame(cores: Sequence[Matrix], dtype: np.dtype[Any]) -> Matrix:
-    """Cores multiplied out to [O · I, χ], of the bond on their right."""
+    """Cores contracted to [O · I, χ] with the bond on their right."""
     state = np.ones((1, 1, 1), dtype)
     for core in cores:
         rows, columns, bond = state.shape
@@ -147,7 +148,7 @@ def left_frame(cores: Sequence[Matrix], dtype: np.dtype[Any]) -> Matrix:
 
 
 def right_frame(cores: Sequence[Matrix], dtype: np.dtype[Any]) -> Matrix:
-    """Cores multiplied out to [χ, O · I], of the bond on their left."""
+    """Cores contracted to [χ, O · I] with the bond on their left."""
     state = np.ones((1, 1, 1), dtype)
     for core in reversed(cores):
         bond, rows, columns = state.shape
@@ -158,7 +159,7 @@ def right_frame(cores: Sequence[Matrix], dtype: np.dtype[Any]) -> Matrix:
 
 
 def inverse(gram: Matrix) -> Matrix:
-    """The inverse of a positive semidefinite matrix, its diagonal loaded by a small share of its mean."""
+    """The inverse of a positive semidefinite matrix after a small share of its mean diagonal was added to the diagonal."""
     size = gram.shape[0]
     mean = float(np.trace(gram)) / size
     result: Matrix = np.linalg.inv(gram + (LOAD * mean if mean > 0 else 1.0) * np.eye(size, dtype=gram.dtype))

@@ -1,4 +1,4 @@
-"""Tensorizing a matrix by sequential singular value decompositions (Oseledets 2011, algorithm 1; arXiv 2401.14109)."""
+"""Cores of a matrix by sequential singular value decompositions (Oseledets 2011, algorithm 1; arXiv 2401.14109)."""
 
 from __future__ import annotations
 
@@ -6,33 +6,35 @@ import math
 
 import numpy as np
 
+from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit.common import Cores as Cores
-from mpo_exporter.fit.common import Dims, Matrix, activation_error, check_fit, share_values, unfold
+from mpo_exporter.fit.common import Dims, Matrix, activation_error, check_fit, second_of, share_values, unfold
 from mpo_exporter.fit.common import contract as contract
 
-# Above this size, and when few singular values are wanted, the range is sketched first.
+# Above this size the range of a matrix is sketched first where few singular values are needed.
 SKETCH_SIZE = 1024
 
 
-def fit(matrix: Matrix, moment: Matrix | None, out_dims: Dims, in_dims: Dims, chi: int) -> Cores:
-    """Fits as `sequential_svd`, blind to the moment, and gives the error in the moment's norm.
+def fit(matrix: Matrix, moment: Moment | None, out_dims: Dims, in_dims: Dims, chi: int) -> Cores:
+    """Fits as `sequential_svd` does, without using the moment, and returns the error in the moment's norm.
 
     Raises:
         ConfigError: as `check_fit` does.
     """
-    check_fit(matrix, moment, out_dims, in_dims, chi)
+    check_fit(matrix, second_of(moment), out_dims, in_dims, chi)
     result = sequential_svd(matrix, out_dims, in_dims, chi)
     if moment is None:
         return result
-    return Cores(result.cores, activation_error(matrix - contract(result.cores), moment))
+    return Cores(result.cores, activation_error(matrix - contract(result.cores), moment.second))
 
 
 def truncated_svd(matrix: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
     """The `rank` largest singular triplets U [m, r], s [r], Vᵀ [r, n].
 
-    Exact, except for large matrices: where less than an eighth of the spectrum is wanted the range is found by a seeded
-    random sketch with 16 extra columns and three power iterations (Halko, Martinsson & Tropp 2011), else from the
-    eigenvectors of the smaller Gram matrix, which leaves of the values below 1e-8 of the largest nothing but noise.
+    Exact for matrices with a side of at most 1,024. For larger ones, where less than an eighth of the spectrum is needed, the
+    range is found by a seeded random sketch with 16 extra columns and three power iterations (Halko, Martinsson & Tropp
+    2011); else the triplets come from the eigenvectors of the smaller Gram matrix, and singular values below 1e-8 of the
+    largest are rounding noise.
     """
     smallest = min(matrix.shape)
     if smallest <= SKETCH_SIZE:
@@ -55,10 +57,10 @@ def truncated_svd(matrix: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
 
 
 def sequential_svd(matrix: Matrix, out_dims: Dims, in_dims: Dims, chi: int) -> Cores:
-    """Fits an MPO by cutting off one core after another, each time keeping the `chi` largest singular values.
+    """Fits an MPO by splitting off one core after another, each time keeping the `chi` largest singular values.
 
     For two cores this is the best approximation in the Frobenius norm (Eckart & Young 1936). Bonds are in descending order
-    of their singular values, and neighbouring cores share each value's root, which keeps both in the range of half
+    of their singular values s, and each of the two neighbouring cores takes √s, which keeps both in the range of half
     precision.
 
     Args:

@@ -1,7 +1,7 @@
 """Sweeps over any number of cores, in mixed-canonical form (DMRG style: White 1992; Holtz, Rohwedder & Schneider 2012).
 
-From left to right and back, each core in turn is improved on E² with the others held; everything left and right of it is
-orthonormal then, which keeps its least-squares problem well posed. Bonds keep their size.
+From left to right and back, each core in turn is improved to lower E² while the others are fixed. The parts left and right of
+it are made orthonormal before, which keeps its least-squares problem well conditioned. Bonds keep their size.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit.bonds import order_bonds
-from mpo_exporter.fit.common import Cores, Dims, Matrix, activation_error, check_fit, contract
+from mpo_exporter.fit.common import Cores, Dims, Matrix, activation_error, check_fit, contract, second_of
 from mpo_exporter.fit.site import make_target, site_at
 from mpo_exporter.fit.svd import sequential_svd
 
 SWEEPS = 12
-# Conjugate-gradient steps for one core before the next one's turn.
+# Conjugate-gradient steps for one core before the next one.
 STEPS = 4
-# Sweeps end when one lowers E² by less than this share.
+# Sweeping ends when one sweep lowers E² by less than this share.
 TOLERANCE = 1e-4
 
 
 def fit(
     matrix: Matrix,
-    moment: Matrix | None,
+    moment: Moment | None,
     out_dims: Dims,
     in_dims: Dims,
     chi: int,
@@ -34,28 +35,30 @@ def fit(
     sweeps: int = SWEEPS,
     seconds: float = math.inf,
 ) -> Cores:
-    """Fits two or more cores to lower E² = tr[(W − Ŵ) C (W − Ŵ)ᵀ]; never worse than the sequential SVD, its start.
+    """Fits two or more cores to lower E² = tr[(W − Ŵ) C (W − Ŵ)ᵀ]; never worse than the sequential SVD, where it starts.
 
     Args:
-        seconds: no core is begun after that time, but for the first.
+        sweeps: the most sweeps from left to right and back.
+        seconds: no further core is improved after that time.
 
     Raises:
         ConfigError: as `check_fit` does.
     """
-    check_fit(matrix, moment, out_dims, in_dims, chi)
+    second = second_of(moment)
+    check_fit(matrix, second, out_dims, in_dims, chi)
     begin = sequential_svd(matrix, out_dims, in_dims, chi).cores
-    best = order_bonds(begin, moment)
-    error = activation_error(matrix - contract(best), moment)
-    found = order_bonds(sweep(matrix, moment, begin, sweeps, time.monotonic() + seconds), moment)
-    after = activation_error(matrix - contract(found), moment)
+    best = order_bonds(begin, second)
+    error = activation_error(matrix - contract(best), second)
+    found = order_bonds(sweep(matrix, second, begin, sweeps, time.monotonic() + seconds), second)
+    after = activation_error(matrix - contract(found), second)
     return Cores(found, after) if after < error else Cores(best, error)
 
 
 def sweep(
-    matrix: Matrix, moment: Matrix | None, start: Sequence[Matrix], sweeps: int, until: float
+    matrix: Matrix, second: Matrix | None, start: Sequence[Matrix], sweeps: int, until: float
 ) -> tuple[Matrix, ...]:
-    """Improves cores from left to right and back, until nothing is gained or the clock passes `until`."""
-    target = make_target(matrix, moment, tuple(core.shape[2] for core in start))
+    """Improves cores from left to right and back, until a sweep gains too little or the clock passes `until`."""
+    target = make_target(matrix, second, tuple(core.shape[2] for core in start))
     cores = [core.astype(target.product.dtype) for core in start]
     for k in range(len(cores) - 1, 0, -1):
         shift_left(cores, k)
@@ -79,7 +82,7 @@ def sweep(
 
 
 def shift_right(cores: list[Matrix], k: int) -> None:
-    """Makes core k orthonormal towards its right bond; what it loses goes into core k + 1."""
+    """Makes core k orthonormal towards its right bond by a QR decomposition; R goes into core k + 1."""
     shape = cores[k].shape
     q, r = np.linalg.qr(cores[k].reshape(-1, shape[3]))
     cores[k] = q.reshape(*shape[:3], -1)
@@ -87,7 +90,7 @@ def shift_right(cores: list[Matrix], k: int) -> None:
 
 
 def shift_left(cores: list[Matrix], k: int) -> None:
-    """Makes core k orthonormal towards its left bond; what it loses goes into core k − 1."""
+    """Makes core k orthonormal towards its left bond by a QR decomposition; R goes into core k − 1."""
     shape = cores[k].shape
     q, r = np.linalg.qr(cores[k].reshape(shape[0], -1).T)
     cores[k] = q.T.reshape(-1, *shape[1:])

@@ -1,6 +1,6 @@
 """Truncated SVD in the activation norm: exact where one core takes the whole input, a start for ALS elsewhere.
 
-C = L Lᵀ, W L = U S Vᵀ, Ŵ = U_χ U_χᵀ W with E² = Σ_{i>χ} s_i² (METHOD.md; Wang et al. 2024, arXiv 2403.07378). For other
+C = L Lᵀ, W L = U S Vᵀ, Ŵ = U_χ U_χᵀ W with E² = Σ_{i>χ} s_i² (docs/method.md; Wang et al. 2024, arXiv 2403.07378). For other
 factor shapes C is replaced by its partial traces C_1 ⊗ C_2, and the same is done to the rearranged matrix.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mpo_exporter.calibrate.hessian import cholesky_root
+from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit.bonds import order_bonds
 from mpo_exporter.fit.common import (
     Cores,
@@ -15,54 +17,56 @@ from mpo_exporter.fit.common import (
     Matrix,
     activation_error,
     check_fit,
-    cholesky_root,
     contract,
     factor_moments,
+    second_of,
     unfold,
 )
 from mpo_exporter.fit.svd import SKETCH_SIZE, truncated_svd
 from mpo_formats import ConfigError
 
-# Columns of a sketch beyond the rank, at least, and its power iterations.
+# The fewest columns of a sketch beyond the rank, and its power iterations.
 EXTRA = 16
 POWERS = 6
 
 
-def fit(matrix: Matrix, moment: Matrix | None, out_dims: Dims, in_dims: Dims, chi: int) -> Cores:
+def fit(matrix: Matrix, moment: Moment | None, out_dims: Dims, in_dims: Dims, chi: int) -> Cores:
     """Fits two cores by a singular value decomposition of the whitened, rearranged matrix.
 
-    The best fit there is for (O, 1) × (1, I), and wherever one of the input factors is 1. Without a moment it is the plain
-    SVD. A singular moment is loaded and that is logged.
+    This is the optimum for (O, 1) × (1, I), and wherever one of the input factors is 1. Without a moment it is the plain
+    SVD. The diagonal of a singular moment is raised, which is logged.
 
     Raises:
         ConfigError: for other than two cores, and as `check_fit` does.
     """
     if len(out_dims) != 2:
         raise ConfigError(f"shape {out_dims} x {in_dims}: whitened SVD takes 2 cores; fit {len(out_dims)} by sweeps")
-    (rank,) = check_fit(matrix, moment, out_dims, in_dims, chi)
-    cores = order_bonds(project_whitened(matrix, moment, out_dims, in_dims, rank, exact=True), moment)
-    return Cores(cores, activation_error(matrix - contract(cores), moment))
+    second = second_of(moment)
+    (rank,) = check_fit(matrix, second, out_dims, in_dims, chi)
+    cores = order_bonds(project_whitened(matrix, moment, out_dims, in_dims, rank, exact=True), second)
+    return Cores(cores, activation_error(matrix - contract(cores), second))
 
 
 def project_whitened(
-    matrix: Matrix, moment: Matrix | None, out_dims: Dims, in_dims: Dims, rank: int, *, exact: bool
+    matrix: Matrix, moment: Moment | None, out_dims: Dims, in_dims: Dims, rank: int, *, exact: bool
 ) -> list[Matrix]:
-    """Two cores whose frame is the dominant subspace of the whitened matrix, the other core being the projection on it.
+    """Two cores: a frame of the dominant subspace of the whitened matrix, and the projection of the matrix on it.
 
-    Only the side with the smaller input factor is unwhitened, so that a factor of 1 needs no inverse at all.
+    Only the side with the smaller input factor is unwhitened, so a factor of 1 needs no inverse at all.
 
     Args:
-        exact: takes a full decomposition, else a sketch of the subspace where the matrix is large.
+        exact: uses a full decomposition unless the rank is small; False sketches the subspace of a large matrix.
     """
     (o1, o2), (i1, i2) = out_dims, in_dims
     if i1 > i2:  # the mirror image
         swapped = matrix.reshape(o1, o2, i1, i2).transpose(1, 0, 3, 2).reshape(o2 * o1, i2 * i1)
-        turned = None if moment is None else swap_factors(moment, i1, i2)
+        turned = None if moment is None else Moment(swap_factors(moment.second, i1, i2))
         pair = project_whitened(swapped, turned, (o2, o1), (i2, i1), rank, exact=exact)
         return [core.transpose(3, 1, 2, 0) for core in reversed(pair)]
     tensor = unfold(matrix, out_dims, in_dims)
-    # Where the second core takes the whole input, C itself: its scale does not matter here.
-    first, second = factor_moments(moment, in_dims) if i1 > 1 or moment is None else (np.eye(1), moment)
+    # Where the second core takes the whole input its factor is C itself, unscaled: the scale does not matter here.
+    whole = moment if i1 == 1 else None
+    first, second = factor_moments(second_of(moment), in_dims) if whole is None else (np.eye(1), whole.second)
     if i1 > 1:
         first = cholesky_root(first)
         tensor = (tensor.transpose(0, 2, 3, 1) @ first).transpose(0, 3, 1, 2)  # rows whitened
@@ -70,7 +74,7 @@ def project_whitened(
     if min(half.shape) > SKETCH_SIZE and rank * (8 if exact else 2) <= min(half.shape):
         frame = sketched_frame(half, second, rank)
     else:
-        whitened = half.reshape(-1, i2) @ cholesky_root(second)
+        whitened = half.reshape(-1, i2) @ (cholesky_root(second) if whole is None else whole.root)
         frame = dominant_subspace(whitened.reshape(half.shape), rank)
     behind = (frame.T @ half).reshape(rank, o2, i2, 1)
     front = frame.reshape(o1, i1, rank)
@@ -80,16 +84,16 @@ def project_whitened(
 
 
 def swap_factors(moment: Matrix, first: int, second: int) -> Matrix:
-    """The moment of inputs whose two factors have changed places."""
+    """The second moment of the inputs after their two factors have been swapped."""
     size = first * second
     return moment.reshape(first, second, first, second).transpose(1, 0, 3, 2).reshape(size, size)
 
 
 def sketched_frame(half: Matrix, moment: Matrix, rank: int) -> Matrix:
-    """The `rank` leading left singular vectors [m, r] of M (1 ⊗ L), M [m, o · i] and L Lᵀ = C [i, i], from a seeded sketch.
+    """The `rank` leading left singular vectors [m, r] of M (1 ⊗ L), for M [m, o · i] and L Lᵀ = C [i, i].
 
-    Subspace iteration on M (1 ⊗ C) Mᵀ (Halko, Martinsson & Tropp 2011) in single precision: neither the root of C nor the
-    whitened matrix is formed.
+    Seeded subspace iteration on M (1 ⊗ C) Mᵀ (Halko, Martinsson & Tropp 2011) in single precision: neither the root of C nor
+    the whitened matrix is formed.
     """
     rows, columns = half.shape[0], moment.shape[0]
     small, weight = half.astype(np.float32), moment.astype(np.float32)
@@ -108,7 +112,7 @@ def sketched_frame(half: Matrix, moment: Matrix, rank: int) -> Matrix:
 
 
 def dominant_subspace(matrix: Matrix, rank: int) -> Matrix:
-    """The `rank` leading left singular vectors [m, r] of a matrix [m, n]; of a large one by the smaller Gram matrix."""
+    """The `rank` leading left singular vectors [m, r] of a matrix [m, n]; for a large one from its smaller Gram matrix."""
     if min(matrix.shape) <= SKETCH_SIZE:
         return truncated_svd(matrix, rank)[0]
     if matrix.shape[0] <= matrix.shape[1]:

@@ -1,7 +1,9 @@
-"""Heals on several devices: torchrun --nproc-per-node N -m mpo_exporter.heal FILE --teacher MODEL."""
+"""`python -m mpo_exporter.heal FILE …` is `mpo-export heal FILE …`; torchrun starts it so on several devices."""
 
 from __future__ import annotations
 
-from mpo_exporter.cli.heal import main
+import runpy
+import sys
 
-main()
+sys.argv.insert(1, "heal")
+runpy.run_module("mpo_exporter.cli", run_name="__main__")

@@ -1,7 +1,8 @@
-"""Brings the bonds of trained cores back into canonical order, so that every prefix stays a good smaller operator.
+"""Puts the bonds of trained cores into canonical order again, so that every prefix of them is a good smaller operator.
 
-Float cores get the canonical form of the fits, weighted by the second moment of the healed model's activations. Integer
-cores get it in the middle of the training, which makes up for rounding them anew, and are only sorted at its end.
+Float cores are brought into the canonical form of the fits, weighted by the second moment of the healed model's activations.
+Integer cores would be rounded anew by that: they are brought into canonical form only during the training, whose remaining
+steps make up for the rounding. At its end their bonds are sorted, which changes no number.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ Matrix = NDArray[np.float64]
 
 
 def importance(cores: Sequence[Matrix]) -> list[NDArray[np.int64]]:
-    """For each bond the order of its values by the product of their slices' norms in the two cores, largest first."""
+    """For each bond the order of its values, the most important first.
+
+    The importance of a value is the product of the Frobenius norms of its slices in the two cores that it joins.
+    """
     orders = []
     for left, right in pairwise(cores):
         size = np.sqrt(np.square(left).sum((0, 1, 2)) * np.square(right).sum((1, 2, 3)))
@@ -32,14 +36,14 @@ def importance(cores: Sequence[Matrix]) -> list[NDArray[np.int64]]:
 
 
 def set_canonical(term: Cores, moment: Matrix | None) -> None:
-    """Replaces a term's cores by their canonical form, rounded to the term's type."""
+    """Replaces a term's cores by their canonical form in the norm of `moment`, rounded to the term's type."""
     cores = [core.detach().double().cpu().numpy() for core in term.operator(None).cores]
     for part, core in zip(term.cores, order_bonds(cores, moment), strict=True):
         part.set_core(torch.from_numpy(np.ascontiguousarray(core)).float())
 
 
 def set_sorted(term: Cores) -> None:
-    """Sorts the values of a term's bonds by importance; every number stays what it is."""
+    """Sorts the values of a term's bonds by importance; the operator and every stored number stay the same."""
     cores = [core.detach().double().cpu().numpy() for core in term.operator(None).cores]
     keep = [np.arange(1)]
     orders = [*keep, *importance(cores), *keep]
@@ -51,21 +55,21 @@ def set_sorted(term: Cores) -> None:
 def sort_bonds(
     model: Decoder, ops: HealingOps, trainables: Trainables, inputs: NDArray[np.int64], *, exact: bool
 ) -> None:
-    """Brings all cores of a model into canonical order, weighted by their inputs over token ids [N, S].
+    """Puts the bonds of all cores of a model into canonical order, weighted by the layers' inputs over ids [N, S].
 
     Args:
-        exact: leaves the values of integer cores alone and only sorts them, since new grids would round them anew.
+        exact: only sort the bonds of integer cores; their canonical form would need new grids and rounding.
     """
     ops.trainables, ops.chi = trainables, None
     moments: dict[str, Tensor] = {}
 
-    def see(name: str, x: Tensor) -> None:
+    def note(name: str, x: Tensor) -> None:
         layer = trainables.layers.get(name)
         if layer is not None and any(isinstance(term, Cores) for term in layer.terms):
             flat = x.detach().flatten(0, -2).double()
             moments[name] = flat.T @ flat / flat.shape[0]
 
-    def put(name: str) -> None:
+    def put_in_order(name: str) -> None:
         for term in trainables.layers[name].terms:
             if isinstance(term, Cores):
                 if exact and isinstance(term.cores[0], IntegerCore):
@@ -75,14 +79,14 @@ def sort_bonds(
 
     x = model.embed(ops.ids(inputs.tolist()))
     for block in range(model.architecture.num_hidden_layers):
-        ops.record = see
+        ops.record = note
         try:
             x = run_block(model, x, block)
         finally:
             ops.record = None
         for name in list(moments):
-            put(name)
-        moments.clear()  # one block's moments in memory at a time
+            put_in_order(name)
+        moments.clear()  # so that the moments of only one block are in memory at a time
     for name in trainables.layers:
         if not name.startswith("model.layers."):
-            put(name)
+            put_in_order(name)

@@ -1,4 +1,4 @@
-"""Checkpoints of healing: one safetensors file with a JSON record, replaced by renaming; no pickle."""
+"""Checkpoints of a healing: one safetensors file with a JSON record, replaced atomically by renaming; no pickle."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ RECORD = "healing"
 
 @dataclass(slots=True)
 class Record:
-    """How far healing has come.
+    """How far a healing has come.
 
-    `digest` is that of settings and inputs; `blocks` are finished, then `step` steps of the whole model; `curve` holds
-    the loss of every step, `seconds` and `tokens` what was spent, `began` when the whole model's turn came; `rates` are
-    the optimizer's learning rates before their schedule; `ordered` says that bonds were sorted on the way.
+    Args:
+        digest: of the settings and of everything they are applied to.
+        blocks: single blocks that are finished.
+        step: finished steps of the whole model.
+        seconds, tokens: spent so far.
+        began: the value of `seconds` when the training of the whole model began.
+        rates: the optimizer's learning rates before the schedule.
+        ordered: whether the bonds were already sorted once.
+        block_curves, curve: the loss of every step, for each block and for the whole model.
     """
 
     digest: str
@@ -46,7 +52,7 @@ def save_checkpoint(folder: Path, record: Record, tensors: Mapping[str, Tensor])
     """Replaces the folder's checkpoint.
 
     Raises:
-        OutputError: when the disk refuses the bytes; the checkpoint before stays.
+        OutputError: when it cannot be written; the previous checkpoint then remains.
     """
     temporary = folder / f".{NAME}.partial"
     try:
@@ -60,14 +66,17 @@ def save_checkpoint(folder: Path, record: Record, tensors: Mapping[str, Tensor])
         raise OutputError(f"{folder / NAME}: cannot be written ({error}); free some space") from None
 
 
-def load_checkpoint(folder: Path, digest: str, *, others: bool = False) -> tuple[Record, dict[str, Tensor]] | None:
-    """The folder's checkpoint, None where there is none.
+def load_checkpoint(
+    folder: Path, digest: str, *, discard_other: bool = False
+) -> tuple[Record, dict[str, Tensor]] | None:
+    """The folder's checkpoint, or None where there is none.
 
     Args:
-        others: passes over a checkpoint of another healing, which the next one will replace.
+        digest: of this healing.
+        discard_other: return None for a checkpoint of a different healing, so that the next one replaces it.
 
     Raises:
-        ConfigError: when it belongs to another healing, or is damaged.
+        ConfigError: when it belongs to a different healing, or is damaged.
     """
     path = folder / NAME
     if not path.exists():
@@ -79,22 +88,23 @@ def load_checkpoint(folder: Path, digest: str, *, others: bool = False) -> tuple
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: is damaged ({error}); remove {folder} to start over") from None
     if record.digest != digest:
-        if others:
+        if discard_other:
             return None
         raise ConfigError(
-            f"{path}: is of a healing with other settings, data or models; give those, or remove {folder} to start over"
+            f"{path}: is of a healing with other settings, data or models; give the same ones, "
+            f"or remove {folder} to start over"
         )
     return record, tensors
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state, flat."""
+    """The optimizer's state as a flat dictionary of tensors."""
     state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     return {f"optimizer.{index}.{key}": value for index, values in state.items() for key, value in values.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` gave."""
+    """Restores the state that `optimizer_tensors` returned."""
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

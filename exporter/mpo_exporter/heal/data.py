@@ -1,15 +1,16 @@
-"""Reads healing text and packs it into windows: chat rows of the usual layouts, rows of text, plain text, token ids."""
+"""The data of a healing: chat rows, rows of text, plain text or token ids, packed into windows of equal length."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpo_exporter.heal.settings import Settings
 from mpo_exporter.source import data_folder
 from mpo_formats import Architecture, ConfigError, MpoError
 from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
@@ -18,12 +19,13 @@ from mpo_runtime.text.rows import Message, parse_row
 from mpo_runtime.text.token_text import TokenText, read_tokens
 from mpo_runtime.text.tokenizer import Tokenizer
 
+# Tokens of a window where the settings name none and the model's context is not shorter.
 WINDOW = 256
 
 
 @dataclass(frozen=True, slots=True)
 class HealingText:
-    """A tokenised text: ids [N], which of them count in the loss [N], a name and a digest of the source."""
+    """A tokenised text: `ids` [N], `counts` [N] (which of them count in the loss), and the source's name and SHA-256."""
 
     name: str
     ids: NDArray[np.int64]
@@ -38,21 +40,22 @@ def read_healing_text(
     *,
     assistant_only: bool = False,
 ) -> HealingText:
-    """Reads a healing text, the embedded one where `path` is None.
+    """Reads and tokenises a healing text; None means the embedded one.
 
-    `.jsonl` rows are of the layouts that mpo_runtime.text.rows recognises; other files are read as `read_tokens` does. A
-    text that was read already may be given in the place of its path.
+    Rows of a `.jsonl` file have one of the layouts that mpo_runtime.text.rows knows. Other files are read by `read_tokens`.
 
     Args:
-        assistant_only: only tokens of the assistant's messages, their end included, count.
+        path: the file, or a text that is tokenised already.
+        assistant_only: only the tokens of the assistant's messages, including the end of each message, count in the loss.
 
     Raises:
-        ConfigError: naming file and line of what cannot be read; for a text without tokens that count.
+        ConfigError: naming file and line of what cannot be read; for a text in which no token counts.
     """
     if isinstance(path, TokenText):
         if assistant_only:
             raise ConfigError(
-                f"{path.name}: does not tell the assistant's tokens; give .jsonl rows, or let all tokens count"
+                f"{path.name}: is tokenised already, so the assistant's messages cannot be told apart; "
+                "give .jsonl rows, or let all tokens count"
             )
         return HealingText(path.name, path.ids, np.ones(path.ids.size, np.bool_), path.sha256)
     path = path or data_folder() / "healing.jsonl"
@@ -65,7 +68,7 @@ def read_healing_text(
         raise ConfigError(f"{path}: the model has no tokenizer; give token ids as .u16 or .npy")
     if assistant_only and template is None:
         raise ConfigError(
-            f"{path}: the model has no chat template to tell the assistant's tokens; let all tokens count"
+            f"{path}: the model has no chat template, so the assistant's messages cannot be found; let all tokens count"
         )
     try:
         raw = path.read_bytes()
@@ -75,7 +78,7 @@ def read_healing_text(
     for number, row in _rows(raw, path):
         try:
             documents.append(_document(row, tokenizer, template, assistant_only))
-        except MpoError as error:  # a template may refuse roles or their order
+        except MpoError as error:  # a template may refuse a role, or the order of the roles
             raise ConfigError(f"{path}: line {number}: {error}") from None
     ids = np.array([token for tokens, _ in documents for token in tokens], np.int64)
     counts = np.array([flag for _, flags in documents for flag in flags], np.bool_)
@@ -113,7 +116,7 @@ def _document(
 def _common(
     ids: list[int], messages: list[Message], template: ChatTemplate, tokenizer: Tokenizer, *, prompt: bool
 ) -> int:
-    """How many tokens the whole conversation shares with its beginning."""
+    """The number of leading tokens that `messages` alone and the whole conversation `ids` have in common."""
     part = encode_chat(template, tokenizer, messages, add_generation_prompt=prompt)
     return next((k for k, (ours, theirs) in enumerate(zip(part, ids, strict=False)) if ours != theirs), len(part))
 
@@ -121,14 +124,14 @@ def _common(
 def pack_windows(
     text: HealingText, architecture: Architecture, window: int | None, batch: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Packs a text into windows of equal length [N, W], and which of their tokens count [N, W].
+    """Packs a text into windows of equal length: token ids [N, W], and which of them count in the loss [N, W].
 
-    Documents follow each other without padding; each window is led by the model's begin-of-text token where it has one,
-    as in the measurement. What fills no window, and windows in which nothing counts, are left out.
+    Documents follow each other without padding. Each window begins with the model's begin-of-text token if it has one, as
+    when quality is measured. An incomplete last window, and windows in which no token counts, are dropped.
 
     Raises:
-        ConfigError: for a window that does not fit into the model's context, an id outside its vocabulary, or a text of
-            fewer windows than a batch has.
+        ConfigError: for a window longer than the model's context, a token id outside its vocabulary, or a text with
+            fewer windows than a batch needs.
     """
     longest = architecture.max_position_embeddings
     size = min(WINDOW, longest) if window is None else window
@@ -154,3 +157,44 @@ def pack_windows(
             f"least {batch}; give a longer text, or lower --window or --batch"
         )
     return ids[kept], counts[kept]
+
+
+@dataclass(frozen=True, slots=True)
+class HealingData:
+    """The windows to train on, in random order.
+
+    Args:
+        windows: token ids [N, W].
+        counts: 1 for each prediction [N, W − 1] that counts in the loss, 0 for the others.
+        name, sha256: of the text's source.
+        digest: of all the windows and counts, before they were shuffled.
+    """
+
+    windows: NDArray[np.int64]
+    counts: NDArray[np.float32]
+    name: str
+    sha256: str
+    digest: str
+
+    @property
+    def span(self) -> int:
+        """Predictions in a window, W − 1."""
+        return int(self.windows.shape[1]) - 1
+
+    def first(self, count: int) -> HealingData:
+        """The same data with only the first `count` windows."""
+        return replace(self, windows=self.windows[:count], counts=self.counts[:count])
+
+
+def healing_data(
+    text: Path | TokenText | None,
+    readers: tuple[Tokenizer | None, ChatTemplate | None],
+    architecture: Architecture,
+    settings: Settings,
+) -> HealingData:
+    """Reads a healing text, packs it into windows and shuffles them; raises ConfigError as the two functions above do."""
+    words = read_healing_text(text, *readers, assistant_only=settings.assistant_only)
+    windows, counts = pack_windows(words, architecture, settings.window, settings.batch)
+    digest = hashlib.sha256(windows.tobytes() + counts.tobytes()).hexdigest()
+    order = np.random.default_rng(settings.seed).permutation(len(windows))
+    return HealingData(windows[order], counts[order, 1:].astype(np.float32), words.name, words.sha256, digest)

@@ -1,4 +1,4 @@
-"""The ops of whole windows in training: differentiable, without a cache, in bf16 where the device multiplies it fast."""
+"""Forward passes over whole windows: differentiable, without a KV cache, in bf16 where the device multiplies it fast."""
 
 from __future__ import annotations
 
@@ -16,47 +16,55 @@ from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.weights.protocol import Weights
 
+# The most logits that are in memory at a time.
+HEAD_LOGITS = 1 << 26
+
 
 def multiplies_bf16(device: str) -> bool:
-    """Whether a device has units for bf16 products; where they are emulated they are slower than float32."""
+    """Whether a device has hardware for bf16 products; emulated ones are slower than float32."""
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def compute(device: str) -> AbstractContextManager[Any]:
-    """bf16 products where the device has units for them, float32 elsewhere."""
+def autocast(device: str) -> AbstractContextManager[Any]:
+    """While this is open, matrix products use bf16 on a device with hardware for it; elsewhere they stay float32."""
     return torch.autocast(device.split(":")[0], torch.bfloat16) if multiplies_bf16(device) else nullcontext()
 
 
-class Pair:
-    """The keys and values [B, K, S, D] of the block that is being run: windows need no cache."""
+def head_tokens(vocabulary: int) -> int:
+    """The number of tokens whose logits may be in memory at a time."""
+    return max(HEAD_LOGITS // vocabulary, 1)
+
+
+class WindowCache:
+    """The keys and values [B, K, S, D] of the block that is being run: all that attention over a whole window needs."""
 
     k: Tensor
     v: Tensor
 
 
 @lru_cache(maxsize=8)
-def hidden_places(length: int, device: torch.device) -> Tensor:
-    """Which positions [S, S] each position must not see."""
+def future_mask(length: int, device: torch.device) -> Tensor:
+    """The mask [S, S] of later positions, which causal attention must not see."""
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
 class WindowOps(ReferenceOps):
-    """The reference ops on windows from their beginning.
+    """The reference ops for windows that begin at position 0.
 
-    Attention is two plain products, the heads of a group as rows of one: on a CPU several times as fast in training as
-    torch's fused attention and as an einsum over groups.
+    Attention is two plain batched products in which the heads of a group are rows of one matrix. In training on a CPU this
+    is several times as fast as torch's fused attention or an einsum over groups.
     """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / √(mean x² + eps) · weight, in the type of the products that follow: cast once for all of them."""
+        """x / √(mean x² + eps) · weight, cast once to the type in which the following products are computed."""
         y = super().rms_norm(x, weight, eps)
         kind = self.device.type
         return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
     def rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, block: int) -> Tensor:
-        """Rotates q [B, S, H·D] and k [B, S, K·D] by position, leaves k and v in `cache`; returns q [B, H, S, D]."""
+        """Rotates q [B, S, H·D] and k [B, S, K·D] by position, stores k and v in `cache`, returns q [B, H, S, D]."""
         rows, count, _ = q.shape
         size = 2 * self.frequencies.shape[0]
         angles = torch.arange(count, device=q.device)[:, None].float() * self.frequencies  # [S, D/2]
@@ -72,16 +80,17 @@ class WindowOps(ReferenceOps):
         q = (q * scale).to(cache.v.dtype).reshape(rows * groups, -1, size)  # [B·K, H/K·S, D]
         scores = torch.bmm(q, cache.k.reshape(rows * groups, count, size).transpose(1, 2))
         scores = scores.view(rows * groups, -1, count, count)
-        scores = scores.masked_fill(hidden_places(count, q.device), float("-inf"))
+        scores = scores.masked_fill(future_mask(count, q.device), float("-inf"))
         weights = scores.softmax(-1, dtype=torch.float32).to(cache.v.dtype).view(rows * groups, -1, count)
         mixed = torch.bmm(weights, cache.v.reshape(rows * groups, count, size))
         return mixed.view(rows, heads, count, size).transpose(1, 2).reshape(rows, count, heads * size)
 
 
 class HealingOps(WindowOps):
-    """The ops whose layers and vectors are those in training where there are such.
+    """The window ops of a model in training: layers and vectors in `trainables` are used instead of the stored ones.
 
-    `chi` cuts the bonds of the layers in training; `record` sees every layer's name and input [..., I].
+    `chi` cuts the bonds of the layers in training. `record`, where it is set, is called with each layer's name and input
+    [..., I].
     """
 
     def __init__(self, weights: Weights, device: str = "cpu") -> None:
@@ -91,7 +100,7 @@ class HealingOps(WindowOps):
         self.record: Callable[[str, Tensor], None] | None = None
 
     def weights(self, layer: str) -> Linear | Tensor:
-        """The layer or vector of that name, with its present parameters."""
+        """The layer or vector of that name, with its present parameters if it is in training."""
         if self.trainables is not None:
             if layer in self.trainables.layers:
                 return self.trainables.layers[layer].linear(self.chi)
@@ -100,14 +109,14 @@ class HealingOps(WindowOps):
         return super().weights(layer)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
-        """Σ_t term_t(x) + bias, seen by `record`."""
+        """Σ_t term_t(x) + bias; `record` is called first."""
         if self.record is not None:
             self.record(layer.spec.name, x)
         return super().linear(layer, x)
 
 
 def run_block(model: Decoder, x: Tensor, block: int) -> Tensor:
-    """One block of a model over WindowOps on x [B, S, E], from the beginning of the text."""
-    cache: Any = Pair()
+    """Runs one block of a model over WindowOps on x [B, S, E], positions 0 … S − 1."""
+    cache: Any = WindowCache()
     y: Tensor = model.block(x, cache, block)
     return y

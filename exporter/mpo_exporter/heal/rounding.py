@@ -1,4 +1,7 @@
-"""Rounding with a gradient: the forward pass sees what a file stores, the gradient passes straight through."""
+"""Rounding inside a training: the forward pass computes with the rounded values that a file stores.
+
+The gradient passes straight through the rounding (Bengio et al. 2013).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ from torch import Tensor
 from mpo_formats.packing import f32_to_bf16
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# The largest finite value of fp16.
 LARGEST = float(torch.finfo(torch.float16).max)
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounds to a stored float type; the gradient passes."""
+    """Rounds to a stored float type; the gradient passes straight through."""
 
     @staticmethod
     def forward(context: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,9 +35,10 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Cells(torch.autograd.Function):
-    """scale · (q − zero) [R, C] where q are the integers 0 … top nearest to the latent numbers [R, C].
+    """scale · (q − zero) [R, C], where q are the integers 0 … top nearest to the latent numbers [R, C].
 
-    The gradient passes straight through the rounding, but not past its ends; only the latent numbers are kept for it.
+    The gradient passes straight through the rounding, but is 0 where the latent number lies outside the range. For the
+    backward pass only the latent numbers, scales and zeros are kept.
     """
 
     @staticmethod
@@ -56,7 +61,7 @@ class _Cells(torch.autograd.Function):
 
 
 class _Dequantized(torch.autograd.Function):
-    """scale · (q − zero) [R, C] from frozen codes, of which only the bytes are kept for the backward pass."""
+    """scale · (q − zero) [R, C] for frozen codes, which are kept for the backward pass as bytes."""
 
     @staticmethod
     def forward(context: Any, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -74,20 +79,21 @@ class _Dequantized(torch.autograd.Function):
 
 
 _round: Callable[[Tensor, torch.dtype], Tensor] = _Rounded.apply
-# (latent [R, C], scale [R, groups], zero [R, groups], top): scale · (q − zero) [R, C], q the integers nearest to latent.
+# (latent [R, C], scale [R, groups], zero [R, groups], top): scale · (q − zero) [R, C], q the integers 0 … top nearest to
+# the latent numbers.
 cells: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _Cells.apply
 # (codes [R, C], scale [R, groups], zero [R, groups]): scale · (codes − zero) [R, C].
 dequantize: Callable[[Tensor, Tensor, Tensor], Tensor] = _Dequantized.apply
 
 
 def rounded(values: Tensor, dtype: str) -> Tensor:
-    """The values as the type `f32`, `f16` or `bf16` stores them; gradients pass straight through."""
+    """The values rounded to the type `f32`, `f16` or `bf16`, in float32; gradients pass straight through."""
     if dtype == "f32":
         return values
     return _round(values, TYPES[dtype])
 
 
 def stored(values: Tensor, dtype: str) -> NDArray[Any]:
-    """A float32 tensor as the array that a file holds; bf16 as bit patterns."""
+    """A float32 tensor as the array that a file stores; bf16 as bit patterns."""
     array = values.detach().cpu().numpy().astype(np.float32)
     return f32_to_bf16(array) if dtype == "bf16" else array.astype({"f32": "<f4", "f16": "<f2"}[dtype])

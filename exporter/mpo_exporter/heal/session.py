@@ -1,17 +1,13 @@
-"""A healing under way: single blocks, then the whole model, then the bonds; resumable at every checkpoint."""
+"""A healing in progress: the teacher, then single blocks, then the whole model and its bonds; resumed from checkpoints."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.heal.blocks import Stream, block_names
 from mpo_exporter.heal.bonds import sort_bonds
 from mpo_exporter.heal.checkpoint import (
     Record,
@@ -20,111 +16,84 @@ from mpo_exporter.heal.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from mpo_exporter.heal.data import pack_windows, read_healing_text
-from mpo_exporter.heal.distributed import Workers
+from mpo_exporter.heal.data import healing_data
 from mpo_exporter.heal.ops import HealingOps, WindowOps
-from mpo_exporter.heal.progress import Progress
-from mpo_exporter.heal.settings import DEFAULT_TOKENS, Settings
-from mpo_exporter.heal.student import Batch, BlockStudent, Student, fits
+from mpo_exporter.heal.settings import DEFAULT_TOKENS, HealJob
+from mpo_exporter.heal.student import Batch, BlockStudent, Stream, Student, fits
 from mpo_exporter.heal.teacher import Lesson, TeacherFiles, check_teacher, matched_blocks
 from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
 from mpo_exporter.heal.trainable import Trainables
+from mpo_exporter.heal.workers import Progress, Workers
+from mpo_exporter.source import Source
 from mpo_formats import MpoFile
 from mpo_runtime.loading import read_text_files
 from mpo_runtime.models.registry import decoder_for
-from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
 
-# Where minutes bound the training, the teacher may take this share of them, and blocks see so many batches of text.
+# Where minutes limit the training, the teacher may take this share of them, and single blocks see this many batches.
 TEACHER_SHARE = 0.25
 TIMED_BATCHES = 16
-# Seconds that the whole model is trained for at least, where teacher and blocks took all of the time on a busy machine.
+# The whole model is trained for at least this many seconds, even if teacher and blocks took all of the time.
 SHORTEST = 1.0
-# Integer cores are rounded onto new grids when bonds are sorted: after this share of the training, which heals that.
+# Integer cores are rounded onto new grids when bonds are sorted: after this share of the training, whose rest heals that.
 SORT_AT = 0.8
-# Windows that errors of the blocks' outputs are weighed by.
+# Windows on which the dependence of the loss on each block's output is measured (see output_fisher).
 FISHER_WINDOWS = 16
-# Windows whose activations weigh the bonds.
+# Windows whose activations weight the bonds when they are sorted.
 SORT_WINDOWS = 16
+# Before the names of parameters in a checkpoint, beside the optimizer's tensors.
 MODEL = "model."
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
-    """What is learned from: windows [N, W] in a random order, the weights of their predictions [N, W − 1], digests.
+class Session:
+    """One healing, with its open file and teacher.
 
-    `sha256` is that of the text's source, `digest` that of the windows and weights that were made of it.
+    Args:
+        job: what to heal and how.
+        file: the opened file.
+        source: the dense model, its teacher.
+        workers: this process among those that share the work.
+
+    Raises:
+        CheckpointError: for a teacher of another architecture or vocabulary.
+        ConfigError: for a text that cannot be read or is too short, or a checkpoint that is damaged or of another healing.
     """
 
-    windows: NDArray[np.int64]
-    counts: NDArray[np.float32]
-    name: str
-    sha256: str
-    digest: str
-
-    @property
-    def span(self) -> int:
-        """Tokens that a window feeds to the model."""
-        return int(self.windows.shape[1]) - 1
-
-
-class Session:
-    """One healing of `file` against `source`, whose checkpoints lie in `folder`."""
-
-    def __init__(
-        self,
-        file: MpoFile,
-        source: Checkpoint,
-        settings: Settings,
-        text: Path | TokenText | None,
-        folder: Path,
-        workers: Workers,
-        progress: Progress,
-        *,
-        others: bool = False,
-    ) -> None:
-        self.file, self.source, self.settings, self.folder = file, source, settings, folder
+    def __init__(self, job: HealJob, file: MpoFile, source: Source, workers: Workers, progress: Progress) -> None:
+        self.job, self.file, self.source = job, file, source
         self.workers, self.progress = workers, progress
-        self.place = "its start"
-        self.codes = settings.moves_codes(file.spec.architecture.parameters())
-        tokenizer, template = read_text_files(file)
-        check_teacher(
-            source.folder.name,
-            file.spec.architecture,
-            source.spec.architecture,
-            (tokenizer, read_text_files(source)[0]),
-        )
-        words = read_healing_text(text, tokenizer, template, assistant_only=settings.assistant_only)
-        windows, counts = pack_windows(words, file.spec.architecture, settings.window, settings.batch)
-        order = np.random.default_rng(settings.seed).permutation(len(windows))
-        packed = hashlib.sha256(windows.tobytes() + counts.tobytes()).hexdigest()
-        self.data = Data(windows[order], counts[order, 1:].astype(np.float32), words.name, words.sha256, packed)
-        self.teacher_sha256 = source.sha256()
+        self.settings, self.folder = job.settings, job.folder
+        self.architecture = file.spec.architecture
+        self.place = "the start"  # what is being done, for messages
+        self.codes = self.settings.moves_codes(self.architecture.parameters())
+        readers = read_text_files(file)
+        check_teacher(source, self.architecture, readers[0])
+        self.data = healing_data(job.text, readers, self.architecture, self.settings)
+        self.teacher_sha256 = source.weights.sha256()
         contents = hashlib.sha256(file.array("mpo.checksums").tobytes()).hexdigest()
-        digest = settings.digest(contents, self.teacher_sha256, packed)
-        found = load_checkpoint(folder, digest, others=others)
+        digest = self.settings.digest(contents, self.teacher_sha256, self.data.digest)
+        found = load_checkpoint(self.folder, digest, discard_other=job.discard_other)
         self.record, self.saved = found or (Record(digest), {})
         self.saved_step = None if found is None else self.record.step
         self.clock = Clock(self.record.seconds)
         self.matched = matched_blocks(
-            file.spec.architecture.num_hidden_layers, 0 if settings.match_weight == 0 else settings.match_blocks
+            self.architecture.num_hidden_layers, 0 if self.settings.match_weight == 0 else self.settings.match_blocks
         )
         self.ops = HealingOps(file, workers.device)
-        self.model = decoder_for(file.spec.architecture, self.ops)
+        self.model = decoder_for(self.architecture, self.ops)
         self.names = [linear.name for linear in file.spec.linears] + [vector.name for vector in file.spec.vectors]
         self.learned: dict[str, Tensor] = {
             name.removeprefix(MODEL): tensor for name, tensor in self.saved.items() if name.startswith(MODEL)
         }
 
     def run(self) -> Trainables:
-        """Trains; returns what was learned.
+        """Trains; returns the trained layers and vectors.
 
         Raises:
-            NotFinite: naming the step, and the checkpoint before it, which stays.
+            NotFinite: naming the step, and the last checkpoint before it, which is kept.
         """
         lesson = self._teach()
         try:
-            self._heal_blocks(lesson.felt)
+            self._heal_blocks(lesson.fisher)
             return self._heal_whole(lesson)
         except NotFinite as error:
             raise NotFinite(
@@ -133,12 +102,13 @@ class Session:
             ) from None
 
     def _kept(self) -> str:
+        """Where the last checkpoint is, in words."""
         if self.saved_step is None:
             return "there is no checkpoint yet"
         return f"the last good checkpoint, after step {self.saved_step}, is in {self.folder}"
 
     def _tokens(self) -> float | None:
-        """Tokens to train on in all; None where time bounds the training."""
+        """Tokens to train on in total; None where time limits the training."""
         if self.settings.minutes is not None:
             return None
         if self.settings.epochs is not None:
@@ -146,6 +116,7 @@ class Session:
         return self.settings.tokens or DEFAULT_TOKENS
 
     def _steps(self, share: float) -> int | None:
+        """Optimizer steps that a share of the tokens makes; None where time limits the training."""
         tokens = self._tokens()
         return None if tokens is None else round(share * tokens / (self.settings.batch * self.data.span))
 
@@ -157,22 +128,17 @@ class Session:
         return None if self.settings.minutes is None else 60 * self.settings.minutes
 
     def _teach(self) -> Lesson:
-        """What the teacher says of the windows that will be used; drops the others."""
+        """Runs the teacher on the windows that will be used, and drops the other windows."""
         self.place = "the teacher"
         steps, weighs = self._whole_steps(), bool(self.matched) or self.settings.block_share > 0
-        weighed = self.data.windows[:FISHER_WINDOWS] if weighs else None  # whatever the length of the training
+        weighed = self.data.windows[:FISHER_WINDOWS] if weighs else None  # independent of the training's length
         if steps is not None:
-            self._keep(
-                min(
-                    len(self.data.windows),
-                    max(steps, self._steps(self.settings.block_share) or 0) * self.settings.batch,
-                )
-            )
-        of = self.file.spec.architecture
-        shape = (len(self.data.windows), self.data.span, min(self.settings.top_k, of.vocab_size))
+            used = max(steps, self._steps(self.settings.block_share) or 0) * self.settings.batch
+            self.data = self.data.first(used)
+        shape = (len(self.data.windows), self.data.span, min(self.settings.top_k, self.architecture.vocab_size))
         asked = (self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:], self.matched, weighs)
         key = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
-        files = TeacherFiles(self.folder, key, shape, of, self.matched)
+        files = TeacherFiles(self.folder, key, shape, self.architecture, self.matched)
         seconds = self._seconds()
 
         def enough() -> bool:
@@ -181,7 +147,7 @@ class Session:
         done = 0
         if self.workers.first:
             done = files.write(
-                self.source,
+                self.source.weights,
                 self.data.windows,
                 weighed,
                 batch=self.settings.micro_batch,
@@ -189,15 +155,16 @@ class Session:
                 progress=self.progress,
                 enough=None if seconds is None else enough,
             )
-        self._keep(int(self.workers.agree(done)))
+        self.data = self.data.first(int(self.workers.agree(done)))
         return files.open()
 
-    def _keep(self, count: int) -> None:
-        self.data = replace(self.data, windows=self.data.windows[:count], counts=self.data.counts[:count])
+    def _heal_blocks(self, fisher: Tensor) -> None:
+        """Trains each block alone to reproduce the dense model's block output, given the healed blocks before it.
 
-    def _heal_blocks(self, felt: Tensor) -> None:
-        """Heals one block after the other; F [blocks, E] weighs the errors of their outputs."""
-        blocks = self.file.spec.architecture.num_hidden_layers
+        Args:
+            fisher: F [blocks, E]; the loss ½ Σ F e² is the KL that an output's errors e are expected to cause.
+        """
+        blocks = self.architecture.num_hidden_layers
         steps = self._steps(self.settings.block_share)
         if self.record.step or self.record.blocks == blocks or self.settings.block_share == 0 or steps == 0:
             return
@@ -205,41 +172,45 @@ class Session:
         inputs = self.data.windows[:count, :-1]
         here = self.folder / f"process-{self.workers.rank}"
         here.mkdir(exist_ok=True)
-        of, device = self.source.spec.architecture, self.workers.device
-        # A CPU rebuilds matrices fast enough to save their memory; a GPU would wait for each.
+        device = self.workers.device
+        # On a CPU the dense matrices are rebuilt for each use, which saves memory; a GPU would have to wait for that.
         held = None if device.startswith("cuda") else False
-        dense = decoder_for(of, WindowOps(self.source, held=held, device=device))
+        dense = decoder_for(self.source.architecture, WindowOps(self.source.weights, held=held, device=device))
         ours, theirs = (
-            Stream(model, inputs, here / name, self.settings.micro_batch, self.workers.device)
+            Stream(model, inputs, here / name, self.settings.micro_batch, device)
             for model, name in ((self.model, "healed.states"), (dense, "dense.states"))
         )
         seconds = self._seconds()
         each = None if seconds is None else seconds * self.settings.block_share / blocks
         self.ops.trainables = None
-        felt = felt.to(self.workers.device)
+        fisher = fisher.to(device)
         ours.embed()
         theirs.embed()
         for block in range(blocks):
-            # Integers stay: trained on one block's output they raised the divergence of the whole model (docs/log.md).
-            parts = Trainables(self.file, block_names(block, self.names), moving=False)
-            parts.to(self.workers.device)
+            names = [name for name in self.names if name.startswith(f"model.layers.{block}.")]
+            # Codes are frozen here: trained on a single block's output, they raised the KL of the whole model (docs/log.md).
+            parts = Trainables(self.file, names, moving=False)
+            parts.to(device)
             self.ops.trainables, self.ops.chi = parts, None
             theirs.advance(block)
             if block < self.record.blocks:
                 parts.load_state_dict(self.learned, strict=False)
             else:
-                self._heal_block(block, parts, ours, theirs, Extent(steps, each), felt[block])
+                student = BlockStudent(self.model, self.ops, parts, block)
+                self._heal_block(student, (ours, theirs), Extent(steps, each), fisher[block])
             self.ops.trainables = parts
             ours.advance(block)
         for name in ("healed.states", "dense.states"):
             (here / name).unlink()
 
     def _heal_block(
-        self, block: int, parts: Trainables, ours: Stream, theirs: Stream, extent: Extent, felt: Tensor
+        self, student: BlockStudent, streams: tuple[Stream, Stream], extent: Extent, fisher: Tensor
     ) -> None:
-        settings, device = self.settings, self.workers.device
-        trainer = Trainer(BlockStudent(self.model, self.ops, parts, block), parts, settings, self.workers)
-        weight = felt / (2 * settings.batch * ours.states.shape[1])
+        """Trains one block; `streams` are its inputs in the healed model and its outputs in the dense one."""
+        settings, device, block = self.settings, self.workers.device, student.block
+        ours, theirs = streams
+        trainer = Trainer(student, student.trainables, settings, self.workers)
+        weight = fisher / (2 * settings.batch * ours.states.shape[1])
         begin, step, curve = self.clock.seconds(), 0, list[float]()
         while (done := self.workers.agree(extent.done(step, self.clock.seconds() - begin))) < 1:
             self.place = f"step {step + 1} of block {block}"
@@ -252,30 +223,23 @@ class Session:
             curve.append(loss)
             step += 1
             self.progress(f"block {block}", done, f"expected KL {loss:.5f}")
-        self.learned.update({name: tensor.detach() for name, tensor in parts.state_dict().items()})
+        self.learned.update({name: tensor.detach() for name, tensor in student.trainables.state_dict().items()})
         self.record.blocks = block + 1
         self.record.block_curves.append(curve)
-        # A step of one block is its share of a step of the whole model.
-        blocks = self.file.spec.architecture.num_hidden_layers
+        # A step of one block counts as its share of a step of the whole model.
+        blocks = self.architecture.num_hidden_layers
         self.record.tokens += round(step * settings.batch * self.data.span / blocks)
         self._save({MODEL + name: tensor for name, tensor in self.learned.items()})
 
     def _heal_whole(self, lesson: Lesson) -> Trainables:
+        """Trains all layers and vectors together on the teacher's outputs, and puts the bonds in order."""
         settings, record = self.settings, self.record
         everything = Trainables(self.file, self.names, moving=self.codes)
-        everything.aim(self.source)
+        everything.aim(self.source.weights)
         everything.load_state_dict(self.learned, strict=False)
         everything.to(self.workers.device)
-        recompute = settings.recompute
-        if recompute is None:
-            recompute = not fits(self.model.architecture, settings.micro_batch, self.data.span, self.workers.device)
-        tokens = len(self.data.windows) * self.data.span
-        share = settings.matching(self.file.spec.architecture.parameters(), tokens) / (2 * max(len(self.matched), 1))
-        matched = {block: share * lesson.felt[block].to(self.workers.device) for block in self.matched}
-        student = Student(
-            self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute, matched=matched
-        )
-        trainer = Trainer(student, everything, settings, self.workers, fixed=not recompute)
+        student = self._student(everything, lesson.fisher)
+        trainer = Trainer(student, everything, settings, self.workers, fixed=not student.recompute)
         if record.step:
             trainer.set_rates(record.rates)
             restore_optimizer(trainer.optimizer, self.saved)
@@ -294,7 +258,7 @@ class Session:
                 record.ordered = True
             self.place = f"step {record.step + 1}"
             chi = chosen_chi(settings, largest, record.step)
-            # Where time bounds the training, its steps are guessed by those behind.
+            # Where time limits the training, its number of steps is estimated from the speed so far.
             steps = extent.steps or record.step / max(done, 1e-9)
             loss, kl = trainer.step(self._batches(record.step, lesson), done, chi, self.place, steps)
             record.curve.append(loss)
@@ -306,10 +270,23 @@ class Session:
                 record.rates = trainer.rates()
                 tensors = {MODEL + name: tensor for name, tensor in everything.state_dict().items()}
                 self._save({**tensors, **optimizer_tensors(trainer.optimizer)})
-        self.place = "the sorting of bonds"
+        self.place = "sorting the bonds"
         self._sort(everything, exact=True)
         record.seconds = self.clock.seconds()
         return everything
+
+    def _student(self, everything: Trainables, fisher: Tensor) -> Student:
+        """The whole model with its loss; F [blocks, E] weights the errors of the matched blocks' outputs."""
+        settings, device = self.settings, self.workers.device
+        recompute = settings.recompute
+        if recompute is None:
+            recompute = not fits(self.architecture, settings.micro_batch, self.data.span, device)
+        tokens = len(self.data.windows) * self.data.span
+        share = settings.matching(self.architecture.parameters(), tokens) / (2 * max(len(self.matched), 1))
+        matched = {block: share * fisher[block].to(device) for block in self.matched}
+        return Student(
+            self.model, self.ops, everything, cross_entropy=settings.cross_entropy, recompute=recompute, matched=matched
+        )
 
     def _sort(self, trainables: Trainables, *, exact: bool) -> None:
         if self.file.spec.largest_bond():
@@ -318,6 +295,7 @@ class Session:
             self.workers.copy(trainables)
 
     def _batches(self, step: int, lesson: Lesson) -> list[Batch]:
+        """This process's share of a step's windows, in micro-batches."""
         settings, device = self.settings, self.workers.device
         rows = chosen_windows(len(self.data.windows), settings.batch, step, settings.seed)
         total = float(self.data.counts[rows].sum())
@@ -338,7 +316,7 @@ class Session:
         self.saved_step = self.record.step
 
     def facts(self) -> dict[str, str]:
-        """What the file's provenance says about its healing."""
+        """What the healed file's provenance says about the healing."""
         settings, record = self.settings, self.record
         facts = {
             "healed_tokens": str(record.tokens),

@@ -1,4 +1,4 @@
-"""What the user may choose about healing; an invalid choice cannot be built."""
+"""What one healing is asked to do: how to train (Settings), and which file into which (HealJob)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from mpo_formats import ConfigError
+from mpo_runtime.text.token_text import TokenText
 
-# Tokens of training if the user names neither tokens, epochs nor minutes.
+# Tokens to train on where neither tokens, epochs nor minutes are given.
 DEFAULT_TOKENS = 1_000_000
+# The most weights of a model whose integers are trained where `train_codes` is None.
 CODES_UP_TO = 500_000_000
+# The largest weight of the block-matching loss where `match_weight` is None.
 MOST_MATCHING = 20.0
 POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -32,32 +36,33 @@ def parse_tokens(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How long, on what, and how fast to train.
+    """How long to train, on what, and how fast. An invalid combination raises ConfigError when it is built.
 
-    At most one of `tokens`, `epochs` and `minutes` bounds the training; 1 M tokens where none does.
+    At most one of `tokens`, `epochs` and `minutes` limits the training. Where none is given, it is 1 M tokens.
 
     Args:
-        window: tokens of a window, None for 256 or the model's context if that is shorter.
-        batch: windows of an optimizer step, over all devices.
-        micro_batch: windows that a device runs at a time; the rest of its share is accumulated.
-        block_share: share of the tokens that go to the reconstruction of single blocks.
-        core_rate: learning rate relative to the root mean square of each core.
-        code_rate: learning rate of integers, in steps of their grids; half of it for each bit above 4.
-        scale_rate: relative learning rate of scales (and of zeros, in steps), falling likewise above 4 bits; of integer
-            cores' scales at every width. Both are lower below 100 and above 1,000 steps.
+        window: tokens in a window; None: 256, or the model's context if that is shorter.
+        batch: windows in an optimizer step, over all devices together.
+        micro_batch: windows that a device runs at once; gradients of the rest of its share are accumulated.
+        block_share: share of the tokens spent on training single blocks, before the whole model is trained.
+        core_rate: learning rate of cores, relative to each core's root mean square.
+        code_rate: learning rate of integers, in units of their grid's step; halved for each bit above 4.
+        scale_rate: relative learning rate of scales (of zeros: in grid steps); halved for each bit above 4, except for
+            the scales of integer cores. Below 100 and above 1,000 steps, `code_rate` and `scale_rate` are lowered.
         norm_rate: relative learning rate of norms and biases.
-        train_codes: moves the integers of quantised matrices too, straight through their rounding; None: in models of at
-            most CODES_UP_TO weights, since that takes 16 bytes a weight.
-        top_k: logits of the teacher kept a token; the rest of its mass is one bucket.
-        match_blocks: blocks, evenly spread, whose outputs are matched to the teacher's beside its logits.
-        match_weight: what the divergence to expect of their errors counts beside the divergence itself; None: as many as
-            there are weights for each token of the text, at most MOST_MATCHING: with much text the logits say enough.
-        cross_entropy: λ, the weight of the cross entropy of the text beside the divergence from the teacher.
-        assistant_only: only what the assistant says counts in the loss.
-        chi_dropout: chance that a step runs on a random prefix of the bonds.
-        checkpoint_steps: optimizer steps between checkpoints.
-        recompute: gradient checkpointing: each block is run again in the backward pass instead of kept; None: where
-            what would be kept takes too much of the memory that is free. The results are the same.
+        train_codes: train the integers of quantised matrices too, through their rounding (straight-through); None: only
+            in models of at most CODES_UP_TO weights, because this takes 16 bytes for each weight.
+        top_k: number of teacher logits kept for each token; the remaining probability is treated as one class.
+        match_blocks: number of blocks, evenly spread, whose outputs are matched to the teacher's.
+        match_weight: weight of the block-matching loss relative to the KL; None: the model's weights divided by the
+            text's tokens, at most MOST_MATCHING. The more text there is, the less the matching adds to the logits.
+        cross_entropy: λ, the weight of the text's cross entropy relative to the KL.
+        assistant_only: only the tokens of the assistant's messages count in the loss.
+        chi_dropout: probability that a step uses only a random prefix of the bonds.
+        checkpoint_steps: optimizer steps between two checkpoints.
+        recompute: gradient checkpointing: run each block again in the backward pass instead of keeping its
+            intermediate results, with the same outcome; None: only where keeping them would take too much memory.
+        seed: of the order of the windows and of χ-dropout.
     """
 
     tokens: int | None = None
@@ -102,23 +107,55 @@ class Settings:
                 raise ConfigError(f"healing: {name}: expected 0 to 1, found {getattr(self, name)}")
 
     def check_processes(self, count: int) -> None:
-        """Raises ConfigError where a batch cannot be shared among `count` processes."""
+        """Raises ConfigError where a batch cannot be divided among `count` processes."""
         if self.batch % count:
             raise ConfigError(f"--batch {self.batch}: does not divide among {count} processes")
 
     def moves_codes(self, parameters: int) -> bool:
-        """Whether the integers of a model of so many weights are trained."""
+        """Whether the integers of a model of `parameters` weights are trained."""
         return parameters <= CODES_UP_TO if self.train_codes is None else self.train_codes
 
     def matching(self, parameters: int, tokens: int) -> float:
-        """The weight of matched blocks in the healing of a model of so many weights on a text of so many tokens."""
+        """The weight of the block-matching loss for a model of `parameters` weights and a text of `tokens` tokens."""
         return min(parameters / tokens, MOST_MATCHING) if self.match_weight is None else self.match_weight
 
     def faster(self, factor: float) -> Settings:
-        """The same settings with all learning rates times `factor`."""
+        """The same settings with all learning rates multiplied by `factor`."""
         names = ("core_rate", "code_rate", "scale_rate", "norm_rate")
         return replace(self, **{name: factor * getattr(self, name) for name in names})
 
     def digest(self, *inputs: str) -> str:
-        """A digest of these settings and of what they are applied to, which a checkpoint must match."""
+        """A digest of these settings and of the digests of what they are applied to; a checkpoint must have the same."""
         return hashlib.sha256(json.dumps([asdict(self), *inputs], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class HealJob:
+    """One healing: the file to heal, the file to write, and how.
+
+    Args:
+        file: a `.mpo` file.
+        target: the file to write; may be `file` itself.
+        text: the text to train on, or its path; None: the embedded healing text.
+        held_out: tokens to measure the result on; None: nothing is measured.
+        work: folder for checkpoints and the teacher's outputs, which are kept; None: one beside the target, removed at
+            the end.
+        force: overwrite an existing target.
+        discard_other: ignore a checkpoint of a different healing in the work folder; without this it is an error.
+        most_kl: the largest KL on `held_out` with which the healed file is written; None: it is always written.
+    """
+
+    file: Path
+    target: Path
+    settings: Settings = field(default_factory=Settings)
+    text: Path | TokenText | None = None
+    held_out: TokenText | None = None
+    work: Path | None = None
+    force: bool = False
+    discard_other: bool = False
+    most_kl: float | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder for checkpoints and the teacher's outputs."""
+        return self.work or self.target.with_name(f".{self.target.name}.healing")

@@ -1,4 +1,8 @@
-"""The dense model as a teacher: checked against the file; its largest logits and some blocks' outputs, kept on disk."""
+"""The dense model as the teacher: checked against the file, then run once; what it says is kept on disk.
+
+For each token its largest log-probabilities, the outputs of the matched blocks, and how much the loss depends on each block's
+output.
+"""
 
 from __future__ import annotations
 
@@ -14,79 +18,82 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.calibrate.fisher import Squares, head_gradient
 from mpo_exporter.calibrate.spill import claim
-from mpo_exporter.heal.blocks import stream_fisher
-from mpo_exporter.heal.ops import WindowOps, compute, run_block
-from mpo_exporter.heal.progress import Progress
-from mpo_exporter.heal.student import head_tokens
+from mpo_exporter.heal.ops import WindowOps, autocast, head_tokens, run_block
+from mpo_exporter.heal.workers import Progress
+from mpo_exporter.source import Source
 from mpo_formats import Architecture, CheckpointError
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights.protocol import Weights
 
-# What may differ between a file and its teacher: neither changes what the same ids mean.
-FREE = ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_token_ids")
+# Fields in which a file and its teacher may differ: they do not change what token ids mean or how logits are computed.
+MAY_DIFFER = ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_token_ids")
 
 
-def check_teacher(
-    name: str, ours: Architecture, theirs: Architecture, tokenizers: tuple[Tokenizer | None, Tokenizer | None]
-) -> None:
-    """Refuses a teacher of another architecture or vocabulary.
+def check_teacher(source: Source, architecture: Architecture, tokenizer: Tokenizer | None) -> None:
+    """Refuses a teacher whose architecture or vocabulary differs from the file's.
+
+    Args:
+        source: the teacher.
+        architecture, tokenizer: of the file; tokenizers are compared if both have one.
 
     Raises:
-        CheckpointError: naming the first field that differs, or the first token.
+        CheckpointError: naming the first field or the first token that differs.
     """
-    file, teacher = asdict(ours), asdict(theirs)
+    name, file, teacher = source.folder.name, asdict(architecture), asdict(source.architecture)
     for key, value in file.items():
-        if key not in FREE and teacher[key] != value:
+        if key not in MAY_DIFFER and teacher[key] != value:
             raise CheckpointError(
                 f"teacher {name}: {key} is {teacher[key]}, the file has {value}; "
                 "give the model that the file was made from"
             )
-    first, second = tokenizers
-    if first is None or second is None:
+    theirs = source.tokenizer
+    if tokenizer is None or theirs is None:
         return
-    for token in range(ours.vocab_size):
-        if first.id_to_token(token) != second.id_to_token(token):
+    for token in range(architecture.vocab_size):
+        if tokenizer.id_to_token(token) != theirs.id_to_token(token):
             raise CheckpointError(
-                f"teacher {name}: token {token} is {second.id_to_token(token)!r}, in the file "
-                f"{first.id_to_token(token)!r}; give the model that the file was made from"
+                f"teacher {name}: token {token} is {theirs.id_to_token(token)!r}, in the file "
+                f"{tokenizer.id_to_token(token)!r}; give the model that the file was made from"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What the dense model says of N windows of S tokens, in mapped files.
+    """What the teacher says about N windows of S predictions, in memory-mapped files.
 
     Args:
-        scores, chosen: its K largest log-probabilities [N, S, K] of each prediction and their token ids.
+        scores, chosen: its K largest log-probabilities [N, S, K] for each prediction, and their token ids.
         states: the outputs [N, S, M, E] of M of its blocks, as bf16 bit patterns.
-        felt: F [blocks, E], what an error of any block's output raises the divergence by: ½ Σ F e² (see stream_fisher);
-            no rows where nothing is weighed by it.
+        fisher: F [blocks, E] of every block's output (see `output_fisher`); no rows where it is not needed.
     """
 
     scores: NDArray[np.float16]
     chosen: NDArray[np.unsignedinteger]
     states: NDArray[np.uint16]
-    felt: Tensor
+    fisher: Tensor
 
 
 class TeacherFiles:
-    """The files of a Lesson.
-
-    `key` tells those of one teacher and text from others in the same folder; those of more windows serve fewer as well.
+    """The files that hold a Lesson.
 
     Args:
+        folder: where they lie.
+        key: a digest of everything that the contents depend on except the number of windows; part of the file names.
+            Files of more windows also serve a healing of fewer.
         shape: N, S, K.
-        blocks: whose outputs are kept.
+        of: the teacher's architecture.
+        blocks: the blocks whose outputs are kept.
     """
 
     def __init__(
         self, folder: Path, key: str, shape: tuple[int, int, int], of: Architecture, blocks: list[int]
     ) -> None:
         self.blocks, self.kept = blocks, shape[2]
-        self.felt, self.done = folder / f"teacher-{key}-fisher.npy", folder / f"teacher-{key}-done.npy"
+        self.fisher, self.done = folder / f"teacher-{key}-fisher.npy", folder / f"teacher-{key}-done.npy"
         self.span = shape[1]
         kinds: list[tuple[str, Any, tuple[int, ...]]] = [
             ("scores", np.float16, shape),
@@ -96,8 +103,8 @@ class TeacherFiles:
         self.files = [(folder / f"teacher-{key}-{name}.npy", kind, size) for name, kind, size in kinds if size[2]]
 
     def complete(self) -> int:
-        """How many windows are there, from the first on; 0 where nothing usable is."""
-        if not (self.done.exists() and self.felt.exists()):
+        """How many windows, counted from the first, the files hold; 0 where they are missing or incomplete."""
+        if not (self.done.exists() and self.fisher.exists()):
             return 0
         return int(np.load(self.done, allow_pickle=False))
 
@@ -112,26 +119,28 @@ class TeacherFiles:
         progress: Progress,
         enough: Callable[[], bool] | None = None,
     ) -> int:
-        """Runs the teacher on windows [N, W] until all are done or it is `enough`; returns how many are done.
+        """Runs the teacher on windows [N, W]; returns how many windows the files then hold.
 
-        Those of an earlier run are taken where they suffice: where there is no `enough`, as many as are wanted.
+        Files of an earlier run are used again if they hold all N windows; with `enough`, if they hold any.
 
         Args:
-            weighed: windows that errors of the blocks' outputs are weighed by; None where none are.
+            weighed: the windows on which `output_fisher` is measured; None where it is not needed.
+            batch: windows that are run at once.
+            enough: asked after each batch whether to stop early.
 
         Raises:
-            OutputError: when they would not fit on the disk.
+            OutputError: when the disk has no room for them.
         """
         count, total = self.complete(), len(windows)
         if count >= total or (count and enough):
             return min(count, total)
         self.done.unlink(missing_ok=True)
-        files = self._claimed()
+        files = self._reserved()
         model = decoder_for(teacher.spec.architecture, WindowOps(teacher, device=device))
-        felt = torch.zeros(0, 0) if weighed is None else stream_fisher(model, weighed[:, :-1], batch, device)
-        np.save(self.felt, felt.cpu().numpy())
+        fisher = torch.zeros(0, 0) if weighed is None else output_fisher(model, weighed[:, :-1], batch, device)
+        np.save(self.fisher, fisher.cpu().numpy())
         for start in range(0, total, batch):
-            with compute(device):
+            with autocast(device):
                 found = taught(model, windows[start : start + batch, :-1], self.kept, self.blocks)
             for file, array in zip(files, found, strict=False):
                 file[start : start + batch] = array
@@ -146,27 +155,28 @@ class TeacherFiles:
         os.replace(temporary, self.done)
         return count
 
-    def _claimed(self) -> list[np.memmap[Any, Any]]:
+    def _reserved(self) -> list[np.memmap[Any, Any]]:
+        """The files, newly created, with their disk space reserved."""
         needed = sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in self.files)
         files = [np.lib.format.open_memmap(path, "w+", kind, shape) for path, kind, shape in self.files]
         for path, _, _ in self.files:
             claim(
                 path,
-                f"what the teacher says takes {needed:,} bytes",
+                f"the teacher's outputs take {needed:,} bytes",
                 "lower --match-blocks, --top-k or the tokens of the text",
             )
         return files
 
     def open(self) -> Lesson:
-        """The mapped files."""
+        """Maps the files into memory."""
         mapped = [np.load(path, mmap_mode="r", allow_pickle=False) for path, _, _ in self.files]
-        felt = torch.from_numpy(np.load(self.felt, allow_pickle=False))
+        fisher = torch.from_numpy(np.load(self.fisher, allow_pickle=False))
         states = mapped[2] if self.blocks else np.zeros((*mapped[0].shape[:2], 0, 0), np.uint16)
-        return Lesson(mapped[0], mapped[1], states, felt)
+        return Lesson(mapped[0], mapped[1], states, fisher)
 
 
 def matched_blocks(blocks: int, count: int) -> list[int]:
-    """`count` of a model's blocks, as far apart as they can be, the last one among them."""
+    """`count` of a model's blocks, evenly spread, the last block among them."""
     count = min(count, blocks)
     return [(place + 1) * blocks // count - 1 for place in range(count)]
 
@@ -175,10 +185,11 @@ def matched_blocks(blocks: int, count: int) -> list[int]:
 def taught(
     model: Decoder, inputs: NDArray[np.int64], count: int, blocks: list[int]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.uint16]]:
-    """What a model says of inputs [B, S].
+    """What a model over WindowOps says about token ids [B, S].
 
-    The `count` largest log-probabilities [B, S, K] after each token in float16, their token ids, and the outputs
-    [B, S, M, E] of `blocks` as bf16 bit patterns.
+    Returns:
+        The `count` largest log-probabilities [B, S, K] after each token in float16, their token ids, and the outputs
+        [B, S, M, E] of `blocks` as bf16 bit patterns.
     """
     x, states = model.embed(model.ops.ids(inputs.tolist())), list[Tensor]()
     for block in range(model.architecture.num_hidden_layers):
@@ -192,9 +203,34 @@ def taught(
         for start in range(0, flat.shape[0], size)
     ]
     shape = (*inputs.shape, count)
-    # Rounded where they are: a GPU would wait for four bytes a number and then for their rounding.
+    # Rounded on the device: copying four bytes a number and rounding them on the CPU would keep a GPU waiting.
     scores = torch.cat([part.values for part in parts]).reshape(shape).half()
     chosen = torch.cat([part.indices for part in parts]).reshape(shape).int()
     kept = torch.stack(states, 2) if states else x.new_zeros(*inputs.shape, 0, 0)
     bits: NDArray[np.uint16] = kept.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16)
     return scores.cpu().numpy(), chosen.cpu().numpy(), bits
+
+
+def output_fisher(model: Decoder, ids: NDArray[np.int64], batch: int, device: str) -> Tensor:
+    """F [blocks, E] = E[(∂L/∂h)²] at each block's output h, L the loss in nats of labels drawn from the model itself.
+
+    An error e of that output raises the KL from the unchanged model by about ½ Σ F e² (Martens 2020, section 9).
+
+    Args:
+        model: over WindowOps.
+        ids: token ids [N, S].
+        batch: windows that are run at once.
+    """
+    blocks = model.architecture.num_hidden_layers
+    generator, squares = torch.Generator(device).manual_seed(0), Squares()
+    for start in range(0, ids.shape[0], batch):
+        with torch.no_grad():
+            states = [model.embed(torch.from_numpy(ids[start : start + batch]).to(device))]
+            for block in range(blocks):
+                states.append(run_block(model, states[-1], block))
+        gradient = head_gradient(model, squares, states.pop(), generator)
+        for block in reversed(range(blocks)):
+            squares.add(str(block), gradient.square())
+            x = states.pop().requires_grad_()
+            (gradient,) = torch.autograd.grad(run_block(model, x, block), x, gradient)
+    return torch.stack([squares.sums[str(block)] for block in range(blocks)]).float() / ids.size

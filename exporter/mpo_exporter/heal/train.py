@@ -1,4 +1,4 @@
-"""Steps of training: parameter groups, schedule, accumulation, clipping, and what stops it."""
+"""Optimizer steps: schedule, parameter groups, accumulation and clipping of gradients, recorded steps on a GPU."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from mpo_exporter.heal.distributed import Workers
-from mpo_exporter.heal.graph import GraphedStep
-from mpo_exporter.heal.ops import compute
+from mpo_exporter.heal.ops import autocast
 from mpo_exporter.heal.settings import Settings
 from mpo_exporter.heal.trainable import Trainables
+from mpo_exporter.heal.workers import Workers
 from mpo_formats import ConfigError
 
 BETAS = (0.9, 0.95)
-# Gradients longer than this are cut; the share of the training over which the rates rise; what they end at.
-LONGEST_GRADIENT = 1.0
+# Gradients with a larger norm than this are scaled down to it.
+LARGEST_GRADIENT = 1.0
+# The share of the training during which the rates rise, and the factor that they end at.
 WARM_UP = 0.03
 LAST_RATE = 0.02
-# Integers and their scales walk at random by the noise of gradients, as far as rate · √steps: longer trainings than this
-# let them, and cool faster, with one more power of the schedule for each time that they are twice as long, up to the last.
+# Gradient noise moves integers and their scales in a random walk, by about rate · √steps. Trainings longer than this have
+# time to let that settle, so their rates fall faster: the schedule is raised to a power that grows by one each time the
+# length doubles, up to the largest.
 SLOWLY_COOLED_STEPS = 250
 FASTEST_COOLING = 3.0
-# Fewer steps than these average too little of the noise away: the rates of both are their share of these then. More than
-# these let them walk too far: the rates fall so that the sum of all steps' rates stays what it is here.
+# With fewer steps than these, too little of the noise averages out: the rates of integers and scales are then lowered in
+# proportion. With more than these they would walk too far: the rates fall so that the sum of all steps' rates stays the same.
 FEWEST_STEPS = 100
 FULL_RATE_STEPS = 1000
 WALKING = ("code", "scale")
-# On a GPU steps are recorded as a graph after so many, which shorter trainings do not gain from.
+# On a GPU, steps are recorded as a graph after this many; recording does not pay off in shorter trainings.
 STEPS_BEFORE_GRAPH = 20
+# Passes before the recording, on the recording's stream: libraries allocate their workspaces during the first ones.
+REHEARSALS = 2
 
 
 class NotFinite(ConfigError):
@@ -45,23 +48,23 @@ class NotFinite(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How long a stage lasts: a number of steps, or seconds."""
+    """How long a stage of the training lasts: a number of steps, or a number of seconds."""
 
     steps: int | None
     seconds: float | None = None
 
     def done(self, step: int, seconds: float) -> float:
-        """The share of the stage that lies behind, given the steps and seconds behind."""
+        """The share of the stage (0 to 1) that is done after `step` steps and `seconds` seconds."""
         if self.steps is not None:
             return step / self.steps if self.steps else 1.0
         return min(seconds / self.seconds, 1.0) if self.seconds else 1.0
 
 
 def learning_rate(done: float, steps: float = SLOWLY_COOLED_STEPS) -> float:
-    """The factor of all learning rates in a training of so many steps.
+    """The factor of all learning rates, when the share `done` of a training of `steps` steps is done.
 
-    It rises to 1, then falls along a half cosine (Loshchilov & Hutter 2017) or, in long trainings, a power of one: few
-    steps must use all of their time to move integers, many have time for what moved by chance to settle.
+    It rises linearly to 1 and then falls along a half cosine (Loshchilov & Hutter 2017), in long trainings along a power
+    of it. Short trainings need high rates for most of their time to move integers at all.
     """
     if done < WARM_UP:
         return max(done / WARM_UP, 0.1)
@@ -71,13 +74,13 @@ def learning_rate(done: float, steps: float = SLOWLY_COOLED_STEPS) -> float:
 
 
 def walking_rate(steps: float) -> float:
-    """The factor of the rates of integers and scales in a training of so many steps."""
+    """The factor by which the rates of integers and scales are lowered in a training of `steps` steps."""
     steps = max(steps, 1.0)
     return min(steps / FEWEST_STEPS, 1.0, FULL_RATE_STEPS / steps)
 
 
 def chosen_windows(count: int, batch: int, step: int, seed: int) -> NDArray[np.int64]:
-    """The windows of a step: the text's windows in a random order, another one each time all were seen."""
+    """The indices of a step's windows: each epoch visits all `count` windows once, in a random order of its own."""
     places = np.arange(step * batch, (step + 1) * batch)
     orders = {
         epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set((places // count).tolist())
@@ -86,18 +89,60 @@ def chosen_windows(count: int, batch: int, step: int, seed: int) -> NDArray[np.i
 
 
 def chosen_chi(settings: Settings, largest: int, step: int) -> int | None:
-    """The χ of a step under χ-dropout: all bonds, or a random prefix of 1 … χ, small ones as often as large ones."""
+    """The χ of a step under χ-dropout: None for all bonds, or a random prefix of 1 … `largest`, log-uniform."""
     generator = np.random.default_rng((settings.seed, step, 1))
     if largest < 2 or generator.random() >= settings.chi_dropout:
         return None
     return max(1, round(math.exp(generator.uniform(0, math.log(largest)))))
 
 
-class Trainer:
-    """AdamW over a student's parameters, the student being a module (batch, χ) -> [loss, figure to show].
+class GraphedStep:
+    """A forward and backward pass recorded as a CUDA graph and replayed.
+
+    A small model's step is thousands of small kernels, which take longer to launch one by one than to run. Each replay
+    writes the gradients into the same tensors, so these must never be set to None.
 
     Args:
-        fixed: whether all steps are alike but for their batches' contents, so that a GPU may replay one.
+        module: (batch, None) -> [loss, figure to show]; its gradients are set to None here, before the recording.
+        batch: a tuple of tensors; all later batches must have the same shapes and types.
+    """
+
+    def __init__(self, module: nn.Module, batch: Any, device: str) -> None:
+        held = [None if tensor is None else tensor.clone() for tensor in batch]
+        self.batch = batch._make(held) if hasattr(batch, "_make") else tuple(held)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        outer = torch.cuda.current_stream(device)
+        stream.wait_stream(outer)
+        with torch.cuda.stream(stream):
+            for _ in range(REHEARSALS):
+                self._pass(module, device)
+        outer.wait_stream(stream)
+        module.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.figures = self._pass(module, device)
+
+    def _pass(self, module: nn.Module, device: str) -> Tensor:
+        with autocast(device):
+            found = module(self.batch, None)
+        found[0].backward()
+        figures: Tensor = found.detach()
+        return figures
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Computes the gradients for a batch; returns its figures, in a tensor that the next call overwrites."""
+        for held, tensor in zip(self.batch, batch, strict=True):
+            if held is not None:
+                held.copy_(tensor)
+        self.graph.replay()
+        return self.figures
+
+
+class Trainer:
+    """AdamW over a student's parameters; the student is a module (batch, χ) -> [loss, figure to show].
+
+    Args:
+        fixed: all steps run the same operations, so that on a GPU one recorded step can be replayed for all.
     """
 
     def __init__(
@@ -113,7 +158,7 @@ class Trainer:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the optimizer's state."""
+        """Starts with a new optimizer, without the state of the old one."""
         rates = {
             "core": self.settings.core_rate,
             "code": self.settings.code_rate,
@@ -122,7 +167,8 @@ class Trainer:
         }
         groups: dict[tuple[str, float], dict[str, Any]] = {}
         for index, (kind, parameter, unit) in enumerate(self.trainables.learning()):
-            # Integers and scales of one unit are one group, one kernel on a GPU; other units follow what is trained.
+            # Integers and scales with the same unit form one group, which is one kernel on a GPU. The units of cores and
+            # norms depend on the parameter, so each has a group of its own.
             key = (kind, unit) if kind in WALKING else (kind, float(index))
             rate = rates[kind] * unit
             groups.setdefault(key, {"params": [], "lr": rate, "rate": rate, "kind": kind})["params"].append(parameter)
@@ -131,30 +177,33 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(list(groups.values()), betas=BETAS, weight_decay=0.0, fused=True)
 
     def rates(self) -> list[float]:
-        """The learning rates of the groups before the schedule, which a checkpoint must put back."""
+        """The learning rates of the groups before the schedule; a checkpoint has to keep them."""
         return [float(group["rate"]) for group in self.optimizer.param_groups]
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        """Puts back what `rates` gave: units were taken from the parameters as they were at the start."""
+        """Restores what `rates` returned: the units depend on the parameters' values at the start of the training."""
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["rate"] = rate
 
     def step(
         self, parts: Sequence[Any], done: float, chi: int | None, where: str, steps: float = FEWEST_STEPS
     ) -> tuple[float, float]:
-        """One optimizer step over the parts of this process's share of a batch; the loss and the figure to show.
+        """One optimizer step; returns the loss and the figure to show.
 
         Args:
-            done: the share of the training that lies behind.
-            steps: how many steps it will have.
+            parts: this process's share of the batch, in micro-batches.
+            done: the share of the training that is done (0 to 1).
+            chi: cuts all bonds to their first `chi` values; None: not.
+            where: names the step in messages.
+            steps: the number of steps that the training will have.
 
         Raises:
-            NotFinite: naming `where`; the parameters are as before the step then.
+            NotFinite: naming `where`; the parameters are then as they were before the step.
         """
         figures = self._passes(parts, chi)
         loss, shown = self.workers.total(figures).tolist()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        length = float(nn.utils.clip_grad_norm_(parameters, LONGEST_GRADIENT))
+        length = float(nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT))
         if not math.isfinite(loss) or not math.isfinite(length):
             self.optimizer.zero_grad()
             raise NotFinite(f"healing: the loss is not finite at {where}")
@@ -167,8 +216,8 @@ class Trainer:
         self.steps += 1
         return loss, shown
 
-    def _passes(self, parts: Sequence[Any], chi: int | None) -> torch.Tensor:
-        """Sets the gradients of a batch; returns the sums over its parts."""
+    def _passes(self, parts: Sequence[Any], chi: int | None) -> Tensor:
+        """Computes the gradients of a batch; returns the figures summed over its parts."""
         if self.graphs and self.steps >= STEPS_BEFORE_GRAPH:
             if self.graph is None:
                 self.graph = GraphedStep(self.module, parts[0], self.workers.device)
@@ -176,27 +225,27 @@ class Trainer:
         figures = torch.zeros(2, device=self.workers.device)
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
-            with nullcontext() if last else self.workers.quiet(self.module), compute(self.workers.device):
+            with nullcontext() if last else self.workers.unsynchronised(self.module), autocast(self.workers.device):
                 found = self.module(part, chi)
-            with nullcontext() if last else self.workers.quiet(self.module):
-                (found[0] * self.workers.count).backward()  # DDP takes the mean over processes, the loss is a sum
+            with nullcontext() if last else self.workers.unsynchronised(self.module):
+                (found[0] * self.workers.count).backward()  # DDP averages over processes, but the loss is a sum
             figures += found.detach()
         return figures
 
 
 def share_of(rows: NDArray[np.int64], settings: Settings, workers: Workers) -> list[NDArray[np.int64]]:
-    """This process's windows of a batch, in parts of the micro batch."""
+    """This process's windows of a batch, in parts of at most `micro_batch` windows."""
     mine = rows[workers.rank :: workers.count]
     return [mine[start : start + settings.micro_batch] for start in range(0, len(mine), settings.micro_batch)]
 
 
 class Clock:
-    """Seconds spent, those before a restart included."""
+    """Counts the seconds of a healing, including those before it was interrupted."""
 
     def __init__(self, before: float = 0.0, now: Callable[[], float] = time.monotonic) -> None:
         self.before, self.now = before, now
         self.start = now()
 
     def seconds(self) -> float:
-        """So many in all."""
+        """The seconds so far."""
         return self.before + self.now() - self.start

@@ -1,9 +1,8 @@
-"""The parameters that healing trains, and the rounding through which they are seen: what is evaluated is what is saved.
+"""The parameters that healing trains. The forward pass sees them rounded as the file will store them.
 
-Scales, zeros, float cores, norms and biases pass through their stored type in the forward pass, and gradients pass
-straight through that rounding (Bengio et al. 2013). Integer matrices keep their codes; scales move by a share of what
-they were. Integer cores, and on demand the codes of matrices, are held as real numbers in steps of the grid and rounded
-in the forward pass.
+Scales, zeros, float cores, norms and biases are rounded to their stored type. Scales are trained as a relative change of
+their first values. The codes of integer matrices are frozen, or held as real ("latent") numbers in units of the grid's step
+and rounded to integers in the forward pass; the codes of integer cores are always held that way.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from mpo_formats.packing import implicit_zero, pack, unpack
 from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, float_tensor
 from mpo_runtime.weights.protocol import Weights
 
-# Latent numbers stay this far around their codes when they are told the dense matrix. At the edges of the cells (0.49) the
-# first noisy steps flipped many codes of error-compensated matrices, whose joint choice is better than each one's nearest.
+# `aim` moves a latent number at most this far from its integer. With 0.49, the edge of the rounding cell, the first noisy
+# steps changed many codes of error-compensated matrices, whose codes were chosen together and are better than the nearest.
 CELL = 0.3
-# Grids of more bits learn at lower rates.
+# Grids of more bits than this have lower learning rates.
 FULL_RATE_BITS = 4
 Arrays = dict[str, NDArray[Any]]
 
@@ -37,7 +36,7 @@ def root_mean_square(values: Tensor) -> float:
 
 
 class Grid(nn.Module):
-    """An integer matrix [R, C] whose scales (and zeros) train, and whose codes train where `moving`."""
+    """An integer matrix [R, C]. Its scales and zeros are trained, its codes only where `moving`."""
 
     codes: Tensor
     base: Tensor
@@ -53,7 +52,7 @@ class Grid(nn.Module):
         zero = torch.full_like(scale, implicit_zero(bits))
         if zeros:
             zero = torch.from_numpy(weights.array(f"{prefix}.zero").astype(np.float32))
-        self.register_buffer("base", scale, persistent=moving)  # a moving grid may be set anew
+        self.register_buffer("base", scale, persistent=moving)  # `set_matrix` changes it in a moving grid
         self.register_buffer("base_zero", zero, persistent=False)
         self.change = nn.Parameter(torch.zeros_like(scale))
         self.shift = nn.Parameter(torch.zeros_like(scale)) if zeros else None
@@ -61,7 +60,7 @@ class Grid(nn.Module):
         self.register_buffer("codes", codes[:0] if moving else codes, persistent=False)
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
-        """Scales and zeros [R, groups], as stored."""
+        """Scales and zeros [R, groups], rounded as the file stores them."""
         scale = rounded(self.base * (1 + self.change), "f16")
         return scale, self.base_zero if self.shift is None else rounded(self.base_zero + self.shift, "f16")
 
@@ -81,7 +80,7 @@ class Grid(nn.Module):
 
     @torch.no_grad()
     def aim(self, matrix: Tensor) -> None:
-        """Moves the latent numbers of a moving grid towards a matrix [R, C], but not out of the cells of their codes."""
+        """Moves the latent numbers of a moving grid towards a dense matrix [R, C], but not so far that a code changes."""
         if self.latent is not None:
             scale, zero = self.scale_and_zero()
             grouped = matrix.view(*scale.shape, -1)
@@ -91,7 +90,7 @@ class Grid(nn.Module):
 
     @torch.no_grad()
     def set_matrix(self, codes: Tensor, scale: Tensor) -> None:
-        """Replaces a moving grid's codes [R, C] and scales [R, groups]."""
+        """Replaces the codes [R, C] and scales [R, groups] of a moving grid."""
         if self.latent is None:
             raise RuntimeError(f"{self.prefix}: the codes of this grid are frozen")
         self.latent.copy_(codes)
@@ -100,16 +99,16 @@ class Grid(nn.Module):
 
     @torch.no_grad()
     def reorder(self, rows: Tensor) -> None:
-        """Puts the rows of a moving grid without zeros into the given order."""
+        """Puts the rows of a moving grid without zeros into the order `rows`."""
         for held in (self.latent, self.base, self.change):
             if held is not None:
                 held.copy_(held[rows])
 
     def learning(self) -> Iterator[tuple[str, Tensor, float]]:
-        """Yields (kind, parameter, unit of its learning rate).
+        """Yields (kind, parameter, unit of its learning rate); `kind` names a rate in Settings: core, code, scale, norm.
 
-        Rates are the same up to 4 bits and halve with each further bit: the wider, the less there is to gain, while the
-        noise of a step stays the same share of the grid's step.
+        The unit is 1 up to 4 bits and is halved for each further bit: wide grids have less to gain, but in units of the
+        grid's step the noise of an optimizer step would be the same.
         """
         unit = min(1.0, 2.0 ** (FULL_RATE_BITS - self.bits))
         yield "scale", self.change, unit
@@ -119,7 +118,7 @@ class Grid(nn.Module):
             yield "code", self.latent, unit  # in steps of the grid
 
     def arrays(self) -> Arrays:
-        """The tensors of the file."""
+        """The arrays to store, by their names in the file."""
         scale, zero = self.scale_and_zero()
         codes = self.codes
         if self.latent is not None:
@@ -133,7 +132,7 @@ class Grid(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A dense matrix [R, C] in its stored type; it does not train."""
+    """A dense matrix [R, C] in its stored type; it is not trained."""
 
     held: Tensor
 
@@ -157,7 +156,7 @@ class Frozen(nn.Module):
         yield from ()
 
     def arrays(self) -> Arrays:
-        """The tensors of the file."""
+        """The arrays to store, by their names in the file."""
         return {self.name: self.array}
 
 
@@ -170,7 +169,7 @@ class FloatCore(nn.Module):
         self.values = nn.Parameter(float_tensor(weights, prefix).permute(1, 2, 3, 0).contiguous())
 
     def core(self) -> Tensor:
-        """The core, as stored."""
+        """The core, rounded as the file stores it."""
         return rounded(self.values, self.dtype)
 
     @torch.no_grad()
@@ -180,7 +179,7 @@ class FloatCore(nn.Module):
 
     @torch.no_grad()
     def reorder(self, left: Tensor, right: Tensor) -> None:
-        """Puts the bonds' values into the given orders."""
+        """Puts the values of the left and the right bond into the given orders."""
         self.values.copy_(self.values[left][..., right])
 
     def learning(self) -> Iterator[tuple[str, Tensor, float]]:
@@ -188,12 +187,12 @@ class FloatCore(nn.Module):
         yield "core", self.values, root_mean_square(self.values)
 
     def arrays(self) -> Arrays:
-        """The tensors of the file."""
+        """The arrays to store, by their names in the file."""
         return {self.name: stored(rounded(self.values, self.dtype).permute(3, 0, 1, 2).contiguous(), self.dtype)}
 
 
 class IntegerCore(nn.Module):
-    """A core [χ_{k−1}, o_k, i_k, χ_k] in int8 or int4: a moving grid of χ_k · χ_{k−1} rows."""
+    """A core [χ_{k−1}, o_k, i_k, χ_k] in int8 or int4: a moving grid of χ_k · χ_{k−1} rows, one for each pair of values."""
 
     def __init__(self, weights: Weights, prefix: str, bits: int, shape: tuple[int, int, int, int]) -> None:
         super().__init__()
@@ -201,12 +200,12 @@ class IntegerCore(nn.Module):
         self.grid = Grid(weights, prefix, bits, zeros=False, moving=True)
 
     def core(self) -> Tensor:
-        """The core, as stored."""
+        """The core, rounded as the file stores it."""
         return self.grid.weight().view(self.shape).permute(1, 2, 3, 0)
 
     @torch.no_grad()
     def set_core(self, core: Tensor) -> None:
-        """Rounds the values [χ_{k−1}, o_k, i_k, χ_k] onto new grids."""
+        """Replaces the core by the values [χ_{k−1}, o_k, i_k, χ_k], rounded onto new grids."""
         from mpo_exporter.quantize.rounding import round_to_nearest
 
         matrix = core.permute(3, 0, 1, 2).reshape(self.shape[0] * self.shape[1], -1)
@@ -215,7 +214,7 @@ class IntegerCore(nn.Module):
 
     @torch.no_grad()
     def reorder(self, left: Tensor, right: Tensor) -> None:
-        """Puts the bonds' values into the given orders; every number stays what it is."""
+        """Puts the values of the left and the right bond into the given orders; no stored number changes."""
         rows = (right[:, None] * self.shape[1] + left).flatten()
         self.grid.reorder(rows)
 
@@ -228,12 +227,12 @@ class IntegerCore(nn.Module):
                 yield kind, parameter, 1.0
 
     def arrays(self) -> Arrays:
-        """The tensors of the file."""
+        """The arrays to store, by their names in the file."""
         return self.grid.arrays()
 
 
 class Cores(nn.Module):
-    """An Mpo term."""
+    """An MPO term: its cores."""
 
     def __init__(self, weights: Weights, prefix: str, term: Mpo) -> None:
         super().__init__()
@@ -247,7 +246,7 @@ class Cores(nn.Module):
         self.parts = nn.ModuleList(self.cores)
 
     def operator(self, chi: int | None) -> MpoTerm:
-        """The term with its present cores, every bond cut to its first `chi` values."""
+        """The term with its present cores, every bond cut to its first `chi` values (None: not cut)."""
         kept = self.term if chi is None else self.term.truncated(chi)
         cores = [
             part.core()[:left, :, :, :right]
@@ -261,7 +260,7 @@ class Cores(nn.Module):
             yield from part.learning()
 
     def arrays(self) -> Arrays:
-        """The tensors of the file."""
+        """The arrays to store, by their names in the file."""
         return {name: array for part in self.cores for name, array in part.arrays().items()}
 
 
@@ -274,7 +273,7 @@ class Vector(nn.Module):
         self.values = nn.Parameter(float_tensor(weights, name))
 
     def value(self) -> Tensor:
-        """The vector, as stored."""
+        """The vector, rounded as the file stores it."""
         return rounded(self.values, self.dtype)
 
     def learning(self) -> Iterator[tuple[str, Tensor, float]]:
@@ -282,12 +281,12 @@ class Vector(nn.Module):
         yield "norm", self.values, root_mean_square(self.values)
 
     def arrays(self) -> Arrays:
-        """The tensors of the file."""
+        """The arrays to store, by their names in the file."""
         return {self.name: stored(self.value(), self.dtype)}
 
 
 class Layer(nn.Module):
-    """A linear layer: its terms and bias."""
+    """A linear layer: its terms and its bias."""
 
     def __init__(self, weights: Weights, spec: LinearSpec, *, moving: bool) -> None:
         super().__init__()
@@ -305,13 +304,13 @@ class Layer(nn.Module):
         self.bias = None if spec.bias is None else Vector(weights, f"{spec.name}.bias", spec.bias)
 
     def linear(self, chi: int | None) -> Linear:
-        """The layer as the reference backend runs it, with the present parameters; every bond cut to `chi` values."""
+        """The layer for the reference backend, with its present parameters; every bond cut to `chi` values (None: not)."""
         terms = [term.operator(chi) if isinstance(term, Cores) else _matrix_term(term) for term in self.terms]
         return Linear(self.spec, terms, None if self.bias is None else self.bias.value())
 
     @torch.no_grad()
     def aim(self, matrix: Tensor) -> None:
-        """Tells moving codes the dense matrix [out, in] that the layer stands for: which of them are nearly others."""
+        """Moves the latent numbers of moving grids towards the dense matrix [out, in] that the layer approximates."""
         for index, term in enumerate(self.terms):
             if isinstance(term, Grid):
                 others = [other.weight() for place, other in enumerate(self.linear(None).terms) if place != index]
@@ -325,7 +324,7 @@ class Layer(nn.Module):
             yield from self.bias.learning()
 
     def arrays(self) -> Arrays:
-        """The tensors of the file."""
+        """The arrays to store, by their names in the file."""
         result = {name: array for term in self.terms for name, array in term.arrays().items()}
         return result if self.bias is None else result | self.bias.arrays()
 
@@ -335,7 +334,12 @@ def _matrix_term(term: Grid | Frozen) -> MatrixTerm:
 
 
 class Trainables(nn.Module):
-    """The layers and vectors of a model, or of a part of it, by their names in the file."""
+    """The layers and vectors of a model, or of some of its blocks, by their names in the file.
+
+    Args:
+        names: of the layers and vectors.
+        moving: train the codes of integer matrices too.
+    """
 
     def __init__(self, weights: Weights, names: Iterator[str] | list[str], *, moving: bool) -> None:
         super().__init__()
@@ -348,7 +352,7 @@ class Trainables(nn.Module):
         self.parts = nn.ModuleDict({name.replace(".", "/"): part for name, part in parts.items()})
 
     def aim(self, source: Weights) -> None:
-        """Tells moving codes the matrices of the dense model."""
+        """Moves the latent numbers of all moving grids towards the dense model's matrices."""
         for name, layer in self.layers.items():
             if any(isinstance(term, Grid) and term.latent is not None for term in layer.terms):
                 layer.aim(float_tensor(source, f"{name}.0.weight"))

@@ -1,7 +1,8 @@
-"""Measurements kept between runs: one file each, whole or not at all, and checked before it is believed.
+"""Measurements cached between runs: one file each, written atomically, checked against its key and digest when read.
 
-A file is a safetensors container: a header tensor (JSON: what was measured, and a digest of the rest), the content as JSON
-and any arrays. Its name tells model and text; its key tells everything else that the measurement depends on.
+A file is a safetensors container with a header tensor (JSON: the key and a digest of the rest), the content as JSON and
+any arrays. Its name holds the digests of the model and the text; its key holds everything else that the measurement
+depends on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from mpo_exporter.progress import Log, no_log
 from mpo_formats import FormatError
 from mpo_formats.codec import describe, parse_json
 from mpo_runtime.filesystem import expand_user, replace_file, user_folder
 
 HEADER, CONTENT = "mpo.header", "mpo.content"
 SUFFIX = ".measured"
-Tell = Callable[[str], None]
 Arrays = Mapping[str, NDArray[Any]]
 
 
-def untold(message: str) -> None:
-    """Tells nobody."""
-
-
 def cache_folder() -> Path:
-    """Where measurements are kept: MPO_CACHE, else `cache` in MPO_HOME, else mpo-runtime in the user's cache folder.
+    """The folder of cached measurements: MPO_CACHE, else `cache` in MPO_HOME, else mpo-runtime in the user's cache folder.
 
     The user's cache folder is XDG_CACHE_HOME, or ~/.cache where that is unset or relative; without a home folder it is the
     folder for temporary files.
@@ -50,19 +47,21 @@ def cache_folder() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """What a cache file holds: plain data and arrays by name."""
+class Cached:
+    """The contents of a cache file: plain JSON data, and arrays by name."""
 
     content: Any
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
-    """The place of one measurement.
+class CacheFile:
+    """Where one measurement is cached, and what it depends on.
 
-    `name` and `parts` make the file's name: what is measured in words, and the digests of model and text. `key` is all that
-    the measurement depends on besides, as plain JSON data: a file with another key is stale.
+    Args:
+        kind, name, parts: make the file's name: the kind of measurement, a name of what is measured, and the digests of
+            model and text.
+        key: everything else that the measurement depends on, as plain JSON data; a file with another key is stale.
     """
 
     kind: str
@@ -72,61 +71,61 @@ class Shelf:
 
     @property
     def stem(self) -> str:
-        """The name's start that all measurements of this kind and name share."""
+        """The beginning of the file's name, shared by all measurements of this kind and name."""
         return f"{self.kind}-{re.sub(r'[^A-Za-z0-9._-]', '_', self.name)[:60]}-"
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return cache_folder() / f"{self.stem}{'-'.join(part[:16] for part in self.parts)}{SUFFIX}"
 
-    def read(self, tell: Tell = untold) -> Kept | None:
-        """What is kept, or None; tells why where something is there that cannot be used."""
+    def read(self, log: Log = no_log) -> Cached | None:
+        """The cached measurement, or None; logs the reason if a file exists that cannot be used."""
         try:
             raw = self.path.read_bytes()
         except FileNotFoundError:
             if any(self.path.parent.glob(f"{self.stem}*{SUFFIX}")):
-                tell(f"{self.kind}: what is kept of {self.name} is of other weights or another text; measuring again")
+                log(f"{self.kind}: the measurement of {self.name} is of other weights or another text; measuring again")
             return None
         except OSError as error:
-            tell(f"{self.kind}: {self.path} cannot be read ({error.strerror}); measuring again")
+            log(f"{self.kind}: {self.path} cannot be read ({error.strerror}); measuring again")
             return None
         try:
-            header, kept = unpack(raw)
+            key, cached = unpack(raw)
         except (SafetensorError, FormatError, KeyError, TypeError, ValueError):
-            tell(f"{self.kind}: {self.path} is damaged; measuring again")
+            log(f"{self.kind}: {self.path} is damaged; measuring again")
             return None
-        if header != self.key:
-            tell(f"{self.kind}: {self.path} is stale ({difference(header, self.key)}); measuring again")
+        if key != self.key:
+            log(f"{self.kind}: {self.path} is stale ({difference(key, self.key)}); measuring again")
             return None
-        return kept
+        return cached
 
-    def write(self, kept: Kept, tell: Tell = untold) -> None:
-        """Keeps a measurement; where that fails it is told, and nothing else is lost."""
+    def write(self, cached: Cached, log: Log = no_log) -> None:
+        """Writes a measurement; a failure is logged and has no other effect."""
         path = self.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, pack(self.key, kept))
+            replace_file(path, pack(self.key, cached))
         except OSError as error:
-            tell(f"{self.kind}: cannot be kept in {path.parent} ({error.strerror}); set MPO_CACHE to another folder")
+            log(f"{self.kind}: cannot be cached in {path.parent} ({error.strerror}); set MPO_CACHE to another folder")
 
 
-def pack(key: dict[str, Any], kept: Kept) -> bytes:
+def pack(key: dict[str, Any], cached: Cached) -> bytes:
     """The bytes of a cache file."""
-    content = json.dumps(kept.content, allow_nan=False).encode()
-    header = json.dumps({"key": key, "sha256": digest(key, content, kept.arrays)}).encode()
+    content = json.dumps(cached.content, allow_nan=False).encode()
+    header = json.dumps({"key": key, "sha256": digest(key, content, cached.arrays)}).encode()
     plain = {HEADER: np.frombuffer(header, np.uint8), CONTENT: np.frombuffer(content, np.uint8)}
-    return save({**plain, **{name: np.ascontiguousarray(array) for name, array in kept.arrays.items()}})
+    return save({**plain, **{name: np.ascontiguousarray(array) for name, array in cached.arrays.items()}})
 
 
-def unpack(raw: bytes) -> tuple[dict[str, Any], Kept]:
-    """The key and what is kept under it; raises ValueError and the like for damaged bytes."""
+def unpack(raw: bytes) -> tuple[dict[str, Any], Cached]:
+    """The key and the contents of a cache file's bytes; damaged bytes raise ValueError, KeyError and the like."""
     tensors = load(raw)
     header = parse_json(tensors.pop(HEADER).tobytes(), "header")
     content = tensors.pop(CONTENT).tobytes()
     if header["sha256"] != digest(header["key"], content, tensors):
         raise ValueError("the digest differs")
-    return header["key"], Kept(json.loads(content), tensors)
+    return header["key"], Cached(json.loads(content), tensors)
 
 
 def digest(key: Any, content: bytes, arrays: Arrays) -> str:
@@ -139,7 +138,7 @@ def digest(key: Any, content: bytes, arrays: Arrays) -> str:
 
 
 def difference(found: Any, wanted: dict[str, Any]) -> str:
-    """The first thing in which two keys differ, in words."""
+    """The first entry in which two keys differ, for a message."""
     if isinstance(found, dict):
         for name, value in wanted.items():
             if found.get(name) != value:

@@ -1,9 +1,9 @@
-"""What a layer costs in time on this machine: the native kernels are timed once for each shape and kept.
+"""The decoding time of a layer on this machine: the native kernels are timed once for each shape, and cached.
 
-Every entry is one layer applied to one token, copies of it in turns until they exceed the caches as the whole model would;
-the fastest of some passes, as others may use the machine. What a token takes besides its layers (norms, attention, the
-cache) is timed on models of one and of three blocks of the same sizes. A table belongs to one CPU, level of kernels, number
-of threads and version.
+An entry is the time of one layer for one token. Copies of the layer are run in turn, as many as exceed the CPU's caches just
+as the whole model would; the fastest of several passes counts, since other programs may use the machine. The rest of a
+decoding step (norms, attention, KV cache) is timed on models of one and of three blocks of the same sizes. A table is valid
+for one CPU, instruction set, number of threads and version.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.measure.cache import Kept, Shelf, Tell, untold
-from mpo_exporter.progress import Progress, silent
+from mpo_exporter.measure.cache import Cached, CacheFile
+from mpo_exporter.progress import Log, Progress, no_log, silent
 from mpo_exporter.terms import Candidate
 from mpo_formats import Architecture, ConfigError, LinearSpec, ModelSpec, Provenance, Quantized, VectorSpec
 from mpo_formats.codec import to_json
 from mpo_formats.layout import TensorSpec, content_tensors, linear_bytes, linear_tensors
 from mpo_runtime import native
 
-# Bytes that copies of a layer take together: a model of this size or more is read from memory at every token.
+# Bytes of all copies of a layer together: a model of this size or more is read from memory for every token.
 WORKING_SET = 1 << 26
 MOST_COPIES, PASSES = 256, 7
-# Positions in the cache and tokens timed for what a step takes besides its layers.
+# Positions in the KV cache and tokens timed for the rest of a step.
 CONTEXT, TOKENS = 64, 8
 NOISE = 1 << 20
 
 
 @dataclass(slots=True)
 class Noise:
-    """Weights of any spec, with values that no kernel chokes on: codes at random, scales and floats small."""
+    """Weights of any spec to time kernels with: random codes, small scales and floats."""
 
     spec: ModelSpec
     tensors: dict[str, TensorSpec]
     codes: NDArray[np.uint8] = field(default_factory=lambda: np.random.default_rng(0).integers(0, 256, NOISE, np.uint8))
 
     def array(self, name: str) -> NDArray[Any]:
-        """The tensor of that name; each call gives other memory, as another layer would have."""
+        """The tensor of that name, in new memory at each call, as another layer would have."""
         tensor = self.tensors[name]
         if tensor.dtype == "u8":
             return np.resize(self.codes, tensor.shape)
@@ -52,20 +52,23 @@ class Noise:
         return np.full(tensor.shape, value, kind)
 
     def dtype(self, name: str) -> str:
-        """Its element type."""
+        """The tensor's element type."""
         return self.tensors[name].dtype
 
     def file(self, name: str) -> bytes | None:
-        """No file is embedded."""
+        """None: no file is embedded."""
         return None
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Does nothing: no file is open."""
 
 
 @dataclass(slots=True)
 class Latency:
-    """Seconds of a layer for one token, by its sizes and terms, and of a step's rest, by the model's sizes."""
+    """Seconds of layers for one token, by their sizes and terms, and of the rest of a step, by the model's sizes.
+
+    `measured` counts the entries that are not cached yet.
+    """
 
     spec: ModelSpec
     working_set: int
@@ -75,7 +78,7 @@ class Latency:
     measured: int = 0
 
     def layer(self, linear: LinearSpec) -> float:
-        """Seconds of one token, from the table or timed now."""
+        """Seconds of a layer for one token, from the table or timed now."""
         key = signature(linear)
         if key not in self.seconds:
             self.seconds[key] = time_layer(linear, self.spec, self.working_set)
@@ -83,14 +86,14 @@ class Latency:
         return self.seconds[key]
 
     def fill(self, linears: Iterable[LinearSpec]) -> None:
-        """Times all layers that the table does not have."""
+        """Times all layers that are not in the table."""
         missing = {signature(linear): linear for linear in linears if signature(linear) not in self.seconds}
         for number, linear in enumerate(missing.values(), 1):
             self.layer(linear)
             self.progress("timing kernels", number, len(missing))
 
     def token(self, spec: ModelSpec) -> float:
-        """Seconds of one decoded token of a model: its layers, without the lookup of the embedding, and the rest."""
+        """Seconds of one decoded token of a model: its matrix products and the rest of the step."""
         key = rest_key(spec.architecture)
         if key not in self.rests:
             self.rests[key] = time_rest(spec, self)
@@ -100,7 +103,7 @@ class Latency:
 
 
 def multiplied(spec: ModelSpec) -> list[LinearSpec]:
-    """The layers that a token is multiplied with: all but an embedding that is only looked up."""
+    """The layers that multiply a token's state: all but an embedding that is not the head too."""
     return list(spec.linears if spec.architecture.tie_word_embeddings else spec.linears[1:])
 
 
@@ -110,20 +113,20 @@ def signature(linear: LinearSpec) -> str:
 
 
 def rest_key(architecture: Architecture) -> str:
-    """What the time of norms, attention and cache depends on."""
+    """The sizes that the time of norms, attention and KV cache depends on, as a key."""
     parts = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")
     return " ".join(str(getattr(architecture, part)) for part in parts)
 
 
 def machine_key() -> dict[str, Any]:
-    """What a table belongs to: CPU, kernels, threads and version."""
+    """What a table is valid for: CPU, kernels, threads and version."""
     from mpo_runtime import __version__
 
     return {"version": __version__, "cpu": cpu_name(), **native.active()}
 
 
 def cpu_name() -> str:
-    """The CPU as the system names it, with the number of its cores that this process may use."""
+    """The CPU's name and the number of cores that this process may use."""
     table = Path("/proc/cpuinfo")
     rows = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
     names = [row.partition(":")[2].strip() for row in rows if row.startswith(("model name", "CPU part"))]
@@ -131,43 +134,43 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 
-def latency_shelf(working_set: int) -> Shelf:
-    """Where the table of this machine is kept."""
-    return Shelf("latency", platform.machine() or "cpu", (f"{working_set:x}",), machine_key())
+def latency_file(working_set: int) -> CacheFile:
+    """The cache file of this machine's table."""
+    return CacheFile("latency", platform.machine() or "cpu", (f"{working_set:x}",), machine_key())
 
 
 def working_set_of(spec: ModelSpec) -> int:
-    """The bytes that a decoded token of about this model touches, as a power of two, at most 64 MiB."""
+    """About the bytes read per decoded token of this model, rounded up to a power of two, at most 64 MiB."""
     size = sum(linear.out_features * linear.in_features for linear in spec.linears) // 2
     return min(1 << max(size, 1).bit_length(), WORKING_SET)
 
 
-def open_table(spec: ModelSpec, *, progress: Progress = silent, tell: Tell = untold) -> Latency:
-    """The table of this machine for models of about this size, as far as it was measured.
+def open_table(spec: ModelSpec, *, progress: Progress = silent, log: Log = no_log) -> Latency:
+    """The cached table of this machine for models of about this size; empty if nothing was measured yet.
 
     Raises:
-        ConfigError: where no native kernels were built: numpy's speed says nothing about them.
+        ConfigError: if no native kernels were built: there is nothing else worth timing.
     """
     if not native.available():
         raise ConfigError(
             f"latency: there are no native kernels to time here ({native.active()['native']}); plan without --for-speed"
         )
     working_set = working_set_of(spec)
-    kept = latency_shelf(working_set).read(tell)
-    content = {"seconds": {}, "rests": {}} if kept is None else kept.content
+    cached = latency_file(working_set).read(log)
+    content = {"seconds": {}, "rests": {}} if cached is None else cached.content
     return Latency(spec, working_set, content["seconds"], content["rests"], progress)
 
 
-def keep_table(table: Latency, tell: Tell = untold) -> None:
-    """Keeps a table where anything was added to it."""
+def save_table(table: Latency, log: Log = no_log) -> None:
+    """Caches a table if anything was added to it."""
     if table.measured:
-        tell(f"latency: timed {table.measured} shapes on this machine, kept for the next plan")
-        latency_shelf(table.working_set).write(Kept({"seconds": table.seconds, "rests": table.rests}), tell)
+        log(f"latency: timed {table.measured} shapes on this machine, cached for the next plan")
+        latency_file(table.working_set).write(Cached({"seconds": table.seconds, "rests": table.rests}), log)
         table.measured = 0
 
 
 def time_layer(linear: LinearSpec, spec: ModelSpec, working_set: int) -> float:
-    """Seconds of one token in one of several copies of a layer: the fastest of some passes over all copies."""
+    """Seconds of a layer for one token: of the fastest of several passes over all its copies."""
     from mpo_runtime.layers.native import load_linear
 
     noise = Noise(spec, {tensor.name: tensor for tensor in linear_tensors(linear)})
@@ -178,7 +181,7 @@ def time_layer(linear: LinearSpec, spec: ModelSpec, working_set: int) -> float:
 
 
 def time_rest(spec: ModelSpec, table: Latency) -> list[float]:
-    """Seconds that a decoding step takes besides its layers: for each block, and once."""
+    """Seconds of a decoding step besides its matrix products: for each block, and once per step."""
     short, long = (small_model(spec, blocks) for blocks in (1, 3))
     seconds = [time_step(model) - sum(table.layer(one) for one in multiplied(model)) for model in (short, long)]
     each = max((seconds[1] - seconds[0]) / 2, 0.0)
@@ -186,7 +189,7 @@ def time_rest(spec: ModelSpec, table: Latency) -> list[float]:
 
 
 def small_model(spec: ModelSpec, blocks: int) -> ModelSpec:
-    """A model of the same sizes with few blocks, in integers of 4 bits where a group divides the row."""
+    """A model of the same sizes with few blocks, in 4-bit integers where a group divides the row."""
     architecture = replace(spec.architecture, num_hidden_layers=blocks)
     term = Quantized(4, 16, False)
     dense = spec.linears[0].terms
@@ -199,7 +202,7 @@ def small_model(spec: ModelSpec, blocks: int) -> ModelSpec:
 
 
 def time_step(spec: ModelSpec) -> float:
-    """Seconds of one decoded token of a model of noise: the fastest of some, after a short prompt."""
+    """Seconds of one decoded token of a model of random weights: the fastest of several, after a short prompt."""
     from mpo_runtime.loading import load_network
 
     network = load_network(Noise(spec, {tensor.name: tensor for tensor in content_tensors(spec)}), backend="native")
@@ -217,9 +220,9 @@ def time_step(spec: ModelSpec) -> float:
 def no_slower_than(
     table: Latency, linear: LinearSpec, candidates: Sequence[Candidate], plain: LinearSpec
 ) -> list[Candidate]:
-    """The candidates of a layer that take no longer on this machine than the same layer in plain int4."""
+    """The candidates of a layer that take no longer on this machine than `plain`, the same layer in int4."""
     most = table.layer(plain)
     seconds = {one.terms: table.layer(replace(linear, terms=one.terms)) for one in candidates}
     kept = [one for one in candidates if seconds[one.terms] <= most]
-    # Rows that no group divides have no integers at all: then the fastest of what there is.
+    # Rows that no group divides have no integer candidate: take the fastest of the others.
     return kept or [min(candidates, key=lambda one: seconds[one.terms])]

@@ -1,4 +1,4 @@
-"""How long an export takes on this machine: small pieces of the same work are timed once and kept."""
+"""The time of an export on this machine, estimated: small pieces of the same work are timed once, and cached."""
 
 from __future__ import annotations
 
@@ -15,51 +15,52 @@ import torch
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit.layer import Method, build_linear
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
-from mpo_exporter.measure.cache import Kept, Shelf, Tell, untold
+from mpo_exporter.measure.cache import Cached, CacheFile
 from mpo_exporter.measure.latency import machine_key
+from mpo_exporter.progress import Log, no_log
 from mpo_exporter.terms import operator
 from mpo_formats import LinearSpec, ModelSpec, Mpo, Quantized, Term
 
-# Rows and columns that a fit is timed on at most: its time grows with the weights, and a little more with the columns.
+# The largest matrix that a fit is timed on. The time grows with the weights, and a little more with the columns.
 MOST_ROWS, MOST_COLUMNS = 256, 1024
-# Side of the product that tells how fast activations are run.
+# Side of the square matrix product that gives the speed of running activations.
 PRODUCT = 512
-# Passes over a block that the calibrated walk makes, over both upstreams together (see Calibration.compress).
+# Passes over a block in a calibrated export, over both upstreams together (see Calibration.compress).
 PASSES = 6
 
 
 @dataclass(slots=True)
 class Rates:
-    """Seconds by what was timed, and what of it is new."""
+    """Seconds by what was timed; `measured` counts the entries that are not cached yet."""
 
     seconds: dict[str, float]
     measured: int = 0
 
     def of(self, key: str, measure: Callable[[], float]) -> float:
-        """The figure under a key, measured where it is not known."""
+        """The figure under a key, measured now if it is missing."""
         if key not in self.seconds:
             self.seconds[key] = measure()
             self.measured += 1
         return self.seconds[key]
 
 
-def open_rates(tell: Tell = untold) -> Rates:
-    """What is known of this machine."""
-    kept = rates_shelf().read(tell)
-    return Rates({} if kept is None else kept.content)
+def open_rates(log: Log = no_log) -> Rates:
+    """The cached rates of this machine."""
+    cached = rates_file().read(log)
+    return Rates({} if cached is None else cached.content)
 
 
-def keep_rates(rates: Rates, tell: Tell = untold) -> None:
-    """Keeps what is new."""
+def save_rates(rates: Rates, log: Log = no_log) -> None:
+    """Caches the rates if any is new."""
     if rates.measured:
-        rates_shelf().write(Kept(rates.seconds), tell)
+        rates_file().write(Cached(rates.seconds), log)
         rates.measured = 0
 
 
-def rates_shelf() -> Shelf:
-    """Where rates are kept: by the machine and the threads of torch."""
+def rates_file() -> CacheFile:
+    """The cache file of the rates, valid for this machine and number of torch's threads."""
     key = machine_key() | {"torch": torch.__version__, "torch threads": torch.get_num_threads()}
-    return Shelf("rates", platform.machine() or "cpu", (), key)
+    return CacheFile("rates", platform.machine() or "cpu", (), key)
 
 
 def fit_seconds(spec: ModelSpec, calibrated: bool, rates: Rates) -> float:
@@ -77,14 +78,14 @@ def fit_seconds(spec: ModelSpec, calibrated: bool, rates: Rates) -> float:
 
 
 def shape_kind(term: Term) -> str:
-    """What a fit's time depends on: integers, low-rank cores, balanced cores and their number."""
+    """The kind of a term as far as the time of its fit depends on it: integers, or cores by number, shape and χ."""
     if isinstance(term, Mpo):
         return f"mpo{len(term.out_dims)}{'' if min(term.in_dims) == 1 else ' balanced'} χ{max(term.bonds)}"
     return term.kind
 
 
 def timed_fit(linear: LinearSpec, rows: int, columns: int, calibrated: bool) -> Callable[[], float]:
-    """A measurement of the fit of such terms on a random matrix of that size."""
+    """A function that times the fit of a layer's terms to a random matrix of a size."""
 
     def measure() -> float:
         terms = tuple(fitted_to(term, rows, columns) for term in linear.terms)
@@ -100,7 +101,7 @@ def timed_fit(linear: LinearSpec, rows: int, columns: int, calibrated: bool) -> 
 
 
 def fitted_to(term: Term, rows: int, columns: int) -> Term:
-    """The term for a matrix of another size."""
+    """The same kind of term for a matrix of another size."""
     if isinstance(term, Mpo):
         low_rank = min(term.in_dims) == 1
         shape = low_rank_shape(rows, columns) if low_rank else balanced_shape(rows, columns, len(term.out_dims))
@@ -111,7 +112,7 @@ def fitted_to(term: Term, rows: int, columns: int) -> Term:
 
 
 def run_seconds(parameters: int, tokens: int, passes: float, rates: Rates) -> float:
-    """Seconds to run tokens through all matrices so many times."""
+    """Seconds to multiply `tokens` tokens by all matrices, `passes` times."""
     each = rates.of("product", product_seconds) / PRODUCT**3
     return each * parameters * tokens * passes
 
@@ -127,10 +128,10 @@ def product_seconds() -> float:
 
 
 def base_memory(rates: Rates) -> int:
-    """Bytes that a program takes which has loaded this runtime, but no model; 0 where the system does not tell."""
+    """Bytes of memory of a process that has loaded the runtime but no model; 0 if the system does not tell."""
 
     def measure() -> float:
-        # VmHWM and not getrusage: a child process starts with its parent's peak there.
+        # Not getrusage: its peak of a child process starts at its parent's.
         code = (
             "import mpo_runtime.backends.native, mpo_runtime.model, mpo_runtime.engine, mpo_runtime.text.tokenizer\n"
             "rows = [row.split() for row in open('/proc/self/status')]\n"

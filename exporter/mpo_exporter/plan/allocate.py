@@ -1,9 +1,10 @@
-"""Bits where they matter: one candidate for each layer, of least predicted loss within a number of bytes.
+"""Allocation: one candidate for each layer, with the least summed loss within a number of bytes.
 
-The loss of a candidate is ½ Σ_o F_o (w − ŵ)_o C (w − ŵ)_oᵀ (METHOD.md), in nats a token, so losses of layers add up. The
-choice is Lagrangian: each layer goes down its convex hull of (bytes, loss), the steepest step of all layers first
-(Shoham & Gersho 1988), until no step fits; what bytes are left then go to whatever single change lowers the loss most,
-and to exchanges between two layers. The largest layer, a table mostly, is also set to each of its candidates beforehand.
+The loss of a candidate is ½ Σ_o F_o (w − ŵ)_o C (w − ŵ)_oᵀ (docs/method.md, Allocation) in nats per token, so losses of layers
+add up. The choice is Lagrangian (Shoham & Gersho 1988): every layer descends its convex hull of (bytes, loss), always by the
+steepest step of all layers, until no step fits. Bytes that are left over go to the single change, or the exchange between
+two layers, that lowers the loss most. The largest layer, usually the embedding, is also tried with each of its candidates
+set beforehand.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from mpo_exporter.terms import Candidate
 from mpo_formats import PlanError
 
-# Choices with the largest layer set beforehand that are worked out in full.
+# How many of the choices with the largest layer set beforehand are improved to the end.
 TRIED = 2
 
 
 def choose(candidates: Mapping[str, Sequence[Candidate]], budget_bytes: int) -> dict[str, Candidate]:
-    """Picks a candidate for every layer, in all at most `budget_bytes`, of a summed loss as low as it finds.
+    """Picks a candidate for every layer, together at most `budget_bytes`, with a summed loss as low as can be found.
 
-    Where the budget is a sum on the convex hull the choice is optimal; elsewhere it is off by less than one step's loss.
+    If the budget is a sum on the convex hull the choice is optimal; otherwise it is off by less than the loss of one step.
 
     Raises:
         PlanError: when a layer has no candidate, or the smallest ones exceed the budget.
@@ -40,10 +41,9 @@ def choose(candidates: Mapping[str, Sequence[Candidate]], budget_bytes: int) -> 
 
 
 def starts(fronts: Mapping[str, Sequence[Candidate]], budget: int) -> list[dict[str, Candidate]]:
-    """Choices to improve: the descent of all hulls, and the best of those in which the largest layer is set beforehand.
+    """Choices to improve: the descent of all hulls, and the best descents with the largest layer set beforehand.
 
-    A step of a table may take more bytes than are left once small layers took theirs, and no exchange of two then makes
-    room for it.
+    A step of the largest layer may need more bytes than small layers leave, and no exchange of two makes room for it then.
     """
     largest = max(fronts, key=lambda name: fronts[name][-1].bytes - fronts[name][0].bytes)
     rest = sum(row[0].bytes for name, row in fronts.items() if name != largest)
@@ -55,7 +55,7 @@ def starts(fronts: Mapping[str, Sequence[Candidate]], budget: int) -> list[dict[
 def improved(
     fronts: Mapping[str, Sequence[Candidate]], chosen: dict[str, Candidate], budget: int
 ) -> dict[str, Candidate]:
-    """The choice with its leftover bytes used."""
+    """The choice with its leftover bytes spent."""
     use_leftover(fronts, chosen, budget)
     return chosen
 
@@ -66,7 +66,7 @@ def total_loss(chosen: Mapping[str, Candidate]) -> float:
 
 
 def front(row: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that no other beats in bytes and loss, by rising bytes and falling loss."""
+    """The candidates that no other one beats in both bytes and loss, by rising bytes and falling loss."""
     kept: list[Candidate] = []
     for candidate in sorted(row, key=lambda one: (one.bytes, one.loss)):
         if not kept or candidate.loss < kept[-1].loss:
@@ -80,7 +80,7 @@ def slope(start: Candidate, end: Candidate) -> float:
 
 
 def hull(row: Sequence[Candidate]) -> list[Candidate]:
-    """The lower convex hull of a front: each step saves less a byte than the one before."""
+    """The lower convex hull of a front: every step saves less loss per byte than the one before."""
     kept: list[Candidate] = []
     for candidate in row:
         while len(kept) > 1 and slope(kept[-2], kept[-1]) <= slope(kept[-1], candidate):
@@ -90,7 +90,7 @@ def hull(row: Sequence[Candidate]) -> list[Candidate]:
 
 
 def descend_hulls(fronts: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
-    """Takes the steepest steps of all layers' hulls while they fit; a layer whose step does not fit stays there."""
+    """Takes the steepest steps of all layers' hulls as long as they fit; a layer whose next step does not fit stops."""
     hulls = {name: hull(row) for name, row in fronts.items()}
     chosen = {name: row[0] for name, row in hulls.items()}
     left = budget - sum(candidate.bytes for candidate in chosen.values())
@@ -110,7 +110,7 @@ def descend_hulls(fronts: Mapping[str, Sequence[Candidate]], budget: int) -> dic
 
 
 def use_leftover(fronts: Mapping[str, Sequence[Candidate]], chosen: dict[str, Candidate], budget: int) -> None:
-    """Changes one layer, or trades between two, as long as that lowers the loss within the budget; changes `chosen`."""
+    """Changes one layer, or exchanges bytes between two, as long as that lowers the loss within the budget; edits `chosen`."""
     left = budget - sum(candidate.bytes for candidate in chosen.values())
     while True:
         best: tuple[float, tuple[tuple[str, Candidate], ...]] = (0.0, ())
@@ -120,7 +120,7 @@ def use_leftover(fronts: Mapping[str, Sequence[Candidate]], chosen: dict[str, Ca
             for new in row
             if new is not chosen[name]
         ]
-        # For a move that does not fit by itself, the cheapest loss at which another layer gives the bytes.
+        # For a move that does not fit: the other layers' moves that free bytes, the cheapest in loss first.
         gives = sorted((move for move in moves if move[2] < 0), key=lambda move: -move[3])
         for name, new, cost, gain in moves:
             if gain <= best[0]:

@@ -1,7 +1,7 @@
-"""A plan for a file of a given size: the survey's candidates, chosen so that the whole file fits.
+"""A plan for a file of a given size: candidates chosen so that the whole file fits.
 
-The header's length depends on the plan, so each candidate is charged for what it adds there (estimated), and what the
-estimate is off by is corrected in a search over the bytes that the layers may take.
+The length of the header depends on the plan. So every candidate is charged an estimate of what it adds there, and a search
+over the bytes that the layers may take corrects the error of the estimates.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from mpo_exporter.measure.survey import stored_bytes
 from mpo_exporter.plan.allocate import choose, front
-from mpo_exporter.quantize.rounding import fitting_group
-from mpo_exporter.terms import Candidate
+from mpo_exporter.terms import Candidate, fitting_group, stored_bytes
 from mpo_formats import LinearSpec, ModelSpec, PlanError, container
 from mpo_formats.codec import to_json
 from mpo_formats.layout import DIGEST_SIZE, PADDING, file_tensors, linear_tensors
@@ -20,16 +18,17 @@ from mpo_formats.spec import GROUPS
 from mpo_formats.writer import spec_metadata
 
 Candidates = Mapping[str, Sequence[Candidate]]
-# Bits of the whole file per weight where the user names no target.
+# Bits of the whole file per weight if the user names no target.
 DEFAULT_BITS = 4.25
-# A model is small where its header, tokenizer and certificate take more than this share of the default target.
+# A model counts as small if its header, tokenizer and certificate take more than this share of the default target.
 SMALL_SHARE = 1 / 4
-# No layer gets less than this share of the average bits: predicted losses are least to be trusted there (METHOD.md).
+# No layer gets less than this share of the average bits: predicted losses are least reliable there (docs/method.md, Allocation).
 FLOOR = 1 / 2
+# Plans that are tried at most.
 ATTEMPTS = 40
-# A plan that leaves less than this share of the target unused is not improved any more.
+# A plan that leaves less than this share of the target unused is good enough.
 SLACK = 1 / 2000
-# What an allocation is tried with on top of the bytes that the charge allows it.
+# Bytes that are tried on top of those that the charges allow, since charges are estimates.
 MARGINS = (64, 192, 448)
 # Bytes of one tensor's entry in the header besides its name and shape, and the precision of a target for `--max-kl`.
 ENTRY = 60
@@ -37,16 +36,16 @@ PRECISION = 1 / 500
 
 
 def file_bytes(spec: ModelSpec) -> int:
-    """Bytes of the whole file that a spec demands: header, tensors, padding, certificate and checksums."""
+    """Bytes of the whole file of a spec: header, tensors, padding, certificate and checksums."""
     tensors = file_tensors(spec)
     return len(container.write_header(spec_metadata(spec), tensors)) + sum(tensor.size for tensor in tensors)
 
 
 def default_bytes(spec: ModelSpec) -> int:
-    """The target where the user names none: 4.25 bits of the whole file per weight of the model.
+    """The target if the user names none: 4.25 bits of the whole file per weight of the model.
 
-    In a model so small that header, tokenizer, norms and certificate take more than a quarter of that, they come on top.
-    Layers whose rows no group divides stay dense, and count as what they take then.
+    If header, tokenizer, norms and certificate take more than a quarter of that, they are added on top. Layers whose rows
+    no group divides stay dense, and count with their dense size.
     """
     wanted = int(DEFAULT_BITS * spec.architecture.parameters() / 8)
     for linear in spec.linears:
@@ -58,17 +57,17 @@ def default_bytes(spec: ModelSpec) -> int:
 
 
 def least_bytes(spec: ModelSpec, candidates: Candidates) -> int:
-    """The size of the smallest file that the candidates make."""
+    """The size of the smallest file that can be made of the candidates."""
     return file_bytes(
         with_choice(spec, {name: min(row, key=lambda one: one.bytes) for name, row in candidates.items()})
     )
 
 
 def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int) -> tuple[LinearSpec, ...]:
-    """The layers of a file of at most `target_bytes`, its header and embedded files included, and hardly less.
+    """The layers of a file of at most `target_bytes`, header and embedded files included, and hardly less.
 
     Args:
-        spec: of the file, with any terms.
+        spec: of the file to write, with any terms.
 
     Raises:
         PlanError: when even the smallest candidates make a larger file.
@@ -95,7 +94,7 @@ def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int)
         left = target_bytes - size
         if left < 0:
             high = budget
-            if planned == before:  # coarse choices: less is planned only where this plan no longer fits
+            if planned == before:  # choices are coarse: go below the charges of this plan to get another one
                 high = budget = min(budget, charged_bytes(planned, charged))
             before = planned
         else:
@@ -104,21 +103,21 @@ def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int)
         if 0 <= left <= SLACK * target_bytes or high - low < ENTRY:
             break
         budget = budget + left if low < budget + left < high else (low + high) // 2
-    # The charge is off by some bytes: a plan that would just not fit by it may fit, and lose less.
+    # Charges are off by some bytes: a plan that just does not fit by them may still fit the file, and lose less.
     tries = [planned_within(low + extra) for extra in MARGINS]
     fitting = [best, *(planned for planned, size in tries if most <= size <= target_bytes)]
     return min(fitting, key=lambda planned: expected_loss(planned.linears, candidates) or 0.0).linears
 
 
 def charged_bytes(planned: ModelSpec, charged: Candidates) -> int:
-    """The bytes that a plan's layers are charged."""
+    """The charged bytes of a plan's layers."""
     return sum(
         next(one.bytes for one in charged[linear.name] if one.terms == linear.terms) for linear in planned.linears
     )
 
 
 def charge(linear: LinearSpec, candidate: Candidate) -> Candidate:
-    """A candidate whose bytes include what it is expected to add to the header and the checksums."""
+    """The candidate with the bytes that it is expected to add to header and checksums counted in."""
     built = replace(linear, terms=candidate.terms)
     entries = 0
     for tensor in linear_tensors(built):
@@ -128,9 +127,9 @@ def charge(linear: LinearSpec, candidate: Candidate) -> Candidate:
 
 
 def floored(candidates: Candidates, weights: Mapping[str, int], budget: int) -> Candidates:
-    """The candidates that give a layer at least half of the bits that all would get if they were shared evenly.
+    """The candidates that give a layer at least half of the average bits per weight; if there is none, the layer's largest.
 
-    Where that leaves none, the layer's largest; where these do not fit into the budget, all candidates as they are.
+    If the smallest of these exceed the budget, all candidates unchanged.
     """
     share = FLOOR * budget / sum(weights.values())
     kept = {
@@ -141,10 +140,10 @@ def floored(candidates: Candidates, weights: Mapping[str, int], budget: int) -> 
 
 
 def layers_within_loss(spec: ModelSpec, candidates: Candidates, most: float) -> tuple[LinearSpec, ...]:
-    """The layers of the smallest file whose expected loss is at most `most` nats a token, within 0.2 % of its bytes.
+    """The layers of the smallest file with an expected loss of at most `most` nats per token, to 0.2 % of its bytes.
 
     Raises:
-        PlanError: where no plan's loss is as small.
+        PlanError: if no plan reaches that loss.
     """
     largest = {name: min(row, key=lambda one: (one.loss, one.bytes)) for name, row in candidates.items()}
     least = sum(one.loss for one in largest.values())
@@ -165,7 +164,7 @@ def layers_within_loss(spec: ModelSpec, candidates: Candidates, most: float) -> 
 
 
 def expected_loss(linears: Sequence[LinearSpec], candidates: Candidates) -> float | None:
-    """The summed loss of layers in nats a token, None where one of them is not among the candidates."""
+    """The summed loss of layers in nats per token, None if one of them is not among the candidates."""
     total = 0.0
     for linear in linears:
         found = [one.loss for one in candidates[linear.name] if one.terms == linear.terms]

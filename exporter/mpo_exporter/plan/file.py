@@ -1,4 +1,4 @@
-"""Plans in files, `--plan file:plan.json`: a named plan for most layers, and the user's own terms for some (docs/plans.md)."""
+"""Plan files, `--plan file:plan.json`: a named plan for most layers, and the user's own terms for some (docs/plans.md)."""
 
 from __future__ import annotations
 
@@ -6,66 +6,88 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
-from mpo_exporter.plan.named import PLANS, Options
-from mpo_exporter.quantize.rounding import fitting_group
-from mpo_exporter.terms import GROUP, operator
+from mpo_exporter.plan.named import AUTO, DENSE, PLANS
+from mpo_exporter.terms import GROUP, fitting_group, operator
 from mpo_formats import Dense, FormatError, LinearSpec, ModelSpec, Mpo, OutputError, PlanError, Quantized, Term
 from mpo_formats.codec import describe
 from mpo_formats.spec import require_choice
 from mpo_runtime.text.decode import decode_text
 
 VERSION = 1
-PREFIX = "file:"
+# The named plan of a file that names none, and that of a file that gives every layer.
+DEFAULT, SAVED = AUTO.name, DENSE.name
 PLAN_KEYS = ("version", "plan", "chi", "cores", "layers")
 LAYER_KEYS = ("layer", "match", "terms")
 SHAPES = ("low-rank", "balanced")
-# The keys of a term by its kind. A term with `chi` is a short form: its factors are worked out for the layer.
+# The keys of a term by its kind. A term with `chi` is a short form, whose factors follow from the layer's size.
 TERM_KEYS = {
     "dense": ("kind", "dtype"),
     "quantized": ("kind", "bits", "group", "zeros"),
     "mpo": ("kind", "out_dims", "in_dims", "bonds", "dtype", "group", "chi", "shape", "cores"),
 }
+# Bytes of a plan file at most.
 LARGEST = 64 << 20
 
 
-def read_plan(path: Path, source: ModelSpec, options: Options) -> Options:
-    """The options with what a plan file says: its named plan, and the terms of the layers that it gives.
+@dataclass(frozen=True, slots=True)
+class PlanFile:
+    """A plan file as it was read: the named plan for most layers, and entries with the terms of some.
 
     Args:
-        options: what else the user asked for; the file's χ and cores take the place of theirs.
+        chi, cores: in the place of the command line's; None where the file does not say.
+        rows: the entries, checked against a model by `terms`.
+    """
+
+    path: Path
+    plan: str
+    chi: int | None
+    cores: int | None
+    rows: tuple[Any, ...]
+
+    def terms(self, source: ModelSpec) -> dict[str, tuple[Term, ...]]:
+        """The terms of the layers that the file's entries name.
+
+        Raises:
+            PlanError: naming the file, the entry and what is wrong: an unknown or missing key, a layer that the model does
+                not have or that is given twice, or terms that the layer cannot have.
+        """
+        found: dict[str, tuple[Term, ...]] = {}
+        for index, row in enumerate(self.rows):
+            where = f"{self.path}: layers[{index}]"
+            for linear in named_layers(row, source, where):
+                if linear.name in found:
+                    raise PlanError(f"{where}: {linear.name} is given twice; keep one entry for each layer")
+                found[linear.name] = layer_terms(row, linear, where)
+        return found
+
+
+def read_plan(path: Path) -> PlanFile:
+    """Reads a plan file.
 
     Raises:
-        PlanError: naming the file and what is wrong: JSON with an unknown, missing or duplicate key, a layer that the model
-            does not have or that is given twice, or terms that the layer cannot have.
+        PlanError: naming the file and what is wrong: not JSON, or an unknown, missing or duplicate key.
     """
     plan = parse(path)
     check_keys(plan, PLAN_KEYS, str(path))
     if plan.get("version") != VERSION:
         raise PlanError(f"{path}: version: expected {VERSION}, found {describe(plan.get('version'))}")
-    name = plan.get("plan", "auto")
+    name = plan.get("plan", DEFAULT)
     if name not in PLANS:
         raise PlanError(f"{path}: plan: expected one of {', '.join(PLANS)}, found {describe(name)}")
-    chi, cores = (whole(plan.get(key, getattr(options, key)), f"{path}: {key}") for key in ("chi", "cores"))
+    chi, cores = (whole(plan[key], f"{path}: {key}") if key in plan else None for key in ("chi", "cores"))
     rows = plan.get("layers", [])
     if not isinstance(rows, list):
         raise PlanError(f"{path}: layers: expected a list of objects, found {describe(rows)}")
-    pinned: dict[str, tuple[Term, ...]] = {}
-    for index, row in enumerate(rows):
-        where = f"{path}: layers[{index}]"
-        for linear in named_layers(row, source, where):
-            if linear.name in pinned:
-                raise PlanError(f"{where}: {linear.name} is given twice; keep one entry for each layer")
-            pinned[linear.name] = layer_terms(row, linear, where)
-    return replace(options, plan=name, pinned=tuple(pinned.items()), file=path.name, chi=chi, cores=cores)
+    return PlanFile(path, name, chi, cores, tuple(rows))
 
 
 def parse(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; duplicate keys and constants that JSON does not have are refused."""
+    """The JSON object in a file; refuses duplicate keys, NaN and infinities."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
@@ -100,14 +122,14 @@ def check_keys(record: Mapping[str, Any], known: tuple[str, ...], where: str) ->
 
 
 def whole(value: Any, where: str) -> int:
-    """The value, an integer of at least 1."""
+    """The value; raises PlanError unless it is an integer of at least 1."""
     if type(value) is not int or value < 1:
         raise PlanError(f"{where}: expected an integer of at least 1, found {describe(value)}")
     return value
 
 
 def named_layers(row: Any, source: ModelSpec, where: str) -> list[LinearSpec]:
-    """The layers that an entry is about: one by its name, or all whose name a regular expression matches."""
+    """The layers of an entry: the one that it names, or all whose names its regular expression matches."""
     if not isinstance(row, dict):
         raise PlanError(f"{where}: expected an object with layer (or match) and terms, found {describe(row)}")
     check_keys(row, LAYER_KEYS, where)
@@ -129,10 +151,10 @@ def named_layers(row: Any, source: ModelSpec, where: str) -> list[LinearSpec]:
 
 
 def layer_terms(row: dict[str, Any], linear: LinearSpec, where: str) -> tuple[Term, ...]:
-    """The terms that an entry gives a layer.
+    """The terms that an entry gives to a layer.
 
     Raises:
-        PlanError: where the layer cannot have them.
+        PlanError: if the layer cannot have them.
     """
     terms = row.get("terms")
     if not isinstance(terms, list) or not terms:
@@ -145,7 +167,7 @@ def layer_terms(row: dict[str, Any], linear: LinearSpec, where: str) -> tuple[Te
 
 
 def one_term(term: Any, linear: LinearSpec, where: str) -> Term:
-    """One term, with what it leaves out worked out for the layer."""
+    """One term; keys that are left out get values that suit the layer."""
     kind = term.get("kind") if isinstance(term, dict) else None
     if not isinstance(kind, str) or kind not in TERM_KEYS:
         raise PlanError(f"{where}: kind: expected one of {', '.join(TERM_KEYS)}, found {describe(kind)}")
@@ -181,7 +203,7 @@ def short_operator(term: dict[str, Any], linear: LinearSpec, where: str) -> Mpo:
 
 
 def full_operator(term: dict[str, Any], where: str) -> Mpo:
-    """Cores given by all their sizes, as a file's header has them."""
+    """Cores given by all their sizes, as in the header of a `.mpo` file."""
     missing = [key for key in ("out_dims", "in_dims", "bonds", "dtype") if key not in term]
     if missing:
         raise PlanError(f"{where}: {missing[0]}: missing; give chi, or out_dims, in_dims, bonds and dtype")
@@ -190,22 +212,22 @@ def full_operator(term: dict[str, Any], where: str) -> Mpo:
 
 
 def sizes(value: Any, where: str) -> tuple[int, ...]:
-    """The value, a list of integers of at least 1, as a tuple."""
+    """The value as a tuple; raises PlanError unless it is a list of integers of at least 1."""
     if not isinstance(value, list):
         raise PlanError(f"{where}: expected a list of integers, found {describe(value)}")
     return tuple(whole(one, where) for one in value)
 
 
-def write_plan(path: Path, linears: tuple[LinearSpec, ...]) -> None:
+def write_plan(path: Path, linears: tuple[LinearSpec, ...], *, force: bool = False) -> None:
     """Writes the terms of every layer as a plan file, to be edited and read again.
 
     Raises:
-        OutputError: when it cannot be written, or exists.
+        OutputError: when it cannot be written, or exists and `force` is not given.
     """
     rows = [{"layer": linear.name, "terms": [asdict(term) for term in linear.terms]} for linear in linears]
-    text = json.dumps({"version": VERSION, "plan": "dense", "layers": rows}, indent=1)
+    text = json.dumps({"version": VERSION, "plan": SAVED, "layers": rows}, indent=1)
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text + "\n")
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); give another name with --save-plan") from None
+        raise OutputError(f"{path}: cannot write ({error.strerror}); give another name with --save-plan") from None

@@ -1,7 +1,7 @@
-"""What a plan is expected to give, before anything is fitted: bytes, memory, KL, speed and the time of the export.
+"""Predictions for a plan before anything is fitted: bytes, memory, KL, speed and the time of the export.
 
-Bytes are exact. The KL is the survey's expected loss, corrected by what earlier exports of the model measured; speed is
-from the latency table, memory and time from small pieces timed on this machine.
+Bytes are exact. The KL is the survey's expected loss, corrected by what earlier exports of the model measured. The speed
+comes from the latency table, memory and time from small pieces timed on this machine.
 """
 
 from __future__ import annotations
@@ -9,30 +9,34 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from mpo_exporter.measure.cache import Kept, Shelf
-from mpo_exporter.measure.expected import total_loss
-from mpo_exporter.measure.latency import keep_table, open_table
-from mpo_exporter.measure.timings import PASSES, base_memory, fit_seconds, keep_rates, open_rates, run_seconds
+from mpo_exporter.measure.cache import Cached, CacheFile
+from mpo_exporter.measure.latency import open_table, save_table
+from mpo_exporter.measure.timings import PASSES, base_memory, fit_seconds, open_rates, run_seconds, save_rates
 from mpo_exporter.plan.budget import file_bytes
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.planner import Planner
 from mpo_formats import Architecture, ModelSpec
 from mpo_runtime import native
 from mpo_runtime.engine import default_context
 
-# Losses add up while they are small; a sum above this is known to be too large by far and only says "very bad".
+# Losses of layers add up while they are small; a sum above this is far too large and only says "very bad".
 MOST_NATS = 1.0
-KV_BYTES = 4  # the cache's default type is f32
+# Bytes of an element of the KV cache, whose default type is f32.
+KV_BYTES = 4
+# Outcomes of exports of one model that are cached at most.
 MOST_OUTCOMES = 64
-# Turns in which the correction and the loss that it leads to settle.
-FIXED_POINT_TURNS = 4
+# Rounds in which the correction and the loss that it is looked up for settle.
+FIXED_POINT_ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What to expect of a plan; None where there is nothing measured to tell it from, and `reasons` says why.
+    """Predictions for a plan.
 
-    `memory_bytes` is the resident memory of a chat with a full context of `context` tokens; `kl` in nats a token.
+    Args:
+        memory_bytes: the resident memory of a chat with a full context of `context` tokens.
+        kl: in nats per token; None, like `tokens_per_second`, if it cannot be predicted.
+        reasons: sentences that say why a prediction is missing or not to be trusted.
     """
 
     file_bytes: int
@@ -48,10 +52,10 @@ def predict(planner: Planner, spec: ModelSpec, measured_tokens: int = 0) -> Pred
     """Predicts what exporting `spec` will give.
 
     Args:
-        measured_tokens: that the result is to be measured on.
+        measured_tokens: tokens that the file will be measured on.
     """
     reasons: list[str] = []
-    rates = open_rates(planner.tell)
+    rates = open_rates(planner.log)
     size, context = file_bytes(spec), default_context(spec.architecture, None)
     memory = size + cache_bytes(spec.architecture, context) + base_memory(rates)
     kl = predicted_kl(planner, spec, reasons)
@@ -62,7 +66,7 @@ def predict(planner: Planner, spec: ModelSpec, measured_tokens: int = 0) -> Pred
     if planner.walk is not None:
         seconds += run_seconds(parameters, planner.walk.windows.size, PASSES, rates)
     seconds += run_seconds(parameters, measured_tokens, 2, rates)
-    keep_rates(rates, planner.tell)
+    save_rates(rates, planner.log)
     return Prediction(size, memory, context, kl, speed, seconds, tuple(reasons))
 
 
@@ -73,11 +77,11 @@ def cache_bytes(architecture: Architecture, context: int) -> int:
 
 
 def predicted_kl(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float | None:
-    """Expected KL in nats a token; None, with the reason, where the plan is not fitted to what the survey measured."""
+    """The expected KL in nats per token; None, with a reason added, if the survey does not cover the plan."""
     if planner.walk is None:
         reasons.append("KL: not predicted for a plan that is fitted to the weights alone; give --calib")
         return None
-    expected = total_loss(planner.survey(), spec.linears)
+    expected = planner.survey().total_loss(spec.linears)
     if expected is None:
         reasons.append("KL: not predicted: the plan has sums of terms that the survey did not measure")
         return None
@@ -89,55 +93,56 @@ def predicted_kl(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float
 
 
 def predicted_speed(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float | None:
-    """Decoded tokens a second in one conversation, with the kernels and threads at hand."""
+    """Decoded tokens per second in one conversation, with the kernels and threads of this process."""
     if not native.available():
         reasons.append("tokens/s: not predicted: there are no native kernels here")
         return None
-    table = open_table(spec, progress=planner.progress, tell=planner.tell)
+    table = open_table(spec, progress=planner.progress, log=planner.log)
     seconds = table.token(spec)
-    keep_table(table, planner.tell)
+    save_table(table, planner.log)
     return 1 / seconds
 
 
-def outcomes_shelf(planner: Planner) -> Shelf | None:
-    """Where the measured KL of earlier exports of this model is kept; None without calibration text."""
+def outcomes_file(planner: Planner) -> CacheFile | None:
+    """The cache file of the KL that earlier exports of this model had; None without calibration text."""
     if planner.text is None or planner.walk is None:
         return None
     key = {"version": 1, "windows": list(planner.walk.windows.shape)}
     parts = (planner.source.sha256(), planner.text.sha256)
-    return Shelf("outcomes", planner.source.folder.resolve().name, parts, key)
+    return CacheFile("outcomes", planner.source.folder.resolve().name, parts, key)
 
 
 def correction(planner: Planner, expected: float) -> float:
-    """Measured over expected KL of the earlier export whose expected KL is nearest; 1 where there was none."""
-    shelf = outcomes_shelf(planner)
-    kept = shelf.read() if shelf else None
-    pairs = [] if kept is None else [(one, kl) for one, kl in kept.content if one > 0 and kl > 0]
+    """The measured over the expected KL of the earlier export whose expected KL is nearest; 1 if there was none."""
+    file = outcomes_file(planner)
+    cached = file.read() if file else None
+    pairs = [] if cached is None else [(one, kl) for one, kl in cached.content if one > 0 and kl > 0]
     if not pairs or expected <= 0:
         return 1.0
     nearest = min(pairs, key=lambda pair: abs(math.log(pair[0] / expected)))
     return float(nearest[1] / nearest[0])
 
 
-def remember(planner: Planner, spec: ModelSpec, kl: float) -> None:
-    """Keeps what an export measured beside what the survey expected of it, for later predictions."""
-    shelf = outcomes_shelf(planner)
-    if shelf is None or planner.surveyed is None:
+def record_outcome(planner: Planner, spec: ModelSpec, kl: float) -> None:
+    """Caches the KL that an export measured beside the expected one, for later predictions."""
+    file = outcomes_file(planner)
+    if file is None or planner.surveyed is None:
         return
-    expected = total_loss(planner.surveyed, spec.linears)
+    expected = planner.surveyed.total_loss(spec.linears)
     if not expected or not kl > 0 or expected > MOST_NATS:
         return
-    kept = shelf.read()
-    rows = [] if kept is None else kept.content
-    shelf.write(Kept([*rows, [expected, kl]][-MOST_OUTCOMES:]))
+    cached = file.read()
+    rows = [] if cached is None else cached.content
+    file.write(Cached([*rows, [expected, kl]][-MOST_OUTCOMES:]))
 
 
 def within_kl(planner: Planner, options: Options) -> Options:
-    """The options with `max_kl` in the survey's terms: what the correction makes of the survey's loss is to stay below."""
-    if options.max_kl is None:
+    """The options with the target KL divided by the correction, so that it bounds the survey's expected loss."""
+    wanted = options.target.max_kl
+    if wanted is None:
         return options
-    # What earlier exports near the planned loss, not near the measured one, were off by.
-    factor = correction(planner, options.max_kl)
-    for _ in range(FIXED_POINT_TURNS):
-        factor = max(factor, correction(planner, options.max_kl / factor))
-    return replace(options, max_kl=options.max_kl / factor)
+    # The correction is that of earlier exports near the planned loss, not near the measured one.
+    factor = correction(planner, wanted)
+    for _ in range(FIXED_POINT_ROUNDS):
+        factor = max(factor, correction(planner, wanted / factor))
+    return replace(options, target=Target(max_kl=wanted / factor))

@@ -1,1 +1,1 @@
-"""Quantising a matrix, one method a file."""
+"""Quantising a matrix: to nearest (rounding.py), or error-compensated (gptq.py) and improved by descent (descent.py)."""

@@ -1,7 +1,7 @@
-"""Descent on E = tr[(W − Ŵ) C (W − Ŵ)ᵀ] over codes, and over the scale and zero of each group, one after another.
+"""Coordinate descent on E = tr[(W − Ŵ) C (W − Ŵ)ᵀ] over the codes, and over the scale and zero of each group.
 
-The gradient (W − Ŵ) H is kept up to date along the way, block by block, so that a pass over a matrix [O, I] costs one product
-of O · I² multiply-adds.
+The gradient (W − Ŵ) H is updated block by block during the pass, so that a pass over a matrix [O, I] costs O · I²
+multiply-adds, as one product with H does.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from mpo_exporter.quantize.grid import Levels, encode, half, inverse
 # Columns between two updates of the whole gradient, and between two of the block's.
 BLOCK = 128
 INNER = 32
-# A group whose codes and ones are closer to parallel than this keeps its zero.
+# Scale and zero of a group cannot be separated when its codes are nearly equal: the vectors of codes and of ones are then
+# nearly parallel, by this measure, and the zero stays.
 PARALLEL = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The Hessian H [I, I] of the error of every row, the group size and the codes."""
+    """The Hessian H [I, I] of the error of every row, the group size, and the range of the codes."""
 
     hessian: Tensor
     group: int
@@ -74,13 +75,13 @@ def inner_blocks(block: slice, group: int) -> Iterator[slice]:
 
 
 def descend(problem: Problem, state: State, gradient: Tensor) -> State:
-    """One pass of coordinate descent; no row's E ever rises but for rounding.
+    """One pass of coordinate descent; apart from floating-point rounding, no row's E ever rises.
 
-    Group by group, scale (and zero) become the best for the codes, all other groups as they are, and then each code in turn
-    the best one with all others as they are.
+    Group by group, scale (and zero) are set to the best for the codes with all other groups fixed; then each code in turn is
+    set to the best one with everything else fixed.
 
     Args:
-        gradient: H (w − ŵ)ᵀ [I, R], changed in place to that of the result.
+        gradient: H (w − ŵ)ᵀ [I, R]; it is changed in place to the gradient of the result.
     """
     hessian, group = problem.hessian, problem.group
     found = State(state.codes.clone(), state.scale.clone(), state.zero.clone())
@@ -101,7 +102,7 @@ def descend(problem: Problem, state: State, gradient: Tensor) -> State:
 
 
 def _refit(problem: Problem, state: State, at: int, local: Tensor, inner: Tensor, start: int) -> None:
-    """Sets scale and zero of group `at` by least squares given its codes, for the rows where E is lower once they are rounded."""
+    """Sets scale and zero of group `at` by least squares given its codes, in the rows where that lowers E after rounding."""
     group, levels = problem.group, problem.levels
     inside = slice(at * group - start, (at + 1) * group - start)
     codes, scale, zero = state.codes[at * group : (at + 1) * group], state.scale[at], state.zero[at]
@@ -129,7 +130,7 @@ def _refit(problem: Problem, state: State, at: int, local: Tensor, inner: Tensor
 
 
 def _recode(problem: Problem, state: State, columns: slice, local: Tensor, inner: Tensor, start: int) -> None:
-    """Sets the codes of some columns of one group, one after another, and brings the block's gradient up to date."""
+    """Sets the codes of some columns of one group, one after another, and updates the block's gradient."""
     levels, at = problem.levels, columns.start // problem.group
     scale, zero = state.scale[at], state.zero[at]
     inverse_scale = inverse(scale)

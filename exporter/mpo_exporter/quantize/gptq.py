@@ -1,8 +1,8 @@
 """Error-compensated rounding (GPTQ: Frantar et al. 2023, arXiv 2210.17323), then descent on the same error.
 
-The error is E = tr[(W − Ŵ) C (W − Ŵ)ᵀ] with the second moment C of the inputs. Columns are rounded one after another,
-and what rounding one loses is made up for by the later ones; afterwards codes, and scales given the codes, are
-improved in turns as long as that lowers E (`descent.py`). Rows do not depend on each other.
+The error is E = tr[(W − Ŵ) C (W − Ŵ)ᵀ] with the second moment C of the inputs. Columns are rounded one after another, and
+the later columns are adjusted to compensate the rounding error of the earlier ones. Then scales and codes are improved in
+turns as long as that lowers E (descent.py). Rows do not depend on each other.
 """
 
 from __future__ import annotations
@@ -16,47 +16,41 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.fit.common import require_finite
+from mpo_exporter.calibrate.hessian import DAMPING, Hessian
+from mpo_exporter.calibrate.moments import Moment, require_finite
 from mpo_exporter.quantize.descent import Problem, State, blocks, descend, gradient_of, inner_blocks
 from mpo_exporter.quantize.grid import Levels, encode, inverse, search
-from mpo_exporter.quantize.hessian import DAMPING, Hessian, hessian_of
 from mpo_exporter.quantize.rounding import Integers
 from mpo_formats import ConfigError
 
 Matrix = NDArray[np.float64]
-Single = NDArray[np.float32] | NDArray[np.float64]
 Vector = NDArray[np.float64]
 
-# Rows worked on at once, for the caches' sake.
+# Rows that are rounded at once: their arrays should stay in the CPU's caches.
 ROWS = 2048
-# Turns of descent over scales and codes, at most; they end when one lowers E by less than this share.
+# The most passes of descent over scales and codes.
 TURNS = 5
+# Descent ends when a pass lowers E by less than this share.
 TOLERANCE = 0.01
 
 
-def target(
-    matrix: Matrix,
-    moment: Matrix,
-    cross: Single | None,
-    drift: Single | None = None,
-    damping: float = DAMPING,
-    group: int = 1,
-) -> Matrix:
+def target(matrix: Matrix, moment: Moment, damping: float = DAMPING, group: int = 1) -> Matrix:
     """The matrix to fit: W, or (W E[x x̂ᵀ] + D) C⁻¹ where the inputs x̂ differ from the dense model's x.
 
-    That is the least-squares map from x̂ to W x, so errors of earlier layers are made up for as far as a linear map can, and
+    That is the least-squares map from x̂ to W x. It compensates the errors of earlier layers as far as a linear map can, and
     with D = E[(h − ĥ) x̂ᵀ] / m (`Moment.drift`) also the error of the residual stream that the output is added to.
 
     Args:
-        group: that the result is rounded in afterwards: the Hessian is then the same one.
+        group: the group in which the result is quantised afterwards, so that the same Hessian serves for both.
     """
-    if cross is None:
+    if moment.cross is None:
         return matrix
     # W (cross + load) + D = (W + Δ) (C + load): only the change Δ is solved for, so single precision is enough.
-    known = hessian_of(moment, group, damping)
-    change = torch.from_numpy(matrix).float() @ torch.from_numpy(np.subtract(cross, moment, dtype=np.float32))
-    if drift is not None:
-        change += torch.from_numpy(drift).float()
+    known = moment.hessian(group, damping)
+    difference = np.subtract(moment.cross, moment.second, dtype=np.float32)
+    change = torch.from_numpy(matrix).float() @ torch.from_numpy(difference)
+    if moment.drift is not None:
+        change += torch.from_numpy(moment.drift).float()
     change = known.solve(change / (known.mean if known.mean > 0 else 1.0))
     result: Matrix = matrix + change.numpy()
     return result
@@ -73,7 +67,7 @@ class Grid:
 
 def compensated(
     matrix: Matrix,
-    moment: Matrix,
+    moment: Moment,
     bits: int,
     group: int,
     *,
@@ -84,15 +78,15 @@ def compensated(
     """Quantises W [O, I] for inputs of second moment C [I, I], in groups of `group` columns.
 
     Args:
-        zeros: stores a zero per group (asymmetric); else it is `implicit_zero(bits)`.
-        turns: of descent after the compensated rounding, at most; 0 is plain GPTQ.
+        zeros: stores a zero per group (asymmetric); else every zero is `implicit_zero(bits)`.
+        turns: the most passes of descent after the compensated rounding; 0 is plain GPTQ.
         damping: added to the diagonal of C, as a share of its mean.
 
     Raises:
         ConfigError: for values that are not finite or exceed half precision, or a group that does not divide a row.
     """
     check(matrix, moment, group)
-    hessian = hessian_of(moment, group, damping)
+    hessian = moment.hessian(group, damping)
     problem, order = Problem(hessian.matrix, group, Levels(bits, zeros)), hessian.order
     wanted = torch.from_numpy(matrix).float()
     parts = [
@@ -117,31 +111,31 @@ def compensated(
 
 
 def expected_residuals(
-    matrix: Matrix, moment: Matrix, grids: Sequence[Grid], group: int | None = None
+    matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None = None
 ) -> tuple[Iterator[Matrix], Vector]:
-    """What compensated rounding is expected to leave, without carrying it out, for several grids of one matrix.
+    """The error that compensated rounding is expected to leave on several grids, estimated without doing the rounding.
 
-    Rounding the columns in order leaves Σ_j r_j² d_j of each row, where r_j is the rounding error of the updated value and
-    d_j = R_jj², R the triangular root of the damped C. The updates hardly change the spread of the values, so r is taken as
-    the error of rounding W itself on its searched grids.
+    Rounding the columns in order leaves Σ_j r_j² d_j in each row, where r_j is the rounding error of the adjusted value and
+    d_j = R_jj², R the triangular root of the damped C. The adjustments hardly change the spread of the values, so r is
+    approximated by the error of rounding W itself on its searched grids.
 
     Args:
-        group: that orders the columns, the largest of the grids' if not given.
+        group: the group size that orders the columns; None for the largest of the grids.
 
     Returns:
-        The residuals r [O, I], one for each grid and made as they are asked for, and d [I].
+        The residuals r [O, I], one for each grid and computed when it is read, and d [I].
 
     Raises:
         ConfigError: as `compensated` does.
     """
     for grid in grids:
         check(matrix, moment, grid.group)
-    hessian = hessian_of(moment, group or max((grid.group for grid in grids), default=1))
+    hessian = moment.hessian(group or max((grid.group for grid in grids), default=1))
     weight = torch.empty_like(hessian.weight)
     weight[hessian.order] = hessian.weight
     values = torch.from_numpy(matrix.T.astype(np.float32))
     residuals = (_residual(values, weight, grid) for grid in grids)
-    return residuals, weight.double().numpy() * float(np.trace(moment)) / len(moment)
+    return residuals, weight.double().numpy() * float(np.trace(moment.second)) / len(moment.second)
 
 
 def _residual(values: Tensor, weight: Tensor, grid: Grid) -> Matrix:
@@ -155,16 +149,16 @@ def _residual(values: Tensor, weight: Tensor, grid: Grid) -> Matrix:
     return result
 
 
-def check(matrix: Matrix, moment: Matrix, group: int) -> None:
-    """Raises ConfigError for a matrix with values that are not finite, and where group, matrix and moment do not fit."""
+def check(matrix: Matrix, moment: Moment, group: int) -> None:
+    """Raises ConfigError for a value that is not finite, or sizes of group, matrix and moment that do not fit together."""
     require_finite(matrix, "matrix")
-    if matrix.shape[1] % group or moment.shape != (matrix.shape[1],) * 2:
-        shapes = f"group {group}, a matrix {list(matrix.shape)}, a second moment {list(moment.shape)}"
+    if matrix.shape[1] % group or moment.second.shape != (matrix.shape[1],) * 2:
+        shapes = f"group {group}, a matrix {list(matrix.shape)}, a second moment {list(moment.second.shape)}"
         raise ConfigError(f"quantise: {shapes} do not fit together")
 
 
 def _rows(problem: Problem, hessian: Hessian, wanted: Tensor, turns: int) -> State:
-    """Rounds wanted [I, R], both in processing order."""
+    """Rounds the values `wanted` [I, R], which are in processing order, as the result is."""
     state = sweep(problem, hessian, wanted)
     if not turns:
         return state
@@ -180,10 +174,10 @@ def _rows(problem: Problem, hessian: Hessian, wanted: Tensor, turns: int) -> Sta
 
 
 def sweep(problem: Problem, hessian: Hessian, wanted: Tensor) -> State:
-    """GPTQ's pass over the columns of wanted [I, R].
+    """GPTQ's pass over the columns of `wanted` [I, R].
 
     With H = R Rᵀ the error of the columns up to j is least, whatever the later ones become, when column j is rounded from
-    w_j + Σ_{i<j} (w_i − ŵ_i) R_ij / R_jj: the same as GPTQ's updates by the root of H⁻¹, without the inverse (Chee et al.
+    w_j + Σ_{i<j} (w_i − ŵ_i) R_ij / R_jj. This equals GPTQ's updates by the root of H⁻¹ and needs no inverse (Chee et al.
     2023, arXiv 2307.13304, theorem 6).
     """
     group, levels, feedback = problem.group, problem.levels, hessian.feedback

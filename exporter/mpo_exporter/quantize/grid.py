@@ -1,4 +1,4 @@
-"""The grid of a group, w = scale · (q − zero): searched for the values of the group, and rounded to half precision."""
+"""The grid of a group, w = scale · (q − zero): a search for the best scale and zero in half precision."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 from mpo_formats import ConfigError
 from mpo_formats.packing import implicit_zero
 
-# A group's range may shrink by this much where that lowers its weighted error: few bits clip more of a long tail.
+# Factors by which a group's range is scaled to find the lowest weighted error; with few bits, clipping outliers pays.
 SHRINK = torch.linspace(0.40, 1.05, 14)
-# Given codes, the best scale and zero follow in closed form; given those, codes may change: so many turns.
+# Turns of computing the best scale and zero for the codes, in closed form, and the best codes for these.
 TURNS = 2
+# The largest finite half-precision number.
 LARGEST = float(torch.finfo(torch.float16).max)
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The codes 0 … 2^bits − 1, and the zero where none is stored."""
+    """The range of the codes, 0 … 2^bits − 1, and whether each group stores its zero."""
 
     bits: int
     zeros: bool
@@ -31,29 +32,29 @@ class Levels:
 
     @property
     def middle(self) -> float:
-        """The zero of groups that store none."""
+        """The zero where none is stored."""
         return implicit_zero(self.bits)
 
 
 def half(values: Tensor) -> Tensor:
-    """The values as half precision stores them, in float32; too large ones at the edge of its range."""
+    """The values rounded to half precision, in float32; values outside its range are clipped to it."""
     return values.clamp(-LARGEST, LARGEST).half().float()
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """1 / scale, 0 where that is 0: such a group's codes are its zero."""
+    """1 / scale, and 0 where the scale is 0: all codes of such a group become its zero."""
     return torch.where(scale != 0, scale.reciprocal(), torch.zeros_like(scale))
 
 
 def encode(values: Tensor, inverse_scale: Tensor, zero: Tensor, levels: Levels) -> Tensor:
-    """The nearest codes of values [g, R] (or [R]) on grids of inverse scale and zero [R], as floats."""
+    """The nearest codes, as floats, of values [g, R] or [R] on grids given by inverse scale and zero [R]."""
     return torch.addcmul(zero, values, inverse_scale).round_().clamp_(0, levels.top)
 
 
 def search(values: Tensor, weight: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Finds scale [R] and zero [R] of a group of values [g, R] that leave the least Σ_j weight_j · (w_j − ŵ_j)².
+    """The scale [R] and zero [R] of a group of values [g, R] that leave the least Σ_j weight_j · (w_j − ŵ_j)².
 
-    Ranges shrunk by several factors are tried, the best of them polished by alternating codes and least squares.
+    Ranges scaled by several factors are tried, and the best of them is improved by alternating codes and least squares.
 
     Raises:
         ConfigError: when a value is too large for half-precision scales.
@@ -78,7 +79,7 @@ def _starts(values: Tensor, levels: Levels) -> list[tuple[Tensor, Tensor]]:
         steps = [half((high - low) * shrink / levels.top) for shrink in SHRINK]
         return [(step, levels.top / 2 - torch.where(step != 0, middle / step, middle * 0)) for step in steps]
     zero = torch.full_like(low, levels.middle)
-    extreme = torch.where(high > -low, -high, -low)  # the value of largest magnitude lies on code 0
+    extreme = torch.where(high > -low, -high, -low)  # code 0 stands for the value of largest magnitude
     return [(half(extreme * shrink / levels.middle), zero) for shrink in SHRINK]
 
 

@@ -1,4 +1,4 @@
-"""Round-to-nearest integers with a searched scale, group by group."""
+"""Rounding to nearest, group by group, with a searched scale."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from mpo_exporter.quantize.grid import Levels, encode, inverse, search
 from mpo_formats import ConfigError
 from mpo_formats.packing import implicit_zero, pack
-from mpo_formats.spec import GROUPS
 
 Matrix = NDArray[np.float64]
-# The extreme value of a group may be clipped by up to a quarter where that lowers the squared error.
+# Factors by which a group's range is scaled to find the lowest squared error: its extreme value may be clipped by a quarter.
 SHRINK = np.linspace(0.75, 1.05, 13)
 LARGEST_SCALE = float(np.finfo(np.float16).max)
 # Half precision stores scales in steps of 2^-24 at its lower end: smaller ones lose their digits, and at last all of them.
@@ -27,7 +26,7 @@ BLOCK = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Integers:
-    """A quantised matrix: codes [rows, columns], scales [rows, groups] and zeros, or None for `implicit_zero`."""
+    """A quantised matrix: codes [rows, columns], scales [rows, groups], and zeros [rows, groups] or None (`implicit_zero`)."""
 
     codes: NDArray[np.uint8]
     scale: NDArray[np.float16]
@@ -47,26 +46,17 @@ class Integers:
         return pack(self.codes, self.bits, self.group)
 
 
-def fitting_group(columns: int, wanted: int) -> int | None:
-    """The largest allowed group of at most `wanted` that divides a row, or None: such a row stays in bf16.
-
-    This is the rule for rows that the group does not divide: 172 = 4 · 43 is divided by no group, so its matrix is stored
-    dense.
-    """
-    return max((group for group in GROUPS if group <= wanted and columns % group == 0), default=None)
-
-
 def round_to_nearest(
     matrix: Matrix, bits: int, group: int, *, zeros: bool = False, weight: NDArray[np.float64] | None = None
 ) -> Integers:
-    """Quantises [rows, columns], every value to its nearest code: w ≈ scale · (q − zero).
+    """Quantises a matrix [rows, columns], every value to its nearest code: w ≈ scale · (q − zero).
 
-    Without stored zeros, each group's scale puts its value of largest magnitude on code 0, times the shrink factor that
-    leaves the smallest squared error.
+    Without stored zeros, the scale of a group is such that code 0 stands for the value of largest magnitude, times the
+    factor that leaves the smallest squared error.
 
     Args:
-        zeros: stores a zero per group, searched along with its scale.
-        weight: what a column's squared error counts [columns], such as the diagonal of its input's second moment.
+        zeros: stores a zero per group, searched together with its scale.
+        weight: of the squared error of each column [columns], such as the diagonal of the input's second moment.
 
     Raises:
         ConfigError: when the matrix has values that are not finite, or too large for half-precision scales.

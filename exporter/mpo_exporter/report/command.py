@@ -1,62 +1,97 @@
-"""What `mpo-export report` does: find the models and the texts, measure, write."""
+"""What `mpo-export report` does: finds the model and the texts, measures, writes both files, prints the table."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpo_exporter.calibrate.windows import COUNT
-from mpo_exporter.cli.export import calibration_for, held_out_text
-from mpo_exporter.plan.named import Options
+from mpo_exporter.plan.options import Options
 from mpo_exporter.report.facts import Report
-from mpo_exporter.report.folder import prepare
-from mpo_exporter.report.gather import Job
-from mpo_exporter.report.make import make_report
-from mpo_exporter.source import find_source
+from mpo_exporter.report.gather import gather
+from mpo_exporter.report.job import Job, prepare, write
+from mpo_exporter.report.page import page
+from mpo_exporter.report.terminal import print_whole
+from mpo_exporter.request import Machine, MeasureRequest, check_folder
+from mpo_exporter.source import Source, open_source
+from mpo_exporter.texts import calibration_for, held_out_text
 from mpo_formats import ConfigError
-from mpo_runtime.loading import check_device, set_threads
+from mpo_runtime.cli import console
 
 
-def run_report(
-    file: Path,
-    teacher: str,
-    out: Path,
-    force: bool,
-    text: Path | None,
-    measure_tokens: int | None,
-    calib: Path | None,
-    calib_windows: int | None,
-    without_cores: bool | None,
-    device: str,
-    threads: int | None,
-) -> Report:
-    """Makes the report of an existing file."""
-    check_device(device)
-    for name, value in (("--measure-tokens", measure_tokens), ("--calib-windows", calib_windows)):
-        if value is not None and value < 0:
-            raise ConfigError(f"{name} {value}: expected 0 or more")
-    set_threads(threads)
-    if not file.is_file():
-        raise ConfigError(f"{file}: no such file; give a .mpo file that mpo-export wrote")
-    source = find_source(teacher)
-    earlier = prepare(out, force)
-    held_out, reason = held_out_text(source.folder, text, measure_tokens)
-    windows = COUNT if calib_windows is None else calib_windows
-    calibration, _ = calibration_for(source.folder, Options(), "auto", calib, windows)
-    print(f"measuring {file} beside {source.name} into {out}", flush=True)
-    return make_report(
-        Job(
-            file=file,
-            teacher=source.folder,
-            name=file.stem,
-            folder=out,
+@dataclass(frozen=True, slots=True)
+class ReportCommand:
+    """One report, as `mpo-export report FILE` asks for it.
+
+    Args:
+        file: a `.mpo` file.
+        teacher: the dense model that it was made from, as `open_source` takes it.
+        out: the folder to write into.
+        force: write into a folder that has other contents.
+        calib: the calibration text; None: the built-in one.
+        calib_windows: windows of it on which layers are measured; None: as many as take about half a minute.
+        without_cores: make and measure a file of the same size without cores; None: where the model is small.
+
+    Raises:
+        ConfigError: for less than 0 windows.
+    """
+
+    file: Path
+    teacher: str
+    out: Path
+    force: bool = False
+    measure: MeasureRequest = field(default_factory=MeasureRequest)
+    calib: Path | None = None
+    calib_windows: int | None = None
+    without_cores: bool | None = None
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        if self.calib_windows is not None and self.calib_windows < 0:
+            raise ConfigError(f"--calib-windows {self.calib_windows}: expected 0 or more")
+
+
+def run_report(command: ReportCommand) -> Report:
+    """Makes the report of an existing file.
+
+    Raises:
+        MpoError: as `make_report` does.
+    """
+    command.machine.prepare()
+    if not command.file.is_file():
+        raise ConfigError(f"{command.file}: no such file; give a .mpo file that mpo-export wrote")
+    check_folder(command.out, "--out")
+    earlier = prepare(command.out, command.force)
+    windows = COUNT if command.calib_windows is None else command.calib_windows
+    with open_source(command.teacher) as source:
+        held_out, reason = held_out_text(source, command.measure.text, command.measure.tokens)
+        calibration, _ = calibration_for(source, Options(), command.calib, windows)
+        print(f"measuring {command.file} beside {source.name} into {command.out}", flush=True)
+        job = Job(
+            file=command.file,
+            name=command.file.stem,
+            folder=command.out,
             text=held_out,
             why_no_text=reason,
             calibration=calibration,
-            calib_windows=calib_windows,
+            calib_windows=command.calib_windows,
             fit_windows=windows,
-            device=device,
-            threads=threads,
-            without_cores=without_cores,
+            device=command.machine.device,
+            threads=command.machine.threads,
+            without_cores=command.without_cores,
             earlier=earlier,
         )
-    )
+        return make_report(source, job)
+
+
+def make_report(source: Source, job: Job) -> Report:
+    """Makes the report of a job: measures, writes the JSON and the page, prints the table.
+
+    Raises:
+        MpoError: as `gather` and `write` do.
+    """
+    with console.progress("report") as update:
+        report = gather(source, job, update)
+    write(job.folder, report, page(report))
+    print_whole(report, job.folder)
+    return report

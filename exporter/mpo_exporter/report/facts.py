@@ -1,17 +1,21 @@
-"""What a report knows: a tree of frozen dataclasses that is written as JSON and read back strictly (docs/report.md).
+"""The facts of a report: frozen dataclasses that are written as JSON and read back strictly (docs/report.md).
 
-Sizes are in bytes, times in seconds, losses and divergences in nats a token, shares between 0 and 1. A part that was not
-measured is None or empty, and `missing` says why, under the part's name.
+Sizes are in bytes, times in seconds, losses and KL divergences in nats per token, shares between 0 and 1. A part that was not
+measured is None or empty, and `missing` gives the reason under the part's name.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mpo_formats.codec import from_json
 from mpo_formats.errors import FormatError
+
+if TYPE_CHECKING:
+    from mpo_runtime.measure import Comparison
+    from mpo_runtime.text.token_text import TokenText
 
 FORMAT: Literal["mpo-report"] = "mpo-report"
 VERSION = 1
@@ -21,7 +25,7 @@ PointKind = Literal["dense", "this file", "prefix", "without cores", "earlier"]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The file that is reported on, where it came from, and the sizes of its architecture."""
+    """The file that the report is about, its origin, and the sizes of its architecture."""
 
     name: str
     file: str
@@ -42,7 +46,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Numbers and bytes before and after; dense bytes count two a weight, also where the source stores four."""
+    """Parameters and bytes before and after; `dense_bytes` count two bytes a weight, even if the source stores four."""
 
     dense_parameters: int
     parameters: int
@@ -55,7 +59,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Ratios:
-    """Compressed over dense: below 1 is smaller; of speed, above 1 is faster."""
+    """Ratios of compressed to dense: below 1 is smaller; for speed, above 1 is faster."""
 
     parameters: float
     bytes: float
@@ -81,10 +85,29 @@ class Measured:
     cosine: float
     mse: float
 
+    @classmethod
+    def of(cls, found: Comparison, text: TokenText) -> Measured:
+        """A comparison on `text`, as a report gives it."""
+        return cls(
+            text=text.name,
+            text_sha256=text.sha256,
+            tokens=int(text.ids.size),
+            window=found.model.window,
+            dense_perplexity=found.reference.perplexity,
+            dense_error=found.reference.error,
+            perplexity=found.model.perplexity,
+            error=found.model.error,
+            kl_mean=found.kl_mean,
+            kl_999=found.kl_999,
+            same_top1=found.same_top1,
+            cosine=found.cosine,
+            mse=found.mse,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens a second of decoding at batch 1, round by round, the two models in turns; medians over rounds."""
+    """Decoding speed in tokens per second at batch 1, for each round, in which the models take turns; and the medians."""
 
     dense: tuple[float, ...]
     compressed: tuple[float, ...]
@@ -97,7 +120,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The largest resident size of a process that loads a model and decodes some tokens; `base` is before loading."""
+    """The largest resident memory of a process that loads a model and decodes `tokens` tokens; `base`: before loading."""
 
     dense_peak: int
     peak: int
@@ -108,7 +131,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One term of a layer: bits of a stored number, the group that shares a scale (0: none), and of cores χ and shape."""
+    """One term of a layer: bits of a stored number, numbers that share a scale (0: none); for cores χ and their shape."""
 
     kind: str
     text: str
@@ -122,7 +145,13 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Singular values of the dense matrix at some ranks (from 1), over the largest; whitened: of W L with C = L Lᵀ."""
+    """Singular values of the dense matrix W, or of W L with C = L Lᵀ if `whitened`, relative to the largest.
+
+    Args:
+        ranks, values: some of the ranks, counted from 1, and the singular values there.
+        rank: the number of singular values.
+        rank_90: how many of the largest hold 90 % of the sum of squares.
+    """
 
     whitened: bool
     ranks: tuple[int, ...]
@@ -133,10 +162,10 @@ class Spectrum:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decision: what a matrix is stored as, what it takes, and its relative error ‖W − Ŵ‖ / ‖W‖ in `norm`.
+    """What a matrix is stored as, its size, and its relative error ‖W − Ŵ‖ / ‖W‖ in the norm `norm`.
 
-    `activations`: √tr(R C Rᵀ) with C of the report's own calibration; `fit`: with the moment that the export fitted it to;
-    `weights`: the Frobenius norm.
+    The norm `activations` is √tr(R C Rᵀ) with the second moment C that the report measured; `fit` is the same with the
+    moment that the export fitted the layer to; `weights` is the Frobenius norm.
     """
 
     name: str
@@ -154,7 +183,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """The text on which errors and spectra of the layers were measured, on the dense upstream."""
+    """The text on which errors and spectra of the layers were measured, with the inputs that the dense model gives."""
 
     text: str
     text_sha256: str
@@ -164,7 +193,7 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class WithoutCores:
-    """The same model in as many bytes without any core, fitted and measured in the same way."""
+    """The same model in a file of the same size without cores, fitted and measured in the same way."""
 
     file_bytes: int
     perplexity: float
@@ -177,7 +206,7 @@ class WithoutCores:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A measured size: bytes of the file, or those that are read of a prefix, and quality on the same text."""
+    """A point of the plot of quality against bytes: of a file, or the bytes that are read of a file's prefix."""
 
     kind: PointKind
     label: str
@@ -188,7 +217,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What the survey expects of an allocation of integers in so many bytes: loss above the dense model's."""
+    """The loss above the dense model's that the survey expects of the best allocation of integers in `bytes` bytes."""
 
     bytes: int
     loss: float
@@ -196,7 +225,7 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An unedited continuation; `repeated` is the share of its 4-grams of tokens that it had already said."""
+    """An unedited continuation; `repeated` is the share of its 4-grams of tokens that occurred in it before."""
 
     text: str
     tokens: int
@@ -207,7 +236,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A fixed prompt, as a chat turn or as plain text, and how both models go on."""
+    """A fixed prompt, as a chat turn or as plain text, and both models' continuations."""
 
     prompt: str
     chat: bool
@@ -217,7 +246,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Generated text; means and counts are over all prompts. A stop is early below `early_tokens` tokens."""
+    """Generated text; means and counts are over all prompts. An end before `early_tokens` tokens counts as early."""
 
     temperature: float
     seed: int
@@ -232,7 +261,7 @@ class Texts:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of the export: from when to when, and how many steps."""
+    """A stage of the export: when it started and ended, and the number of its steps."""
 
     name: str
     start: float
@@ -242,7 +271,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One layer's fit: when it was done, how long it took, and its relative error in the norm it was fitted in."""
+    """One layer's fit: when it ended, how long it took, and its relative error in the norm it was fitted in."""
 
     layer: str
     end: float
@@ -252,7 +281,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """How the export went, in the order of the work; times count from its start."""
+    """The stages of the export and the fits of its layers, in their order; times count from the start."""
 
     seconds: float
     stages: tuple[Stage, ...]
@@ -261,7 +290,7 @@ class Compression:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the figures of speed and memory were measured on."""
+    """The machine on which speed and memory were measured."""
 
     processor: str
     cores: int
@@ -272,7 +301,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a part of the report took."""
+    """How long a part of the report took."""
 
     part: str
     seconds: float
@@ -280,7 +309,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that was measured of one file. `core_layers` of `layers` have cores."""
+    """Everything that was measured of one file; `core_layers` is the number of layers with cores."""
 
     format: Literal["mpo-report"]
     version: int
@@ -311,10 +340,10 @@ class Report:
 
 
 def to_text(report: Report) -> str:
-    """A report as JSON: ASCII, indented, keys in the order of the classes."""
+    """A report as JSON: ASCII, indented, keys in the order of the dataclasses."""
     return json.dumps(asdict(report), indent=1, allow_nan=False) + "\n"
 
 
 def from_text(text: str | bytes, where: str = "report.json") -> Report:
-    """Reads a report back; raises FormatError naming the key that is wrong."""
+    """Reads a report from JSON; raises FormatError naming the key that is wrong."""
     return from_json(Report, text, where)

@@ -1,7 +1,8 @@
-"""Resident memory of a model, measured in a process of its own: `python -m mpo_exporter.report.footprint MODEL TOKENS`.
+"""Resident memory of a model, in a process of its own: `python -m mpo_exporter.report.footprint MODEL TOKENS THREADS`.
 
-The process prints one line of JSON: the largest resident size in bytes before the model was loaded, and after it has
-decoded some tokens. Mapped pages of the file count, as far as they were read.
+The process prints one line of JSON: the largest resident memory in bytes before the model is loaded, and after it has decoded
+some tokens. Pages of the mapped file count if they were read. At module level only light modules are imported, so that the
+first figure is small.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from pathlib import Path
 
 from mpo_runtime.memory import peak_memory
 
+# Seconds after which the process is stopped.
 LONGEST = 120.0
 STATUS = Path("/proc/self/status")
 
 
 def resident_peak() -> int:
-    """The largest resident size of this program so far, in bytes.
+    """The largest resident memory of this program so far, in bytes.
 
-    Linux keeps two: the one of `getrusage` outlives `exec` and would count the parent, so the other is read there.
+    On Linux it is read from /proc: the figure of `getrusage` survives `exec` and would include the parent process.
     """
     if STATUS.exists():
         rows = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
@@ -31,7 +33,7 @@ def resident_peak() -> int:
 
 
 def measure(model: str, tokens: int, threads: int | None) -> tuple[int, int]:
-    """Loads a model, decodes some tokens and returns the peaks before and after."""
+    """Loads a model and decodes some tokens; returns the largest resident memory before and after, in bytes."""
     from mpo_runtime.loading import load
     from mpo_runtime.sampler import SamplingOptions
 
@@ -44,7 +46,7 @@ def measure(model: str, tokens: int, threads: int | None) -> tuple[int, int]:
 
 
 def in_child(model: Path, tokens: int, threads: int | None) -> tuple[int, int] | str:
-    """The peaks before and after in a fresh process, or why there are none."""
+    """As `measure`, in a new process; or the reason why that failed."""
     command = [sys.executable, "-m", __name__, str(model), str(tokens), str(threads or 0)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:

@@ -1,7 +1,10 @@
-"""Measures everything that a report says of one file beside its dense model, within bounds of time."""
+"""Measures everything that a report says about a file and its dense model, within a bounded time."""
 
 from __future__ import annotations
 
+import os
+import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,98 +12,75 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mpo_exporter.calibrate.windows import COUNT
-from mpo_exporter.export import measure_file
-from mpo_exporter.measure.survey import Survey
+from mpo_exporter.calibrate.moments import Calibration
+from mpo_exporter.calibrate.windows import WINDOW, cut_calibration
+from mpo_exporter.certify import Certifier
+from mpo_exporter.export import ExportTask, Listener, export
+from mpo_exporter.measure.survey import Survey, survey
+from mpo_exporter.plan.budget import allocated_layers
+from mpo_exporter.plan.options import Options
 from mpo_exporter.progress import Progress, silent
-from mpo_exporter.report.alternative import affordable, predicted_curve, without_cores
 from mpo_exporter.report.facts import (
     FORMAT,
     VERSION,
     Calibrated,
-    Compression,
     Cost,
     Layer,
+    Machine,
     Measured,
     Memory,
     Point,
     Report,
     Speed,
+    Subject,
     Texts,
     WithoutCores,
 )
+from mpo_exporter.report.job import Job
 from mpo_exporter.report.layers import measured_layers
-from mpo_exporter.report.samples import write_texts
-from mpo_exporter.report.speed import decode_speed, memory_use
-from mpo_exporter.report.subject import (
+from mpo_exporter.report.runs import decode_speed, memory_use, write_texts
+from mpo_exporter.report.sizes import (
     dense_bytes,
-    machine_of,
-    measured,
+    earlier_points,
     points_of,
+    predicted_curve,
     ratios_of,
     sizes_of,
-    subject_of,
+    without_operators,
 )
-from mpo_formats import ConfigError, MpoFile
-from mpo_runtime.backends.reference import ReferenceOps
-from mpo_runtime.loading import load
+from mpo_exporter.source import Source
+from mpo_formats import ConfigError, ModelSpec, MpoFile
+from mpo_runtime import native
+from mpo_runtime.loading import choose_backend, load
 from mpo_runtime.measure import Comparison
 from mpo_runtime.memory import available_memory
 from mpo_runtime.model import Model
-from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
-from mpo_runtime.weights.checkpoint import Checkpoint
 
+# The context that both models run with, in tokens.
 CONTEXT = 512
-# A dense model above this share of the free memory would be read from disk again for every token.
+# A dense model larger than this share of the free memory is not run: it would be read from disk again for every token.
 MEMORY_SHARE = 0.8
+# A file without cores is fitted by default if the weights times the calibration tokens are at most this many.
+FIT_BUDGET = 5e11
+PROCESSORS = Path("/proc/cpuinfo")
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What to report on, and what is known already.
+def gather(source: Source, job: Job, progress: Progress = silent) -> Report:
+    """Measures a file and its dense model.
 
-    `folder` holds the report, and what is spilled while it is made. `text` is what quality is measured on, None for the
-    reason `why_no_text`. `calib_windows` of the calibration text measure the layers, as many as the budget allows where
-    None; `fit_windows` fit the same bytes without cores. `without_cores` says whether the same
-    bytes without cores are fitted, None for where it is affordable. What an export knows spares measuring it again:
-    `comparison`, `surveyed`, `compression`. `earlier` is the report that lay in the folder before.
-    """
-
-    file: Path
-    teacher: Path
-    name: str
-    folder: Path
-    text: TokenText | None
-    why_no_text: str = ""
-    calibration: TokenText | None = None
-    calib_windows: int | None = None
-    fit_windows: int = COUNT
-    device: str = "cpu"
-    threads: int | None = None
-    without_cores: bool | None = None
-    comparison: Comparison | None = None
-    surveyed: Survey | None = None
-    compression: Compression | None = None
-    earlier: Report | None = None
-
-
-def gather(job: Job, progress: Progress = silent) -> Report:
-    """Measures a file beside its dense model.
+    Args:
+        source: the dense model.
 
     Raises:
-        ConfigError: when the file was made from another model than the teacher.
-        MpoError: for a damaged file or teacher.
+        ConfigError: when the file was made from another model.
+        MpoError: for a damaged file or model.
     """
-    source = Checkpoint(job.teacher)
-    try:
-        with MpoFile(job.file) as file:
-            return Work(job, file, source, progress).report()
-    finally:
-        source.close()
+    with MpoFile(job.file) as file:
+        return Gatherer(source, job, file, progress).report()
 
 
-def require_same_model(file: MpoFile, source: Checkpoint) -> None:
+def require_same_model(file: MpoFile, source: Source) -> None:
     """Raises ConfigError unless the file was made from this dense model."""
     if file.spec.architecture != source.architecture:
         raise ConfigError(
@@ -108,7 +88,7 @@ def require_same_model(file: MpoFile, source: Checkpoint) -> None:
             "give the model that it was made from with --teacher"
         )
     known = file.spec.provenance.source_sha256
-    if known and known != source.sha256():
+    if known and known != source.weights.sha256():
         raise ConfigError(
             f"{file.name}: was made from {file.spec.provenance.source} with SHA-256 {known[:12]}…, "
             f"{source.folder.name} is another; give that one with --teacher"
@@ -116,19 +96,19 @@ def require_same_model(file: MpoFile, source: Checkpoint) -> None:
 
 
 @dataclass(slots=True)
-class Work:
-    """A report in the making: what parts took, and why parts are missing."""
+class Gatherer:
+    """A report in the making, with the time that its parts took and the reasons why parts are missing."""
 
+    source: Source
     job: Job
     file: MpoFile
-    source: Checkpoint
     progress: Progress
     costs: list[Cost] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Notes what a part took."""
+        """Records how long a part takes."""
         start = time.perf_counter()
         yield
         self.costs.append(Cost(part, time.perf_counter() - start))
@@ -139,7 +119,7 @@ class Work:
         require_same_model(self.file, self.source)
         sizes = sizes_of(spec, self.source.spec, self.file.size)
         found = self.quality()
-        quality = measured(found, job.text) if found and job.text else None
+        quality = Measured.of(found, job.text) if found and job.text else None
         speed, memory, texts = self.runs()
         layers, calibrated = self.layers()
         cored = sum(any(term.chi for term in layer.terms) for layer in layers)
@@ -149,7 +129,7 @@ class Work:
             earlier = earlier_points(job.earlier, quality, spec.provenance.source_sha256)
             points = points_of(spec, sizes, quality, self.file.certificates(), plain, earlier)
         if job.compression is None:
-            self.missing["compression"] = "this report was made for a file that existed; give --report to the export"
+            self.missing["compression"] = "the file was exported before; to record how, give --report to the export"
         return Report(
             format=FORMAT,
             version=VERSION,
@@ -174,18 +154,22 @@ class Work:
         )
 
     def quality(self) -> Comparison | None:
-        """The export's comparison, or a new one."""
+        """The comparison that the export made, or a new one; None where there is no text to measure on."""
         if self.job.comparison is not None:
             return self.job.comparison
         if self.job.text is None:
             self.missing["quality"] = self.job.why_no_text
             return None
         with self.timed("quality"):
-            dense = decoder_for(self.source.architecture, ReferenceOps(self.source, device=self.job.device))
-            return measure_file(self.job.file, None, dense, self.job.text, self.job.device, self.progress)
+            return self.compared(self.job.file, self.job.text)
+
+    def compared(self, path: Path, text: TokenText) -> Comparison:
+        """A file against the dense model on a text."""
+        certifier = Certifier(self.source.weights, text, device=self.job.device, progress=self.progress)
+        return certifier.compare(path)
 
     def runs(self) -> tuple[Speed | None, Memory | None, Texts | None]:
-        """Speed, memory and texts: what the two models do when they run."""
+        """Decoding speed, memory and generated texts of both models."""
         job = self.job
         context = min(CONTEXT, self.source.architecture.max_position_embeddings)
         fits = dense_bytes(self.source.spec, 4) <= MEMORY_SHARE * available_memory()
@@ -194,7 +178,7 @@ class Work:
         memory: Memory | str = why
         with ExitStack() as stack:
             compressed = stack.enter_context(self.load(job.file, context))
-            dense = stack.enter_context(self.load(job.teacher, context)) if fits else None
+            dense = stack.enter_context(self.load(self.source.folder, context)) if fits else None
             if dense:
                 with self.timed("speed"):
                     speed = decode_speed(dense, compressed, self.progress)
@@ -203,7 +187,7 @@ class Work:
                 texts = write_texts(dense, compressed, slowest, self.progress)
         if fits:
             with self.timed("memory"):
-                memory = memory_use(job.teacher, job.file, context, job.threads)
+                memory = memory_use(self.source.folder, job.file, context, job.threads)
         found = {"speed": speed, "memory": memory, "texts": texts}
         self.missing |= {part: reason for part, reason in found.items() if isinstance(reason, str)}
         return (
@@ -217,21 +201,17 @@ class Work:
         return load(path, device=self.job.device, threads=self.job.threads, context=context)
 
     def layers(self) -> tuple[tuple[Layer, ...], Calibrated | None]:
-        """Decisions, errors and spectra."""
-        job = self.job
-        steps = job.compression.steps if job.compression else ()
+        """Every layer with its error and spectrum, and the text on which these were measured."""
         with self.timed("layers"):
-            layers, calibrated, reason = measured_layers(
-                self.file, self.source, job.calibration, job.calib_windows, steps, job.folder, self.progress
-            )
+            layers, calibrated, reason = measured_layers(self.job, self.file, self.source.weights, self.progress)
         if reason:
             self.missing["calibrated"] = reason
         return layers, calibrated
 
     def without_cores(self, cored: int) -> WithoutCores | None:
-        """The same bytes without cores, or None with a reason."""
-        job = self.job
-        windows = job.fit_windows
+        """A file of the same size without cores, or None; `cored` is the number of layers with cores."""
+        job, spec = self.job, self.file.spec
+        work = spec.architecture.parameters() * job.fit_windows * WINDOW
         reason = ""
         if not cored:
             reason = "no layer has cores"
@@ -239,38 +219,89 @@ class Work:
             reason = f"quality was not measured: {job.why_no_text}"
         elif job.calibration is None:
             reason = "there is no calibration text to fit to"
-        elif job.without_cores is False or (job.without_cores is None and not affordable(self.file.spec, windows)):
+        elif job.without_cores is False or (job.without_cores is None and work > FIT_BUDGET):
             reason = "it takes another export; mpo-export report --without-cores measures it"
         if reason or job.text is None or job.calibration is None:
             self.missing["without_cores"] = reason
             return None
         with self.timed("without cores"):
-            return without_cores(
-                self.source,
-                self.file.spec,
-                self.file.size,
-                job.text,
-                job.calibration,
-                windows,
-                job.surveyed,
-                job.folder,
-                job.device,
-                self.progress,
+            return self.fitted_without_cores(job.text, job.calibration)
+
+    def fitted_without_cores(self, text: TokenText, calibration: TokenText) -> WithoutCores:
+        """Fits integers alone in at most as many bytes as the file has, and measures the result."""
+        job, source, start = self.job, self.source, time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="without-cores-", dir=job.folder) as work:
+            target = Path(work) / "without-cores.mpo"
+            surveyed = job.surveyed or self.new_survey(calibration, Path(work))
+            integers = {name: without_operators(row) for name, row in surveyed.candidates.items()}
+            task = ExportTask(
+                target=target,
+                options=Options("int4"),
+                calibration=calibration,
+                windows=job.fit_windows,
+                layers=allocated_layers(self.file.spec, integers, self.file.size),
+                surveyed=surveyed,
+                device=job.device,
             )
+            result = export(source, task, Listener(self.progress))
+            found = self.compared(target, text)
+        return WithoutCores(
+            file_bytes=result.file_bytes,
+            perplexity=found.model.perplexity,
+            error=found.model.error,
+            kl_mean=found.kl_mean,
+            kl_999=found.kl_999,
+            same_top1=found.same_top1,
+            seconds=time.perf_counter() - start,
+        )
+
+    def new_survey(self, calibration: TokenText, folder: Path) -> Survey:
+        """A survey of the dense model on the calibration text; activations are spilled to `folder`."""
+        weights = self.source.weights
+        windows = cut_calibration(calibration, weights.architecture, count=self.job.fit_windows)
+        return survey(weights, Calibration(weights, windows, folder), progress=self.progress)
 
 
-def earlier_points(earlier: Report | None, quality: Measured, source_sha256: str) -> list[Point]:
-    """The points of an earlier report that were measured on the same model and the same tokens."""
-    if earlier is None or earlier.quality is None or earlier.subject.source_sha256 != source_sha256:
-        return []
-    before = earlier.quality
-    if (before.text_sha256, before.tokens) != (quality.text_sha256, quality.tokens):
-        return []
-    kept = []
-    for point in earlier.points:
-        if point.kind == "this file":
-            bits = earlier.sizes.bits_per_weight
-            kept.append(Point("earlier", f"earlier, {bits:.2f} bits", point.bytes, point.kl_mean, point.perplexity))
-        elif point.kind in ("earlier", "without cores"):
-            kept.append(point)
-    return kept
+def subject_of(spec: ModelSpec, file: Path, name: str) -> Subject:
+    """A file's names, origin and architecture."""
+    model, origin = spec.architecture, spec.provenance
+    return Subject(
+        name=name,
+        file=file.name,
+        source=origin.source,
+        source_sha256=origin.source_sha256,
+        revision=origin.revision,
+        exporter=origin.exporter,
+        options=dict(origin.options),
+        model_type=model.model_type,
+        blocks=model.num_hidden_layers,
+        hidden=model.hidden_size,
+        inner=model.intermediate_size,
+        heads=model.num_attention_heads,
+        key_value_heads=model.num_key_value_heads,
+        vocabulary=model.vocab_size,
+        tied=model.tie_word_embeddings,
+    )
+
+
+def machine_of(device: str) -> Machine:
+    """This machine and the kernels in use."""
+    active = native.active()
+    threads = active.get("threads", "")
+    return Machine(
+        processor=processor_name(),
+        cores=os.cpu_count() or 1,
+        backend=choose_backend("auto", device),
+        kernels=active["native"],
+        threads=int(threads) if threads.isdigit() else 0,
+    )
+
+
+def processor_name() -> str:
+    """The processor's name, as the operating system reports it."""
+    if PROCESSORS.exists():
+        for line in PROCESSORS.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

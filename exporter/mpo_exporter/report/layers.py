@@ -1,7 +1,8 @@
-"""The decision for every layer, what it cost there, and the spectrum of what was decided on."""
+"""Every layer: what it is stored as, its error, and the spectrum of its dense matrix; and a recorder of how it was fitted."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,46 +12,43 @@ from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.moments import Calibration, dense_matrix
 from mpo_exporter.calibrate.windows import cut_calibration
-from mpo_exporter.measure.survey import stored_bytes
-from mpo_exporter.progress import Progress
-from mpo_exporter.report.facts import Calibrated, Layer, Norm, Spectrum, Step, Term
-from mpo_exporter.report.record import relative_error
+from mpo_exporter.export import Fitted
+from mpo_exporter.fit.common import activation_error
+from mpo_exporter.progress import Progress, silent
+from mpo_exporter.report.facts import Calibrated, Compression, Layer, Norm, Spectrum, Stage, Step, Term
+from mpo_exporter.report.job import Job
+from mpo_exporter.terms import stored_bytes
 from mpo_formats import Dense, LinearSpec, MpoFile, Quantized
 from mpo_formats import Term as StoredTerm
 from mpo_formats.layout import ELEMENTS, term_tensors
 from mpo_formats.reference import matrix as stored_matrix
 from mpo_runtime.cli.inspect import term_text
-from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import Weights
 
 Matrix = NDArray[np.float64]
-# Multiply-adds that measuring layers may take if the user says nothing: half a minute on a slow core.
+# Multiply-adds that moments and spectra of the layers may take by default: half a minute on a slow core.
 WALK_BUDGET = 4e11
 SPECTRA_BUDGET = 2e11
+# Windows of calibration text that layers are measured on by default. Fewer than the least give a poor moment.
 MOST_WINDOWS = 32
-# Less text gives a moment that says little.
 LEAST_WINDOWS = 8
+# The most ranks at which a spectrum is kept.
 SPECTRUM_POINTS = 48
-# Files above this are not even rebuilt for the plain error of their weights.
+# In larger models even the errors of the weights alone are not measured.
 MOST_WEIGHTS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A layer's relative error in a norm, and its spectrum where that was within the budget."""
+    """A layer's relative error in a norm, and its spectrum if the budget allowed it."""
 
     error: float
     norm: Norm
     spectrum: Spectrum | None
 
 
-def decisions(file: MpoFile) -> list[Layer]:
-    """What every layer of a file is stored as, nothing measured yet."""
-    return [decision(linear) for linear in file.spec.linears]
-
-
 def decision(linear: LinearSpec) -> Layer:
-    """What one layer is stored as."""
+    """What one layer is stored as, without the measured figures."""
     parts = linear.name.split(".")
     block = int(parts[2]) if len(parts) > 3 and parts[2].isdigit() else None
     size = stored_bytes(linear)
@@ -83,7 +81,7 @@ def term_facts(linear: LinearSpec, index: int, term: StoredTerm) -> Term:
 
 
 def affordable_windows(source: Weights, window: int, asked: int | None) -> int:
-    """Windows of calibration text that the budget allows, 0 where it is too small; as many as were asked for."""
+    """The number of windows to measure layers on: `asked`, or what the budget allows, 0 if that is too little."""
     if asked is not None:
         return asked
     left = WALK_BUDGET - sum(linear.out_features * linear.in_features**2 for linear in source.spec.linears)
@@ -92,7 +90,7 @@ def affordable_windows(source: Weights, window: int, asked: int | None) -> int:
 
 
 def with_spectra(source: Weights) -> set[str]:
-    """The layers whose spectra the budget allows: the first, middle and last block come first."""
+    """The layers whose spectra the budget allows; those of the first, middle and last block are preferred."""
     blocks = source.spec.architecture.num_hidden_layers
     favourites = {0, blocks // 2, blocks - 1}
 
@@ -112,7 +110,7 @@ def with_spectra(source: Weights) -> set[str]:
 
 
 def spectrum(matrix: Matrix, second: Matrix | None) -> Spectrum:
-    """Singular values of W L, where C = L Lᵀ is the moment of the input, or of W alone without one."""
+    """Singular values of W L, where `second` = L Lᵀ is the input's second moment, or of W alone without one."""
     weighted = matrix if second is None else matrix @ second
     rows, columns = matrix.shape
     if rows <= columns:
@@ -140,7 +138,10 @@ def spectrum(matrix: Matrix, second: Matrix | None) -> Spectrum:
 def calibrated_layers(
     file: MpoFile, source: Weights, windows: NDArray[np.int64], folder: Path, progress: Progress
 ) -> Iterator[tuple[str, Measurement]]:
-    """Measures layers on the dense upstream, block by block; of an untied embedding there is no activation to measure."""
+    """Measures layers for the inputs that they have in the dense model, block by block.
+
+    An untied embedding has no such input and is left out.
+    """
     chosen = with_spectra(source)
     done = 0
     for names, moment in Calibration(source, windows, folder).dense():
@@ -156,7 +157,7 @@ def calibrated_layers(
 def plain_layers(
     file: MpoFile, source: Weights, names: Sequence[str], progress: Progress
 ) -> Iterator[tuple[str, Measurement]]:
-    """Measures layers by their weights alone."""
+    """Measures layers without calibration text: the errors of their weights."""
     chosen = with_spectra(source)
     for done, name in enumerate(names, 1):
         matrix = dense_matrix(source, name)
@@ -166,45 +167,79 @@ def plain_layers(
 
 
 def measured_layers(
-    file: MpoFile,
-    source: Weights,
-    calibration: TokenText | None,
-    asked: int | None,
-    steps: Sequence[Step],
-    folder: Path,
-    progress: Progress,
+    job: Job, file: MpoFile, source: Weights, progress: Progress
 ) -> tuple[tuple[Layer, ...], Calibrated | None, str | None]:
-    """Every layer's decision with the best figure of its error that there is, and why there is none where there is none.
+    """Every layer, with the most telling error that can be had of it.
 
-    Args:
-        calibration: text for the activation norm; without it errors are those of the fits, or of the weights.
-        asked: windows of it; None for as many as the budget allows.
-        steps: the fits that an export noted.
-        folder: where activations are spilled for a while.
+    Errors are those for the inputs in the dense model where the job has calibration text and the budget allows it, then
+    those that the export recorded, then those of the weights.
+
+    Returns:
+        The layers; the calibration text they were measured on; the reason if there is none.
     """
     found: dict[str, Measurement] = {}
     calibrated, reason = None, None
     window = min(256, source.spec.architecture.max_position_embeddings)
-    count = affordable_windows(source, window, asked)
-    if calibration is None:
+    count = affordable_windows(source, window, job.calib_windows)
+    text = job.calibration
+    if text is None:
         reason = "no calibration text; give one with --calib"
     elif not count:
         reason = "the model is large for this machine; mpo-export report with --calib-windows measures it all the same"
     else:
-        windows = cut_calibration(calibration, source.spec.architecture, count=count)
-        found.update(calibrated_layers(file, source, windows, folder, progress))
-        calibrated = Calibrated(calibration.name, calibration.sha256, int(windows.shape[0]), int(windows.size))
-    for step in steps:
+        windows = cut_calibration(text, source.spec.architecture, count=count)
+        found.update(calibrated_layers(file, source, windows, job.folder, progress))
+        calibrated = Calibrated(text.name, text.sha256, int(windows.shape[0]), int(windows.size))
+    for step in job.compression.steps if job.compression else ():
         found.setdefault(step.layer, Measurement(step.error, "fit", None))
     rest = [linear.name for linear in file.spec.linears if linear.name not in found]
     if source.spec.architecture.parameters() <= MOST_WEIGHTS:
         found.update(plain_layers(file, source, rest, progress))
-    layers = [with_measurement(layer, found.get(layer.name)) for layer in decisions(file)]
+    layers = [with_measurement(decision(linear), found.get(linear.name)) for linear in file.spec.linears]
     return tuple(layers), calibrated, reason
 
 
 def with_measurement(layer: Layer, found: Measurement | None) -> Layer:
-    """A decision with what was measured of it."""
+    """A layer with what was measured of it, if anything."""
     if found is None:
         return layer
     return replace(layer, error=found.error, norm=found.norm, spectrum=found.spectrum)
+
+
+class Recorder:
+    """Records an export: its methods `progress` and `fitted` go into the export's Listener.
+
+    Args:
+        update: is called with all progress too.
+    """
+
+    def __init__(self, update: Progress = silent) -> None:
+        self.update = update
+        self.start = self.last = time.perf_counter()
+        self.stages: dict[str, tuple[float, float, int]] = {}
+        self.steps: list[Step] = []
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Records a step of a stage. A stage begins when the last step of any stage before it ended."""
+        now = time.perf_counter()
+        begun = self.stages[stage][0] if stage in self.stages else self.last - self.start
+        self.stages[stage] = (begun, now - self.start, done)
+        self.last = now
+        self.update(stage, done, total)
+
+    def fitted(self, fit: Fitted) -> None:
+        """Records one layer's fit."""
+        end = time.perf_counter() - self.start
+        second = None if fit.moment is None else fit.moment.second
+        self.steps.append(Step(fit.layer, end, fit.seconds, relative_error(fit.dense, fit.stored, second)))
+
+    def compression(self) -> Compression:
+        """What was recorded so far."""
+        stages = tuple(Stage(name, *times) for name, times in self.stages.items())
+        return Compression(self.last - self.start, stages, tuple(self.steps))
+
+
+def relative_error(matrix: Matrix, fitted: Matrix, second: Matrix | None) -> float:
+    """‖W − Ŵ‖ / ‖W‖ in the norm of a second moment, or the Frobenius norm without one; 0 where ‖W‖ is 0."""
+    whole = activation_error(matrix, second)
+    return activation_error(matrix - fitted, second) / whole if whole else 0.0

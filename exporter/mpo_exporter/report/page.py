@@ -1,17 +1,16 @@
-"""The page: one self-contained HTML document, no script, no external resource, light and dark, desktop and phone."""
+"""The page of a report: one HTML document without scripts or external resources, for light and dark, desktop and phone."""
 
 from __future__ import annotations
 
 import importlib.resources
 
 from mpo_exporter.report.facts import Prompt, Report, Sample
-from mpo_exporter.report.markup import Child, Markup, element, join
+from mpo_exporter.report.markup import Child, Markup, change, compact, element, join, percent, seconds, times
 from mpo_exporter.report.plots import kind_legend, progress_plots, quality_plot, spectra
 from mpo_exporter.report.tables import decision_table, heat_maps, layer_table, plain_table, quality_table, text_table
-from mpo_exporter.report.wording import change, compact, percent, seconds, times
 from mpo_runtime.cli.console import size_text
 
-# Nothing may be loaded and nothing may run, whatever a name or a generated text holds.
+# The browser may load nothing and run nothing, whatever a name or a generated text contains.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -37,7 +36,7 @@ def page(report: Report) -> str:
 
 
 def page_header(report: Report) -> Markup:
-    """Name, what it comes to, and the four ratios."""
+    """The file's name, the outcome in words, and the four ratios."""
     subject = report.subject
     shape = (
         f"{subject.model_type}, {subject.blocks} blocks, hidden {subject.hidden}, MLP {subject.inner}, "
@@ -66,20 +65,21 @@ def verdict(report: Report) -> str:
     """The outcome in two sentences."""
     sizes, found = report.sizes, report.quality
     first = (
-        f"{size_text(sizes.file_bytes)} in the place of {size_text(sizes.dense_bytes)}: {sizes.bits_per_weight:.2f} "
-        "bits for each weight of the dense model, embeddings and tokenizer included. "
+        f"This file takes {size_text(sizes.file_bytes)}, the dense model {size_text(sizes.dense_bytes)}: that is "
+        f"{sizes.bits_per_weight:.2f} bits for each weight of the dense model, embeddings and tokenizer included. "
     )
     if found is None:
         return first + "Quality was not measured: " + report.missing.get("quality", "") + "."
     return first + (
-        f"On held-out text perplexity goes from {found.dense_perplexity:.2f} to {found.perplexity:.2f} "
-        f"({change(found.perplexity, found.dense_perplexity)}), KL to the dense model is {compact(found.kl_mean)} nats a "
-        f"token, and the most likely token is the same {percent(found.same_top1)} of the time."
+        f"On held-out text the perplexity changes from {found.dense_perplexity:.2f} to {found.perplexity:.2f} "
+        f"({change(found.perplexity, found.dense_perplexity)}), the KL divergence from the dense model is "
+        f"{compact(found.kl_mean)} nats per token, and both models have the same most likely token in "
+        f"{percent(found.same_top1)} of all positions."
     )
 
 
 def cards(report: Report) -> Markup:
-    """Parameters, bytes, memory, speed: always together."""
+    """The four ratios, which are always shown together: parameters, bytes, memory, speed."""
     sizes, ratios, speed, memory = report.sizes, report.ratios, report.speed, report.memory
     measured = report.machine
     return element(
@@ -89,7 +89,7 @@ def cards(report: Report) -> Markup:
         card(
             "Peak memory",
             ratios.memory,
-            f"{size_text(memory.dense_peak)} → {size_text(memory.peak)}, of which {size_text(memory.base)} before loading"
+            f"{size_text(memory.dense_peak)} → {size_text(memory.peak)}, of which Python takes {size_text(memory.base)}"
             if memory
             else report.missing.get("memory", ""),
         ),
@@ -107,7 +107,7 @@ def cards(report: Report) -> Markup:
 
 
 def card(name: str, ratio: float | None, detail: str, *, warn: bool = False) -> Markup:
-    """One ratio, compressed over dense."""
+    """One ratio, compressed over dense, with its two figures."""
     if ratio is None:
         figure, meter = element("p", "not measured", class_="ratio none"), None
     else:
@@ -119,20 +119,22 @@ def card(name: str, ratio: float | None, detail: str, *, warn: bool = False) -> 
 
 
 def section(title: str, lead: Child, *content: Child) -> Markup:
-    """A section with its heading and what it is about."""
+    """A section with its heading and an introduction."""
     anchor = title.lower().replace(" ", "-")
     return element("section", element("h2", title), element("p", lead) if lead else None, *content, id=anchor)
 
 
 def quality_section(report: Report) -> Markup | None:
-    """The table of quality, and the plot against bytes."""
+    """The table of quality, and the plot of quality against bytes."""
     found = report.quality
     if found is None:
         return section("Quality", f"Not measured: {report.missing.get('quality', '')}.")
     lead = (
-        f"On the first {found.tokens:,} tokens of {found.text}, held-out text on which nothing was trained or "
-        f"calibrated, in windows of {found.window} tokens. The two perplexities share their text, so their difference "
-        "is far surer than either."
+        f"Measured on the first {found.tokens:,} tokens of {found.text}, held-out text on which nothing was trained or "
+        f"calibrated, in windows of {found.window} tokens. Perplexity says how well a model predicts the text (lower is "
+        "better). The KL divergence says how far this file's next-token probabilities are from the dense model's (0 if "
+        "they are equal). Both perplexities are measured on the same text, so their difference is much more certain than "
+        "their standard errors suggest."
     )
     return section(
         "Quality",
@@ -144,35 +146,41 @@ def quality_section(report: Report) -> Markup | None:
 
 
 def points_details(report: Report) -> Markup:
-    """The plotted points as text."""
+    """The points of the plot as text."""
     items = [
         element(
             "p", f"{point.label}: {point.bytes:,} bytes, KL {compact(point.kl_mean)}, perplexity {point.perplexity:.2f}"
         )
         for point in report.points
     ]
-    return element("details", element("summary", "The points in figures"), items)
+    return element("details", element("summary", "The points of the plot as text"), items)
 
 
 def cores_section(report: Report) -> Markup:
-    """How many layers got cores, and what the same bytes give without."""
+    """How many layers have cores, and what a file of the same size without cores would give."""
     count, layers = report.core_layers, len(report.layers)
     if not count:
         return section(
-            "Cores", f"No layer has tensor-network cores: all {layers} are stored as integers or floats alone."
+            "Cores", f"No layer has tensor-network cores: all {layers} are stored only as integers or floats."
         )
-    lead = f"{count} of {layers} layers have tensor-network cores."
+    lead = (
+        f"{count} of {layers} layers have tensor-network cores: small tensors whose product is the layer's matrix, or a "
+        "correction of it."
+    )
     plain, found = report.without_cores, report.quality
     if plain is None or found is None:
         reason = report.missing.get("without_cores", "quality was not measured")
-        return section("Cores", f"{lead} What the same bytes give without cores was not measured: {reason}.")
+        return section("Cores", f"{lead} A file of the same size without cores was not measured: {reason}.")
     better = plain.kl_mean < found.kl_mean
     outcome = (
-        "Cores do not pay here: the same bytes in integers alone are closer to the dense model."
+        "Cores do not pay here: a file of the same size with integers alone is closer to the dense model."
         if better
-        else "Cores pay here: the same bytes in integers alone are farther from the dense model."
+        else "Cores pay here: a file of the same size with integers alone is farther from the dense model."
     )
-    how = f"Fitted to the same kind of calibration text and measured on the same tokens, in {seconds(plain.seconds)}."
+    how = (
+        f"That file was fitted to the calibration text and measured on the same tokens as this one, in "
+        f"{seconds(plain.seconds)}."
+    )
     return section(
         "Cores",
         f"{lead} {outcome} {how}",
@@ -181,8 +189,11 @@ def cores_section(report: Report) -> Markup:
 
 
 def decision_section(report: Report) -> Markup:
-    """What every matrix is stored as."""
-    lead = "Bits per weight count scales, offsets and cores. " + error_words(report)
+    """What every matrix is stored as, and with what error."""
+    lead = (
+        "What each matrix is stored as. int4/32 means integers of 4 bits, of which 32 share a scale; χ is the bond "
+        "dimension of cores, their size. Bits per weight include scales, offsets and cores. "
+    ) + error_words(report)
     return section(
         "Decisions",
         lead,
@@ -193,43 +204,50 @@ def decision_section(report: Report) -> Markup:
 
 
 def error_words(report: Report) -> str:
-    """What the errors of layers mean in this report."""
+    """A sentence on what the layers' errors in this report are."""
     norms = {layer.norm for layer in report.layers if layer.norm}
     if not norms:
         return "The layers' errors were not measured: " + report.missing.get("calibrated", "") + "."
     if report.calibrated:
         return (
-            f"The error is that of a layer's output relative to the output itself, with the activations of the dense "
-            f"model on {report.calibrated.tokens:,} tokens of {report.calibrated.text}."
+            f"The error of a layer is the root mean square error of its output, relative to the output, for the inputs "
+            f"that it has in the dense model on {report.calibrated.tokens:,} tokens of {report.calibrated.text}."
         )
     if norms == {"fit"}:
-        return "The error is that of a layer's output in the norm that the layer was fitted in."
-    return "The error is that of the weights, relative to the weights: without calibration text nothing tells which matter."
+        return "The error of a layer is relative, in the norm in which the layer was fitted."
+    return (
+        "The error of a layer is that of its weights, relative to the weights: without calibration text it is not known "
+        "which weights matter more."
+    )
 
 
 def spectrum_section(report: Report) -> Markup:
-    """Singular values of the matrices."""
+    """The singular values of the matrices."""
     panels = spectra(report)
     if not panels:
-        return section("Spectra", "Not measured: the matrices are large for this machine.")
+        return section("Spectra", "Not measured: the matrices are too large for this machine.")
     spectrums = [layer.spectrum for layer in report.layers if layer.spectrum]
     whitened = any(spectrum.whitened for spectrum in spectrums)
     what = (
-        "Singular values of W L, where L Lᵀ is the second moment of the layer's input: what a rank can keep of the output."
+        "Singular values of W L, where W is the layer's matrix and L Lᵀ the second moment of its input. They say how much "
+        "of the layer's output a matrix of a given rank can reproduce."
         if whitened
-        else "Singular values of the weights."
+        else "Singular values of the layers' matrices."
     )
-    measured = f" Of {len(spectrums)} of {len(report.layers)} layers." if len(spectrums) < len(report.layers) else ""
+    measured = (
+        f" Measured for {len(spectrums)} of {len(report.layers)} layers." if len(spectrums) < len(report.layers) else ""
+    )
     lead = (
-        f"{what} Relative to the largest, both axes logarithmic, one line a block. The steeper a line falls, the "
-        f"cheaper cores are; beside each name, the rank that holds 90 % of the energy.{measured}"
+        f"{what} They are relative to the largest; both axes are logarithmic; each line is a block. The steeper a line "
+        f"falls, the smaller the cores that are needed. Beside each name: how many singular values hold 90 % of the "
+        f"energy (the sum of their squares).{measured}"
     )
     ramp = element("p", "first block", element("i"), "last block", class_="ramp depth bits")
     return section("Spectra", lead, ramp, element("div", panels, class_="panels"))
 
 
 def progress_section(report: Report) -> Markup:
-    """How the compression went."""
+    """The stages of the export, and the fit of each layer."""
     went = report.compression
     if went is None or not went.steps:
         return section(
@@ -260,8 +278,8 @@ def progress_section(report: Report) -> Markup:
         class_="legend",
     )
     lead = (
-        f"{seconds(went.seconds)} from the first step to the last. Each layer is fitted to what the compressed layers "
-        "before it make of the calibration text, and the error is in that norm."
+        f"{seconds(went.seconds)} from the first step to the last. Each layer is fitted to the inputs that it gets from the "
+        "compressed layers before it on the calibration text, and its error is measured for these inputs."
     )
     if report.calibrated is None:
         lead = f"{seconds(went.seconds)} from the first step to the last."
@@ -276,13 +294,13 @@ def progress_section(report: Report) -> Markup:
 
 
 def text_section(report: Report) -> Markup:
-    """Generated text, unedited."""
+    """What both models generated, unedited."""
     texts = report.texts
     if texts is None:
         return section("Generated text", f"Not measured: {report.missing.get('texts', '')}.")
     lead = (
-        f"Fixed prompts, at most {texts.limit} tokens, temperature {texts.temperature:g}, seed {texts.seed}; nothing was "
-        "chosen or edited. A high agreement of logits does not guarantee good text: read some."
+        f"Continuations of fixed prompts: at most {texts.limit} tokens, temperature {texts.temperature:g}, seed "
+        f"{texts.seed}; nothing was selected or edited. Close logits do not guarantee good text, so read some."
     )
     habits = element("div", element("div", text_table(texts)), class_="pair")
     return section("Generated text", lead, habits, [prompt_block(prompt) for prompt in texts.prompts])
@@ -305,17 +323,17 @@ def prompt_block(prompt: Prompt) -> Markup:
 
 
 def said(name: str, sample: Sample) -> Markup:
-    """One continuation."""
+    """One continuation and its figures."""
     words = sample.text.strip("\n")
     shown = element("pre", words) if words.strip() else element("pre", "(nothing)", class_="nothing")
-    how = "ended by itself" if sample.finish == "stop" else "cut at the limit"
+    how = "ended by the model" if sample.finish == "stop" else "cut at the limit"
     early = ", early" if sample.early else ""
     facts = f"{name} · {sample.tokens} tokens, {how}{early} · {percent(sample.repeated)} repeated"
     return element("div", shown, element("p", facts), class_="said")
 
 
 def details_section(report: Report) -> Markup:
-    """What is needed to measure it again."""
+    """Everything that is needed to repeat the measurements."""
     subject, machine = report.subject, report.machine
     rows = [
         ("Source", f"{subject.source}{' at ' + subject.revision if subject.revision else ''}"),
@@ -331,7 +349,7 @@ def details_section(report: Report) -> Markup:
             (
                 "Errors and spectra",
                 f"{found.windows} windows, {found.tokens:,} tokens of {found.text}, SHA-256 "
-                f"{found.text_sha256}; dense upstream",
+                f"{found.text_sha256}; layers' inputs as in the dense model",
             )
         )
     if report.speed:
@@ -339,8 +357,8 @@ def details_section(report: Report) -> Markup:
         rows.append(
             (
                 "Speed",
-                f"medians of {len(rounds.dense)} rounds of {rounds.tokens} tokens after a prompt of "
-                f"{rounds.prompt_tokens}, the two in turns; {spread(rounds.dense)} dense, "
+                f"medians of {len(rounds.dense)} rounds, in which both models take turns to decode {rounds.tokens} tokens "
+                f"after a prompt of {rounds.prompt_tokens}; {spread(rounds.dense)} dense, "
                 f"{spread(rounds.compressed)} this file",
             )
         )
@@ -348,8 +366,8 @@ def details_section(report: Report) -> Markup:
         rows.append(
             (
                 "Memory",
-                f"largest resident size of a process that loads a model and decodes {report.memory.tokens} "
-                "tokens, mapped pages of the file included",
+                f"largest resident memory of a process that loads a model and decodes {report.memory.tokens} "
+                "tokens, including the pages of the mapped file",
             )
         )
     rows.append(
@@ -366,5 +384,5 @@ def details_section(report: Report) -> Markup:
 
 
 def spread(rates: tuple[float, ...]) -> str:
-    """The slowest and the fastest round."""
+    """The range of the rounds' speeds."""
     return f"{min(rates):.1f} to {max(rates):.1f} tokens/s"

@@ -1,4 +1,4 @@
-"""The profile as two plots: a heat map by block and type, and the cost over depth."""
+"""The two plots of mpo-export profile (PNG): a heat map by block and type of matrix, and the cost by depth."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from mpo_exporter.measure.summary import TYPES, Profile
+from mpo_exporter.measure.profile import TYPES, Profile
 from mpo_formats import ConfigError, OutputError
 
 HEAT, DEPTH = "profile-heat.png", "profile-depth.png"
 
 
 def require_matplotlib() -> Any:
-    """matplotlib without a display; raises ConfigError, naming the extra, where it is not installed."""
+    """matplotlib.pyplot without a display; raises ConfigError, naming the extra, where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -26,7 +26,7 @@ def require_matplotlib() -> Any:
 
 
 def write_plots(profile: Profile, folder: Path) -> list[Path]:
-    """Writes both plots into a folder that exists; returns their paths.
+    """Writes both plots into an existing folder; returns their paths.
 
     Raises:
         ConfigError: where matplotlib is not installed.
@@ -47,14 +47,14 @@ def write_plots(profile: Profile, folder: Path) -> list[Path]:
 
 
 def heat_map(plots: Any, profile: Profile) -> Any:
-    """Cost for each million weights by block and type, for integers and for cores, on a logarithmic scale."""
+    """The cost per million weights by block and type of matrix, for integers and for cores, logarithmic."""
     blocks = 1 + max((one.block for one in profile.layers if one.block is not None), default=0)
     figure, axes = plots.subplots(1, 2, figsize=(11, 3 + 0.28 * blocks), sharey=True, layout="constrained")
     for axis, part in zip(axes, ("integers", "cores"), strict=True):
         grid = np.full((blocks, len(TYPES)), np.nan)
         for one in profile.layers:
             if one.block is not None:
-                grid[one.block, TYPES.index(one.kind)] = one.dearness(part)
+                grid[one.block, TYPES.index(one.kind)] = one.loss_per_million(part)
         shown = axis.imshow(np.log10(np.maximum(grid, 1e-12)), aspect="auto", cmap="viridis")
         axis.set_xticks(range(len(TYPES)), [kind.split(".")[1].removesuffix("_proj") for kind in TYPES], rotation=45)
         axis.set_yticks(range(blocks))
@@ -66,7 +66,7 @@ def heat_map(plots: Any, profile: Profile) -> Any:
 
 
 def depth_lines(plots: Any, profile: Profile) -> Any:
-    """Cost over depth: all matrices of a block together, attention and MLP."""
+    """The cost of each block: all its attention and MLP matrices together."""
     figure, axis = plots.subplots(figsize=(8, 4.5))
     groups = profile.by_block()
     places = range(len(groups))
@@ -76,7 +76,7 @@ def depth_lines(plots: Any, profile: Profile) -> Any:
     axis.set_yscale("log")
     axis.set_xticks(places)
     axis.set_xlabel("block")
-    axis.set_ylabel("nats a token per million weights")
+    axis.set_ylabel("nats per token and million weights")
     axis.set_title(f"{profile.model}: cost over depth ({profile.level})")
     axis.grid(alpha=0.3)
     axis.legend()

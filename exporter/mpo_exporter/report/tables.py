@@ -1,20 +1,26 @@
-"""The tables of the page: quality, heat maps of the decisions, their summary, and every layer."""
+"""The tables of the page: quality, heat maps of the layers, their summary, and every layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from mpo_exporter.report.facts import Layer, Measured, Report, Texts, WithoutCores
-from mpo_exporter.report.markup import Child, Markup, element
-from mpo_exporter.report.wording import change, compact, percent, place, short, terms
+from mpo_exporter.report.markup import Child, Markup, change, compact, element, percent, place, short, terms
 from mpo_runtime.cli.console import size_text
 
+# How an error's norm is written in the table of layers.
 NORMS = {"activations": "activations", "fit": "as fitted", "weights": "weights"}
 
 
 def grid(heads: Sequence[str], rows: Sequence[Sequence[Child]], numbers: int = 1, marked: int = -1) -> Markup:
-    """A table whose columns from number `numbers` on are numbers; the row `marked` stands out."""
+    """A table.
+
+    Args:
+        numbers: the index of the first column that holds numbers, which are aligned to the right.
+        marked: the index of a row that is highlighted.
+    """
 
     def cell(name: str, column: int, content: Child) -> Markup:
         return element(name, content, class_="n" if column >= numbers else None)
@@ -38,7 +44,7 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[Child]], numbers: int = 1
 
 
 def quality_table(quality: Measured) -> Markup:
-    """Both models on the held-out text."""
+    """The quality of both models on the held-out text."""
     rows = (
         (
             "Perplexity ± standard error",
@@ -46,7 +52,7 @@ def quality_table(quality: Measured) -> Markup:
             f"{quality.perplexity:.2f} ± {quality.error:.2f}",
         ),
         ("Change of perplexity", "", change(quality.perplexity, quality.dense_perplexity)),
-        ("KL to dense, mean (nats a token)", "0", compact(quality.kl_mean, 4)),
+        ("KL to dense, mean (nats per token)", "0", compact(quality.kl_mean, 4)),
         ("KL to dense, 99.9 % (nats)", "0", compact(quality.kl_999, 4)),
         ("Same most likely token", "100 %", percent(quality.same_top1)),
         ("Logits, mean cosine", "1", f"{quality.cosine:.5f}"),
@@ -56,11 +62,11 @@ def quality_table(quality: Measured) -> Markup:
 
 
 def text_table(texts: Texts) -> Markup:
-    """What tends to go wrong in generated text, of both models."""
+    """Counts of two common faults of generated text, for both models."""
     count = len(texts.prompts)
     rows = (
         (
-            "4-grams of tokens that repeat earlier ones",
+            "Sequences of 4 tokens that repeat an earlier one",
             "" if texts.dense_repeated is None else percent(texts.dense_repeated),
             percent(texts.repeated),
         ),
@@ -74,7 +80,7 @@ def text_table(texts: Texts) -> Markup:
 
 
 def plain_table(quality: Measured, plain: WithoutCores, file_bytes: int) -> Markup:
-    """The file beside the same bytes without cores."""
+    """The file beside one of the same size without cores."""
     rows = (
         ("Bytes", f"{file_bytes:,}", f"{plain.file_bytes:,}"),
         (
@@ -89,17 +95,39 @@ def plain_table(quality: Measured, plain: WithoutCores, file_bytes: int) -> Mark
     return grid(("", "with cores", "without"), rows)
 
 
-def heat_map(
-    title: str,
-    hue: str,
-    layers: Sequence[Layer],
-    value: Callable[[Layer], float | None],
-    write: Callable[[float], str],
-    *,
-    log: bool = False,
-) -> Markup:
-    """Blocks down, matrices across; a cell's colour and figure say its value."""
-    known = [found for layer in layers if (found := value(layer)) is not None and (found > 0 or not log)]
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure of layers that a heat map shows.
+
+    Args:
+        title: of the map.
+        hue: the CSS class of its colours.
+        value: the figure of a layer, None where it has none.
+        write: the figure as text.
+        log: the colour follows the logarithm of the figure.
+    """
+
+    title: str
+    hue: str
+    value: Callable[[Layer], float | None]
+    write: Callable[[float], str]
+    log: bool = False
+
+    def of(self, layer: Layer | None) -> float | None:
+        """The figure of a layer, None where there is nothing to show."""
+        found = None if layer is None else self.value(layer)
+        return None if found is not None and self.log and found <= 0 else found
+
+    def share(self, found: float, low: float, high: float) -> float:
+        """Where a value lies between the smallest and the largest, 0 to 1."""
+        if high <= low:
+            return 0.4
+        return math.log(found / low) / math.log(high / low) if self.log else (found - low) / (high - low)
+
+
+def heat_map(figure: Figure, layers: Sequence[Layer]) -> Markup:
+    """A table with a row for each block and a column for each matrix; the colour of a cell shows its figure."""
+    known = [found for layer in layers if (found := figure.of(layer)) is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     columns = list(dict.fromkeys(layer.matrix for layer in layers if layer.block is not None))
     cells: dict[tuple[int, str], Layer] = {
@@ -112,43 +140,34 @@ def heat_map(
         element(
             "tr",
             element("th", str(block), scope="row"),
-            [heat_cell(cells.get((block, name)), value, write, low, high, log) for name in columns],
+            [heat_cell(cells.get((block, name)), figure, low, high) for name in columns],
         )
         for block in sorted({block for block, _ in cells})
     ]
     other = [layer for layer in layers if layer.block is None]
-    below = "; ".join(f"{short(layer.matrix)} {write(found)}" for layer in other if (found := value(layer)) is not None)
+    write = figure.write
+    below = "; ".join(
+        f"{short(layer.matrix)} {write(found)}" for layer in other if (found := figure.value(layer)) is not None
+    )
     ramp = element("p", write(low), element("i"), write(high), element("span", below) if below else None, class_="ramp")
     return element(
         "div",
-        element("h3", title),
+        element("h3", figure.title),
         element("table", element("thead", head), element("tbody", body)),
         ramp,
-        class_=f"heat {hue}",
+        class_=f"heat {figure.hue}",
     )
 
 
-def heat_cell(
-    layer: Layer | None,
-    value: Callable[[Layer], float | None],
-    write: Callable[[float], str],
-    low: float,
-    high: float,
-    log: bool,
-) -> Markup:
-    """One cell."""
-    found = None if layer is None else value(layer)
-    if layer is None or found is None or (log and found <= 0):
+def heat_cell(layer: Layer | None, figure: Figure, low: float, high: float) -> Markup:
+    """A layer's cell of a heat map whose figures lie between `low` and `high`."""
+    found = figure.of(layer)
+    if layer is None or found is None:
         return element("td", "–", class_="none")
-    if high <= low:
-        share = 0.4
-    elif log:
-        share = math.log(found / low) / math.log(high / low)
-    else:
-        share = (found - low) / (high - low)
+    share = figure.share(found, low, high)
     return element(
         "td",
-        write(found),
+        figure.write(found),
         style=f"--v:{8 + 84 * share:.0f}%",
         class_="deep" if share > 0.62 else None,
         title=f"{layer.name}: {terms(layer)}",
@@ -156,30 +175,29 @@ def heat_cell(
 
 
 def heat_maps(report: Report) -> Markup:
-    """Bits of every matrix, χ where there are cores, and the error that was left."""
+    """Heat maps of the bits per weight, of χ if there are cores, and of the errors if they were measured."""
 
     def chi(layer: Layer) -> float | None:
         return max((term.chi for term in layer.terms), default=0) or None
 
-    maps = [heat_map("Bits per weight", "bits", report.layers, lambda layer: layer.bits_per_weight, "{:.2f}".format)]
+    figures = [Figure("Bits per weight", "bits", lambda layer: layer.bits_per_weight, "{:.2f}".format)]
     if report.core_layers:
-        maps.append(heat_map("Bond dimension χ of the cores", "chi", report.layers, chi, "{:.0f}".format))
+        figures.append(Figure("Bond dimension χ of the cores", "chi", chi, "{:.0f}".format))
     if any(layer.error is not None for layer in report.layers):
-        maps.append(
-            heat_map(
+        figures.append(
+            Figure(
                 "Relative error (%)",
                 "error",
-                report.layers,
                 lambda layer: layer.error,
                 lambda share: f"{100 * share:.{2 if share < 0.01 else 1}f}",
                 log=True,
             )
         )
-    return element("div", maps, class_="heats")
+    return element("div", [heat_map(figure, report.layers) for figure in figures], class_="heats")
 
 
 def decision_table(report: Report) -> Markup:
-    """How many layers are stored in which way, the most bytes first."""
+    """How many layers are stored in which way; the way that takes the most bytes comes first."""
     rows: dict[str, list[Layer]] = {}
     for layer in report.layers:
         kinds = " + ".join(term.text if not term.chi else f"cores in {term.bits} bits" for term in layer.terms)
@@ -206,7 +224,7 @@ def decision_table(report: Report) -> Markup:
 
 
 def layer_table(report: Report) -> Markup:
-    """Every layer."""
+    """What every layer is stored as, its size and its error."""
     rows = [
         (
             place(layer),

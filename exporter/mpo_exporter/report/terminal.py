@@ -1,8 +1,8 @@
-"""The table after an export: what went in, what came out, what it cost."""
+"""The table that an export or a report prints in the terminal: sizes, quality, speed and memory, before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from mpo_exporter.export import Result
-from mpo_exporter.heal.run import Healed
 from mpo_exporter.report.facts import Measured, Memory, Report, Sizes, Speed, Texts, WithoutCores
-from mpo_exporter.report.folder import JSON, PAGE
-from mpo_exporter.report.next_step import wrote
-from mpo_exporter.report.subject import measured, sizes_of
+from mpo_exporter.report.job import JSON, PAGE
+from mpo_exporter.report.sizes import sizes_of
 from mpo_runtime.cli.console import size_text
+from mpo_runtime.measure import Comparison
 from mpo_runtime.text.token_text import TokenText
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the table shows; what was not measured has no row, what was not healed no column."""
+    """What the table shows. Figures that are None have no row; the healed column is shown where `healed`."""
 
     sizes: Sizes
     quality: Measured | None
@@ -36,15 +35,22 @@ class Rows:
     healed_quality: Measured | None = None
 
 
-def print_report(result: Result, text: TokenText | None, reason: str, healed: Healed | None = None) -> None:
-    """Prints sizes and quality before and after, and after healing where there was one.
+@dataclass(frozen=True, slots=True)
+class HealedStage:
+    """What the healing stage of an export adds to its table: the quality it measured, and lines printed below."""
+
+    comparison: Comparison | None
+    notes: Sequence[str]
+
+
+def print_report(result: Result, text: TokenText | None, reason: str, healed: HealedStage | None = None) -> None:
+    """Prints the sizes and the quality of an exported file, also after healing if it was healed.
 
     Args:
-        text: what was measured on, None where nothing was.
-        reason: why nothing was measured.
+        text: what quality was measured on, None where it was not measured, for `reason`.
     """
-    quality = measured(result.comparison, text) if result.comparison and text else None
-    again = measured(healed.comparison, text) if healed and healed.comparison and text else None
+    quality = Measured.of(result.comparison, text) if result.comparison and text else None
+    again = Measured.of(healed.comparison, text) if healed and healed.comparison and text else None
     rows = Rows(
         sizes_of(result.spec, result.source, result.file_bytes),
         quality,
@@ -56,22 +62,12 @@ def print_report(result: Result, text: TokenText | None, reason: str, healed: He
     console = Console()
     console.print(table(rows))
     say(console, measured_on(quality, reason))
-    print_healing(healed)
-    say(console, wrote(result.path))
-
-
-def print_healing(healed: Healed | None) -> None:
-    """Prints how long was healed where it was, and that the file is not the healed one where it is not."""
-    if healed is None:
-        return
-    console = Console()
-    say(console, f"healed on {healed.tokens:,} tokens in {healed.minutes:.1f} minutes")
-    if not healed.written:
-        say(console, "healing raised the KL: the file is the one before healing; heal longer (--heal-tokens)")
+    for note in healed.notes if healed else ():
+        say(console, note)
 
 
 def print_whole(report: Report, folder: Path) -> None:
-    """Prints what a report measured, what it says plainly, and where it lies."""
+    """Prints the figures of a report, what was not measured and why, and where the report is."""
     console = Console()
     console.print(
         table(
@@ -104,17 +100,18 @@ def print_whole(report: Report, folder: Path) -> None:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line as it is: names in it are no markup."""
+    """Prints a line as it is; square brackets in names are not taken as markup."""
     console.print(Text(text), soft_wrap=True)
 
 
 def measured_on(quality: Measured | None, reason: str) -> str:
-    """What the quality was measured on, or why not."""
+    """What the quality was measured on, or why it was not measured."""
     if quality is None:
         return f"quality was not measured: {reason}"
     return (
         f"measured on the first {quality.tokens:,} tokens of {quality.text}, held-out text; "
-        "nothing was trained or calibrated on it"
+        "nothing was trained or calibrated on it\n"
+        "KL: the distance of the next-token probabilities from the dense model's, in nats per token"
     )
 
 
@@ -125,7 +122,7 @@ def table(rows: Rows) -> Table:
         column.justify = "right"
 
     def add(name: str, dense: str, ours: str, change: str = "", healed: str | None = None) -> None:
-        # Healing changes neither sizes nor layers: what it did not measure anew stands as it was.
+        # Healing changes neither sizes nor layers; what it did not measure again is the same as before.
         result.add_row(name, dense, ours, *[ours if healed is None else healed] * rows.healed, change)
 
     sizes = rows.sizes
@@ -164,7 +161,7 @@ def table(rows: Rows) -> Table:
 
 
 def quality_rows(add: Callable[..., None], before: Measured, healed: Measured | None, *, full: bool) -> None:
-    """The rows of quality; logits only where the whole report is shown."""
+    """Adds the rows of quality; those of the logits only where `full`."""
     last = healed or before
 
     def each(name: str, dense: str, form: Callable[[Measured], str], change: str = "") -> None:
@@ -185,5 +182,5 @@ def quality_rows(add: Callable[..., None], before: Measured, healed: Measured | 
 
 
 def change(after: float, before: float) -> str:
-    """The change in per cent."""
+    """The relative change as a percentage."""
     return f"{100 * (after / before - 1):+.1f} %"

@@ -1,0 +1,1 @@
+"""What several benchmarks share; the scripts themselves lie in the folder above."""

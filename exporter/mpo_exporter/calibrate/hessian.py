@@ -1,0 +1,118 @@
+"""What fits and rounding derive from a second moment C [I, I]: its Cholesky root, and a damped Hessian with its own root."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpo_formats import ConfigError
+
+Matrix = NDArray[np.float64]
+log = logging.getLogger(__name__)
+
+# Added to the diagonal of C for the Hessian, as a share of the mean of the diagonal.
+DAMPING = 0.01
+# A singular C gets this share of its mean diagonal added to the diagonal, and ten times more until it has a Cholesky root.
+LEAST_LOAD = 1e-10
+
+
+def cholesky_root(second: Matrix) -> Matrix:
+    """The lower triangular L with L Lᵀ = C; where C is singular its diagonal is raised until L exists, which is logged."""
+    size = second.shape[0]
+    mean = float(np.trace(second)) / size
+    if mean <= 0:
+        log.warning("moment is zero: the fit weighs all inputs the same; give more calibration text")
+        return np.eye(size)
+    load = 0.0
+    while True:
+        try:
+            loaded = second + np.diag(np.full(size, load * mean)) if load else second
+            root = np.asarray(np.linalg.cholesky(loaded), np.float64)
+        except np.linalg.LinAlgError:
+            load = load * 10 if load else LEAST_LOAD
+            continue
+        if load:
+            log.warning(
+                "moment of size %d is singular: %.0e of its mean diagonal was added; more calibration text would help",
+                size,
+                load,
+            )
+        return root
+
+
+@dataclass(frozen=True, slots=True)
+class Hessian:
+    """H = P (C / mean(diag C) + damping · 1) Pᵀ of an input, and H = R Rᵀ with R upper triangular.
+
+    `order` [I] lists the columns in processing order (the rows of P), `matrix` is H [I, I], `feedback` is R [I, I] with each
+    column divided by its diagonal entry, `weight` [I] those entries squared, all in float32, and `mean` is mean(diag C).
+    When column j is rounded and all later columns are adjusted to compensate, the error is weight_j times the square of the
+    rounding error.
+    """
+
+    order: Tensor
+    matrix: Tensor
+    feedback: Tensor
+    weight: Tensor
+    mean: float
+
+    def solve(self, sides: Tensor) -> Tensor:
+        """X [O, I] with X (C / mean + damping · 1) = sides [O, I], in float32."""
+        # H = F D² Fᵀ with F the feedback and D² the weights.
+        found = torch.linalg.solve_triangular(
+            self.feedback.T, sides[:, self.order], upper=False, left=False, unitriangular=True
+        )
+        found /= self.weight
+        found = torch.linalg.solve_triangular(self.feedback, found, upper=True, left=False, unitriangular=True)
+        result = torch.empty_like(found)
+        result[:, self.order] = found
+        return result
+
+
+def decompose(second: Matrix, group: int, damping: float) -> Hessian:
+    """The Hessian of inputs of second moment C [I, I], its columns in the processing order for groups of that size.
+
+    Raises:
+        ConfigError: when C has values that are not finite.
+    """
+    if not np.isfinite(second).all():
+        raise ConfigError("second moment: has values that are not finite; check the source model and the text")
+    mean = float(np.trace(second)) / len(second)
+    whole = torch.from_numpy(second if mean > 0 else np.zeros_like(second))
+    unit = mean if mean > 0 else 1.0
+    order = processing_order(whole.diagonal(), group)
+    # The lower triangular root of the matrix with rows and columns reversed, reversed again, is the upper triangular root.
+    backwards = order.flip(0)
+    root, load = _root(whole[backwards][:, backwards].div_(unit), damping)
+    root = root.float().flip(0, 1)
+    pivots = root.diagonal().clone()
+    matrix = whole.float()[order][:, order].div_(unit)
+    matrix.diagonal().add_(load)
+    return Hessian(order, matrix, root.div_(pivots), pivots.square(), mean)
+
+
+def _root(scaled: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The lower triangular root of scaled + load · 1, and the load: damping, or more where that is singular (logged)."""
+    plain = scaled.diagonal().clone()
+    load = damping
+    while True:
+        scaled.diagonal().copy_(plain + load)
+        root, info = torch.linalg.cholesky_ex(scaled)
+        if not int(info):
+            if load > damping:
+                log.warning("second moment of %d inputs is singular; its diagonal was raised by %g", len(plain), load)
+            return root, load
+        load = max(10 * load, 1e-6)
+
+
+def processing_order(diagonal: Tensor, group: int) -> Tensor:
+    """Columns by descending C_jj with groups kept together: groups by their sum, and columns inside each group."""
+    grouped = diagonal.reshape(-1, group)
+    inside = grouped.argsort(dim=1, descending=True, stable=True)
+    outside = grouped.sum(1).argsort(dim=0, descending=True, stable=True)
+    return (inside[outside] + outside[:, None] * group).reshape(-1)

@@ -1,0 +1,79 @@
+// The operations of a forward pass besides products with weights, for one thread: the program hands out the rows. Each
+// instruction set has its own table of them; all sums and softmaxes are float32.
+#pragma once
+
+// Including what only the sources of the instruction sets use: they need it before their target is set (see target.hpp).
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "half.hpp"
+#include "memory.hpp"
+#include "target.hpp"
+#include "weights.hpp"
+
+namespace mpo {
+
+// Where one row of one key-value head lies in the cache of a block.
+struct KvPlace {
+  Type type;
+  const std::uint8_t* keys;    // [capacity, size] of `type`
+  const std::uint8_t* values;  // likewise
+  const float* key_scales;     // int8: [capacity]
+  const float* value_scales;
+  std::size_t size;  // D
+};
+
+// Queries that share a key-value head, against the positions [begin, end) of the cache. Query m sees those below
+// limits[m]. The result is left unnormalised, to be joined with that of other positions: sums[m] of exp(score -
+// peaks[m]), and mixed[m] [size] of that times the values. A query that sees nothing has peak -infinity and zeros.
+struct AttentionTask {
+  KvPlace cache;
+  std::size_t begin, end;
+  std::size_t queries;
+  const float* const* q;      // [queries] pointers to [size]
+  const std::size_t* limits;  // [queries]
+  float scale;
+  float* mixed;  // [queries, size]
+  float* peaks;  // [queries]
+  float* sums;
+};
+
+// c [m, n] += a [m, k] b [k, n]
+struct ProductTask {
+  std::size_t m, n, k;
+  Rows<const float> a, b;
+  Rows<float> c;
+};
+
+struct Ops {
+  // y = x / sqrt(mean x^2 + eps) * w (Zhang & Sennrich 2019)
+  void (*rms_norm)(const float* x, const float* w, std::size_t count, float eps, float* y);
+  // y = gate / (1 + exp(-gate)) * up (Shazeer 2020)
+  void (*swiglu)(const float* gate, const float* up, std::size_t count, float* y);
+  // y = a + scale * b
+  void (*add_scaled)(const float* a, const float* b, std::size_t count, float scale, float* y);
+  // y = x * scale
+  void (*multiply)(const float* x, std::size_t count, float scale, float* y);
+  // Rotates the halves of x [size] against each other (Su et al. 2021).
+  void (*rotate)(const float* x, const float* cosine, const float* sine, std::size_t size, float* y);
+  // Writes x [size] as `type`; of int8 the scale too.
+  void (*store)(const float* x, std::size_t size, Type type, std::uint8_t* to, float* scale);
+  // Reads `size` stored values as float32; `scale` is for int8.
+  void (*widen)(Type type, const std::uint8_t* from, float scale, std::size_t size, float* to);
+  void (*attend)(const AttentionTask& task);
+  void (*add_product)(const ProductTask& task);
+};
+
+extern const Ops kGenericOps;
+#if MPO_X86
+extern const Ops kAvx2Ops, kAvx512Ops;
+#endif
+#if MPO_ARM
+extern const Ops kNeonOps;
+#endif
+
+}  // namespace mpo

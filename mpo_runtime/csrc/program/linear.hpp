@@ -1,0 +1,60 @@
+// Linear layers over the mapped file: y = sum of terms (x) + bias, terms being float or integer matrices or operators of
+// cores (SPEC.md, sections 3 to 6).
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/activations.hpp"
+#include "program/matrix.hpp"
+#include "program/operator.hpp"
+#include "program/pool.hpp"
+
+namespace mpo {
+
+struct Linear {
+  // Throws std::invalid_argument unless every term and the bias have the layer's size.
+  Linear(std::string name, std::size_t rows, std::size_t columns, std::vector<Matrix> matrices,
+         std::vector<Operator> operators, std::vector<float> bias);
+
+  // Row r of the weight, as float32 [columns]; the bias is no part of it.
+  void row(std::size_t r, float* out) const;
+
+  std::string name;
+  std::size_t rows, columns;
+  std::vector<Matrix> matrices;
+  std::vector<Operator> operators;
+  std::vector<float> bias;
+  std::size_t row_bytes = 0, row_step = 1;
+  unsigned planes = 0;  // for which x is arranged as int8, unless in exact mode
+};
+
+// One of the layers that take the same input.
+struct Product {
+  const Linear* layer;
+  float* y;  // [tokens, layer->rows]
+};
+
+// The memory of apply(), kept for the next call; one call at a time uses it.
+class Workspace {
+ public:
+  Activations& codes(std::size_t tile);
+
+  struct Job {
+    std::size_t product, begin, end;
+  };
+  std::vector<Job> jobs;
+  std::vector<float> middle;  // the low-rank terms' inner vectors
+  std::vector<float> state;
+
+ private:
+  std::vector<std::unique_ptr<Activations>> codes_;
+};
+
+// Computes all the products with x [tokens, columns], with int8 copies of x unless `exact`.
+void apply(const std::vector<Product>& products, const float* x, std::size_t tokens, bool exact, Workspace& work,
+           Pool& pool);
+
+}  // namespace mpo
