@@ -330,7 +330,7 @@ def test_values_below_the_range_of_half_precision_name_their_layer(name: str) ->
     build_linear(linear, values * 1e-3, "f32")
     build_linear(linear, values * 0, "f32")
     with pytest.raises(ConfigError, match=r"^model\.layer: .*values of at most .* are below the range of"):
-        build_linear(linear, values * 1e-10, "f32")
+        build_linear(linear, values * np.float32(1e-20), "f32")
     lost = values * np.float32(1e-3)
     lost[3] *= np.float32(1e-20)  # a row that was never trained does no harm
     assert np.abs(build_linear(linear, lost, "f32").matrix).max() > 0
