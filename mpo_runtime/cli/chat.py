@@ -52,7 +52,7 @@ def run_chat(
 
 
 def talk(conversation: Conversation, session: PromptSession[str]) -> None:
-    """Reads messages and commands until the user leaves; errors of the input are shown and forgotten."""
+    """Reads messages and commands until the user leaves; an error is printed and the chat goes on."""
     while True:
         try:
             text = session.prompt(PROMPT)
@@ -116,7 +116,7 @@ def answer(conversation: Conversation) -> None:
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Keeps what is typed during an answer from being shown inside it; the next prompt gets it."""
+    """Turns off the terminal's echo during an answer; what is typed then appears at the next prompt."""
     try:
         import termios
     except ImportError:  # Windows
@@ -146,7 +146,11 @@ def unfenced(text: str) -> str:
 
 
 def make_session(keyboard: Input | None = None, screen: Output | None = None) -> PromptSession[str]:
-    """The line editor: history in a file, Alt-Enter for a new line, Tab completes commands; on the terminal if None."""
+    """The line editor: history in a file, Alt-Enter for a new line, Tab completes commands.
+
+    Args:
+        keyboard, screen: where it reads and writes; the terminal where None.
+    """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.output import create_output

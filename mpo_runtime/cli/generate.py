@@ -132,7 +132,7 @@ def describe(model: Model, index: int, prompt: str, ids: list[int], pieces: Iter
 
 
 def choice_data(model: Model, choice: Choice) -> dict[str, Any]:
-    """A likely token as plain data; bytes that are no whole character show as U+FFFD."""
+    """A likely token as plain data; an incomplete character is shown as U+FFFD."""
     text = model.text_tokenizer().decode([choice.token], skip_special_tokens=False)
     return {"token": choice.token, "text": text, "logprob": choice.logprob}
 
@@ -168,7 +168,7 @@ def row_prompt(path: Path, number: int, line: str) -> str:
 
 
 def open_model(file: Path, load_options: dict[str, Any]) -> Model:
-    """Loads a model, with a note on standard error where it has to run slowly or an option has no effect."""
+    """Loads a model; prints a note on standard error where it will run slowly or an option has no effect."""
     model = load(file, **load_options)
     if model.tokenizer is None:
         model.close()
@@ -181,7 +181,7 @@ def open_model(file: Path, load_options: dict[str, Any]) -> Model:
 
 
 def note_chi(model: Model, chi: int | None) -> None:
-    """Says when --chi cuts nothing."""
+    """Prints a note where --chi is not below the largest bond, so that it changes nothing."""
     largest = model.weights.spec.largest_bond()
     if chi is not None and chi >= largest:
         has = f"the largest bond is {largest}" if largest else "the model has no cores"
@@ -189,7 +189,7 @@ def note_chi(model: Model, chi: int | None) -> None:
 
 
 def note_kernels(model: Model) -> None:
-    """Says once, clearly, when a faster path is missing."""
+    """Prints a note where the model runs without native kernels or without float32 copies of its weights."""
     from mpo_runtime import native
 
     if not native.available():

@@ -31,7 +31,7 @@ class TokenText:
     sha256: str
 
     def first(self, count: int) -> TokenText:
-        """The first `count` tokens; how many bytes they stand for is not known where that leaves some out."""
+        """The first `count` tokens; `content_bytes` becomes 0 (not known) where that leaves tokens out."""
         if count >= self.ids.size:
             return self
         return replace(self, ids=self.ids[:count], content_bytes=0)

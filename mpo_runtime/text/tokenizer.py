@@ -1,8 +1,8 @@
-"""Text to token ids and back, over the `tokenizers` library, with text that cannot smuggle in special tokens.
+"""Text to token ids and back, with the `tokenizers` library, so that text cannot inject special tokens.
 
-A special token (`<|start_of_role|>`, `</s>`) has a meaning to the model that its spelling must not have: `encode`
-therefore takes the spelling for plain text unless `parse_special` is set, and `encode_disguised` is what a chat
-template's output goes through when its messages spell one.
+A special token (`<|start_of_role|>`, `</s>`) is a command to the model; text that merely spells one must not be. `encode`
+therefore reads such a spelling as plain text unless `parse_special` is set, and `encode_disguised` encodes the output of
+a chat template whose messages spell one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tokenizer:
     """
 
     def __init__(self, raw: tokenizers.Tokenizer, config: Mapping[str, Any], name: str = "tokenizer.json") -> None:
-        """Takes over a tokenizer of the library; `name` stands for it in messages. Prefer `from_bytes`."""
+        """Wraps and changes a tokenizer of the library; `name` is used in messages. Prefer `from_bytes`."""
         raw.no_truncation()
         raw.no_padding()
         _adopt_tokens(raw, config, name)
@@ -342,7 +342,7 @@ class StreamDecoder:
         return self._release()
 
     def settle(self) -> str:
-        """Returns the text held back, as it is where a special token follows: no later id can be part of it."""
+        """Returns the text held back, unfinished characters as U+FFFD: called where a special token follows it."""
         text = self._bytes.decode(b"", final=True) + self._release()
         self._bytes.reset()
         return text
@@ -416,7 +416,7 @@ _BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 def _byte_level_bytes(spelling: str) -> bytes:
-    """The bytes of a byte-level token; an added token that is spelled outside the alphabet stands for itself."""
+    """The bytes of a byte-level token; an added token with characters outside the alphabet is its own text."""
     values = [_BYTE_OF_CHARACTER.get(character, -1) for character in spelling]
     return spelling.encode() if -1 in values else bytes(values)
 

@@ -141,7 +141,7 @@ def test_a_reader_that_ends(folder: Path) -> None:
 def test_a_full_disk_under_the_output(folder: Path, name: str) -> None:
     done = run(*commands(folder)[name], close="> /dev/full")
     assert done.returncode == 1
-    assert done.stderr.decode() == "mpo-run: error: No space left on device (standard output or input)\n"
+    assert done.stderr.decode() == "mpo-run: error: standard output: No space left on device\n"
 
 
 def test_a_user_without_a_home_folder(folder: Path, tmp_path: Path) -> None:
