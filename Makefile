@@ -26,7 +26,7 @@ help:
 	@echo "make clean      remove .venv, builds, caches and what the demos wrote"
 
 demo: $(VENV)/.installed-export
-	$(BIN)/mpo-export demo --chi 32 --heal-minutes 1 --force --out demo.mpo
+	$(BIN)/mpo-export demo --chi 8 --heal-minutes 1 --force --out demo.mpo
 	@echo; echo "> I want to book a table at a restaurant."
 	@$(BIN)/mpo-run chat demo.mpo --prompt "I want to book a table at a restaurant." --seed 2
 

@@ -15,12 +15,14 @@ from mpo_exporter.calibrate.windows import COUNT
 from mpo_exporter.certify import Certifier
 from mpo_exporter.fit.layer import Built, Method, build_linear, widen
 from mpo_exporter.measure.survey import Survey
-from mpo_exporter.plan.options import Options
+from mpo_exporter.plan.budget import allocated_layers, default_bytes
+from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.planner import Planner
 from mpo_exporter.plan.predict import record_outcome, within_kl
 from mpo_exporter.progress import Log, Progress, no_log, silent
 from mpo_exporter.request import check_file
 from mpo_exporter.source import Source
+from mpo_exporter.terms import without_operators
 from mpo_exporter.texts import calibration_walk
 from mpo_formats import Certificates, CheckpointError, LinearSpec, ModelSpec, MpoWriter, Provenance
 from mpo_formats.architecture import EMBEDDING
@@ -144,6 +146,24 @@ def export(source: Source, task: ExportTask, listener: Listener | None = None) -
     return replace(result_of(task.target, spec, source.spec, comparison), surveyed=planner.surveyed)
 
 
+def without_cores(source: Source, file: ModelSpec, file_bytes: int, task: ExportTask, listener: Listener) -> Result:
+    """Fits integers alone, chosen as the plan `auto` does, in at most the bytes of a file with cores, and measures them.
+
+    Args:
+        file, file_bytes: of the file with cores.
+        task: its target is where the file without cores is written; it needs calibration text, and text to measure on.
+    """
+    planner = planner_for(source, task, task.target.parent, listener)
+    rows = {name: without_operators(row) for name, row in planner.survey().candidates.items()}
+    layers = allocated_layers(file, rows, file_bytes)
+    plain = replace(task, options=Options("int4"), text=None, layers=layers, surveyed=planner.surveyed)
+    result = export(source, plain, listener)
+    if task.text is None:
+        return result
+    certifier = Certifier(source.weights, task.text, device=task.device, progress=listener.progress)
+    return replace(result, comparison=certifier.compare(task.target))
+
+
 def result_of(path: Path, spec: ModelSpec, source: ModelSpec, comparison: Comparison | None) -> Result:
     """The result for a written file."""
     dense = sum(tensor.size for tensor in content_tensors(source))
@@ -160,12 +180,21 @@ def planner_for(source: Source, task: ExportTask, folder: Path, listener: Listen
 
 def planned_spec(source: Source, task: ExportTask, planner: Planner) -> ModelSpec:
     """The spec of the file to write, complete before anything is fitted."""
-    spec = file_spec(source, task)
     if task.layers is not None:
-        return replace(spec, linears=task.layers)
+        return replace(file_spec(source, task), linears=task.layers)
+    if task.options.target.default:
+        # The header records the size, so the size is chosen for a header that records one.
+        some = replace(task, options=replace(task.options, target=Target(size=default_bytes(source.spec))))
+        task = replace(task, options=planner.sized(longest_spec(source, some), task.options))
+    layers = planner.layers(longest_spec(source, task), within_kl(planner, task.options))
+    return replace(file_spec(source, task), linears=layers)
+
+
+def longest_spec(source: Source, task: ExportTask) -> ModelSpec:
+    """The spec of the file to write with all that a later stage will add to its provenance, the layers still dense."""
+    spec = file_spec(source, task)
     options = {**spec.provenance.options, **task.reserved}
-    longest = replace(spec, provenance=replace(spec.provenance, options=options))
-    return replace(spec, linears=planner.layers(longest, within_kl(planner, task.options)))
+    return replace(spec, provenance=replace(spec.provenance, options=options))
 
 
 def file_spec(source: Source, task: ExportTask) -> ModelSpec:

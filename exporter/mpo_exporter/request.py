@@ -114,6 +114,7 @@ class ExportRequest:
         report: a folder for the report; None makes none.
         dry_run: prints the plan and its predictions, and writes no file.
         save_plan: a file to write the plan to.
+        compare_cores: where cores were demanded, also fit and measure a file of the same size without cores.
 
     Raises:
         ConfigError: for a prefix that is not below χ.
@@ -130,12 +131,13 @@ class ExportRequest:
     report: Path | None = None
     dry_run: bool = False
     save_plan: Path | None = None
+    compare_cores: bool = True
     machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
         for prefix in self.prefixes:
-            if not 1 <= prefix < self.options.chi:
-                raise ConfigError(f"--certify-chi {prefix}: expected 1 to {self.options.chi - 1}, below --chi")
+            if not 1 <= prefix < self.options.largest_chi:
+                raise ConfigError(f"--certify-chi {prefix}: expected 1 to {self.options.largest_chi - 1}, below --chi")
 
     def target(self, name: str) -> Path:
         """The file to write, for a model of that short name."""
@@ -187,7 +189,7 @@ class ProfileRequest:
             )
 
 
-def plan_options(plan: str, chi: int, cores: int, **others: Any) -> Options:
+def plan_options(plan: str, chi: int | None, cores: int, **others: Any) -> Options:
     """The options of a plan given by its name or as file:PLAN.json, whose χ and cores take the place of those given.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
@@ -46,6 +47,11 @@ def operator(out_dims: tuple[int, ...], in_dims: tuple[int, ...], chi: int, dtyp
         return Mpo(out_dims, in_dims, bonds, dtype, 0)
     group = fitting_group(math.gcd(*(o * i for o, i in zip(out_dims, in_dims, strict=True))), CORE_GROUP)
     return Mpo(out_dims, in_dims, bonds, "f16", 0) if group is None else Mpo(out_dims, in_dims, bonds, dtype, group)
+
+
+def without_operators(row: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that have no cores."""
+    return [one for one in row if not any(term.kind == "mpo" for term in one.terms)]
 
 
 def stored_bytes(linear: LinearSpec) -> int:

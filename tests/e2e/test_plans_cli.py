@@ -92,6 +92,33 @@ def test_plans_write_what_they_say(run: Run, folder: Path, case: str) -> None:
     assert check(cores), cores
 
 
+def test_demanded_cores_are_compared_with_the_same_bytes_without(run: Run, folder: Path, tmp_path: Path) -> None:
+    Path("held.txt").write_text(8 * WORDS)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    asked = (folder, "--chi", 40, "--target-size", "130KB", *TEXT, "--calib-windows", 8, "--eval-text", "held.txt")
+    done = run("mpo-export", *asked)
+    assert done.code == 0, done
+    assert "χ of 40 is above the full rank of 4 of 14 operators" in done.out
+    [line] = [line for line in done.out.splitlines() if "the same bytes without cores" in line and "│" in line]
+    assert number(r"KL ([0-9.]+)", line) > 0 and "130 kB" in line.lower(), line
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "little.mpo"])
+    with MpoFile("little.mpo") as file:
+        assert 120_000 < file.size <= 130_000
+        assert file.spec.provenance.options["cored"] == "every matrix"
+        for linear in file.spec.linears[1:]:
+            assert [term.kind for term in linear.terms] == ["quantized", "mpo"]
+    alone = run("mpo-export", *asked, "--no-compare-cores", "--force")
+    assert alone.code == 0 and "without cores" not in alone.out
+    small = run("mpo-export", folder, "--chi", 40, "--target-size", "70KB", *TEXT, *QUICK, "--out", "small.mpo")
+    small.assert_error("mpo-export", "too few for cores of --chi 40", "the smallest such file takes", "or --chi ")
+
+
+def test_the_default_size_is_said(run: Run, folder: Path) -> None:
+    done = run("mpo-export", folder, *TEXT, *QUICK, "--dry-run")
+    assert done.code == 0, done
+    assert "no target was given: took " in done.out and "4.25 bits per weight" in done.out
+
+
 def test_a_measured_kl_stays_below_the_one_that_was_asked_for(run: Run, folder: Path) -> None:
     Path("held.txt").write_text(8 * WORDS)
     done = run("mpo-export", folder, "--max-kl", 0.01, *TEXT, "--calib-windows", 8, "--eval-text", "held.txt")

@@ -119,6 +119,13 @@ def test_blocks_learn(file: Path, teacher: Path, text: Path, tmp_path: Path) -> 
         assert np.mean(curve[-8:]) < 0.95 * np.mean(curve[:8])
 
 
+def test_epochs_count_the_whole_text(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
+    """Half an epoch once counted only the windows that it uses, and trained on a quarter."""
+    settings = replace(SETTINGS, tokens=None, epochs=0.5)
+    result = healed(file, teacher, text, tmp_path / "healed.mpo", settings=settings)
+    assert 0.85 * 465 < result.tokens < 1.15 * 465  # the text has 930 tokens
+
+
 def test_codes_move_where_asked(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
     target = tmp_path / "healed.mpo"
     settings = replace(SETTINGS, train_codes=True, code_rate=3.0)

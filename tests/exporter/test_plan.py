@@ -96,9 +96,9 @@ def test_paper_cores_have_bonds_of_chi_or_full_rank(cores: int, chi: int) -> Non
     cores=st.integers(2, 4),
     chi=st.integers(1, 64),
 )
-def test_auto_corrects_int4_with_few_small_cores(hidden: int, inner: int, cores: int, chi: int) -> None:
+def test_corrected_has_few_small_cores_beside_int4(hidden: int, inner: int, cores: int, chi: int) -> None:
     """At most χ, at most their share of a matrix's parameters, and none where nothing was rounded."""
-    layers = planned(dense_model(hidden, inner, blocks=1), plan="auto", cores=cores, chi=chi)
+    layers = planned(dense_model(hidden, inner, blocks=1), plan="corrected", cores=cores, chi=chi)
     for name, layer in layers.items():
         base, *correction = layer.terms
         if name in (EMBEDDING, HEAD):
@@ -117,14 +117,27 @@ def test_auto_corrects_int4_with_few_small_cores(hidden: int, inner: int, cores:
                 assert size <= CORE_SHARE * layer.out_features * layer.in_features
 
 
-def test_auto_uses_the_room_that_it_has() -> None:
+def test_corrected_uses_the_room_that_it_has() -> None:
     """A large matrix takes χ whole, in int8; a small one as many bonds as fit."""
-    layers = planned(dense_model(hidden=256, inner=256, blocks=1), plan="auto", chi=4)
+    layers = planned(dense_model(hidden=256, inner=256, blocks=1), plan="corrected", chi=4)
     assert layers["model.layers.0.mlp.up_proj"].terms == (INT4, Mpo((256, 1), (1, 256), (4,), "int8", 64))
-    (_, most) = planned(dense_model(hidden=256, inner=256, blocks=1), plan="auto", chi=99)[
+    (_, most) = planned(dense_model(hidden=256, inner=256, blocks=1), plan="corrected", chi=99)[
         "model.layers.0.mlp.up_proj"
     ].terms
     assert isinstance(most, Mpo) and most.bonds == (256 * 256 // 16 // 512,)
+
+
+@pytest.mark.parametrize("cores", [2, 3])
+def test_without_text_auto_gives_every_matrix_the_cores_that_are_demanded(cores: int) -> None:
+    for name, layer in planned(dense_model(inner=172, blocks=1), plan="auto", chi=40, cores=cores).items():
+        _, *rest = layer.terms
+        bare = name in (EMBEDDING, HEAD) or layer.in_features == 172  # no group of integers divides 172
+        assert [term.kind for term in rest] == ([] if bare else ["mpo"])
+        for term in rest:
+            assert isinstance(term, Mpo) and len(term.out_dims) == cores
+            assert term.bonds == tuple(min(40, most) for most in full_rank(term.out_dims, term.in_dims))
+    undemanded = plan_layers(dense_model(), Options("auto"))
+    assert undemanded == plan_layers(dense_model(), Options("corrected", chi=32))
 
 
 def test_a_tied_model_has_no_head() -> None:
@@ -286,7 +299,9 @@ def test_a_pattern_that_matches_nothing_names_an_example() -> None:
 
 def test_only_what_was_given_is_recorded() -> None:
     spec = dense_model()
-    assert Options("auto", chi=4).recorded(spec) == {"plan": "auto", "chi": "4", "cores": "2"}
+    assert Options("paper", chi=4).recorded(spec) == {"plan": "paper", "chi": "4", "cores": "2"}
+    demanding = {"plan": "auto", "chi": "4", "cores": "2", "cored": "every matrix"}
+    assert Options("auto", chi=4).recorded(spec) == demanding
     found = Options("auto", target=Target(max_kl=0.05), for_speed=True, choice=Choice(pattern="mlp")).recorded(spec)
     assert found == {
         "plan": "auto",

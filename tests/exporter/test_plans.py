@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,15 +18,16 @@ from mpo_exporter.measure import survey as survey_module
 from mpo_exporter.measure.cache import Cached
 from mpo_exporter.measure.latency import Latency
 from mpo_exporter.measure.survey import packed, unpacked
+from mpo_exporter.plan import budget as budget_module
 from mpo_exporter.plan import planner as planner_module
 from mpo_exporter.plan.budget import default_bytes, file_bytes
 from mpo_exporter.plan.file import read_plan, write_plan
 from mpo_exporter.plan.options import Choice, Options, Target
-from mpo_exporter.plan.planner import Planner
+from mpo_exporter.plan.planner import Planner, with_default_target
 from mpo_exporter.plan.predict import correction, outcomes_file, predict, record_outcome, within_kl
 from mpo_exporter.request import plan_options
 from mpo_exporter.source import Source, open_source
-from mpo_exporter.terms import integers
+from mpo_exporter.terms import integers, operator
 from mpo_formats import ConfigError, LinearSpec, ModelSpec, Mpo, MpoFile, OutputError, PlanError, Quantized
 from mpo_formats.architecture import EMBEDDING
 from mpo_runtime.text.token_text import TokenText
@@ -170,12 +172,92 @@ def test_more_layers_than_there_are(planner: Planner, spec: ModelSpec) -> None:
         planner.layers(spec, Options("paper", choice=Choice(top_k=22)))
 
 
-def test_chi_bounds_the_cores_of_an_allocation(planner: Planner, spec: ModelSpec) -> None:
-    target = 2 * default_bytes(spec)
-    for chi in (1, 4):
-        rows = planner.candidates(Options("auto", chi=chi, target=Target(size=target)), spec.linears)
-        bonds = {max(term.bonds) for row in rows.values() for one in row for term in one.terms if isinstance(term, Mpo)}
-        assert bonds == {value for value in (1, 2, 4) if value <= chi}
+def test_auto_by_itself_may_choose_cores_of_at_most_32(planner: Planner, spec: ModelSpec) -> None:
+    rows = planner.candidates(Options("auto", target=Target(size=2 * default_bytes(spec))), spec.linears)
+    bonds = {max(term.bonds) for row in rows.values() for one in row for term in one.terms if isinstance(term, Mpo)}
+    assert bonds == {1, 2, 4, 8, 16, 32}
+
+
+@pytest.mark.parametrize("chi", [1, 3, 8, 1000])
+def test_demanded_cores_are_in_every_matrix_and_the_size_stays(planner: Planner, spec: ModelSpec, chi: int) -> None:
+    """3 is not on the survey's ladder, 1,000 above every full rank."""
+    target = round(1.1 * planner.least_with_cores(spec, Options("auto", chi=chi)))
+    planned = planner.layers(spec, Options("auto", chi=chi, target=Target(size=target)))
+    assert 0.95 * target < bytes_of(spec, planned) <= target
+    for linear in planned:
+        if linear.name == EMBEDDING:
+            assert linear.terms[0].kind in ("quantized", "dense") and len(linear.terms) == 1
+            continue
+        base, cores = linear.terms
+        full = min(linear.out_features, linear.in_features)
+        assert base.kind == "quantized"
+        assert cores == operator((linear.out_features, 1), (1, linear.in_features), min(chi, full), "int8")
+
+
+def test_losses_beside_demanded_cores_fall_with_bits_and_chi(planner: Planner, spec: ModelSpec) -> None:
+    """Those on the ladder are the survey's own; one between two of them lies between theirs."""
+    linear, base = spec.linear(UP), Quantized(3, 64, False)
+
+    def losses(chi: int) -> dict[tuple[object, ...], float]:
+        options = Options("auto", chi=chi, target=Target(size=10**6))
+        return {one.terms[:1]: one.loss for one in planner.candidates(options, spec.linears)[UP]}
+
+    two, three, four = (losses(chi)[(base,)] for chi in (2, 3, 4))
+    assert four < three < two < planner.survey().loss(dataclasses.replace(linear, terms=(base,)))
+    cores = operator((linear.out_features, 1), (1, linear.in_features), 4, "int8")
+    assert [four] == [one.loss for one in planner.survey().candidates[UP] if one.terms == (base, cores)]
+    widths = [losses(3)[(Quantized(bits, 64, False),)] for bits in (2, 3, 4, 5, 6)]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_a_size_without_room_for_the_cores_is_refused_before_anything_is_measured(
+    source: Source, planner: Planner, spec: ModelSpec
+) -> None:
+    blind = Planner(source.weights)  # it has no text to measure on
+    options = Options("auto", chi=16, target=Target(size=10**5))
+    with pytest.raises(
+        PlanError, match=r"of --chi 16 .* the smallest such file takes [0-9,]+; .* --chi [0-9]+, the"
+    ) as said:
+        blind.layers(spec, options)
+    least = int(re.search(r"file takes ([0-9,]+)", str(said.value))[1].replace(",", ""))
+    largest = int(re.search(r"or --chi ([0-9]+)", str(said.value))[1])
+    planned = planner.layers(spec, dataclasses.replace(options, target=Target(size=least)))
+    assert bytes_of(spec, planned) == least
+    fitting = planner.layers(spec, dataclasses.replace(options, chi=largest))
+    assert bytes_of(spec, fitting) <= 10**5 and largest < 16
+    for demanded, size in ((largest + 1, 10**5), (1, 20_000)):
+        refused = dataclasses.replace(options, chi=demanded, target=Target(size=size))
+        with pytest.raises(PlanError, match=r"not even --chi 1" if size < 10**5 else rf"--chi {largest}, the largest"):
+            blind.layers(spec, refused)
+
+
+@pytest.mark.parametrize("chi", [None, 4])
+@pytest.mark.parametrize("most", [1e-6, 1e9])
+def test_the_default_size_is_the_larger_of_two(
+    planner: Planner, spec: ModelSpec, chi: int | None, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By bits where any KL will do, by KL where hardly any will; cores may need more than either."""
+    monkeypatch.setattr(budget_module, "DEFAULT_KL", most)
+    told: list[str] = []
+    monkeypatch.setattr(planner, "log", told.append)
+    options = with_default_target(Options("auto", chi=chi))
+    sized = planner.sized(spec, options)
+    assert sized.target.size is not None and not sized.target.default
+    planned = planner.layers(spec, sized)
+    assert planner.layers(spec, options) == planned
+    expected = planner.survey().total_loss(planned)
+    assert expected is not None
+    by_bits = default_bytes(planner.source.spec)
+    if most > 1 and chi is None:
+        assert sized.target.size == by_bits
+        assert told[0].startswith(
+            f"no target was given: took 4.25 bits per weight, {by_bits:,} bytes, with an expected KL"
+        )
+        assert "; an expected KL of " in told[0] and " would take " in told[0]
+    else:
+        assert sized.target.size > by_bits
+        assert "took the size with an expected KL of" in told[0] and f"{by_bits:,} bytes, would have given" in told[0]
+        assert chi is not None or expected <= most
 
 
 def test_layers_that_a_pattern_leaves_out_stay_dense_in_an_allocation(planner: Planner, spec: ModelSpec) -> None:
@@ -188,11 +270,11 @@ def test_below_integers_cores_alone_and_below_these_the_minimum(planner: Planner
     integers_least = bytes_of(
         spec, tuple(dataclasses.replace(linear, terms=(Quantized(2, 64, False),)) for linear in spec.linears)
     )
-    planned = planner.layers(spec, Options("auto", chi=2, target=Target(size=integers_least - 2000)))
+    planned = planner.layers(spec, Options("auto", target=Target(size=integers_least - 2000)))
     assert any(linear.terms[0].kind == "mpo" for linear in planned)
     assert bytes_of(spec, planned) <= integers_least - 2000
     with pytest.raises(PlanError, match="the smallest file of this model takes [0-9,]+; give a larger target"):
-        planner.layers(spec, Options("auto", chi=2, target=Target(size=20_000)))
+        planner.layers(spec, Options("auto", target=Target(size=20_000)))
 
 
 def test_shapes_slower_than_int4_are_not_chosen(
@@ -315,7 +397,7 @@ def test_a_plan_file_overrides_single_layers(folder: Path, spec: ModelSpec, tmp_
             ],
         },
     )
-    options = plan_options(f"file:{path}", 32, 2)
+    options = plan_options(f"file:{path}", None, 2)
     result = export_folder(folder, tmp_path / "out.mpo", options)
     with MpoFile(result.path) as file:
         file.verify()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from mpo_exporter.cli import main as cli
-from mpo_exporter.plan.budget import default_bytes
 from mpo_exporter.plan.options import Choice, KeyOptions, Options, Target
 from mpo_exporter.plan.planner import with_default_target
 from mpo_exporter.request import (
@@ -27,7 +26,6 @@ from mpo_exporter.request import (
     size_bytes,
 )
 from mpo_formats import ConfigError, OutputError, PlanError
-from tests.exporter.test_plan import dense_model
 
 
 @pytest.mark.parametrize(
@@ -52,10 +50,9 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_auto_has_a_default_target_and_keeps_one_that_was_given() -> None:
-    spec = dense_model()
-    assert with_default_target(Options(), spec).target == Target(size=default_bytes(spec))
+    assert with_default_target(Options()).target == Target(default=True)
     for options in (Options(target=Target(max_kl=0.1)), Options(target=Target(ratio=0.5)), Options("int4")):
-        assert with_default_target(options, spec) == options
+        assert with_default_target(options) == options
 
 
 Parse = Callable[..., ExportRequest]
@@ -106,7 +103,7 @@ def test_every_option_arrives_in_its_field(parse: Parse, tmp_path: Path) -> None
         "--device": "cuda",
         "--threads": 4,
     }
-    flags = ("--no-norm-correction", "--force", "--dry-run")
+    flags = ("--no-norm-correction", "--force", "--dry-run", "--no-compare-cores")
     assert parse(*(word for pair in words.items() for word in pair), *flags, "demo") == ExportRequest(
         "demo",
         Options(
@@ -125,6 +122,7 @@ def test_every_option_arrives_in_its_field(parse: Parse, tmp_path: Path) -> None
         report=Path("r"),
         dry_run=True,
         save_plan=Path("plan.json"),
+        compare_cores=False,
         machine=Machine("cuda", 4),
     )
     targets = (("size", "1.5MB", 1_500_000), ("bpw", 3, 3.0), ("ratio", 0.5, 0.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mpo_exporter.export import ExportTask, Listener, Result, export, planned_spec, planner_for
+from mpo_exporter.export import ExportTask, Listener, Result, export, planned_spec, planner_for, without_cores
 from mpo_exporter.heal.command import check_healing, heal_exported, healing_notes
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.file import write_plan
@@ -18,6 +19,7 @@ from mpo_exporter.plan.options import Options
 from mpo_exporter.plan.planner import with_default_target
 from mpo_exporter.plan.predict import Prediction, predict
 from mpo_exporter.report.command import make_report
+from mpo_exporter.report.facts import WithoutCores
 from mpo_exporter.report.job import Job, prepare
 from mpo_exporter.report.layers import Recorder
 from mpo_exporter.report.terminal import HealedStage, print_report
@@ -26,7 +28,7 @@ from mpo_exporter.source import Source, open_source
 from mpo_exporter.terms import stored_bytes
 from mpo_exporter.texts import calibration_for, held_out_text
 from mpo_formats import ModelSpec, MpoFile
-from mpo_formats.architecture import full_rank
+from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
 from mpo_runtime.cli import console
 from mpo_runtime.cli.console import size_text
 from mpo_runtime.cli.inspect import layer_text
@@ -54,12 +56,15 @@ def run_export(request: ExportRequest) -> Result | None:
         print(f"exporting {source.name} to {target} ({asked(task.options, source.spec)}); {fitted_to}", flush=True)
         result, recorder = export_within_kl(source, task, recorded=request.report is not None)
         print_cut_bonds(result.spec, task.options)
+        compare_cores = request.compare_cores and task.options.demands_cores
+        # A report makes and measures the file without cores itself.
+        plain = compared_without_cores(source, task, result) if compare_cores and not request.report else None
         if request.save_plan:
             write_plan(request.save_plan, result.spec.linears, force=request.force)
         healed = heal_exported(source, result, request.healing, task.text, task.device) if request.healing else None
         notes = healing_notes(healed) if healed else []
         if request.report is None:
-            print_report(result, task.text, reason, HealedStage(healed.comparison, notes) if healed else None)
+            print_report(result, task.text, reason, HealedStage(healed.comparison, notes) if healed else None, plain)
             print_next_step(target)
             return result
         for note in notes:
@@ -77,6 +82,7 @@ def run_export(request: ExportRequest) -> Result | None:
                 fit_windows=task.windows,
                 device=task.device,
                 threads=request.machine.threads,
+                without_cores=request.compare_cores if task.options.demands_cores else None,
                 earlier=earlier,
                 comparison=better.comparison,
                 surveyed=result.surveyed,
@@ -111,7 +117,7 @@ def resolved(
     calibration, fitted_to = calibration_for(source, request.options, request.calibration.text, windows)
     task = ExportTask(
         target=target,
-        options=request.options if calibration is None else with_default_target(request.options, source.spec),
+        options=request.options if calibration is None else with_default_target(request.options),
         force=request.force,
         calibration=calibration,
         windows=windows,
@@ -147,12 +153,14 @@ def log(message: str) -> None:
 def asked(options: Options, source: ModelSpec) -> str:
     """What was asked for, in words."""
     name = options.plan if options.file is None else f"file:{options.file.path}"
-    if options.target.max_kl is not None:
-        return f"plan {name}, KL of at most {options.target.max_kl:g}, χ ≤ {options.chi}"
     if options.named.replaces_keys:
         return f"plan {name}, rank ≤ {options.keys.rank}"
+    chi = options.largest_chi
+    bonds = f"cores of χ = {chi} in every attention and MLP matrix" if options.demands_cores else f"χ ≤ {chi}"
+    if options.target.max_kl is not None:
+        return f"plan {name}, KL of at most {options.target.max_kl:g}, {bonds}"
     size = options.target.bytes_of(source)
-    return f"plan {name}, χ ≤ {options.chi}" + ("" if size is None else f", at most {size:,} bytes")
+    return f"plan {name}, {bonds}" + ("" if size is None else f", at most {size:,} bytes")
 
 
 def exceeds_kl(result: Result, options: Options, *, again: bool) -> bool:
@@ -165,16 +173,36 @@ def exceeds_kl(result: Result, options: Options, *, again: bool) -> bool:
     return True
 
 
+def compared_without_cores(source: Source, task: ExportTask, result: Result) -> WithoutCores | None:
+    """A file of the same size without cores, fitted and measured; None, saying why, where that cannot be done."""
+    missing = "no text to measure on" if task.text is None else "no calibration text" if not task.calibration else ""
+    if missing:
+        log(f"the same bytes without cores: not measured, there is {missing}")
+        return None
+    log("exporting the same bytes without cores, to compare (--no-compare-cores leaves this out)")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="without-cores-", dir=task.target.parent) as work:
+        plain = replace(task, target=Path(work) / "plain.mpo", prefixes=(), surveyed=result.surveyed)
+        with console.progress("export") as update:
+            found = without_cores(source, result.spec, result.file_bytes, plain, Listener(update))
+    if found.comparison is None:
+        return None
+    return WithoutCores.of(found.file_bytes, found.comparison, time.perf_counter() - start)
+
+
 def print_cut_bonds(spec: ModelSpec, options: Options) -> None:
-    """Prints how many operators have a full rank below χ, at which their bonds end."""
+    """Prints how many operators have a full rank below χ, at which their bonds end; and what has no cores despite a demand."""
     terms = [term for linear in spec.linears for term in linear.terms if term.kind == "mpo"]
     ranks = [max(full_rank(term.out_dims, term.in_dims)) for term in terms]
-    cut = [rank for rank in ranks if rank < options.chi]
-    if cut and options.named.takes_chi:
+    cut = [rank for rank in ranks if rank < options.largest_chi]
+    if cut and (options.named.takes_chi or options.demands_cores):
         log(
-            f"χ of {options.chi:,} is above the full rank of {len(cut)} of {len(ranks)} operators: "
+            f"χ of {options.largest_chi:,} is above the full rank of {len(cut)} of {len(ranks)} operators: "
             f"their bonds end at {max(cut):,} or less"
         )
+    bare = [one.name for one in spec.linears if one.name not in (EMBEDDING, HEAD) and one.terms[0].kind == "dense"]
+    if bare and options.demands_cores and options.choice.pattern is None and options.file is None:
+        log(f"{len(bare)} matrices have no integers that cores could stand beside, such as {bare[0]}: no cores there")
 
 
 def show_plan(source: Source, task: ExportTask, save_plan: Path | None) -> None:

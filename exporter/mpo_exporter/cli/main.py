@@ -61,7 +61,7 @@ def show_version(wanted: bool) -> None:
 def export(
     model: given.Model,
     *,
-    chi: given.Chi = 32,
+    chi: given.Chi = None,
     cores: given.CoreCount = 2,
     plan: given.PlanName = "auto",
     out: given.Out = None,
@@ -71,6 +71,7 @@ def export(
     keys: given.KeyProjections,
     dry_run: given.DryRun = False,
     save_plan: given.SavePlan = None,
+    compare_cores: given.CompareCores = True,
     calibration: given.CalibrationOptions,
     force: given.Force = False,
     measure: given.MeasureOptions,
@@ -102,6 +103,7 @@ def export(
         report=report,
         dry_run=dry_run,
         save_plan=save_plan,
+        compare_cores=compare_cores,
         machine=machine.record(),
     )
     run_export(request)
@@ -179,7 +181,7 @@ def profile_command(
     bits: Annotated[
         int, typer.Option(help="Bits of the integers that layers are judged with, 2, 3, 4, 5, 6 or 8.")
     ] = 2,
-    chi: given.Chi = 32,
+    chi: given.ProfileChi = 32,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for profile.json and plots (PNG).", show_default=False)
     ] = None,

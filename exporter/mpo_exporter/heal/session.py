@@ -68,6 +68,7 @@ class Session:
         readers = read_text_files(file)
         check_teacher(source, self.architecture, readers[0])
         self.data = healing_data(job.text, readers, self.architecture, self.settings)
+        self.text_tokens = len(self.data.windows) * self.data.span  # `_teach` drops windows that are not used
         self.teacher_sha256 = source.weights.sha256()
         contents = hashlib.sha256(file.array("mpo.checksums").tobytes()).hexdigest()
         digest = self.settings.digest(contents, self.teacher_sha256, self.data.digest)
@@ -112,7 +113,7 @@ class Session:
         if self.settings.minutes is not None:
             return None
         if self.settings.epochs is not None:
-            return self.settings.epochs * len(self.data.windows) * self.data.span
+            return self.settings.epochs * self.text_tokens
         return self.settings.tokens or DEFAULT_TOKENS
 
     def _steps(self, share: float) -> int | None:

@@ -7,7 +7,7 @@ over the bytes that the layers may take corrects the error of the estimates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mpo_exporter.plan.allocate import choose, front
 from mpo_exporter.terms import Candidate, fitting_group, stored_bytes
@@ -18,8 +18,9 @@ from mpo_formats.spec import GROUPS
 from mpo_formats.writer import spec_metadata
 
 Candidates = Mapping[str, Sequence[Candidate]]
-# Bits of the whole file per weight if the user names no target.
+# If the user names no target: bits of the whole file per weight, or more if the expected KL, in nats per token, is larger.
 DEFAULT_BITS = 4.25
+DEFAULT_KL = 0.03
 # A model counts as small if its header, tokenizer and certificate take more than this share of the default target.
 SMALL_SHARE = 1 / 4
 # No layer gets less than this share of the average bits: predicted losses are least reliable there (docs/method.md, Allocation).
@@ -42,7 +43,7 @@ def file_bytes(spec: ModelSpec) -> int:
 
 
 def default_bytes(spec: ModelSpec) -> int:
-    """The target if the user names none: 4.25 bits of the whole file per weight of the model.
+    """The least size if the user names no target: 4.25 bits of the whole file per weight of the model.
 
     If header, tokenizer, norms and certificate take more than a quarter of that, they are added on top. Layers whose rows
     no group divides stay dense, and count with their dense size.
@@ -145,7 +146,7 @@ def layers_within_loss(spec: ModelSpec, candidates: Candidates, most: float) -> 
     Raises:
         PlanError: if no plan reaches that loss.
     """
-    largest = {name: min(row, key=lambda one: (one.loss, one.bytes)) for name, row in candidates.items()}
+    largest = finest(candidates)
     least = sum(one.loss for one in largest.values())
     if least > most:
         raise PlanError(f"--max-kl {most:g}: the least that any plan of this model is expected to reach is {least:.4g}")
@@ -161,6 +162,59 @@ def layers_within_loss(spec: ModelSpec, candidates: Candidates, most: float) -> 
     smallest = allocated_layers(spec, candidates, low)
     found = expected_loss(smallest, candidates)
     return smallest if found is not None and found <= most else best
+
+
+def finest(candidates: Candidates) -> dict[str, Candidate]:
+    """The candidate of least loss for every layer."""
+    return {name: min(row, key=lambda one: (one.loss, one.bytes)) for name, row in candidates.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultSize:
+    """The size of a file for which the user named no target: the larger one of two.
+
+    Args:
+        bits, kl: the sizes in bytes by DEFAULT_BITS and by DEFAULT_KL.
+        bits_loss: the expected KL at the size by DEFAULT_BITS; None where no plan is that small.
+        kl_loss: the expected KL at the size by DEFAULT_KL; above it only where no plan is expected to reach it.
+    """
+
+    bits: int
+    kl: int
+    bits_loss: float | None
+    kl_loss: float
+
+    @property
+    def size(self) -> int:
+        """The larger size."""
+        return max(self.bits, self.kl)
+
+    def in_words(self) -> str:
+        """Which size was taken, and what the other one would have given."""
+        by_bits = f"{DEFAULT_BITS:g} bits per weight, {self.bits:,} bytes"
+        at_bits = "no plan is that small" if self.bits_loss is None else f"an expected KL of {self.bits_loss:.2g}"
+        if self.bits >= self.kl:
+            other = f"an expected KL of {self.kl_loss:.2g} would take {self.kl:,} bytes"
+            return f"no target was given: took {by_bits}, with {at_bits}; {other}"
+        reached = f"the size with an expected KL of {self.kl_loss:.2g}, {self.kl:,} bytes"
+        return f"no target was given: took {reached}; {by_bits}, would have given: {at_bits}"
+
+
+def default_size(spec: ModelSpec, source: ModelSpec, candidates: Candidates) -> DefaultSize:
+    """The sizes that are the default for a model, with their expected KL.
+
+    Args:
+        spec: of the file to write, with any terms.
+        source: of the dense model.
+    """
+    bits = default_bytes(source)
+    most = max(DEFAULT_KL, sum(one.loss for one in finest(candidates).values()))
+    by_kl = layers_within_loss(spec, candidates, most)
+    bits_loss = None
+    if bits >= least_bytes(spec, candidates):
+        bits_loss = expected_loss(allocated_layers(spec, candidates, bits), candidates)
+    kl_loss = expected_loss(by_kl, candidates) or 0.0
+    return DefaultSize(bits, file_bytes(replace(spec, linears=by_kl)), bits_loss, kl_loss)
 
 
 def expected_loss(linears: Sequence[LinearSpec], candidates: Candidates) -> float | None:

@@ -75,7 +75,8 @@ def paper(source: ModelSpec, options: Options, acted_on: Set[str]) -> list[tuple
         cores = linear.name in acted_on if chosen else not spared(linear.name, source)
         if not cores or linear.name in (EMBEDDING, HEAD):
             return rounded(linear, BITS)
-        return operator(*balanced_shape(linear.out_features, linear.in_features, options.cores), options.chi, "f16")
+        shape = balanced_shape(linear.out_features, linear.in_features, options.cores)
+        return operator(*shape, options.largest_chi, "f16")
 
     return [(terms(linear),) for linear in source.linears]
 
@@ -191,11 +192,25 @@ def key_rank(linear: LinearSpec, source: ModelSpec, keys: KeyOptions) -> int:
 
 
 def correction(linear: LinearSpec, options: Options) -> tuple[Mpo, ...]:
-    """int8 cores beside an integer base; none if even χ = 1 would exceed their share of the parameters."""
-    rows, columns = linear.out_features, linear.in_features
-    shape = low_rank_shape(rows, columns) if options.cores == 2 else balanced_shape(rows, columns, options.cores)
-    room = CORE_SHARE * rows * columns
-    chi = min(options.chi, max(full_rank(*shape)))
+    """int8 cores beside an integer base.
+
+    None if even χ = 1 would exceed their share of the parameters, unless cores were demanded.
+    """
+    if options.demands_cores:
+        return (demanded(linear, options),)
+    shape, room = correction_shape(linear, options), CORE_SHARE * linear.out_features * linear.in_features
+    chi = min(options.largest_chi, max(full_rank(*shape)))
     while chi and parameters(*shape, operator(*shape, chi, "f16").bonds) > room:
         chi -= 1
     return (operator(*shape, chi, "int8"),) if chi else ()
+
+
+def demanded(linear: LinearSpec, options: Options) -> Mpo:
+    """int8 cores of χ, at most the full rank, whatever they take."""
+    return operator(*correction_shape(linear, options), options.largest_chi, "int8")
+
+
+def correction_shape(linear: LinearSpec, options: Options) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The factor shape of cores beside integers: two cores are a low-rank product."""
+    rows, columns = linear.out_features, linear.in_features
+    return low_rank_shape(rows, columns) if options.cores == 2 else balanced_shape(rows, columns, options.cores)

@@ -16,6 +16,8 @@ from mpo_formats.spec import CoreType
 if TYPE_CHECKING:
     from mpo_exporter.plan.file import PlanFile
 
+# The bond dimension where none is given.
+DEFAULT_CHI = 32
 # More bits than any weight has.
 MOST_BITS = 32
 # The number of bits that the factors of key projections may have, and the type that each is stored in.
@@ -24,13 +26,14 @@ FACTORS: dict[int, CoreType] = {4: "int4", 8: "int8", 16: "f16"}
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How large the file may become, or how far from the dense model; at most one of the four, or none.
+    """How large the file may become, or how far from the dense model; at most one of these, or none.
 
     Args:
         size: the most bytes of the whole file.
         bits_per_weight: the same as bits of the whole file per weight of the dense model.
         ratio: the same as a share of the dense model's bytes.
         max_kl: the largest KL to the dense model in nats per token; the file becomes as small as that allows.
+        default: the user named no target: the planner chooses a size once the layers are measured.
 
     Raises:
         ConfigError: for more than one target, or one out of range.
@@ -40,6 +43,7 @@ class Target:
     bits_per_weight: float | None = None
     ratio: float | None = None
     max_kl: float | None = None
+    default: bool = False
 
     def __post_init__(self) -> None:
         if len(self.given) > 1:
@@ -67,7 +71,7 @@ class Target:
         return [name for name, value in values.items() if value is not None]
 
     def bytes_of(self, source: ModelSpec) -> int | None:
-        """The most bytes of the whole file for a dense model; None where the target is a KL or there is none."""
+        """The most bytes of the whole file for a dense model; None where the target is a KL, the default or none."""
         if self.bits_per_weight is not None:
             return int(self.bits_per_weight * source.architecture.parameters() / 8)
         if self.ratio is not None:
@@ -155,7 +159,8 @@ class Options:
 
     Args:
         plan: the name of a plan in `PLANS`.
-        chi: the largest bond dimension.
+        chi: the largest bond dimension; None for DEFAULT_CHI. In the plan `auto` a given χ demands cores of that bond
+            dimension beside the integers of every attention and MLP matrix; None leaves it to the plan which get any.
         cores: cores of an operator.
         target: of the plan `auto`; without one it stores what `corrected` does.
         for_speed: keeps `auto` from terms that are slower than int4 on this machine.
@@ -168,7 +173,7 @@ class Options:
     """
 
     plan: str = AUTO.name
-    chi: int = 32
+    chi: int | None = None
     cores: int = 2
     target: Target = field(default_factory=Target)
     for_speed: bool = False
@@ -179,7 +184,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.plan not in PLANS:
             raise PlanError(f"--plan {self.plan}: expected one of {', '.join(PLANS)}, or file:PLAN.json")
-        if self.chi < 1:
+        if self.chi is not None and self.chi < 1:
             raise PlanError(f"--chi {self.chi}: the bond dimension must be at least 1")
         if not 2 <= self.cores <= 8:
             raise PlanError(f"--cores {self.cores}: expected 2 to 8")
@@ -196,6 +201,16 @@ class Options:
         """The plan of that name."""
         return PLANS[self.plan]
 
+    @property
+    def largest_chi(self) -> int:
+        """The largest bond dimension."""
+        return DEFAULT_CHI if self.chi is None else self.chi
+
+    @property
+    def demands_cores(self) -> bool:
+        """Whether every attention and MLP matrix gets cores of χ, because the user gave a χ to the plan `auto`."""
+        return self.named.allocates and self.chi is not None
+
     def pinned(self, source: ModelSpec) -> dict[str, tuple[Term, ...]]:
         """The layers of the plan file and their terms, which hold whatever the plan says."""
         return {} if self.file is None else self.file.terms(source)
@@ -203,7 +218,7 @@ class Options:
     @property
     def allocates(self) -> bool:
         """Whether the plan chooses among the survey's candidates, because there is a target."""
-        return bool(self.target.given)
+        return bool(self.target.given) or self.target.default
 
     @property
     def keeps_norm(self) -> bool:
@@ -222,7 +237,9 @@ class Options:
 
     def recorded(self, source: ModelSpec) -> dict[str, str]:
         """The options as the file's provenance records them: plan, χ and cores, and the others if they were given."""
-        found = {"plan": self.plan, "chi": str(self.chi), "cores": str(self.cores)}
+        found = {"plan": self.plan, "chi": str(self.largest_chi), "cores": str(self.cores)}
+        if self.demands_cores:
+            found["cored"] = "every matrix"
         others = {
             "target_bytes": self.target.bytes_of(source),
             "max_kl": self.target.max_kl,

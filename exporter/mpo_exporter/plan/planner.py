@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.fit.shapes import low_rank_shape
-from mpo_exporter.measure.candidates import LADDER
+from mpo_exporter.measure.candidates import GRIDS, LADDER, fitted
 from mpo_exporter.measure.latency import no_slower_than, open_table, save_table
 from mpo_exporter.measure.sensitivity import LayerSensitivity, cached_sensitivities
 from mpo_exporter.measure.survey import Survey, cached_survey
-from mpo_exporter.plan.budget import allocated_layers, default_bytes, layers_within_loss, least_bytes
-from mpo_exporter.plan.named import acted_on, plan_layers
+from mpo_exporter.plan.budget import allocated_layers, default_size, file_bytes, layers_within_loss, least_bytes
+from mpo_exporter.plan.named import acted_on, demanded, plan_layers
 from mpo_exporter.plan.options import Choice, Options, Target
 from mpo_exporter.progress import Log, Progress, no_log, silent
 from mpo_exporter.terms import GROUP, Candidate, integers, operator, stored_bytes
-from mpo_formats import ConfigError, LinearSpec, ModelSpec, PlanError
+from mpo_formats import ConfigError, Dense, LinearSpec, ModelSpec, Mpo, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import DenseWeights
@@ -106,14 +106,59 @@ class Planner:
 
     def allocated(self, spec: ModelSpec, options: Options, planned: tuple[LinearSpec, ...]) -> tuple[LinearSpec, ...]:
         """A choice among the survey's candidates within bytes or within an expected loss."""
+        target = options.target.bytes_of(self.source.spec)
+        if options.demands_cores and target is not None:
+            self.require_room(spec, options, target)
         rows = self.candidates(options, planned)
         if options.target.max_kl is not None:
             return layers_within_loss(spec, rows, options.target.max_kl)
-        target = options.target.bytes_of(self.source.spec) or 0
-        if target < least_bytes(spec, rows) and not options.for_speed:
+        if target is None:
+            target = default_size(spec, self.source.spec, rows).size
+        if target < least_bytes(spec, rows) and not options.for_speed and not options.demands_cores:
             # Cores replace matrices only if no integers are small enough: without healing they lose much.
             rows = {name: [*row, *self.cores_alone(name, options, row)] for name, row in rows.items()}
         return allocated_layers(spec, rows, target)
+
+    def sized(self, spec: ModelSpec, options: Options) -> Options:
+        """The options with a size in the place of the default target; says which size that is."""
+        rows = self.candidates(options, plan_layers(self.source.spec, options))
+        found = default_size(spec, self.source.spec, rows)
+        self.log(found.in_words())
+        return replace(options, target=Target(size=found.size))
+
+    def require_room(self, spec: ModelSpec, options: Options, target: int) -> None:
+        """Raises PlanError if the cores that were demanded do not fit into a target in bytes, before anything is measured."""
+        least = self.least_with_cores(spec, options)
+        if least <= target:
+            return
+        fitting, above = 0, options.largest_chi
+        while above - fitting > 1:
+            middle = (fitting + above) // 2
+            fits = self.least_with_cores(spec, replace(options, chi=middle)) <= target
+            fitting, above = (middle, above) if fits else (fitting, middle)
+        smaller = f"or --chi {fitting}, the largest that fits" if fitting else "since not even --chi 1 fits"
+        raise PlanError(
+            f"target: {target:,} bytes are too few for cores of --chi {options.largest_chi} in every attention and MLP "
+            f"matrix, the smallest such file takes {least:,}; give a larger target, {smaller}"
+        )
+
+    def least_with_cores(self, spec: ModelSpec, options: Options) -> int:
+        """Bytes of the smallest file with the cores that were demanded; nothing is measured for it."""
+        pinned, inside = options.pinned(self.source.spec), acted_on(self.source.spec, options)
+
+        def smallest(linear: LinearSpec) -> LinearSpec:
+            if linear.name in pinned:
+                return replace(linear, terms=pinned[linear.name])
+            if linear.name not in inside:
+                return linear
+            grids = fitted(GRIDS, linear.in_features)
+            if not grids:
+                return min((linear, replace(linear, terms=(Dense("bf16"),))), key=stored_bytes)
+            cores = () if linear.name in (EMBEDDING, HEAD) else (demanded(linear, options),)
+            stored = (Quantized(grid.bits, grid.group, grid.zeros) for grid in grids)
+            return min((replace(linear, terms=(base, *cores)) for base in stored), key=stored_bytes)
+
+        return file_bytes(replace(spec, linears=tuple(map(smallest, self.source.spec.linears))))
 
     def candidates(self, options: Options, planned: tuple[LinearSpec, ...]) -> dict[str, list[Candidate]]:
         """The candidates of every layer; only one for the layers of a plan file and those that the plan leaves alone."""
@@ -127,12 +172,25 @@ class Planner:
                 rows[linear.name] = [Candidate(stored_bytes(only), surveyed.loss(only) or 0.0, only.terms)]
                 continue
             factor = factors.get(linear.name, 1.0)
-            rows[linear.name] = [
-                replace(one, loss=factor * one.loss)
-                for one in surveyed.candidates[linear.name]
-                if all(term.kind != "mpo" or max(term.bonds) <= options.chi for term in one.terms)
-            ]
+            row = surveyed.candidates[linear.name]
+            if options.demands_cores:
+                kept = self.with_cores(source.linear(linear.name), row, options)
+            else:
+                kept = [one for one in row if not any(largest_bond(term) > options.largest_chi for term in one.terms)]
+            rows[linear.name] = [replace(one, loss=factor * one.loss) for one in kept]
         return self.fast_enough(rows, planned, pinned) if options.for_speed else rows
+
+    def with_cores(self, linear: LinearSpec, row: Sequence[Candidate], options: Options) -> list[Candidate]:
+        """Every integer candidate of an attention or MLP matrix with the cores that were demanded beside it.
+
+        Embedding, head and rows that no integers can store keep the candidates that they have.
+        """
+        bases = [one.terms for one in row if len(one.terms) == 1 and isinstance(one.terms[0], Quantized)]
+        if linear.name in (EMBEDDING, HEAD) or not bases:
+            return list(row)
+        cores = demanded(linear, options)
+        layers = [replace(linear, terms=(*base, cores)) for base in bases]
+        return [Candidate(stored_bytes(one), self.survey().loss(one) or 0.0, one.terms) for one in layers]
 
     def factors(self) -> dict[str, float]:
         """The measured loss over the expected one, for each layer in integers of 3 bits."""
@@ -170,7 +228,7 @@ class Planner:
             return []
         found = []
         for chi in LADDER:
-            if chi > min(options.chi, linear.out_features, linear.in_features):
+            if chi > min(options.largest_chi, linear.out_features, linear.in_features):
                 break
             shape = low_rank_shape(linear.out_features, linear.in_features)
             cores = replace(linear, terms=(operator(*shape, chi, "int8"),))
@@ -179,8 +237,13 @@ class Planner:
         return found
 
 
-def with_default_target(options: Options, source: ModelSpec) -> Options:
+def with_default_target(options: Options) -> Options:
     """The options with the default target, if the plan can have one and none was given."""
     if not options.named.allocates or options.allocates:
         return options
-    return replace(options, target=Target(size=default_bytes(source)))
+    return replace(options, target=Target(default=True))
+
+
+def largest_bond(term: Term) -> int:
+    """The largest bond of an operator, 0 of any other term."""
+    return max(term.bonds) if isinstance(term, Mpo) else 0

@@ -203,6 +203,19 @@ class WithoutCores:
     same_top1: float
     seconds: float
 
+    @classmethod
+    def of(cls, file_bytes: int, found: Comparison, seconds: float) -> WithoutCores:
+        """The comparison of a file without cores with the dense model."""
+        return cls(
+            file_bytes=file_bytes,
+            perplexity=found.model.perplexity,
+            error=found.model.error,
+            kl_mean=found.kl_mean,
+            kl_999=found.kl_999,
+            same_top1=found.same_top1,
+            seconds=seconds,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Point:

@@ -12,13 +12,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mpo_exporter.calibrate.moments import Calibration
-from mpo_exporter.calibrate.windows import WINDOW, cut_calibration
+from mpo_exporter.calibrate.windows import WINDOW
 from mpo_exporter.certify import Certifier
-from mpo_exporter.export import ExportTask, Listener, export
-from mpo_exporter.measure.survey import Survey, survey
-from mpo_exporter.plan.budget import allocated_layers
-from mpo_exporter.plan.options import Options
+from mpo_exporter.export import ExportTask, Listener, without_cores
 from mpo_exporter.progress import Progress, silent
 from mpo_exporter.report.facts import (
     FORMAT,
@@ -46,7 +42,6 @@ from mpo_exporter.report.sizes import (
     predicted_curve,
     ratios_of,
     sizes_of,
-    without_operators,
 )
 from mpo_exporter.source import Source
 from mpo_formats import ConfigError, ModelSpec, MpoFile
@@ -227,39 +222,22 @@ class Gatherer:
         with self.timed("without cores"):
             return self.fitted_without_cores(job.text, job.calibration)
 
-    def fitted_without_cores(self, text: TokenText, calibration: TokenText) -> WithoutCores:
+    def fitted_without_cores(self, text: TokenText, calibration: TokenText) -> WithoutCores | None:
         """Fits integers alone in at most as many bytes as the file has, and measures the result."""
-        job, source, start = self.job, self.source, time.perf_counter()
+        job, start = self.job, time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="without-cores-", dir=job.folder) as work:
-            target = Path(work) / "without-cores.mpo"
-            surveyed = job.surveyed or self.new_survey(calibration, Path(work))
-            integers = {name: without_operators(row) for name, row in surveyed.candidates.items()}
             task = ExportTask(
-                target=target,
-                options=Options("int4"),
+                target=Path(work) / "without-cores.mpo",
                 calibration=calibration,
                 windows=job.fit_windows,
-                layers=allocated_layers(self.file.spec, integers, self.file.size),
-                surveyed=surveyed,
+                text=text,
+                surveyed=job.surveyed,
                 device=job.device,
             )
-            result = export(source, task, Listener(self.progress))
-            found = self.compared(target, text)
-        return WithoutCores(
-            file_bytes=result.file_bytes,
-            perplexity=found.model.perplexity,
-            error=found.model.error,
-            kl_mean=found.kl_mean,
-            kl_999=found.kl_999,
-            same_top1=found.same_top1,
-            seconds=time.perf_counter() - start,
-        )
-
-    def new_survey(self, calibration: TokenText, folder: Path) -> Survey:
-        """A survey of the dense model on the calibration text; activations are spilled to `folder`."""
-        weights = self.source.weights
-        windows = cut_calibration(calibration, weights.architecture, count=self.job.fit_windows)
-        return survey(weights, Calibration(weights, windows, folder), progress=self.progress)
+            result = without_cores(self.source, self.file.spec, self.file.size, task, Listener(self.progress))
+        if result.comparison is None:
+            return None
+        return WithoutCores.of(result.file_bytes, result.comparison, time.perf_counter() - start)
 
 
 def subject_of(spec: ModelSpec, file: Path, name: str) -> Subject:

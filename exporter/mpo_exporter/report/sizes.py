@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.allocate import descend_hulls, front
 from mpo_exporter.report.facts import Measured, Memory, Point, Predicted, Ratios, Report, Sizes, Speed, WithoutCores
-from mpo_exporter.terms import Candidate, stored_bytes
+from mpo_exporter.terms import stored_bytes, without_operators
 from mpo_formats import Certificates, ModelSpec
 from mpo_formats.layout import ELEMENTS, content_tensors, linear_bytes
 from mpo_runtime.cli.inspect import stored_parameters
@@ -99,11 +99,6 @@ def earlier_points(earlier: Report | None, quality: Measured, source_sha256: str
         elif point.kind in ("earlier", "without cores"):
             kept.append(point)
     return kept
-
-
-def without_operators(row: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that have no cores."""
-    return [one for one in row if not any(term.kind == "mpo" for term in one.terms)]
 
 
 def predicted_curve(surveyed: Survey, spec: ModelSpec, file_bytes: int) -> tuple[Predicted, ...]:

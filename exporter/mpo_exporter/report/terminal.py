@@ -43,11 +43,18 @@ class HealedStage:
     notes: Sequence[str]
 
 
-def print_report(result: Result, text: TokenText | None, reason: str, healed: HealedStage | None = None) -> None:
+def print_report(
+    result: Result,
+    text: TokenText | None,
+    reason: str,
+    healed: HealedStage | None = None,
+    plain: WithoutCores | None = None,
+) -> None:
     """Prints the sizes and the quality of an exported file, also after healing if it was healed.
 
     Args:
         text: what quality was measured on, None where it was not measured, for `reason`.
+        plain: a file of the same size without cores, if one was made to compare with.
     """
     quality = Measured.of(result.comparison, text) if result.comparison and text else None
     again = Measured.of(healed.comparison, text) if healed and healed.comparison and text else None
@@ -56,6 +63,7 @@ def print_report(result: Result, text: TokenText | None, reason: str, healed: He
         quality,
         result.core_layers,
         len(result.spec.linears),
+        plain=plain,
         healed=healed is not None,
         healed_quality=again,
     )
@@ -156,7 +164,8 @@ def table(rows: Rows) -> Table:
         add("early stops", stops, f"{texts.early} of {len(texts.prompts)}")
     add("layers with cores", "0", f"{rows.core_layers} of {rows.layers}")
     if rows.plain:
-        add("KL without cores, same bytes", "", f"{rows.plain.kl_mean:.4f}", size_text(rows.plain.file_bytes))
+        plain = f"KL {rows.plain.kl_mean:.4f}"
+        add("the same bytes without cores", "", plain, size_text(rows.plain.file_bytes), healed="")
     return result
 
 
