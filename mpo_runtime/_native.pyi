@@ -1,37 +1,25 @@
+"""The native module, written in C++ (mpo_runtime/csrc); `mpo_runtime.native` is its public face.
+
+All arrays are contiguous and are never converted: a TypeError refuses other element types and strides, a ValueError shapes,
+sizes and values that do not fit together, both before native code touches memory. bits, group, planes, scale and zero are
+those of SPEC.md, section 5; planes list the low plane first, and without zeros each group has `implicit_zero(bits)`.
+"""
+
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-def dequantize(
-    planes: Sequence[NDArray[np.uint8]],
-    bits: int,
-    scale: NDArray[np.uint16],
-    zero: NDArray[np.uint16] | None,
-    out: NDArray[np.float32],
-    isa: str = ...,
-) -> None:
-    """Write ``scale * (level - zero)`` of the planes [rows, groups, bytes] to ``out`` [rows, groups * group].
-
-    ``scale`` and ``zero`` [rows, groups] are float16 bits; without ``zero`` it is 2**(bits - 1). Element j of its group
-    sits in byte ``j * p // 8`` at bit ``j * p % 8`` of a plane of p bits; ``planes`` lists the low plane first.
-    Raises ValueError on shapes that do not fit together and TypeError on other dtypes or strided arrays.
-    """
-
-def isa() -> str:
-    """Name the instruction set that ``dequantize`` uses on this CPU."""
-
-def isas() -> list[str]:
-    """Name the instruction sets that ``dequantize(isa=...)`` accepts on this CPU, best first."""
-
 Bytes = NDArray[np.uint8]
 
+# -- layers (csrc/bind/layers.cpp)
+
 class Matrix:
-    """A stored matrix; it keeps the arrays that it reads."""
+    """A stored matrix; it keeps the arrays that it reads. `where` names it in messages."""
 
     @staticmethod
     def dense(where: str, type: str, rows: int, columns: int, data: Bytes) -> Matrix:
-        """A float matrix from its bytes [rows * columns * size]; `type` is f32, f16 or bf16. Raises ValueError."""
+        """A float matrix from its bytes [rows · columns · element size]; `type` is f32, f16 or bf16."""
 
     @staticmethod
     def integer(
@@ -44,23 +32,25 @@ class Matrix:
         scale: Bytes,
         zero: Bytes | None,
     ) -> Matrix:
-        """An integer matrix from the bytes of its planes, scales and zeros (SPEC.md, section 5). Raises ValueError."""
+        """An integer matrix from the bytes of its planes, scales and zeros."""
 
 class Core:
-    """A core of an Mpo term: bonds `left` and `right`, a prefix of what is stored."""
+    """A core of an Mpo term, with bonds `left` and `right` that may be a prefix of those that `matrix` stores."""
 
     def __init__(self, matrix: Matrix, left: int, right: int, out: int, in_: int, stored_left: int) -> None: ...
 
 class Operator:
-    """An Mpo term; `reverse` sweeps from the last core to the first; from `densify_from` tokens on the matrix is built.
+    """An Mpo term.
 
-    Raises ValueError where cores do not fit.
+    It is applied by a sweep from the first core to the last, or from the last to the first where `reverse`. For
+    `densify_from` tokens and more (0: never) its matrix is built instead. Raises ValueError where cores do not fit each
+    other and MemoryError where their matrix is too large for any memory.
     """
 
     def __init__(self, cores: Sequence[Core], reverse: bool, densify_from: int = ...) -> None: ...
 
 class Linear:
-    """A layer: the sum of its terms and a bias. Raises ValueError where sizes do not fit."""
+    """A linear layer [rows, columns]: the sum of its terms and a bias."""
 
     name: str
     rows: int
@@ -76,8 +66,10 @@ class Linear:
         bias: NDArray[np.float32] | None,
     ) -> None: ...
 
+# -- programs and the KV cache (csrc/bind/programs.cpp)
+
 class Cache:
-    """A KV cache; `type` is f32, f16, bf16 or int8."""
+    """A KV cache of `rows` sequences; `type` is f32, f16, bf16 or int8. Raises MemoryError where memory does not suffice."""
 
     capacity: int
     lengths: list[int]
@@ -85,15 +77,16 @@ class Cache:
 
     def __init__(self, blocks: int, rows: int, heads: int, capacity: int, size: int, type: str) -> None: ...
     def advance(self, counts: Sequence[int]) -> None:
-        """Count new tokens of each row; raises ValueError past the capacity."""
+        """Add new tokens to the length of each row; raises ValueError past the capacity."""
 
     def rewind(self, length: int) -> None:
         """Forget all positions from `length` on."""
 
 class Program:
-    """A list of ops over registers [tokens, width], recorded by the methods named like ops; `exact`: float activations.
+    """A list of operations over registers [tokens, width], recorded by the methods that are named like operations.
 
-    Each method returns the register of its result and raises ValueError where widths do not fit.
+    Each of them returns the register of its result. With `exact` the inputs of layers stay in float32; else they are rounded
+    to int8 where the weights are integers.
     """
 
     def __init__(self, exact: bool) -> None: ...
@@ -107,10 +100,10 @@ class Program:
     def add_scaled(self, x: int, y: int, scale: float) -> int: ...
     def divide(self, x: int, divisor: float) -> int: ...
     def finish(self, result: int) -> None:
-        """End the recording."""
+        """End the recording; `result` is the register that `run` returns."""
 
     def width(self, x: int) -> int:
-        """Elements of a register."""
+        """The width of a register."""
 
     def run(
         self,
@@ -119,10 +112,13 @@ class Program:
         cache: Cache | None,
         out: NDArray[np.float32],
     ) -> None:
-        """Run it for ids [rows, count] or inputs [rows, count, width], and write the result to `out`; releases the GIL.
+        """Run it on ids [rows, count] or inputs [rows, count, width], and write the result to `out` [rows, count, width].
 
-        Raises ValueError where shapes do not fit or an id lies outside the table.
+        Releases the GIL. Several threads may run one program at once, each with a cache of its own. Raises ValueError for an
+        id outside the table, too.
         """
+
+# -- threads (csrc/bind/module.cpp)
 
 def threads() -> int:
     """The number of threads in use."""
@@ -130,25 +126,54 @@ def threads() -> int:
 def set_threads(threads: int) -> None:
     """Change the number of threads; raises ValueError unless it is 1 to 1024."""
 
-def read_bandwidth(data: NDArray[np.uint64]) -> float:
-    """Bytes per second of summing `data` once with all threads; releases the GIL."""
-
 def default_threads() -> int:
     """MPO_THREADS, or the number of cores that this process may run on."""
 
+def read_bandwidth(data: NDArray[np.uint64]) -> float:
+    """Bytes per second of reading `data` once, in order, with all threads; releases the GIL."""
+
+# -- instruction sets (csrc/bind/module.cpp)
+
+def active_isa() -> str:
+    """The instruction set in use: the best of this CPU, or the one that MPO_ISA or set_isa() chose.
+
+    Raises ValueError where MPO_ISA names one that this CPU or build does not have.
+    """
+
+def set_isa(name: str) -> bool:
+    """Choose an instruction set, `auto` for the best; False, and no change, where this CPU or build does not have it."""
+
+def supported_isas() -> list[str]:
+    """The instruction sets of this CPU and build, best first; the last one is `generic`."""
+
+# -- single kernels, for tests (csrc/bind/dequantize.cpp, csrc/bind/kernels.cpp)
+
+def dequantize(
+    planes: Sequence[NDArray[np.uint8]],
+    bits: int,
+    scale: NDArray[np.uint16],
+    zero: NDArray[np.uint16] | None,
+    out: NDArray[np.float32],
+    isa: str = ...,
+) -> None:
+    """Write scale · (code - zero) of the planes [rows, groups, bytes] to `out` [rows, groups · group].
+
+    `scale` and `zero` [rows, groups] are float16 bits. `isa` is one of supported_isas(); "" is the one in use.
+    """
+
 class QuantizedMatrix:
-    """What the raw kernels below multiply; see quantized_matrix."""
+    """An integer matrix as the kernels take it; see quantized_matrix."""
 
     rows: int
     columns: int
 
 class DenseMatrix:
-    """What the raw kernels below multiply; see dense_matrix."""
+    """A float matrix as the kernels take it; see dense_matrix."""
 
     rows: int
 
 class Activations:
-    """Rows of x rounded to int8 for the level active at the time."""
+    """Rows of x rounded to int8 for the instruction set that was active at the time."""
 
 def quantized_matrix(
     bits: int, rows: int, columns: int, group: int, low: Bytes, high: Bytes | None, scale: Bytes, zero: Bytes | None
@@ -157,24 +182,18 @@ def dense_matrix(type: str, rows: int, columns: int, data: Bytes) -> DenseMatrix
 def quantize_activations(x: NDArray[np.float32]) -> Activations: ...
 def multiply(
     w: QuantizedMatrix, x: Activations, y: NDArray[np.float32], begin: int, end: int, accumulate: bool = ...
-) -> None: ...
+) -> None:
+    """Write (or add) W x for the rows [begin, end) of W to y [batch, rows]; so do the next two."""
+
 def multiply_exact(
     w: QuantizedMatrix, x: NDArray[np.float32], y: NDArray[np.float32], begin: int, end: int, accumulate: bool = ...
 ) -> None: ...
 def multiply_dense(
     w: DenseMatrix, x: NDArray[np.float32], y: NDArray[np.float32], begin: int, end: int, accumulate: bool = ...
 ) -> None: ...
-def add_transposed(
-    w: QuantizedMatrix, s: NDArray[np.float32], y: NDArray[np.float32], begin: int, end: int
-) -> None: ...
+def add_transposed(w: QuantizedMatrix, s: NDArray[np.float32], y: NDArray[np.float32], begin: int, end: int) -> None:
+    """Add Wᵀ s for the columns [begin, end) of W to y [batch, columns]; so does the next one."""
+
 def add_transposed_dense(
     w: DenseMatrix, s: NDArray[np.float32], y: NDArray[np.float32], begin: int, end: int
 ) -> None: ...
-def active_isa() -> str:
-    """The instruction set that layers use: the best of this CPU, or what MPO_ISA or set_isa() lowered it to."""
-
-def set_isa(name: str) -> bool:
-    """Choose an instruction set, `auto` for the best; False where this CPU cannot run it."""
-
-def supported_isas() -> list[str]:
-    """The instruction sets that set_isa() accepts on this CPU, best first."""

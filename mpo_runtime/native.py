@@ -48,7 +48,7 @@ def active() -> dict[str, str]:
     """The implementation behind each kernel by name, for `mpo-run info` and the benchmarks."""
     if _HAS_NATIVE:
         threads = str(_native.threads())
-        return {"native": instruction_set(), "threads": threads, "dequantize": f"native ({_native.isa()})"}
+        return {"native": instruction_set(), "threads": threads, "dequantize": f"native ({_native.active_isa()})"}
     return {"native": f"absent: {_WHY_NOT_NATIVE}", "dequantize": "numpy"}
 
 

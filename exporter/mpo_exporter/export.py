@@ -20,10 +20,11 @@ from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.planner import Planner
 from mpo_exporter.plan.predict import record_outcome, within_kl
 from mpo_exporter.progress import Log, Progress, no_log, silent
+from mpo_exporter.request import check_file
 from mpo_exporter.source import Source
 from mpo_exporter.terms import without_operators
 from mpo_exporter.texts import calibration_walk
-from mpo_formats import Certificates, CheckpointError, LinearSpec, ModelSpec, MpoWriter, OutputError, Provenance
+from mpo_formats import Certificates, CheckpointError, LinearSpec, ModelSpec, MpoWriter, Provenance
 from mpo_formats.architecture import EMBEDDING
 from mpo_formats.layout import content_tensors, linear_tensors
 from mpo_runtime.measure import Comparison
@@ -121,7 +122,7 @@ def export(source: Source, task: ExportTask, listener: Listener | None = None) -
         MpoError: for a damaged source, a plan that cannot be carried out, or a target that cannot be written.
     """
     listener = listener or Listener()
-    require_folder(task.target)
+    check_file(task.target, "--out", force=task.force)
     planner = planner_for(source, task, task.target.parent, listener)
     spec = planned_spec(source, task, planner)
     comparisons: list[Comparison] = []
@@ -168,12 +169,6 @@ def result_of(path: Path, spec: ModelSpec, source: ModelSpec, comparison: Compar
     dense = sum(tensor.size for tensor in content_tensors(source))
     cores = sum(any(term.kind == "mpo" for term in linear.terms) for linear in spec.linears)
     return Result(path, spec, source, path.stat().st_size, dense, cores, comparison)
-
-
-def require_folder(target: Path) -> None:
-    """Raises OutputError if the folder of the file to write is missing: calibration spills there long before."""
-    if not target.parent.is_dir():
-        raise OutputError(f"{target}: cannot write (No such file or directory); give another folder with --out")
 
 
 def planner_for(source: Source, task: ExportTask, folder: Path, listener: Listener) -> Planner:

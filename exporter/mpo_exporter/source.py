@@ -25,6 +25,9 @@ ALIASES = {
     "granite-2b": "ibm-granite/granite-3.3-2b-instruct",
 }
 
+# Bytes of dequantised tensors that are kept, for each is read dozens of times.
+KEPT = 1 << 29
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
@@ -86,7 +89,7 @@ def open_dense(path: Path) -> DenseWeights:
     What a GGUF file holds in integers is dequantised to two bytes a weight: as large as the model was, and as a plan stores
     a layer that it leaves dense.
     """
-    return Checkpoint(path) if path.is_dir() else Gguf(path, dequantised="f16")
+    return Checkpoint(path) if path.is_dir() else Gguf(path, dequantised="f16", kept=KEPT)
 
 
 def open_source(model: str | Path) -> Source:

@@ -15,6 +15,7 @@ from mpo_runtime.cli.console import one_line
 from mpo_runtime.cli.conversation import Conversation, Settings
 from mpo_runtime.cli.generate import open_model, print_text, read_stdin
 from mpo_runtime.filesystem import expand_user, user_folder
+from mpo_runtime.text.decode import decode_argument
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -31,13 +32,15 @@ def run_chat(
     file: Path, load_options: dict[str, Any], prompt: str | None, system: str | None, settings: Settings
 ) -> None:
     """Answers one message, or talks until the user leaves."""
-    text = prompt if prompt is not None or sys.stdin.isatty() else read_stdin()
+    text = None if prompt is None else decode_argument(prompt, "--prompt")
+    if text is None and not sys.stdin.isatty():
+        text = read_stdin()
     if text is not None and not text.strip():
         raise ConfigError("the message is empty; give one with --prompt or on standard input")
     with open_model(file, load_options) as model:
         if model.template is None:
             raise ConfigError(f"{file}: has no chat template; continue a plain text instead: mpo-run generate {file}")
-        conversation = Conversation(model, settings, system)
+        conversation = Conversation(model, settings, decode_argument(system or "", "--system") or None)
         if text is not None:
             conversation.add(text.strip())
             answer(conversation)
@@ -49,7 +52,7 @@ def run_chat(
 
 
 def talk(conversation: Conversation, session: PromptSession[str]) -> None:
-    """Reads messages and commands until the user leaves; errors of the input are shown and forgotten."""
+    """Reads messages and commands until the user leaves; an error is printed and the chat goes on."""
     while True:
         try:
             text = session.prompt(PROMPT)
@@ -113,7 +116,7 @@ def answer(conversation: Conversation) -> None:
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Keeps what is typed during an answer from being shown inside it; the next prompt gets it."""
+    """Turns off the terminal's echo during an answer; what is typed then appears at the next prompt."""
     try:
         import termios
     except ImportError:  # Windows
@@ -143,7 +146,11 @@ def unfenced(text: str) -> str:
 
 
 def make_session(keyboard: Input | None = None, screen: Output | None = None) -> PromptSession[str]:
-    """The line editor: history in a file, Alt-Enter for a new line, Tab completes commands; on the terminal if None."""
+    """The line editor: history in a file, Alt-Enter for a new line, Tab completes commands.
+
+    Args:
+        keyboard, screen: where it reads and writes; the terminal where None.
+    """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.output import create_output

@@ -1,4 +1,4 @@
-"""The commands of a chat, all that starts with a slash."""
+"""The commands of a chat: lines that start with a slash."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def clear(conversation: Conversation, argument: str) -> None:
 
 
 def regenerate(conversation: Conversation, argument: str) -> str:
-    """Asks the last message again."""
+    """Takes the last answer back and asks its message again."""
     return conversation.again()
 
 

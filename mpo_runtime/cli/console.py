@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import json
 import logging
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+# What writing to a stream fails with; the error of a file names it.
+UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EBADF)
 FAILURE = 1  # typer itself ends with 0 when all is well and 2 on wrong usage
 NOTED = ("mpo_runtime", "mpo_exporter", "mpo_server")  # packages whose warnings are shown as notes
 
@@ -124,9 +127,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller model, --ctx-size or --chi"
     if isinstance(error, OSError) and error.strerror:
-        return (
-            f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror} (standard output or input)"
-        )
+        where = error.filename or ("standard output" if error.errno in UNWRITABLE else None)
+        return f"{where}: {error.strerror}" if where else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 

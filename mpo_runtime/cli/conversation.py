@@ -1,4 +1,4 @@
-"""A conversation with a model: its messages, what of them fits the context, its settings, its file. No terminal here."""
+"""A conversation with a model: its messages, which of them fit the context, its settings, its file; no terminal code."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Totals:
     last_seconds: float = 0.0
 
     def speed(self) -> str:
-        """The last answer in a line: tokens per second after the first token, and what the prompt took."""
+        """The last answer's figures in one line: tokens per second after the first token, and the prompt's tokens."""
         rate = (self.last_tokens - 1) / self.last_seconds if self.last_tokens > 1 and self.last_seconds > 0 else 0.0
         shown = f"{rate:.1f} tokens/s" if rate else "too short for a speed"
         return (
@@ -106,7 +106,7 @@ class Totals:
 
 
 class Conversation:
-    """Messages exchanged with a model; `system` stays apart from them, and `forgotten` of them no longer fit."""
+    """The messages exchanged with a model. `system` is kept separately; the oldest `forgotten` ones no longer fit."""
 
     def __init__(self, model: Model, settings: Settings, system: str | None = None) -> None:
         self.model = model
@@ -190,7 +190,7 @@ class Conversation:
         return (self.forgotten - before) // 2
 
     def _measured(self) -> Generator[Piece, None, None]:
-        """The pieces of the next answer, while the totals are kept."""
+        """Yields the pieces of the next answer and updates the totals."""
         settings, totals, ids = self.settings, self.totals, self._ids
         sampling = settings.sampling
         if sampling.seed is not None:  # another stream for each answer, so that a regenerated one differs

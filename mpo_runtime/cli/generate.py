@@ -16,7 +16,7 @@ from mpo_runtime.loading import load
 from mpo_runtime.model import Model, Piece
 from mpo_runtime.sampler import Choice, SamplingOptions
 from mpo_runtime.text.chat_template import TemplateOptions
-from mpo_runtime.text.decode import decode_text
+from mpo_runtime.text.decode import decode_argument, decode_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ class Request:
         """The token ids of a prompt."""
         if self.template is None:
             return model.encode(prompt, parse_special=self.parse_special)
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        text = decode_argument(self.system or "", "--system")
+        system = [{"role": "system", "content": text}] if text else []
         return model.encode_chat([*system, {"role": "user", "content": prompt}], self.template)
 
     def start(self, model: Model, ids: list[int]) -> Generator[Piece, None, None]:
@@ -65,7 +66,10 @@ def run_generate(
     """Continues each prompt on standard output; all prompts are checked before the first is run."""
     if prompt is not None and prompts is not None:
         raise ConfigError("--prompt and --prompts: give one of them")
-    texts = read_prompts(prompts) if prompts else [prompt if prompt is not None else read_stdin().rstrip("\n")]
+    if prompts is None:
+        texts = [read_stdin().rstrip("\n") if prompt is None else decode_argument(prompt, "--prompt")]
+    else:
+        texts = read_prompts(prompts)
     with open_model(file, load_options) as model:
         started = []
         for number, text in enumerate(texts, 1):
@@ -128,7 +132,7 @@ def describe(model: Model, index: int, prompt: str, ids: list[int], pieces: Iter
 
 
 def choice_data(model: Model, choice: Choice) -> dict[str, Any]:
-    """A likely token as plain data; bytes that are no whole character show as U+FFFD."""
+    """A likely token as plain data; an incomplete character is shown as U+FFFD."""
     text = model.text_tokenizer().decode([choice.token], skip_special_tokens=False)
     return {"token": choice.token, "text": text, "logprob": choice.logprob}
 
@@ -164,7 +168,7 @@ def row_prompt(path: Path, number: int, line: str) -> str:
 
 
 def open_model(file: Path, load_options: dict[str, Any]) -> Model:
-    """Loads a model, with a note on standard error where it has to run slowly or an option has no effect."""
+    """Loads a model; prints a note on standard error where it will run slowly or an option has no effect."""
     model = load(file, **load_options)
     if model.tokenizer is None:
         model.close()
@@ -177,7 +181,7 @@ def open_model(file: Path, load_options: dict[str, Any]) -> Model:
 
 
 def note_chi(model: Model, chi: int | None) -> None:
-    """Says when --chi cuts nothing."""
+    """Prints a note where --chi is not below the largest bond, so that it changes nothing."""
     largest = model.weights.spec.largest_bond()
     if chi is not None and chi >= largest:
         has = f"the largest bond is {largest}" if largest else "the model has no cores"
@@ -185,7 +189,7 @@ def note_chi(model: Model, chi: int | None) -> None:
 
 
 def note_kernels(model: Model) -> None:
-    """Says once, clearly, when a faster path is missing."""
+    """Prints a note where the model runs without native kernels or without float32 copies of its weights."""
     from mpo_runtime import native
 
     if not native.available():

@@ -1,4 +1,4 @@
-"""info and verify: what a file holds, and whether it is whole."""
+"""info and verify: what a file holds, what the machine is, and whether a file is undamaged."""
 
 from __future__ import annotations
 

@@ -206,7 +206,8 @@ def compare(
     file: File,
     *,
     to: Annotated[
-        Path, typer.Option("--to", help="The reference: a .mpo or GGUF file or a Hugging Face folder.", show_default=False)
+        Path,
+        typer.Option("--to", help="The reference: a .mpo or GGUF file or a Hugging Face folder.", show_default=False),
     ],
     text: Annotated[Path | None, typer.Option("--text", help="A text; a small built-in one if left out.")] = None,
     window: Window = None,
@@ -225,7 +226,10 @@ def compare(
 @app.command()
 def pull(
     source: Annotated[
-        str, typer.Argument(help="smollm2, a hub id owner/name, a .mpo or GGUF file, or a Hugging Face folder.", metavar="ID")
+        str,
+        typer.Argument(
+            help="smollm2, a hub id owner/name, a .mpo or GGUF file, or a Hugging Face folder.", metavar="ID"
+        ),
     ],
     name: Annotated[str | None, typer.Option(help="What to call it.", show_default="its own name")] = None,
     file: Annotated[

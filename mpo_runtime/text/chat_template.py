@@ -1,8 +1,8 @@
-"""Chat templates: a list of messages to the text, and safely to the token ids, that a model was trained on.
+"""Chat templates: turn a list of messages into the text that a model was trained on, and into its token ids.
 
-A template is a program that came with the model's file, so it is run with minijinja, which has no way to Python and a
-limit on steps (fuel), and, because fuel does not bound memory (`{% set x = x ~ x %}` doubles a string in one step,
-and an allocation that fails ends the process), in a helper process with a limit on memory and time.
+A template is a program that comes with the model's file. It is run by minijinja, which gives it no access to Python and
+limits its steps (fuel). Fuel does not limit memory: `{% set x = x ~ x %}` doubles a string in one step, and a failed
+allocation ends the process. So templates run in a helper process whose memory and time are limited.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LONGEST_TEMPLATE = 1 << 20  # characters
 _DEEPEST = 64  # levels of lists and objects in a message
 TOOL_USE = "tool_use"  # the name of the template that is taken where a request has tools
 _BOOT = "import sys; sys.path[:] = sys.argv[1:]; from mpo_runtime.text import template_helper; template_helper.serve()"
-# A template that asks what kind of thing a content is, or loops over it, takes lists of parts itself.
+# A template that tests the type of a message's content, or loops over it, handles contents that are lists of parts.
 _TAKES_PARTS = re.compile(
     r"content['\"\])]*\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)"
     r"|\bfor\s+\w+\s+in\s+[\w.\[\]'\"]*content\b"
@@ -41,11 +41,12 @@ _TAKES_PARTS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class TemplateOptions:
-    """What a request tells its chat template besides the messages; what is None the template never sees.
+    """The variables that a request gives to the chat template besides the messages; the template never sees a None.
 
-    thinking: seen as `thinking` (Granite) and `enable_thinking` (Qwen); tools and documents: lists of objects in the form
-    that the model's template expects; arguments: any other variables of the template; template: the name of one of the
-    model's templates, where it has several.
+    thinking: the template's variables `thinking` (Granite) and `enable_thinking` (Qwen).
+    tools, documents: lists of objects in the form that the model's template expects.
+    arguments: its other variables by name.
+    template: the name of one of the model's templates, where it has several.
     """
 
     thinking: bool | None = None
@@ -57,7 +58,7 @@ class TemplateOptions:
     def __post_init__(self) -> None:
         if self.thinking is not None and not isinstance(self.thinking, bool):
             raise ConfigError(f"thinking is {self.thinking!r}, expected true or false")
-        reserved = ("messages", "tools", "documents", "add_generation_prompt")
+        reserved = ("messages", "tools", "documents", "add_generation_prompt", "template", "tokenizer", "trusted_roles")
         for name in self.arguments:
             if not isinstance(name, str) or not name.isidentifier() or name in reserved:
                 raise ConfigError(f"template argument {name!r}: expected the name of a variable, none of {reserved}")
@@ -133,7 +134,7 @@ class ChatTemplate:
         return self.named[options.template]
 
     def renew_after_fork(self) -> None:
-        """Lets a child of this process render: the helper, and a thread that may have been using it, are its parent's."""
+        """Makes a forked child ready to render: the helper process and whoever holds the lock belong to the parent."""
         self._lock = threading.Lock()
         self._renderer = self._finalizer = None
 
@@ -346,7 +347,7 @@ class _Helper:
         return self._answer(json.dumps(data).encode())
 
     def stop(self) -> None:
-        """Ends the process and closes its pipes; in a fork of the process that started it, does nothing."""
+        """Ends the process and closes its pipes; does nothing in a forked child, which did not start it."""
         if self._owner == os.getpid():
             self._process.kill()
             self._process.wait()

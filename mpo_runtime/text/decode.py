@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 from typing import Any
 
 from mpo_formats.errors import ConfigError, MpoError
@@ -50,6 +51,24 @@ def decode_text(data: bytes, name: object, error: type[MpoError] = ConfigError) 
             f"{name}: not UTF-8 at byte {place} (0x{data[place]:02X}); {_convert('ISO-8859-1')} (if it is Latin-1)"
         ) from None
     return text.replace("\r\n", "\n")
+
+
+def decode_argument(text: str, name: str) -> str:
+    """A text from the command line or the environment, which Python decodes in the encoding of the locale.
+
+    Bytes that this encoding lacks come as lone surrogates; where all of them are UTF-8, as in a terminal without a locale,
+    they are the text.
+
+    Raises:
+        ConfigError: naming the option, where they are not.
+    """
+    if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    try:
+        data = os.fsencode(text)
+    except UnicodeEncodeError:  # a surrogate that no byte stands for
+        data = text.encode("utf-8", "surrogatepass")
+    return decode_text(data, name)
 
 
 def decode_json(data: bytes, name: object, remedy: str, error: type[MpoError] = ConfigError) -> Any:

@@ -1,4 +1,4 @@
-"""Rows of the usual layouts of text and chat data: which text or which messages one holds."""
+"""Reads rows of text and chat data in the usual layouts: the text or the messages of a row."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from mpo_formats.errors import ConfigError
 class StopMatcher:
     """Receives text pieces and releases the text that no stop string can reach back into any more."""
 
-    __slots__ = ("_failures", "_held", "_in_all", "_in_text", "_shown", "_stops", "matched")
+    __slots__ = ("_failures", "_held", "_in_all", "_in_text", "_run", "_shown", "_stops", "matched")
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         """Takes the stop strings; raises ConfigError where one is empty or not a string."""
@@ -36,6 +36,7 @@ class StopMatcher:
         self._held = ""
         # Of the last characters, special tokens included: which of them are text.
         self._shown: deque[bool] = deque(maxlen=max(map(len, self._stops), default=0))
+        self._run = 0  # how many of the very last characters are text
         self.matched: str | None = None
         """The stop string that ended the text, or None while there is none."""
 
@@ -58,6 +59,7 @@ class StopMatcher:
             return "" if special else piece, False
         for character in piece:
             self._shown.append(not special)
+            self._run = 0 if special else self._run + 1
             if not special:
                 self._held += character
             found = [] if special else self._advance(self._in_text, character)
@@ -78,11 +80,12 @@ class StopMatcher:
         held, self._held = self._held, ""
         self._in_text, self._in_all = [0] * len(self._stops), [0] * len(self._stops)
         self._shown.clear()
+        self._run = 0
         return held
 
     def _shown_among(self, count: int) -> int:
         """How many of the last `count` characters are text."""
-        return sum(islice(reversed(self._shown), count))
+        return count if count <= self._run else sum(islice(reversed(self._shown), count))
 
     def _advance(self, states: list[int], character: str) -> list[str]:
         """Moves every stop string by one character; those that it completes."""

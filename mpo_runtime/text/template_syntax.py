@@ -145,18 +145,25 @@ def _expression(items: list[_Item]) -> str:
             operands, after_value, place = [""], False, place + 1
         elif item.text == "~":
             operands, after_value, place = [*operands, ""], False, place + 1
-        elif item.kind == "name" and item.text == "is":  # and the name of the test, which may be a word
-            end = place + (3 if [other.text for other in items[place + 1 : place + 2]] == ["not"] else 2)
-            operands[-1] += "".join(other.text + other.space for other in items[place:end])
-            after_value, place = True, end
+        elif item.kind == "name" and item.text == "is":
+            text, place = _test(items, place)
+            operands[-1], after_value = operands[-1] + text, True
         elif item.kind == "operator" and not sign:
             operands[-1] += item.text + item.space
             after_value, place = False, place + 1
         else:
             text, place = _value(items, place)
-            operands[-1] += text
-            after_value = True
+            operands[-1], after_value = operands[-1] + text, True
     return "".join([*result, _concatenated(operands)])
+
+
+def _test(items: list[_Item], place: int) -> tuple[str, int]:
+    """The word `is` with the test that follows it, and where that ends; the test's name may be a word such as `in`."""
+    end = place + (3 if [other.text for other in items[place + 1 : place + 2]] == ["not"] else 2)
+    argument = items[end] if end < len(items) else None
+    if argument and argument.kind != "operator" and argument.text not in ("is", *_WORDS):
+        end += 1
+    return "".join(item.text + item.space for item in items[place:end]), end
 
 
 def _concatenated(operands: list[str]) -> str:

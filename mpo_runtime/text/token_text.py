@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import ConfigError, MpoError
+from mpo_formats.git_lfs import is_pointer, pointer_message
 from mpo_runtime.text.chat_template import ChatTemplate, encode_chat
 from mpo_runtime.text.decode import decode_text
 from mpo_runtime.text.rows import parse_row
@@ -30,7 +31,7 @@ class TokenText:
     sha256: str
 
     def first(self, count: int) -> TokenText:
-        """The first `count` tokens; how many bytes they stand for is not known where that leaves some out."""
+        """The first `count` tokens; `content_bytes` becomes 0 (not known) where that leaves tokens out."""
         if count >= self.ids.size:
             return self
         return replace(self, ids=self.ids[:count], content_bytes=0)
@@ -53,6 +54,8 @@ def read_tokens(path: Path, tokenizer: Tokenizer | None, template: ChatTemplate 
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give a text, .jsonl, .u16 or .npy file"
         ) from None
+    if is_pointer(raw[:64]):
+        raise ConfigError(pointer_message(path))
     digest = hashlib.sha256(raw).hexdigest()
     if path.suffix == ".u16":
         if len(raw) % 2:

@@ -1,8 +1,8 @@
-"""Text to token ids and back, over the `tokenizers` library, with text that cannot smuggle in special tokens.
+"""Text to token ids and back, with the `tokenizers` library, so that text cannot inject special tokens.
 
-A special token (`<|start_of_role|>`, `</s>`) has a meaning to the model that its spelling must not have: `encode`
-therefore takes the spelling for plain text unless `parse_special` is set, and `encode_disguised` is what a chat
-template's output goes through when its messages spell one.
+A special token (`<|start_of_role|>`, `</s>`) is a command to the model; text that merely spells one must not be. `encode`
+therefore reads such a spelling as plain text unless `parse_special` is set, and `encode_disguised` encodes the output of
+a chat template whose messages spell one.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Tokenizer:
     """
 
     def __init__(self, raw: tokenizers.Tokenizer, config: Mapping[str, Any], name: str = "tokenizer.json") -> None:
-        """Takes over a tokenizer of the library; `name` stands for it in messages. Prefer `from_bytes`."""
+        """Wraps and changes a tokenizer of the library; `name` is used in messages. Prefer `from_bytes`."""
         raw.no_truncation()
         raw.no_padding()
+        _adopt_tokens(raw, config, name)
         self._raw = raw
         self._name = name
         self._variants: dict[tuple[frozenset[str], bool], tuple[tokenizers.Tokenizer, int | None]] = {}
@@ -341,7 +342,7 @@ class StreamDecoder:
         return self._release()
 
     def settle(self) -> str:
-        """Returns the text held back, as it is where a special token follows: no later id can be part of it."""
+        """Returns the text held back, unfinished characters as U+FFFD: called where a special token follows it."""
         text = self._bytes.decode(b"", final=True) + self._release()
         self._bytes.reset()
         return text
@@ -368,6 +369,39 @@ class StreamDecoder:
         return text
 
 
+def _adopt_tokens(raw: tokenizers.Tokenizer, config: Mapping[str, Any], name: str) -> None:
+    """Adds the tokens that tokenizer_config.json has and tokenizer.json lacks, as transformers does.
+
+    Those are entries of `added_tokens_decoder`, and named tokens (`eos_token`, …) that the vocabulary holds as plain text.
+    """
+    import tokenizers
+
+    flags = ("special", "normalized", "single_word", "lstrip", "rstrip")
+    known = {token.content for token in raw.get_added_tokens_decoder().values()}
+    decoder = config.get("added_tokens_decoder")
+    listed = {
+        int(key): token
+        for key, token in (decoder.items() if isinstance(decoder, Mapping) else ())
+        if str(key).isdecimal() and isinstance(token, Mapping) and isinstance(token.get("content"), str)
+    }
+    for index, token in sorted(listed.items()):
+        text = token["content"]
+        if not text or text in known:
+            continue
+        if (raw.token_to_id(text) if raw.token_to_id(text) is not None else raw.get_vocab_size()) != index:
+            log.warning("%s: added token %r is ignored: %s has no place for the id %d", CONFIG, text, name, index)
+            continue
+        chosen = {flag: bool(token[flag]) for flag in flags if flag in token}
+        raw.add_tokens([tokenizers.AddedToken(text, **{"normalized": False, **chosen})])
+        known.add(text)
+    for key, token in config.items():
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if not key.endswith("_token") or not isinstance(text, str) or text in known:
+            continue
+        if raw.token_to_id(text) is not None:
+            raw.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+
+
 def _byte_level_alphabet() -> dict[str, int]:
     """The byte for each character of byte-level BPE (Radford et al. 2019, GPT-2's `bytes_to_unicode`).
 
@@ -382,7 +416,7 @@ _BYTE_OF_CHARACTER = _byte_level_alphabet()
 
 
 def _byte_level_bytes(spelling: str) -> bytes:
-    """The bytes of a byte-level token; an added token that is spelled outside the alphabet stands for itself."""
+    """The bytes of a byte-level token; an added token with characters outside the alphabet is its own text."""
     values = [_BYTE_OF_CHARACTER.get(character, -1) for character in spelling]
     return spelling.encode() if -1 in values else bytes(values)
 

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder: config.json and one or many safetensors shards, memory-mapped, nothing converted."""
+"""Reads a Hugging Face folder: config.json and one or many safetensors shards, memory-mapped and not converted."""
 
 from __future__ import annotations
 
@@ -153,7 +153,11 @@ class Checkpoint:
         return widest
 
     def _share_embedding(self) -> None:
-        """Gives the one table of a tied model its name; raises CheckpointError where an untied one lacks one of the two."""
+        """Names the table of a tied model, which may be stored as the head, after the embedding.
+
+        Raises:
+            CheckpointError: for an untied model that lacks embedding or head.
+        """
         table, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
         tied = self.architecture.tie_word_embeddings
         if tied and head in self._stored:
@@ -207,7 +211,7 @@ class Checkpoint:
         return VectorSpec(name, size, ELEMENTS[self._find(f"{name}.weight", (size,)).dtype][0])
 
     def _refuse_surplus(self, linears: tuple[LinearSpec, ...], vectors: tuple[VectorSpec, ...]) -> None:
-        """A tensor that the forward pass would leave out means another architecture, and wrong text without a word."""
+        """Raises CheckpointError for a tensor that the forward pass would not use: it would give wrong text silently."""
         known = {f"{name}.weight" for name in [linear.name for linear in linears] + [vector.name for vector in vectors]}
         known |= {f"{linear.name}.bias" for linear in linears if linear.bias}
         if self.architecture.tie_word_embeddings:
@@ -229,7 +233,7 @@ class Checkpoint:
             )
 
     def _equal(self, one: Stored, other: Stored) -> bool:
-        """Whether two tensors hold the same values; of two types, as one rounded to the other's."""
+        """Whether two tensors hold the same values; where their types differ, once one is rounded to the other's."""
         if one is other:
             return True
         if one.shape != other.shape:
@@ -309,7 +313,7 @@ def width(dtype: str) -> int:
 
 
 def _rounds_to(values: NDArray[Any], dtype: str, target: NDArray[Any], target_dtype: str) -> bool:
-    """Whether values of one type are those of another one once they are rounded to it."""
+    """Whether values of one type equal those of another type once they are rounded to it."""
     single = bf16_to_f32(values) if dtype == "BF16" else values.astype(np.float32)
     with np.errstate(over="ignore"):
         rounded = f32_to_bf16(single) if target_dtype == "BF16" else single.astype(ELEMENTS[target_dtype][1])

@@ -1,4 +1,4 @@
-"""Turns a Hugging Face config.json into an Architecture; what the forward pass cannot honour is refused by name."""
+"""Turns a Hugging Face config.json into an Architecture; settings that the forward pass lacks are refused by name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Reads a GGUF file of llama.cpp (architectures llama and granite) as weights with Dense terms.
 
 Tensors of the types F32, F16 and BF16 are views of the mapped file; all others are dequantised by the package `gguf` when
-they are asked for, and only the caller keeps them. llama.cpp reorders the rows of the query and key projections, because it
+they are asked for. llama.cpp reorders the rows of the query and key projections, because it
 rotates neighbouring elements of a head where Hugging Face's models rotate element j with element j + D/2; here they come in
 Hugging Face's order. Config, tokenizer and chat template are made from the metadata.
 """
@@ -9,6 +9,7 @@ Hugging Face's order. Config, tokenizer and chat template are made from the meta
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import mmap
 from pathlib import Path
@@ -24,6 +25,7 @@ from mpo_runtime.text.gguf_tokenizer import tokenizer_files
 from mpo_runtime.weights.gguf_config import ROPE_FACTORS, read_architecture, refuse_other_kinds
 from mpo_runtime.weights.gguf_header import MAGIC, Entry, read_header
 
+log = logging.getLogger(__name__)
 SUFFIX = ".gguf"
 # Type numbers of ggml that are stored as they are used.
 PLAIN: dict[int, tuple[FloatType, Any]] = {0: ("f32", np.float32), 1: ("f16", np.float16), 30: ("bf16", np.uint16)}
@@ -42,6 +44,8 @@ BLOCK_NAMES = {
 # Dequantised tensors come as f32, which is exact, of models of at most so many parameters; of larger ones as f16, as large
 # as the unquantised model. On SmolLM2-135M the rounding to f16 adds a KL of 3e-6.
 MOST_EXACT = 1 << 30
+AT_ONCE = 1 << 22  # values that are dequantised at a time
+F16_LIMIT = 65520.0  # from here on a value rounds to infinity
 
 
 def is_gguf(path: Path) -> bool:
@@ -60,14 +64,16 @@ class Gguf:
 
     Args:
         dequantised: what dequantised tensors come as; None for f32 up to MOST_EXACT parameters and f16 above.
+        kept: bytes of dequantised tensors that are kept, the latest, for a caller that asks for each many times.
 
     Raises:
         CheckpointError: where the package `gguf` is missing, and for a damaged or split file, an unsupported version,
             architecture, tensor type or tokenizer, a missing tensor or one of another shape than the metadata demand.
     """
 
-    def __init__(self, path: Path, *, dequantised: Literal["f32", "f16"] | None = None) -> None:
+    def __init__(self, path: Path, *, dequantised: Literal["f32", "f16"] | None = None, kept: int = 0) -> None:
         self.folder = path
+        self._room, self._kept = kept, dict[str, NDArray[Any]]()
         self._package = import_gguf(path)
         self._map = map_file(path)
         try:
@@ -76,8 +82,9 @@ class Gguf:
             refuse_other_kinds(header.metadata, path)
             self._check_tensors()
             self.architecture = read_architecture(header.metadata, self._tensors, self._read, path)
-            many = self.architecture.parameters() > MOST_EXACT
-            self._dequantised: Literal["f32", "f16"] = dequantised or ("f16" if many else "f32")
+            # Whoever asks for no type runs the file as it is, and need not hear of the time that takes where that is short.
+            self._slow = dequantised is None and self.architecture.parameters() > MOST_EXACT
+            self._dequantised: Literal["f32", "f16"] = dequantised or ("f16" if self._slow else "f32")
             linears = tuple(self._linear(*size) for size in self.architecture.linear_sizes())
             vectors = tuple(self._vector(name, size) for name, size in self.architecture.vector_sizes())
             self._refuse_surplus(linears, vectors)
@@ -185,21 +192,43 @@ class Gguf:
             CheckpointError: where a value does not fit into f16.
         """
         stored = stored_name(name)
+        if stored in self._kept:
+            self._kept[stored] = self._kept.pop(stored)  # the latest
+            return self._kept[stored]
         array, kind = self._read(stored), self._tensors[stored].kind
         heads = self._permuted_heads(name)
         if heads:
             array = to_half_split_rows(array, heads)
-        if kind in PLAIN:
-            return array
-        values: NDArray[Any] = self._package.dequantize(array, self._package.GGMLQuantizationType(kind))
-        if self._dequantised == "f16":
+        return array if kind in PLAIN else self._keep(stored, self._dequantise(stored, array))
+
+    def _keep(self, stored: str, values: NDArray[Any]) -> NDArray[Any]:
+        """Keeps a tensor where there is room, in the place of those that were not asked for the longest."""
+        if values.nbytes <= self._room:
+            self._kept[stored] = values
+            while sum(array.nbytes for array in self._kept.values()) > self._room:
+                del self._kept[next(iter(self._kept))]
+        return values
+
+    def _dequantise(self, stored: str, raw: NDArray[np.uint8]) -> NDArray[Any]:
+        """The values of a tensor from its bytes [rows, bytes]; some rows at a time, so that little memory is needed beside."""
+        if self._slow:
+            log.warning(
+                "%s: is dequantised whenever it is opened, which takes minutes; export it once: mpo-export", self.folder
+            )
+            self._slow = False
+        entry = self._tensors[stored]
+        kind = self._package.GGMLQuantizationType(entry.kind)
+        values = np.empty(entry.shape, np.float32 if self._dequantised == "f32" else np.float16)
+        rows, packed = values.reshape(-1, entry.shape[-1]), raw.reshape(-1, raw.shape[-1])
+        step = max(1, AT_ONCE // entry.shape[-1])
+        for start in range(0, len(rows), step):
+            part = self._package.dequantize(packed[start : start + step], kind)
             with np.errstate(over="ignore"):
-                narrow = values.astype(np.float16)
-            if np.isinf(narrow).any() and np.isfinite(values).all():
+                rows[start : start + step] = part
+            if values.dtype == np.float16 and np.abs(part).max() >= F16_LIMIT and np.isfinite(part).all():
                 raise CheckpointError(
                     f"{self.folder}: {stored} holds values that f16 cannot; give the unquantised model"
                 )
-            values = narrow
         values.flags.writeable = False
         return values
 
@@ -224,6 +253,7 @@ class Gguf:
 
     def close(self) -> None:
         """Unmaps the file, unless an array still views it."""
+        self._kept.clear()
         try:
             self._map.close()
         except BufferError:

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import Architecture, CheckpointError, FormatError, Rope
-from mpo_runtime.rope import inverse_frequencies
 from mpo_runtime.weights.config import SUPPORTED, special_token
 from mpo_runtime.weights.gguf_header import Entry
 
@@ -237,13 +236,13 @@ def llama3_rope(theta: float, head_dim: int, divisors: NDArray[np.float64], orig
     between = (divisors > 1 + 1e-6) & (divisors < factor * (1 - 1e-6))
     if between.sum() > 1:
         share = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)  # s, linear in the turns
-        slope, offset = np.polyfit(turns[between], share, 1)
-        bounds.append((round(float(-offset / slope), 4), round(float((1 - offset) / slope), 4)))
+        slope, offset = (float(value) for value in np.polyfit(turns[between], share, 1))
+        if slope > 0:
+            bounds.append((round(-offset / slope, 4), round((1 - offset) / slope, 4)))
     for low, high in bounds:
         if not 0 < low < high:
             continue
-        rope = Rope(theta, "llama3", factor, low, high, length)
-        expected = inverse_frequencies(Rope(theta, "default", 1.0, 0.0, 0.0, 0), head_dim) / divisors
-        if np.allclose(inverse_frequencies(rope, head_dim), expected, rtol=1e-4, atol=0):
-            return rope
+        share = ((turns - low) / (high - low)).clip(0, 1)
+        if np.allclose(1 / (share + (1 - share) / factor), divisors, rtol=1e-4, atol=0):
+            return Rope(theta, "llama3", factor, low, high, length)
     raise ValueError(refused)

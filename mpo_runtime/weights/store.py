@@ -40,6 +40,7 @@ NEEDED = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
+    "chat_templates/*.jinja",
     "model.safetensors.index.json",
     "*.safetensors",
 )

@@ -47,7 +47,7 @@ def test_other_weights_or_another_text_are_told() -> None:
     FILE.write(CACHED)
     cached, told = read(replace(FILE, parts=("3" * 64, "2" * 64)))
     assert cached is None
-    assert told == ["survey: what is kept of a model is of other weights or another text; measuring again"]
+    assert told == ["survey: the measurement of a model is of other weights or another text; measuring again"]
     assert read(replace(FILE, name="another")) == (None, [])
 
 
@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_cache(folder: Pat
     folder.write_text("a file in the way")
     told: list[str] = []
     FILE.write(CACHED, told.append)
-    assert len(told) == 1 and "cannot be kept" in told[0] and "MPO_CACHE" in told[0]
+    assert len(told) == 1 and "cannot be cached" in told[0] and "MPO_CACHE" in told[0]
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -312,6 +312,54 @@ class Arrays:
         return {"float16": "f16", "float32": "f32", "uint16": "bf16"}[self.tensors[name].dtype.name]
 
 
+TINY = {
+    "int4": (Quantized(4, 32, False),),
+    "int8": (Quantized(8, 32, False),),
+    "int4 with zeros": (Quantized(4, 32, True),),
+    "cores in f16": (Mpo((16, 1), (1, 32), (4,), "f16", 0),),
+    "cores in int8": (Mpo((16, 1), (1, 32), (16,), "int8", 16),),
+    "a sum": (Quantized(4, 32, False), Mpo((16, 1), (1, 32), (4,), "f16", 0)),
+    "f16": (Dense("f16"),),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_values_below_the_range_of_half_precision_name_their_layer(name: str) -> None:
+    values = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
+    linear = LinearSpec("model.layer", 16, 32, None, TINY[name])
+    build_linear(linear, values * 1e-3, "f32")
+    build_linear(linear, values * 0, "f32")
+    with pytest.raises(ConfigError, match=r"^model\.layer: .*values of at most .* are below the range of"):
+        build_linear(linear, values * np.float32(1e-20), "f32")
+    lost = values * np.float32(1e-3)
+    lost[3] *= np.float32(1e-20)  # a row that was never trained does no harm
+    assert np.abs(build_linear(linear, lost, "f32").matrix).max() > 0
+
+
+def test_what_small_scales_cost_is_bounded() -> None:
+    """Whatever is accepted is as close as at an ordinary scale; what is refused is not."""
+    values = np.random.default_rng(1).standard_normal((16, 64)).astype(np.float32)
+    linear = LinearSpec("layer", 16, 64, None, (Quantized(4, 32, False),))
+    usual = np.square(build_linear(linear, values, "f32").matrix - values).sum()
+    refused = 0
+    for exponent in range(30):
+        factor = np.float32(2.0**-exponent)
+        try:
+            error = np.square(build_linear(linear, values * factor, "f32").matrix / float(factor) - values).sum()
+        except ConfigError:
+            refused += 1
+            continue
+        assert error < 1.3 * usual and refused == 0
+    assert 5 < refused < 15
+
+
+def test_a_correction_that_has_next_to_nothing_to_do_may_be_rough() -> None:
+    values = np.random.default_rng(2).standard_normal((16, 32)).astype(np.float32)
+    terms = (Mpo((16, 1), (1, 32), (16,), "f32", 0), Quantized(4, 32, False))
+    matrix = build_linear(LinearSpec("layer", 16, 32, None, terms), values, "f32").matrix
+    np.testing.assert_allclose(matrix, values, atol=1e-5)
+
+
 def test_narrowing_refuses_what_half_precision_cannot_hold() -> None:
     with pytest.raises(ConfigError, match="exceed the range of f16; store this layer in another type"):
         narrow(np.array([70000.0]), "f16")

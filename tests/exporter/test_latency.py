@@ -1,4 +1,4 @@
-"""The latency table: real kernels on small shapes, kept for this machine, and timed once."""
+"""The latency table: real kernels on small shapes, cached for this machine, and timed once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_kind_of_term_is_timed_once_and_kept(spec: ModelSpec, monkeypatch:
     assert seconds >= sum(table.layer(linear) for linear in planned.linears)
     told: list[str] = []
     save_table(table, told.append)
-    assert "kept for the next plan" in told[0] and table.measured == 0
+    assert "cached for the next plan" in told[0] and table.measured == 0
 
     def timed_again(*_: object) -> float:
         raise AssertionError("timed again")

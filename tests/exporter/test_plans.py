@@ -376,7 +376,8 @@ def test_max_kl_is_met_by_the_expected_loss(planner: Planner, spec: ModelSpec) -
 
 
 def write(path: Path, content: object) -> Path:
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    text = content if isinstance(content, str | bytes) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
@@ -433,6 +434,8 @@ def layer(**changes: object) -> str:
 
 BAD_PLANS: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "not valid JSON"),
+    "UTF-16": ("{}".encode("utf-16"), "not UTF-8 at byte 0, it is UTF-16; convert it with: iconv"),
+    "Latin-1": (b'{"version": "\xe9"}', r"not UTF-8 at byte 13 \(0xE9\); convert it with: iconv"),
     "a list": ("[]", "expected a JSON object, found "),
     "NaN": ('{"version": NaN}', "NaN is not a JSON number"),
     "no version": ("{}", "version: expected 1, found null"),

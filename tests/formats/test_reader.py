@@ -42,6 +42,14 @@ def test_opening_a_large_file_reads_only_its_header(tmp_path: Path) -> None:
     assert measured["process_growth_mb"] < 20
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, mark: bytes) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9473488\n"
+    (tmp_path / "a.mpo").write_bytes(mark + pointer)
+    with pytest.raises(FormatError, match=r"^a\.mpo: is a Git LFS pointer, not the file itself; .* git lfs pull$"):
+        MpoFile(tmp_path / "a.mpo")
+
+
 def test_arrays_are_read_only_views_of_the_map(path: Path) -> None:
     with MpoFile(path) as file:
         first, second = (file.array(f"{tiny.VALUE}.0.weight") for _ in range(2))

@@ -98,7 +98,17 @@ inline __m512 widened(__m256i in) {
   return _mm512_loadu_ps(to);
 }
 
-// The 64 / sizeof(To) lanes of `in`, each unsigned, as lanes of type To.
+inline __m256i narrowed(__m512 in) {
+  float from[16];
+  __m128i halves[2];
+  _mm512_storeu_ps(from, in);
+  for (int i = 0; i < 2; ++i) halves[i] = _mm256_cvtps_ph(_mm256_loadu_ps(from + 8 * i), _MM_FROUND_TO_NEAREST_INT);
+  __m256i out;
+  std::memcpy(&out, halves, sizeof out);
+  return out;
+}
+
+// The 64 / sizeof(To) lanes of `in`, each of type From, as lanes of type To.
 template <class From, class To, class Vector>
 inline __m512i widened_lanes(Vector in) {
   constexpr std::size_t count = 64 / sizeof(To);
@@ -120,18 +130,24 @@ inline __m256 upper_or_lower(__m512 in, int half) {
 
 }  // namespace emulated
 
+#undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtepu8_epi16
 #undef _mm512_cvtepu8_epi32
+#undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepu16_epi64
 #undef _mm512_cvtepu32_epi64
 #undef _mm512_extractf32x8_ps
+#define _mm512_cvtepi8_epi32(in) emulated::widened_lanes<std::int8_t, std::int32_t>(in)
 #define _mm512_cvtepu8_epi16(in) emulated::widened_lanes<std::uint8_t, std::uint16_t>(in)
 #define _mm512_cvtepu8_epi32(in) emulated::widened_lanes<std::uint8_t, std::uint32_t>(in)
+#define _mm512_cvtepu16_epi32(in) emulated::widened_lanes<std::uint16_t, std::uint32_t>(in)
 #define _mm512_cvtepu16_epi64(in) emulated::widened_lanes<std::uint16_t, std::uint64_t>(in)
 #define _mm512_cvtepu32_epi64(in) emulated::widened_lanes<std::uint32_t, std::uint64_t>(in)
 #define _mm512_extractf32x8_ps(in, half) emulated::upper_or_lower(in, half)
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps(in) emulated::widened(in)
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph(in, rounding) emulated::narrowed(in)  // rounding: to nearest, whatever is asked
 #define _mm512_cvtepi32_ps(in) emulated::to_float(in)
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)

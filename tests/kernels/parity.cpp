@@ -1,15 +1,18 @@
-// Every level that this build can run against the generic one, on random shapes: prints one line a level, or what
-// differs. Runs without Python, so that emulated builds and those for other CPUs can be tested.
+// The products and operations of every instruction set that this build can run, against the generic ones on random shapes:
+// prints what differs, and a summary. Runs without Python, so that emulated builds and those for other CPUs can be tested.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "matvec.hpp"
+#include "half.hpp"
+#include "kernels/products.hpp"
+#include "level.hpp"
 
 namespace {
 
@@ -18,13 +21,15 @@ std::mt19937 random_bits(7);
 
 int below(int limit) { return static_cast<int>(random_bits() % static_cast<unsigned>(limit)); }
 
-std::uint16_t to_half(float value) {  // exact for the values used here: few significant bits, no subnormals
-  if (value == 0) return 0;
-  int exponent;
-  const float fraction = std::frexp(std::fabs(value), &exponent);
-  const auto mantissa = static_cast<std::uint16_t>(std::lround(fraction * 2048)) & 0x3ff;
-  return static_cast<std::uint16_t>((value < 0 ? 0x8000 : 0) | ((exponent + 14) << 10) | mantissa);
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+std::vector<float> normals(std::size_t count, float size = 1.0f) {
+  std::vector<float> values(count);
+  for (float& value : values) value = size * normal();
+  return values;
 }
+
+using Results = std::vector<std::vector<float>>;
 
 struct Case {
   int bits;
@@ -45,12 +50,13 @@ struct Case {
     const auto halves = [&](std::vector<std::uint8_t>& bytes, auto value) {
       bytes.resize(2 * groups + 1);
       for (std::size_t i = 0; i < groups; ++i) {
-        const std::uint16_t half = to_half(value());
+        const std::uint16_t half = float_to_half(value());
         std::memcpy(&bytes[2 * i + 1], &half, 2);
       }
     };
-    fill(low, values / 8 * static_cast<std::size_t>(low_bits(bits)));
-    if (high_bits(bits)) fill(high, values / 8 * static_cast<std::size_t>(high_bits(bits)));
+    const Width& width = width_of("case", bits);
+    fill(low, values / 8 * static_cast<std::size_t>(width.low));
+    if (width.high) fill(high, values / 8 * static_cast<std::size_t>(width.high));
     halves(scale, [&] { return exact ? static_cast<float>(1 - 2 * below(2)) : static_cast<float>(below(2001) - 1000) / 1024; });
     if (zeros) halves(zero, [&] { return static_cast<float>(below(1 << bits)) + (exact ? 0.0f : 0.25f); });
     dense.resize(values * 4 + 1);
@@ -61,40 +67,44 @@ struct Case {
     x.resize(batch * columns);
     for (std::size_t i = 0; i < x.size(); ++i) {
       if (exact) x[i] = static_cast<float>(i % columns % 32 == 0 ? 127 : below(255) - 127);  // scale 1 in each block
-      else x[i] = std::normal_distribution<float>()(random_bits);
+      else x[i] = normal();
     }
     s.resize(batch * rows);
-    for (auto& value : s) value = exact ? static_cast<float>(below(15) - 7) : std::normal_distribution<float>()(random_bits);
+    for (auto& value : s) value = exact ? static_cast<float>(below(15) - 7) : normal();
     w = {bits, rows, columns, group, low.data() + 1, high.empty() ? nullptr : high.data() + 1,
          reinterpret_cast<const std::uint16_t*>(scale.data() + 1),
          zeros ? reinterpret_cast<const std::uint16_t*>(zero.data() + 1) : nullptr};
   }
 
   // All results of the active level, one after another.
-  std::vector<std::vector<float>> results() const {
-    std::vector<std::vector<float>> all;
+  Results results() const {
+    Results all;
     const std::size_t begin = rows > 2 ? 1 : 0;
     for (const bool accumulate : {false, true}) {
       std::vector<float> y(batch * rows, 3.0f);
       const Activations prepared(x.data(), batch, columns);
-      multiply(w, prepared, begin, rows, y.data(), rows, accumulate);
+      const Task task{0, batch, begin, rows, {y.data(), rows}, accumulate};
+      multiply(w, prepared, task);
       all.push_back(y);
       std::fill(y.begin(), y.end(), 3.0f);
-      multiply_exact(w, x.data(), batch, begin, rows, y.data(), rows, accumulate);
+      multiply_exact(w, {x.data(), columns}, task);
       all.push_back(y);
     }
     std::vector<float> y(batch * columns, 2.0f);
-    add_transposed(w, s.data(), batch, rows, columns > group ? group : 0, columns, y.data(), columns);
+    add_transposed(w, {s.data(), rows}, {0, batch, columns > group ? group : 0, columns, {y.data(), columns}, true});
     all.push_back(y);
-    for (const Float type : {Float::f32, Float::f16, Float::bf16}) {
+    std::vector<float> floats(rows * columns);
+    active_level().dequantize(w, 0, rows * columns / group, floats.data());
+    all.push_back(floats);
+    for (const Type type : {Type::f32, Type::f16, Type::bf16}) {
       std::vector<std::uint8_t> data(rows * columns * element_size(type) + 1);
       for (std::size_t i = 0; i < rows * columns; ++i) {
         float value;
         std::memcpy(&value, &dense[4 * i + 1], 4);
         std::uint32_t raw;
         std::memcpy(&raw, &value, 4);
-        const std::uint16_t half = type == Float::f16 ? to_half(value) : static_cast<std::uint16_t>(raw >> 16);
-        std::memcpy(&data[i * element_size(type) + 1], type == Float::f32 ? static_cast<const void*>(&raw) : &half,
+        const std::uint16_t half = type == Type::f16 ? float_to_half(value) : static_cast<std::uint16_t>(raw >> 16);
+        std::memcpy(&data[i * element_size(type) + 1], type == Type::f32 ? static_cast<const void*>(&raw) : &half,
                     element_size(type));
       }
       const std::size_t odd = rows > 1 ? 3 : 0;  // columns that no vector width divides
@@ -102,12 +112,92 @@ struct Case {
       if (matrix.rows * matrix.columns > rows * columns) continue;
       std::vector<float> padded(batch * matrix.columns, 1.0f), out(batch * rows, 3.0f), sums(batch * matrix.columns, 2.0f);
       for (std::size_t i = 0; i < batch * columns; ++i) padded[i] = x[i];
-      multiply_dense(matrix, padded.data(), batch, 0, matrix.rows, out.data(), rows, true);
+      multiply_dense(matrix, {padded.data(), matrix.columns}, {0, batch, 0, matrix.rows, {out.data(), rows}, true});
       all.push_back(out);
-      add_transposed_dense(matrix, s.data(), batch, rows, 1, matrix.columns, sums.data(), matrix.columns);
+      add_transposed_dense(matrix, {s.data(), rows}, {0, batch, 1, matrix.columns, {sums.data(), matrix.columns}, true});
       all.push_back(sums);
     }
     return all;
+  }
+};
+
+// Random arguments of all operations.
+struct OpsCase {
+  std::size_t count, queries, positions, size;
+  Type type;
+  std::vector<float> x, y, weight, q, keys, values, a, b, c;
+
+  OpsCase()
+      : count(static_cast<std::size_t>(1 + below(200))),
+        queries(static_cast<std::size_t>(1 + below(12))),
+        positions(static_cast<std::size_t>(1 + below(150))),
+        size(2 * static_cast<std::size_t>(1 + below(40))),
+        type(std::vector<Type>{Type::f32, Type::f16, Type::bf16, Type::int8}[static_cast<std::size_t>(below(4))]),
+        x(normals(count, 5)),
+        y(normals(count)),
+        weight(normals(count)),
+        q(normals(queries * size)),
+        keys(normals(positions * size)),
+        values(normals(positions * size)),
+        a(normals(queries * positions)),
+        b(normals(positions * size)),
+        c(normals(queries * size)) {
+    for (const float unusual : {0.0f, -87.5f, 88.5f, -1e30f, 1e30f, 1e-40f})
+      x[static_cast<std::size_t>(below(static_cast<int>(count)))] = unusual;
+    if (below(4) == 0) values[0] = 70000.0f;  // beyond half precision
+  }
+
+  Results results() const {
+    const Ops& ops = *active_level().ops;
+    Results all;
+    std::vector<float> out(count);
+    ops.rms_norm(y.data(), weight.data(), count, 1e-5f, out.data());
+    all.push_back(out);
+    ops.swiglu(x.data(), y.data(), count, out.data());
+    // Errors are measured against the whole, in which one large value would hide the others.
+    for (float& value : out) value = std::fabs(value) > 1e20f ? value / 1e30f : value;
+    all.push_back(out);
+    ops.add_scaled(y.data(), weight.data(), count, 0.22f, out.data());
+    all.push_back(out);
+    ops.multiply(y.data(), count, 0.7f, out.data());
+    all.push_back(out);
+    std::vector<float> turned(size);
+    ops.rotate(q.data(), keys.data(), c.data(), size, turned.data());
+    all.push_back(turned);
+    std::vector<float> product = c;
+    ops.add_product({queries, size, positions, {a.data(), positions}, {b.data(), size}, {product.data(), size}});
+    all.push_back(product);
+    attend(ops, all);
+    return all;
+  }
+
+  // Keys and values are stored in the cache's type first; what is stored must be the same at every level.
+  void attend(const Ops& ops, Results& all) const {
+    const std::size_t bytes = size * element_size(type);
+    std::vector<std::uint8_t> stored[2] = {std::vector<std::uint8_t>(positions * bytes),
+                                           std::vector<std::uint8_t>(positions * bytes)};
+    std::vector<float> scales[2] = {std::vector<float>(positions), std::vector<float>(positions)};
+    for (int i = 0; i < 2; ++i) {
+      std::vector<float> read(positions * size);
+      for (std::size_t p = 0; p < positions; ++p) {
+        ops.store((i ? values : keys).data() + p * size, size, type, stored[i].data() + p * bytes, &scales[i][p]);
+        ops.widen(type, stored[i].data() + p * bytes, scales[i][p], size, read.data() + p * size);
+      }
+      all.push_back(read);
+      all.emplace_back(stored[i].begin(), stored[i].end());
+    }
+    std::vector<const float*> rows;
+    std::vector<std::size_t> limits;
+    for (std::size_t m = 0; m < queries; ++m) {
+      rows.push_back(q.data() + m * size);
+      limits.push_back((m * 37) % (positions + 1));
+    }
+    std::vector<float> mixed(queries * size), peaks(queries), sums(queries);
+    ops.attend({{type, stored[0].data(), stored[1].data(), scales[0].data(), scales[1].data(), size},
+                positions / 3, positions, queries, rows.data(), limits.data(), 0.3f, mixed.data(), peaks.data(),
+                sums.data()});
+    for (float& peak : peaks) peak = std::isinf(peak) ? -1.0f : peak;
+    all.insert(all.end(), {mixed, peaks, sums});
   }
 };
 
@@ -120,36 +210,78 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
   return std::sqrt(difference / (size > 0 ? size : 1));
 }
 
+// How many results of a level differ from the generic ones; prints them, each with `what`.
+template <class Any>
+int differences(const Any& test, const std::string& level, const Results& expected, double tolerance,
+                const std::string& what) {
+  if (!set_level(level)) std::abort();
+  const Results found = test.results();
+  int count = 0;
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    const double error = distance(found[i], expected[i]);
+    if (error <= tolerance) continue;
+    ++count;
+    std::printf("%s: %s, result %zu: %g\n", level.c_str(), what.c_str(), i, error);
+  }
+  return count;
+}
+
+// A width or group without a kernel must be refused, not treated like another one.
+int accepted() {
+  int count = 0;
+  const auto expect_refusal = [&](auto call) {
+    try {
+      call();
+      ++count;
+      std::printf("an unknown width, group or type was accepted\n");
+    } catch (const std::invalid_argument&) {
+    }
+  };
+  for (const int bits : {-1, 0, 1, 7, 9, 16}) expect_refusal([&] { with_planes(bits, [](auto) {}); });
+  for (const std::size_t group : {0, 8, 48, 512}) expect_refusal([&] { with_group(group, [](auto) {}); });
+  expect_refusal([] { with_float_type(Type::int8, [](auto) {}); });
+  return count;
+}
+
+template <class... Numbers>
+std::string described(const char* format, Numbers... numbers) {
+  char text[200];
+  std::snprintf(text, sizeof text, format, numbers...);
+  return text;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::atoi(arguments[1]) : 2;
-  const std::vector<std::string> levels = supported_isas();
-  const int widths[] = {8, 6, 5, 4, 3, 2};
-  int failures = 0, cases = 0;
+  const std::vector<std::string> levels = supported_levels();
+  int failures = accepted(), cases = 0;
   for (int round = 0; round < rounds; ++round)
-    for (const int bits : widths)
-      for (const std::size_t group : {16, 32, 64, 128, 256})
+    for (const Width& width : kWidths)
+      for (const int size : kGroups)
         for (const bool zeros : {false, true})
           for (const bool exact : {true, false}) {
-            const std::size_t columns = group * static_cast<std::size_t>(1 + below(static_cast<int>(640 / group)));
-            const Case test(bits, group, static_cast<std::size_t>(1 + below(20)), columns,
+            const auto group = static_cast<std::size_t>(size);
+            const std::size_t columns = group * static_cast<std::size_t>(1 + below(640 / size));
+            const Case test(width.bits, group, static_cast<std::size_t>(1 + below(20)), columns,
                             static_cast<std::size_t>(1 + below(20)), zeros, exact);
-            set_isa("generic");
-            const auto expected = test.results();
+            set_level("generic");
+            const Results expected = test.results();
             ++cases;
-            for (const std::string& level : levels) {
-              if (!set_isa(level)) return 2;
-              const auto found = test.results();
-              for (std::size_t i = 0; i < found.size(); ++i) {
-                const double error = distance(found[i], expected[i]);
-                if (error <= (exact ? 0.0 : 1e-5)) continue;
-                ++failures;
-                std::printf("%s: bits %d group %zu rows %zu columns %zu batch %zu zeros %d exact %d result %zu: %g\n",
-                            level.c_str(), bits, group, test.rows, columns, test.batch, zeros, exact, i, error);
-              }
-            }
+            const std::string what = described("bits %d group %d rows %zu columns %zu batch %zu zeros %d exact %d", test.bits,
+                                               size, test.rows, columns, test.batch, zeros, exact);
+            for (const std::string& level : levels)
+              failures += differences(test, level, expected, exact ? 0.0 : 1e-5, what);
           }
+  for (int round = 0; round < 60 * rounds; ++round) {
+    const OpsCase test;
+    set_level("generic");
+    const Results expected = test.results();
+    ++cases;
+    const std::string what = described("operations on %zu values, %zu queries, %zu positions, size %zu, type %d", test.count,
+                                       test.queries, test.positions, test.size, static_cast<int>(test.type));
+    for (const std::string& level : levels) failures += differences(test, level, expected, 1e-5, what);
+  }
   std::string names;
   for (const std::string& level : levels) names += " " + level;
   std::printf("%d cases, %d differences;%s\n", cases, failures, names.c_str());

@@ -254,5 +254,10 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         native.multiply(matrix.handle, native.quantize_activations(np.zeros((1, 96), np.float32)), y, 0, 4)
     with pytest.raises(ValueError, match="expected columns to be a multiple of 16, found 17"):
         native.quantize_activations(np.zeros((1, 17), np.float32))
+    with pytest.raises(ValueError, match="bits is 7, expected 8, 6, 5, 4, 3 or 2"):
+        native.quantized_matrix(7, 4, 64, 32, placed(y, 0), None, placed(y, 0), None)
+    with pytest.raises(ValueError, match="group is 8, expected 16, 32, 64, 128 or 256"):
+        small = native.quantized_matrix(4, 4, 64, 8, placed(np.zeros(128, np.uint8), 0), None, placed(x, 0)[:64], None)
+        native.multiply_exact(small, x, y, 0, 4)
     with pytest.raises(ValueError, match="expected begin to be a multiple of the group, found 16"):
         native.add_transposed(matrix.handle, y, np.zeros((1, 64), np.float32), 16, 64)

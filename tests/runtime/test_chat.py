@@ -23,6 +23,7 @@ from mpo_runtime.cli.conversation import FORMAT, Conversation, Settings, read_co
 from mpo_runtime.loading import load
 from mpo_runtime.model import Model
 from mpo_runtime.sampler import SamplingOptions
+from mpo_runtime.text.chat_template import TemplateOptions
 from tests.helpers import EOS, granite_config, write_folder
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
@@ -162,6 +163,7 @@ def test_settings_are_changed_by_name(name: str, text: str, expected: object) ->
         ("max_tokens", "true", "max_tokens is True"),
         ("stop", "[1]", "stop"),
         ("verbose", "maybe", "expected on or off"),
+        ("thinking", "maybe", "thinking is 'maybe', expected true or false"),
         ("logit_bias", "3", "expected ID=BIAS"),
     ],
 )
@@ -169,6 +171,35 @@ def test_wrong_settings_are_refused_in_one_line(name: str, text: str, message: s
     with pytest.raises(ConfigError, match=message) as caught:
         Settings().changed(name, text)
     assert "\n" not in str(caught.value)
+
+
+def test_thinking_tools_and_documents_reach_the_template(folder: Path, tmp_path: Path) -> None:
+    copied = write_folder(tmp_path / "model", granite_config(max_position_embeddings=256))
+    (copied / "chat_template.jinja").write_text("{{ messages|length }}{{ thinking }}{{ tools|length if tools }}")
+    with load(copied) as model:
+        tokenizer = model.text_tokenizer()
+        talk = Conversation(model, Settings(SAMPLING, max_tokens=3, template=TemplateOptions(tools=[{"name": "f"}])))
+        talk.add("a")
+        assert tokenizer.decode(talk._ids) == "11"
+        talk.settings = talk.settings.changed("thinking", "on")
+        talk.messages.pop()
+        talk.add("a")
+        assert tokenizer.decode(talk._ids) == "1True1"
+        assert talk.used() == len("1True1")
+        for text, value in (("off", False), ("default", None)):
+            talk.settings = talk.settings.changed("thinking", text)
+            assert talk.settings.template.thinking is value
+
+
+def test_a_saved_conversation_of_another_system(conversation: Conversation, tmp_path: Path) -> None:
+    say(conversation, "hello")
+    conversation.save(tmp_path / "talk.json")
+    content = (tmp_path / "talk.json").read_text(encoding="utf-8")
+    (tmp_path / "talk.json").write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
+    assert read_conversation(tmp_path / "talk.json") == conversation.messages
+    (tmp_path / "talk.json").write_bytes(content.encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"talk\.json: not UTF-8 at byte 0, it is UTF-16; convert it"):
+        read_conversation(tmp_path / "talk.json")
 
 
 def test_a_saved_conversation_loads_again(conversation: Conversation, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mpo_formats import CheckpointError, Dense
 from mpo_runtime.layers.linear import float_tensor
@@ -78,6 +78,97 @@ def test_a_copy_of_the_embedding_as_head_of_a_tied_model(tmp_path: Path) -> None
         Checkpoint(folder)
 
 
+HEAD_NAME, TABLE_NAME = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def test_one_table_saved_under_the_other_name(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", granite_config(num_hidden_layers=1))
+    tensors = load_file(folder / SHARD)
+    table = tensors.pop(TABLE_NAME)
+    write_weights(folder, {**tensors, HEAD_NAME: table})
+    checkpoint = Checkpoint(folder)
+    np.testing.assert_array_equal(checkpoint.array("model.embed_tokens.0.weight"), table.numpy())
+    assert checkpoint.spec.linears[0].name == "model.embed_tokens"
+
+
+@pytest.mark.parametrize("other", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_one_table_under_two_names_in_two_types(tmp_path: Path, dtype: torch.dtype, other: torch.dtype) -> None:
+    """What transformers reads: the embedding; the copy only has to be the same once one is rounded to the other's type."""
+    folder = write_folder(tmp_path / "model", granite_config(num_hidden_layers=1))
+    tensors = load_file(folder / SHARD)
+    table = tensors[TABLE_NAME] if torch.float32 in (dtype, other) else tensors[TABLE_NAME].bfloat16().float()
+    write_weights(folder, {**tensors, TABLE_NAME: table.to(dtype), HEAD_NAME: table.to(other).clone()})
+    found = float_tensor(Checkpoint(folder), "model.embed_tokens.0.weight")
+    np.testing.assert_array_equal(found.numpy(), table.to(dtype).float().numpy())
+    write_weights(folder, {**tensors, TABLE_NAME: table.to(dtype), HEAD_NAME: (table * 1.5).to(other)})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the embedding"):
+        Checkpoint(folder)
+
+
+def shards_of(folder: Path, count: int) -> dict[str, torch.Tensor]:
+    """Rewrites the model in shards with an index, and returns its tensors."""
+    tensors = load_file(folder / SHARD)
+    (folder / SHARD).unlink()
+    write_weights(folder, tensors, count)
+    return tensors
+
+
+def test_the_whole_file_comes_before_an_index(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """save_pretrained in shards and then whole leaves the index behind, with its shards or without them."""
+    tensors = shards_of(folder, 3)
+    changed = {**tensors, NORM: tensors[NORM] + 1}
+    write_weights(folder, changed)
+    for left in (folder.glob("model-*"), []):
+        checkpoint = Checkpoint(folder)
+        np.testing.assert_array_equal(checkpoint.array(NORM), changed[NORM].numpy())
+        assert caplog.messages == [f"{folder / INDEX}: is stale and not used; model.safetensors is read"]
+        caplog.clear()
+        for shard in left:
+            shard.unlink()
+
+
+def test_an_index_of_other_shards_than_are_here(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = shards_of(folder, 3)
+    index = (folder / INDEX).read_text()
+    for shard in folder.glob("model-*"):
+        shard.unlink()
+    write_weights(folder, tensors, 2)
+    (folder / INDEX).write_text(index)
+    np.testing.assert_array_equal(Checkpoint(folder).array(NORM), tensors[NORM].numpy())
+    assert "is stale and not used; model-00001-of-00002.safetensors and model-00002-of-00002" in caplog.text
+    (folder / INDEX).unlink()
+    np.testing.assert_array_equal(Checkpoint(folder).array(NORM), tensors[NORM].numpy())
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: missing shard"):
+        Checkpoint(folder)
+
+
+def test_a_tensor_in_several_shards(folder: Path) -> None:
+    tensors = shards_of(folder, 2)
+    first, second = sorted(folder.glob("model-*"))
+    index = json.loads((folder / INDEX).read_text())
+    home = index["weight_map"][NORM]
+    other = first if home == second.name else second
+    save_file({**load_file(other), NORM: tensors[NORM] + 1}, other)
+    np.testing.assert_array_equal(Checkpoint(folder).array(NORM), tensors[NORM].numpy())  # the index says which
+    (folder / INDEX).unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"tensor {NORM} is in .* and, with other values, in .*; remove the shard"
+    ):
+        Checkpoint(folder)
+    save_file({**load_file(other), NORM: tensors[NORM].to(torch.float16)}, other)
+    save_file({**load_file(folder / home), NORM: tensors[NORM].to(torch.float16).float()}, folder / home)
+    assert Checkpoint(folder).dtype(NORM) == "f32"  # equal in two types: the wider one
+
+
+def test_configuration_files_with_a_byte_order_mark(folder: Path) -> None:
+    (folder / "generation_config.json").write_bytes(b'\xef\xbb\xbf{\r\n"eos_token_id": [5]\r\n}')
+    content = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + content)
+    assert 5 in Checkpoint(folder).architecture.eos_token_ids
+
+
 def test_frequencies_that_older_exporters_wrote_are_left_out(folder: Path) -> None:
     tensors = load_file(folder / SHARD)
     write_weights(folder, {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.int64)})
@@ -121,6 +212,17 @@ def text(name: str, content: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(content) and None
 
 
+def alone(index: str) -> Callable[[Path], None]:
+    """An index that has to name the shards, since there is no model.safetensors."""
+
+    def damage(folder: Path) -> None:
+        (folder / SHARD).rename(folder / "x.safetensors")
+        (folder / INDEX).write_text(index)
+
+    return damage
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1044992\n"
 NORM = "model.norm.weight"
 DAMAGED = "model.safetensors: truncated or damaged shard: "
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -139,7 +241,23 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "three bytes": (cut(3), DAMAGED),
     "cut in the header": (cut(100), DAMAGED + "header of "),
     "cut in the data": (cut(-4), f"{DAMAGED}{NORM} ends at byte "),
-    "a pointer of git-lfs": (text(SHARD, "version https://git-lfs.github.com/spec/v1\n"), DAMAGED + "header of "),
+    "a pointer of git-lfs": (
+        text(SHARD, POINTER),
+        "model.safetensors: is a Git LFS pointer, not the file itself; install",
+    ),
+    "a pointer as config": (text("config.json", POINTER), "config.json: is a Git LFS pointer"),
+    "a pointer as tokenizer": (
+        lambda folder: (folder / "tokenizer.json").rename(folder / "x") and text("tokenizer.model", POINTER)(folder),
+        "tokenizer.model: is a Git LFS pointer",
+    ),
+    "config in UTF-16": (
+        lambda folder: (folder / "config.json").write_bytes(json.dumps(CONFIG).encode("utf-16")),
+        "config.json: not UTF-8 at byte 0, it is UTF-16; convert it with: iconv",
+    ),
+    "config in Latin-1": (
+        lambda folder: (folder / "config.json").write_bytes(b'{"author": "M\xfcller"}'),
+        "config.json: not UTF-8 at byte 13 (0xFC); convert it with: iconv -f ISO-8859-1",
+    ),
     "header is not JSON": (lambda folder: (folder / SHARD).write_bytes(b"\x04" + bytes(7) + b"{no}"), "is not JSON"),
     "header is a list": (header(lambda table: [1]), "is not a JSON object; download it again"),
     "a row is no object": (header(lambda table: table.update({NORM: 3})), f"does not say where {NORM} lies"),
@@ -158,7 +276,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         without("model.layers.0.self_attn.k_proj.bias"),
         "tensor model.layers.0.self_attn.k_proj.bias is ",
     ),
-    "missing head": (without("lm_head.weight"), "tensor lm_head.weight is missing"),
+    "missing head": (
+        without("lm_head.weight"),
+        "tensor lm_head.weight is missing and config.json does not say tie_word_embeddings; set that to true if",
+    ),
+    "missing embedding": (
+        without("model.embed_tokens.weight"),
+        "tensor model.embed_tokens.weight is missing and config.json does not say tie_word_embeddings; set that to true if",
+    ),
     "another shape": (replaced(NORM, torch.ones(31)), f"tensor {NORM} has shape [31], config.json demands [32]"),
     "another rank": (replaced(NORM, torch.ones(32, 1)), f"tensor {NORM} has shape [32, 1], config.json demands [32]"),
     "integers": (
@@ -169,12 +294,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         replaced("model.layers.0.self_attn.q_norm.weight", torch.ones(8)),
         "tensor model.layers.0.self_attn.q_norm.weight has no place in this architecture",
     ),
-    "index without a map": (text(INDEX, "{}"), "index.json: no weight_map; download the folder again"),
-    "shard of the index missing": (
-        text(INDEX, '{"weight_map": {"a": "b.safetensors"}}'),
-        "b.safetensors: missing shard",
-    ),
-    "shard elsewhere": (text(INDEX, '{"weight_map": {"a": "../model/model.safetensors"}}'), "missing shard"),
+    "index without a map": (alone("{}"), "index.json: no weight_map; download the folder again"),
+    "index with a map of numbers": (alone('{"weight_map": {"a": 1}}'), "index.json: no weight_map"),
+    "shard of the index missing": (alone('{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: missing shard"),
+    "shard elsewhere": (alone('{"weight_map": {"a": "../model/x.safetensors"}}'), "missing shard"),
 }
 
 

@@ -95,6 +95,39 @@ def test_end_tokens_of_both_files() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "found", "noted"),
+    [
+        (None, None, False),
+        ("", None, False),
+        (0, 0, False),
+        (257, 257, False),
+        (5.0, 5, False),
+        (-1, None, True),
+        (258, None, True),
+        (2.5, None, True),
+        ("5", None, True),
+        (True, None, True),
+        ({"id": 5}, None, True),
+    ],
+)
+def test_special_tokens_that_cannot_occur_are_ignored_with_a_note(
+    value: Any, found: int | None, noted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"bos_token_id": value, "pad_token_id": value, "eos_token_id": [2, value]}
+    config = {key: item for key, item in {**granite_config(), **changes}.items() if item is not None}
+    architecture = architecture_from_config(config, {"eos_token_id": value}, "folder")
+    assert (architecture.bos_token_id, architecture.pad_token_id) == (found, found)
+    assert architecture.eos_token_ids == ((2,) if found is None else (2, found))
+    notes = [record.getMessage() for record in caplog.records]
+    places = ["config.json: bos_token_id", "config.json: pad_token_id", "config.json: eos_token_id"]
+    expected = [f"folder/{place}: {value!r} is ignored" for place in (*places, "generation_config.json: eos_token_id")]
+    assert sorted(note.partition(" is ignored")[0] + " is ignored" for note in notes) == (
+        sorted(expected) if noted else []
+    )
+    assert all(note.endswith("the vocabulary has the ids 0 to 257") for note in notes)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported; expected one of granite, llama"),
@@ -126,8 +159,6 @@ def test_end_tokens_of_both_files() -> None:
         ({"logits_scaling": 0}, "logits_scaling: expected another number than 0"),
         ({"embedding_multiplier": [1]}, "embedding_multiplier: expected a number"),
         ({"attention_multiplier": float("nan")}, "attention_multiplier: expected a finite number"),
-        ({"bos_token_id": 258}, "bos_token_id: expected an integer from 0 to 257"),
-        ({"eos_token_id": [2, 999]}, "eos_token_ids: expected an integer from 0 to 257"),
     ],
     ids=str,
 )

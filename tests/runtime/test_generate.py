@@ -82,6 +82,99 @@ def test_several_prompts_are_answered_as_if_alone(folder: Path, tmp_path: Path) 
     assert plain.startswith("hello") and "\n\nwörld" in plain
 
 
+MARK = "\ufeff"
+
+
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", MARK])
+def test_prompt_files_of_other_systems(folder: Path, tmp_path: Path, mark: str, line: str) -> None:
+    lines, rows = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_bytes(f"{mark}hello{line}wörld{line}".encode())
+    rows.write_bytes(f'{mark}{{"prompt": "hello"}}{line}{{"prompt": "wörld"}}{line}'.encode())
+    for path in (lines, rows):
+        assert read_prompts(path) == ["hello", "wörld"]
+    facts = json.loads(run(folder, *OPTIONS, text=f"{mark}hello{line}"))
+    assert facts["prompt"] == "hello"
+
+
+def test_prompts_in_another_encoding_are_refused_with_a_remedy(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("hällo".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"prompts\.txt: not UTF-8 at byte 1 \(0xE4\); convert it with: iconv"):
+        run(folder, "--prompts", str(tmp_path / "prompts.txt"))
+    for name, data in (("UTF-16", "hello".encode("utf-16")), ("UTF-16LE", "hello".encode("utf-16-le"))):
+        result = CliRunner().invoke(app, ["generate", str(folder)], input=data)
+        assert f"standard input: not UTF-8 at byte 0, it is {name}; convert it" in str(result.exception)
+
+
+def test_special_tokens_in_a_raw_prompt(folder: Path, model: Model) -> None:
+    plain, parsed = (json.loads(run(folder, "-p", "hi</s>", *OPTIONS, *more)) for more in ([], ["--parse-special"]))
+    assert plain["timings"]["prompt_tokens"] == 7 and parsed["timings"]["prompt_tokens"] == 4
+    ids = model.encode("hi</s>", parse_special=True)
+    assert parsed["tokens"] == [piece.token for piece in model.generate(ids, max_tokens=8, seed=1, temperature=30)]
+    with pytest.raises(ConfigError, match="--parse-special: is for prompts that are continued as they are"):
+        run(folder, "-p", "x", "--parse-special", "--chat")
+
+
+def test_prompts_as_messages_with_options_of_the_template(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "chat", granite_config(max_position_embeddings=256))
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{{ thinking }}{{ tools|tojson }}{{ a }}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    (folder.parent / "tools.json").write_bytes(b'\xef\xbb\xbf[{"name": "f"}]\r\n')
+    chosen = ("--system", "S", "--thinking", "--tools", str(folder.parent / "tools.json"), "--template-arg", "a=1.0")
+    facts = json.loads(run(folder, "-p", "hello", *OPTIONS, *chosen))
+    with load(folder) as model:
+        rendered = 's:S;u:hello;True[{"name": "f"}]1.0'
+        ids = model.text_tokenizer().encode(rendered)
+        assert facts["timings"]["prompt_tokens"] == len(ids)
+        expected = [piece.token for piece in model.generate(ids, max_tokens=8, seed=1, temperature=30)]
+        assert facts["tokens"] == expected
+        answer = "".join(piece.text for piece in model.generate(ids, max_tokens=8, seed=1, temperature=30))
+    assert run(folder, "-p", "hello", "--seed", "1", "--temperature", "30", *chosen) == answer + "\n"
+    chat = CliRunner().invoke(
+        app, ["chat", str(folder), "-p", "hello", "-n", "8", "--seed", "1", "--temperature", "30", *chosen]
+    )
+    assert chat.stdout.rstrip("\n") == answer.rstrip("\n")
+    without = json.loads(run(folder, "-p", "hello", "--chat", *OPTIONS))
+    assert without["timings"]["prompt_tokens"] == len("u:hello;null")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tools", "absent.json"], "--tools absent.json: cannot be read"),
+        (["--tools", "TEXT"], "--tools .*: is not JSON .*; give a list of objects"),
+        (["--documents", "NUMBERS"], "--documents .*: expected a list of objects"),
+        (["--documents", "LATIN"], r"not UTF-8 at byte 1 \(0xE4\)"),
+        (["--template-arg", "a"], "--template-arg a: expected NAME=VALUE"),
+        (["--template-arg", "1a=2"], "template argument '1a'"),
+        (["--template", "rag"], "template 'rag': the model has no such chat template; it has no named ones"),
+        (["--thinking"], "the model has no chat template"),
+    ],
+)
+def test_options_of_the_template_that_cannot_be_honoured(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "TEXT").write_text("{")
+    (tmp_path / "NUMBERS").write_text("[1, 2]")
+    (tmp_path / "LATIN").write_bytes('"ä"'.encode("latin-1"))
+    chat = tmp_path / "chat"
+    if "--thinking" not in arguments:
+        write_folder(chat)
+        (chat / "chat_template.jinja").write_text("x")
+    given = [str(tmp_path / item) if item.isupper() else item for item in arguments]
+    with pytest.raises(ConfigError, match=message):
+        run(folder if "--thinking" in arguments else chat, "-p", "x", *given)
+
+
+def test_a_model_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"bare: has no tokenizer, which text needs; put the model's tokenizer\.json"):
+        run(folder, "-p", "x")
+
+
 def test_the_prompt_comes_from_standard_input(folder: Path) -> None:
     assert run(folder, "--seed", "1", text="hello\n") == run(folder, "--seed", "1", "-p", "hello")
 

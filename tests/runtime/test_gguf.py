@@ -221,14 +221,41 @@ def test_stored_floats_are_views_and_others_are_dequantised_to_what_is_asked_for
     np.testing.assert_array_equal(narrow, exact.array(f"{name}.0.weight").astype(np.float16))
 
 
-def test_large_models_are_dequantised_to_two_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_are_dequantised_to_two_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     config = llama_config(hidden_size=64, intermediate_size=96, num_hidden_layers=1)
     path = write_gguf(tmp_path / "model.gguf", config, arrays(config), kinds=Kind.Q4_0)
     parameters = Gguf(path).architecture.parameters()
     monkeypatch.setattr(reader, "MOST_EXACT", parameters)
-    assert Gguf(path).dtype("model.embed_tokens.0.weight") == "f32"
+    name = "model.embed_tokens.0.weight"
+    exact = Gguf(path)
+    assert exact.dtype(name) == "f32" and exact.array(name).dtype == np.float32
     monkeypatch.setattr(reader, "MOST_EXACT", parameters - 1)
-    assert Gguf(path).dtype("model.embed_tokens.0.weight") == "f16"
+    monkeypatch.setattr(reader, "AT_ONCE", 1000)  # in parts of a few rows
+    half = Gguf(path)
+    assert half.dtype(name) == "f16"
+    assert Gguf(path, dequantised="f16").array(name).shape == exact.array(name).shape and not caplog.messages
+    for _ in range(2):
+        np.testing.assert_array_equal(half.array(name), exact.array(name).astype(np.float16))
+    assert caplog.messages == [
+        f"{path}: is dequantised whenever it is opened, which takes minutes; export it once: mpo-export"
+    ]
+
+
+def test_the_latest_tensors_are_kept_where_there_is_room(tmp_path: Path) -> None:
+    config = llama_config(hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    path = write_gguf(tmp_path / "model.gguf", config, arrays(config), kinds=Kind.Q4_0)
+    up, gate, down = (f"model.layers.0.mlp.{part}_proj.0.weight" for part in ("up", "gate", "down"))
+    size = 96 * 64 * 4
+    ours = Gguf(path, kept=2 * size)
+    first, second = ours.array(up), ours.array(gate)
+    assert ours.array(up) is first  # now the latest
+    ours.array(down)
+    assert ours.array(up) is first and ours.array(gate) is not second
+    for room in (0, size - 1):
+        ours = Gguf(path, kept=room)
+        assert ours.array(up) is not ours.array(up)
 
 
 def test_values_that_two_bytes_cannot_hold_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,10 @@ from transformers.utils import logging
 import mpo_runtime
 from mpo_formats import CheckpointError, ConfigError
 from mpo_runtime import Model, SamplingOptions, load
-from mpo_runtime.engine import Engine
+from mpo_runtime.engine import Engine, Step
+from mpo_runtime.model import end_ids
+from mpo_runtime.text.chat_template import TemplateOptions
+from mpo_runtime.text.tokenizer import Tokenizer
 from tests.helpers import BOS, EOS, VOCABULARY, byte_tokenizer, granite_config, some_ids, write_folder
 
 logging.set_verbosity_error()
@@ -85,6 +89,132 @@ def test_a_stop_string_ends_the_text_before_it(model: Model) -> None:
 def test_an_end_token_ends_the_text_and_is_not_part_of_it(model: Model) -> None:
     pieces = list(model.generate("x", temperature=0, logit_bias={EOS: 100}))
     assert [(piece.text, piece.token, piece.finish) for piece in pieces] == [("", EOS, "stop")]
+
+
+IM_END = 258
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A model whose end of a turn is named by the tokenizer alone, and whose templates show what they are told."""
+    config = granite_config(vocab_size=260, max_position_embeddings=256)
+    path = write_folder(tmp_path_factory.mktemp("chatty") / "model", config, seed=4)
+    raw = byte_tokenizer()
+    raw.add_special_tokens(["<|im_end|>", "<|tool|>"])
+    (path / "tokenizer.json").write_text(raw.to_str())
+    shown = "{{ thinking }}|{{ enable_thinking }}|{{ tools|length if tools }}|{{ documents|length if documents }}|{{ controls }}"
+    templates = [{"name": "default", "template": shown}, {"name": "tool_use", "template": "T" + shown}]
+    names = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "chat_template": templates}
+    (path / "tokenizer_config.json").write_text(json.dumps(names))
+    with load(path) as opened:
+        yield opened
+
+
+def test_the_end_tokens_of_all_files(chatty: Model) -> None:
+    assert chatty.end_ids == (EOS, IM_END)
+    for end in chatty.end_ids:
+        pieces = list(chatty.generate("x", temperature=0, logit_bias={end: 100}))
+        assert [(piece.text, piece.token, piece.finish) for piece in pieces] == [("", end, "stop")]
+
+
+def test_an_end_token_that_the_model_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    raw = byte_tokenizer()
+    raw.add_special_tokens(["<|im_end|>"])
+    tokenizer = Tokenizer(raw, {"eos_token": "<|im_end|>"})
+    assert end_ids((EOS,), 258, tokenizer) == (EOS,)
+    assert "eos_token has the id 258 and is ignored: the model has 258" in caplog.text
+    assert end_ids((EOS,), 259, tokenizer) == (EOS, IM_END)
+    assert end_ids((EOS,), 258, None) == (EOS,)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "count"),
+    [
+        ("<|tool|>", "ab", 3),
+        ("b<|tool|>", "a", 3),
+        ("<|tool|>c", "ab", 4),
+        ("b<|tool|>cd", "a", 5),
+        ("|>c", "ab", 4),
+        ("<|to", "ab", 3),
+        ("<|tool|><|tool|>", "abcd", 7),
+        ("bc", "a", 4),  # in the text alone
+        ("<|tool|>x", "abcd", 7),
+    ],
+)
+def test_stop_strings_of_special_tokens(
+    chatty: Model, monkeypatch: pytest.MonkeyPatch, stop: str, text: str, count: int
+) -> None:
+    """They end the text although its special tokens are no part of it: ab<|tool|>cd<|tool|><|tool|>."""
+    tool = 259
+    tokens = [RAW.token_to_id("a"), RAW.token_to_id("b"), tool, RAW.token_to_id("c"), RAW.token_to_id("d"), tool, tool]
+    row = np.zeros(260, np.float32)
+
+    def scripted(*_: Any, **__: Any) -> Iterator[Step]:
+        for index, token in enumerate(tokens):
+            yield Step(token, 0.0, row, "length" if index + 1 == len(tokens) else None)
+
+    monkeypatch.setattr(chatty.engine, "generate", scripted)
+    pieces = list(chatty.generate("x", stop=[stop]))
+    assert (text_of(pieces), len(pieces)) == (text, count)
+    assert pieces[-1].finish == ("length" if stop == "<|tool|>x" else "stop")
+    assert text_of(chatty.generate("x")) == "abcd"
+
+
+def test_parse_special_reads_tokens_in_a_raw_prompt(chatty: Model) -> None:
+    plain = chatty.encode("a<|im_end|>")
+    assert plain == [BOS, *chatty.text_tokenizer().encode("a<|im_end|>")] and IM_END not in plain
+    assert chatty.encode("a<|im_end|>", parse_special=True) == [BOS, RAW.token_to_id("a"), IM_END]
+    assert chatty.encode("<s>a", parse_special=True) == [BOS, RAW.token_to_id("a")]  # one begin-of-text token
+    assert chatty.encode("<s><s>a", parse_special=True) == [BOS, BOS, RAW.token_to_id("a")]
+    ids = chatty.encode("a<|im_end|>", parse_special=True)
+    asked = {"temperature": 0, "max_tokens": 3}
+    from_text = [piece.token for piece in chatty.generate("a<|im_end|>", parse_special=True, **asked)]
+    assert from_text == [piece.token for piece in chatty.generate(ids, **asked)]
+
+
+def test_what_the_template_is_told(chatty: Model) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    tools, documents = [{"name": "f"}, {"name": "g"}], [{"doc_id": 1, "text": "x"}]
+
+    def seen(**options: Any) -> str:
+        return chatty.text_tokenizer().decode(chatty.encode_chat(messages, TemplateOptions(**options)))
+
+    assert seen() == "||||"
+    assert seen(thinking=True) == "True|True|||"
+    assert seen(thinking=False) == "False|False|||"
+    assert seen(tools=tools, documents=documents) == "T||2|1|"
+    assert seen(tools=tools, template="default", arguments={"controls": {"length": 1e-5}}) == "||2||{'length': 1e-05}"
+    for options in (
+        {"thinking": True, "tools": tools},
+        {"documents": documents, "controls": {"length": "short"}},
+        {"template_args": {"controls": 1.0}, "template": "tool_use", "top_k": 3},
+    ):
+        known = {"template_args", "controls", "top_k"}
+        arguments = {
+            **options.get("template_args", {}),
+            **{key: options[key] for key in ("controls",) if key in options},
+        }
+        told = {key: value for key, value in options.items() if key not in known}
+        ids = chatty.encode_chat(messages, TemplateOptions(**told, arguments=arguments))
+        expected = [piece.token for piece in chatty.generate(ids, temperature=0, max_tokens=3)]
+        assert [piece.token for piece in chatty.chat(messages, temperature=0, max_tokens=3, **options)] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"thinking": "yes"}, "thinking is 'yes', expected true or false"),
+        ({"tools": {"name": "f"}}, "tools: expected a list of objects"),
+        ({"documents": ["x"]}, "documents: expected a list of objects"),
+        ({"template": "rag"}, "template 'rag': the model has no such chat template; it has tool_use"),
+        ({"template_args": {"messages": []}}, "template argument 'messages': expected the name of a variable"),
+        ({"template_args": {"a b": 1}}, "template argument 'a b'"),
+        ({"warmth": 1}, "options warmth: expected some of temperature"),
+    ],
+)
+def test_what_the_template_cannot_be_told(chatty: Model, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        chatty.chat([{"role": "user", "content": "a"}], **options)
 
 
 def test_generation_fills_the_context_and_no_more(folder: Path) -> None:

@@ -59,9 +59,63 @@ def test_holds_back_only_what_a_stop_string_may_begin_with(text: str, stops: lis
         assert released == seen[: len(seen) - held]
 
 
+def slow_cut_with_specials(pieces: list[tuple[str, bool]], stops: list[str]) -> tuple[str, bool]:
+    """The definition: the first character, in the text alone or with special tokens spelled out, that completes a stop."""
+    characters = [(character, special) for piece, special in pieces for character in piece]
+    for end in range(1, len(characters) + 1):
+        seen = characters[:end]
+        everything = "".join(character for character, _ in seen)
+        text = "".join(character for character, special in seen if not special)
+        cuts = [
+            sum(not special for _, special in seen[len(seen) - len(stop) :])
+            for stop in stops
+            if everything.endswith(stop)
+        ]
+        if not seen[-1][1]:
+            cuts += [len(stop) for stop in stops if text.endswith(stop)]
+        if cuts:
+            return text[: len(text) - max(cuts)], True
+    return "".join(character for character, special in characters if not special), False
+
+
+@given(
+    st.lists(st.tuples(st.text("a<>|", max_size=5), st.booleans()), max_size=8),
+    st.lists(st.text("a<>|", min_size=1, max_size=5), max_size=4),
+)
+def test_special_tokens_count_without_being_text(pieces: list[tuple[str, bool]], stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    released, stopped = "", False
+    for piece, special in pieces:
+        part, stopped = matcher.push(piece, special=special)
+        released += part
+        if stopped:
+            break
+    assert (released + matcher.flush(), stopped) == slow_cut_with_specials(pieces, stops)
+
+
+def test_stops_that_are_special_tokens_or_span_them() -> None:
+    for stops, released in (
+        (["<|im_end|>"], "Hello.\n"),
+        (["\n<|im_end|>"], "Hello."),
+        ([".\n<|im_end|>\nuser"], "Hello"),
+        (["<|im"], "Hello.\n"),
+        (["\n\nuser"], "Hello."),  # in the text alone
+    ):
+        matcher = StopMatcher(stops)
+        found = ""
+        for piece, special in (("Hel", False), ("lo.\n", False), ("<|im_end|>", True), ("\nus", False), ("er", False)):
+            text, stopped = matcher.push(piece, special=special)
+            found += text
+            if stopped:
+                break
+        assert stopped and found == released and matcher.matched == stops[0]
+
+
 def test_without_stop_strings_everything_passes() -> None:
     matcher = StopMatcher()
     assert matcher.push("any text") == ("any text", False)
+    assert matcher.push("<s>", special=True) == ("", False)
+    assert not matcher.active
     assert (matcher.flush(), matcher.matched) == ("", None)
 
 
@@ -94,6 +148,8 @@ def test_a_long_stop_string_takes_linear_time() -> None:
     matcher = StopMatcher([stop])
     assert matcher.push("a" * 400_000) == ("a" * 200_000, False)
     assert matcher.push("b") == ("", True)
+    matcher = StopMatcher([stop])
+    assert "".join(matcher.push("a")[0] for _ in range(20_000)) == ""
 
 
 @pytest.mark.parametrize("stop", ["text", [""], ["a", ""], [3], [None]])

@@ -113,7 +113,7 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("bad.txt", b"abc\xff", "not UTF-8 at byte 3; convert it first"),
+        ("bad.txt", b"abc\xff", r"not UTF-8 at byte 3 \(0xFF\); convert it with: iconv -f"),
         ("bad.jsonl", '{"text": "a"}\n{"text"', "line 2 is not JSON; expected one object a line"),
         ("bad.jsonl", '{"text": 3}', "line 1: expected an object with `text`"),
         ("bad.jsonl", '["text"]', "line 1: expected an object with `text`"),

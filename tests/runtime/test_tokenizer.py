@@ -209,11 +209,53 @@ def test_from_folder(tmp_path: Path) -> None:
     for content, named in (
         ("{", "is not JSON"),
         ("[1]", "expected an object"),
-        ('{"eos_token": "<x>"}', "eos_token is '<x>'"),
+        ("version https://git-lfs.github.com/spec/v1\noid", "Git LFS"),
     ):
         (tmp_path / "tokenizer_config.json").write_text(content, encoding="utf-8")
         with pytest.raises(CheckpointError, match=f"tokenizer_config.json.*{named}"):
             Tokenizer.from_folder(tmp_path)
+
+
+def test_byte_order_marks_and_tokens_that_do_not_exist(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = byte_level_raw().to_str().replace("\n", "\r\n")
+    (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    config = {"bos_token": "", "eos_token": "<x>"}
+    (tmp_path / "tokenizer_config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(config).encode())
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.bos_token, tokenizer.bos_id) == (tokenizer.eos_token, tokenizer.eos_id) == (None, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tokenizer_config.json: eos_token '<x>' is ignored: {tmp_path}/tokenizer.json has no such token"
+    ]
+    (tmp_path / "tokenizer.json").write_bytes(text.encode("utf-16"))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not UTF-8 at byte 0, it is UTF-16; convert it"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.shared
+def test_tokens_of_the_configuration_are_added_as_transformers_adds_them(shared: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    document = json.loads((shared / "models/stories260K-llama/tokenizer.json").read_bytes())
+    added = {
+        str(512 + index): {"content": text, "special": special, "normalized": False}
+        for index, (text, special) in enumerate((("<|im_start|>", True), ("<|im_end|>", True), ("<note>", False)))
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": added}))
+    for tokens in (document["added_tokens"], []):  # without any, those that the configuration names are added, too
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**document, "added_tokens": tokens}))
+        oracle, tokenizer = AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_folder(tmp_path)
+        for text in ("<|im_start|>user\n hi<|im_end|>", "a <s> b</s> <note>c"):
+            expected = oracle.encode(text, add_special_tokens=False)
+            assert tokenizer.encode(text, parse_special=True) == expected
+        assert tokenizer.eos_id == oracle.eos_token_id == 513
+        assert tokenizer.encode("<|im_end|>") != [513]  # text does not smuggle it in
+
+
+def test_an_added_token_without_a_place_is_ignored_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = wrap(byte_level_raw(), {"added_tokens_decoder": {"900": {"content": "<far>"}, "x": {}, "3": None}})
+    assert "<far>" not in tokenizer.added_tokens
+    assert "added token '<far>' is ignored: tokenizer.json has no place for the id 900" in caplog.text
 
 
 GOOD = sentencepiece_raw().to_str().encode()
@@ -226,7 +268,6 @@ GOOD = sentencepiece_raw().to_str().encode()
         b"{}",
         b"null",
         b"[1]",
-        b"\xff\xfe\x00",
         b"[" * 100_000,
         GOOD[:500],
         GOOD[:-3],

@@ -244,7 +244,7 @@ def prediction_lines(spec: ModelSpec, prediction: Prediction) -> list[str]:
     size = prediction.file_bytes
     parameters = spec.architecture.parameters()
     unknown = "unknown"
-    kl = unknown if prediction.kl is None else f"{prediction.kl:.4f} nats a token"
+    kl = unknown if prediction.kl is None else f"{prediction.kl:.4f} nats per token"
     speed = unknown if prediction.tokens_per_second is None else f"{prediction.tokens_per_second:.4g} tokens/s"
     cores = sum(any(term.kind == "mpo" for term in linear.terms) for linear in spec.linears)
     return [

@@ -53,7 +53,9 @@ def show_version(wanted: bool) -> None:
 
 
 @app.command(
-    context_settings=SETTINGS, epilog="Add --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage."
+    context_settings=SETTINGS,
+    short_help="Compress a model; the default command.",
+    epilog="Add --debug for a traceback. Exit codes: 0 done, 1 failed, 2 wrong usage.",
 )
 @grouped
 def export(
@@ -110,6 +112,7 @@ def export(
 @app.command(
     "heal",
     context_settings=SETTINGS,
+    short_help="Retrain a .mpo file briefly.",
     epilog="Several devices: torchrun --nproc-per-node N -m mpo_exporter.heal FILE … with the same options. "
     "A healing that was interrupted continues when the same command is given again.",
 )
@@ -162,7 +165,8 @@ def heal_command(
 @app.command(
     "profile",
     context_settings=SETTINGS,
-    epilog="Measurements are kept and reused by plans; MPO_CACHE names their folder.",
+    short_help="Show how much each layer matters.",
+    epilog="Measurements are cached and reused by plans; MPO_CACHE names their folder.",
 )
 @grouped
 def profile_command(
@@ -206,6 +210,7 @@ def profile_command(
 @app.command(
     "report",
     context_settings=SETTINGS,
+    short_help="Report on an existing .mpo file.",
     epilog="docs/report.md explains every figure. mpo-export MODEL --report DIR makes the report with the export, "
     "which also shows how the compression went.",
 )

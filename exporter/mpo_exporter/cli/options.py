@@ -32,14 +32,15 @@ def plan_name(text: str) -> str:
 Model = Annotated[
     str,
     typer.Argument(
-        help="demo (embedded), granite, granite-2b, a Hugging Face folder, or a hub id owner/name.", show_default=False
+        help="demo (embedded), smollm2, granite, granite-2b, a Hugging Face folder, a GGUF file, or a hub id owner/name.",
+        show_default=False,
     ),
 ]
 File = Annotated[Path, typer.Argument(help="A .mpo file that mpo-export wrote.", show_default=False)]
 Teacher = Annotated[
     str,
     typer.Option(
-        help="The dense model that the file was made from: demo, granite, a Hugging Face folder or a hub id.",
+        help="The dense model that the file was made from: demo, granite, a Hugging Face folder, a GGUF file or a hub id.",
         show_default=False,
     ),
 ]

@@ -144,7 +144,7 @@ def _fit(linear: LinearSpec, matrix: Matrix, moment: Moment | None, method: Meth
                 if method.norm and len(linear.terms) == 1:
                     cores = with_norm(cores, rest)
                 fitted[index] = store_cores(prefix, term, cores)
-            if float(np.square(rest).sum()) > NEGLIGIBLE * energy or (index == 0 and number == 0):
+            if float(np.square(rest).sum()) > NEGLIGIBLE * energy:
                 require_precision(term, rest, fitted[index], cores)
         error = activation_error(matrix - sum(part.matrix for part in fitted), second_of(moment))
         if best is None or error < best[0]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,12 @@ from pathlib import Path
 import torch
 
 from mpo_exporter.certify import Certifier
-from mpo_exporter.export import require_folder
 from mpo_exporter.heal.checkpoint import NAME
 from mpo_exporter.heal.session import Session
 from mpo_exporter.heal.settings import HealJob
 from mpo_exporter.heal.trainable import Arrays, Trainables
 from mpo_exporter.heal.workers import Progress, Workers, silent
+from mpo_exporter.request import check_file
 from mpo_exporter.source import Source, require_finite_weights
 from mpo_formats import Certificates, ConfigError, ModelSpec, MpoFile, MpoWriter, OutputError
 from mpo_formats.provenance import MOST_OPTIONS
@@ -70,7 +69,7 @@ def heal(source: Source, job: HealJob, workers: Workers | None = None, progress:
         OutputError: when the target exists and `force` is not given, or cannot be written.
     """
     workers = workers or Workers()
-    check_target(job.target, job.force)
+    check_file(job.target, "--out", force=job.force)
     job.settings.check_processes(workers.count)
     with MpoFile(job.file) as file:
         file.verify()  # otherwise damaged bytes would come out in a file whose checksums are right
@@ -152,13 +151,6 @@ def clean(job: HealJob) -> None:
         shutil.rmtree(job.folder)
     else:
         (job.folder / NAME).unlink(missing_ok=True)
-
-
-def check_target(target: Path, force: bool) -> None:
-    """Raises OutputError for a target that exists and may not be overwritten, or whose folder is missing."""
-    if target.is_dir() or (not force and os.path.lexists(target)):
-        raise OutputError(f"{target}: exists already; give another name with --out or overwrite it with --force")
-    require_folder(target)
 
 
 def make_folder(folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""What layers and this machine measure: surveys, sensitivity, latency, and where they are kept."""
+"""Measurements of a model's layers and of this machine, and their cache."""

@@ -85,7 +85,7 @@ class CacheFile:
             raw = self.path.read_bytes()
         except FileNotFoundError:
             if any(self.path.parent.glob(f"{self.stem}*{SUFFIX}")):
-                log(f"{self.kind}: what is kept of {self.name} is of other weights or another text; measuring again")
+                log(f"{self.kind}: the measurement of {self.name} is of other weights or another text; measuring again")
             return None
         except OSError as error:
             log(f"{self.kind}: {self.path} cannot be read ({error.strerror}); measuring again")
@@ -107,7 +107,7 @@ class CacheFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, pack(self.key, cached))
         except OSError as error:
-            log(f"{self.kind}: cannot be kept in {path.parent} ({error.strerror}); set MPO_CACHE to another folder")
+            log(f"{self.kind}: cannot be cached in {path.parent} ({error.strerror}); set MPO_CACHE to another folder")
 
 
 def pack(key: dict[str, Any], cached: Cached) -> bytes:

@@ -45,7 +45,7 @@ SAMPLED_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """The cost of an error R [O, I] of a matrix, in nats per token: ½ Σ_o rows_o · R_o H R_oᵀ (METHOD.md, Plan).
+    """The cost of an error R [O, I] of a matrix, in nats per token: ½ Σ_o rows_o · R_o H R_oᵀ (docs/method.md, Allocation).
 
     Args:
         moment: of the layer's input; its C is H [I, I].

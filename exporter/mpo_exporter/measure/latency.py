@@ -164,7 +164,7 @@ def open_table(spec: ModelSpec, *, progress: Progress = silent, log: Log = no_lo
 def save_table(table: Latency, log: Log = no_log) -> None:
     """Caches a table if anything was added to it."""
     if table.measured:
-        log(f"latency: timed {table.measured} shapes on this machine, kept for the next plan")
+        log(f"latency: timed {table.measured} shapes on this machine, cached for the next plan")
         latency_file(table.working_set).write(Cached({"seconds": table.seconds, "rests": table.rests}), log)
         table.measured = 0
 

@@ -229,7 +229,7 @@ def cached_survey(
     started = time.perf_counter()
     found = survey(source, walk, progress=progress)
     seconds = time.perf_counter() - started
-    log(f"survey: every layer measured in {seconds:.0f} s, kept for other budgets")
+    log(f"survey: every layer measured in {seconds:.0f} s, cached for other budgets")
     file.write(packed(found, seconds), log)
     return found
 

@@ -1,7 +1,7 @@
 """Allocation: one candidate for each layer, with the least summed loss within a number of bytes.
 
-The loss of a candidate is ½ Σ_o F_o (w − ŵ)_o C (w − ŵ)_oᵀ (METHOD.md, Plan) in nats per token, so losses of layers add
-up. The choice is Lagrangian (Shoham & Gersho 1988): every layer descends its convex hull of (bytes, loss), always by the
+The loss of a candidate is ½ Σ_o F_o (w − ŵ)_o C (w − ŵ)_oᵀ (docs/method.md, Allocation) in nats per token, so losses of layers
+add up. The choice is Lagrangian (Shoham & Gersho 1988): every layer descends its convex hull of (bytes, loss), always by the
 steepest step of all layers, until no step fits. Bytes that are left over go to the single change, or the exchange between
 two layers, that lowers the loss most. The largest layer, usually the embedding, is also tried with each of its candidates
 set beforehand.

@@ -23,7 +23,7 @@ DEFAULT_BITS = 4.25
 DEFAULT_KL = 0.03
 # A model counts as small if its header, tokenizer and certificate take more than this share of the default target.
 SMALL_SHARE = 1 / 4
-# No layer gets less than this share of the average bits: predicted losses are least reliable there (METHOD.md).
+# No layer gets less than this share of the average bits: predicted losses are least reliable there (docs/method.md, Allocation).
 FLOOR = 1 / 2
 # Plans that are tried at most.
 ATTEMPTS = 40

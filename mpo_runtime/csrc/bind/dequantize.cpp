@@ -53,9 +53,6 @@ void bind_dequantize(nb::module_& module) {
   // noconvert: a silent copy of a wrong dtype would hide a mistake, and a copied `out` would lose the result.
   module.def("dequantize", &dequantize, nb::arg("planes").noconvert(), nb::arg("bits"), nb::arg("scale").noconvert(),
              nb::arg("zero").noconvert().none(), nb::arg("out").noconvert(), nb::arg("isa") = "");
-  // The same as active_isa() and supported_isas().
-  module.def("isa", [] { return std::string(active_level().name); });
-  module.def("isas", &supported_levels);
 }
 
 }  // namespace mpo

@@ -47,7 +47,7 @@ struct PlainRows {
     return empty ? 0.0f : maximum / 127.0f;
   }
 
-  // Bytes of even and of odd place apart; a multiple of 64 of them where vectors are 32 bytes wide.
+  // Separates the bytes at even places from those at odd places. `bytes` is a multiple of 64 where vectors have 32.
   static void deinterleave(const std::int8_t* in, std::size_t bytes, std::int8_t* even, std::int8_t* odd) {
     for (std::size_t i = 0; i < bytes / 2; ++i) {
       even[i] = in[2 * i];

@@ -1,15 +1,16 @@
 // One row of x on AVX-512: a row of w is read from its first byte to its last, two chunks (512 columns) at a time, so that
 // the 16 lanes of a vector hold the sums of its 16 blocks and the scales are applied once for all of them.
 //
-// R rows go side by side and share the loads of x, of which a core does one a cycle. They lie far apart, so that the
-// memory's own prefetching sees R sequential streams: it follows these at the full speed of the memory, but not rows that
-// are next to each other, and prefetch instructions are bound by the outstanding misses of the first-level cache.
+// R rows are computed side by side and share the loads of x, of which a core does one a cycle. They lie far apart, so that
+// the hardware prefetcher sees R sequential streams: it follows these at the full speed of the memory, but not rows that are
+// next to each other, and prefetch instructions are limited by the outstanding misses of the first-level cache.
 // Included after the target is set (see target.hpp).
 //
 // `Bytes` is true where the CPU moves bits between bytes (VBMI): then a vector of high bits is one instruction.
 #pragma once
 
 #include "kernels/avx512_integers.hpp"
+#include "vectors/avx512.hpp"
 
 namespace mpo {
 namespace {
@@ -286,10 +287,6 @@ struct PairedChunks {
       for (std::size_t i = 0; i < R; ++i) totals[i] = rest<Low, High, G, Zeros>(at, i, x, left, middle, totals[i]);
   }
 
-  static MPO_INLINE float total(__m512 lanes) {
-    return Avx2Floats::total(_mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1)));
-  }
-
   template <int Low, int High, int G, bool Zeros>
   static void rows(const QuantizedMatrix& w, const ActivationView& view, const Task& task) {
     constexpr int p = plane_index(Low);
@@ -298,7 +295,7 @@ struct PairedChunks {
     const std::size_t begin = task.begin, end = task.end, apart = (end - begin) / kRows;
     float* y = task.y.row(task.first);
     const bool accumulate = task.accumulate;
-    const auto put = [&](std::size_t r, __m512 lanes) { y[r] = (accumulate ? y[r] : 0.0f) + total(lanes); };
+    const auto put = [&](std::size_t r, __m512 lanes) { y[r] = (accumulate ? y[r] : 0.0f) + Avx512Floats::total(lanes); };
     for (std::size_t r = begin; r < begin + apart; ++r) {
       __m512 totals[kRows];
       some<Low, High, G, Zeros, kRows>(w, x, r, apart, totals);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/kernels.hpp"
+#include "vectors/elements.hpp"
 
 namespace mpo {
 namespace {
@@ -89,27 +90,6 @@ struct FloatBody {
 
   // -- float weights times rows of x
 
-  template <Type Element>
-  static MPO_INLINE F load_as(const std::uint8_t* from) {
-    if constexpr (Element == Type::f32) return X::load_unaligned(from);
-    else if constexpr (Element == Type::f16) return X::load_halves(from);
-    else return X::load_bf16(from);
-  }
-
-  template <Type Element>
-  static MPO_INLINE float one_as(const std::uint8_t* from) {
-    std::uint32_t bits = 0;
-    std::memcpy(&bits, from, element_size(Element));
-    if constexpr (Element == Type::f16) {
-      const auto half = static_cast<std::uint16_t>(bits);
-      return X::half(&half);
-    }
-    if constexpr (Element == Type::bf16) bits <<= 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-
   template <Type Element, int T>
   static void dense_row(const DenseMatrix& w, Rows<const float> x, const Task& task, std::size_t first,
                         std::size_t r) {
@@ -124,7 +104,7 @@ struct FloatBody {
       X::prefetch(from + c * kSize);
 #pragma GCC unroll 4
       for (std::size_t u = 0; u < kUnroll; ++u) {
-        const F value = load_as<Element>(from + (c + u * kLanes) * kSize);
+        const F value = load_as<X, Element>(from + (c + u * kLanes) * kSize);
         for (std::size_t t = 0; t < T; ++t) {
           F& sum = sums[t * kUnroll + u];
           sum = X::fma(value, X::load(inputs + t * x.stride + c + u * kLanes), sum);
@@ -132,7 +112,7 @@ struct FloatBody {
       }
     }
     for (; c < w.columns; ++c)
-      for (std::size_t t = 0; t < T; ++t) rest[t] += one_as<Element>(from + c * kSize) * inputs[t * x.stride + c];
+      for (std::size_t t = 0; t < T; ++t) rest[t] += one_as<X, Element>(from + c * kSize) * inputs[t * x.stride + c];
     if constexpr (T == 1) {
       sums[0] = X::add(sums[0], sums[2]);
       sums[1] = X::add(sums[1], sums[3]);

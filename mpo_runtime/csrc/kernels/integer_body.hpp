@@ -11,8 +11,8 @@
 namespace mpo {
 namespace {
 
-// Together: rows of w that X takes at once with a single row of x in the widths that X::takes_together() names; half as
-// many of 4 bits.
+// With a single row of x, `Together` rows of w are multiplied at once (half as many at 4 bits) in the widths for which
+// X::takes_together() is true.
 template <class X, std::size_t Together = 1>
 struct IntegerBody {
   using F = typename X::Floats;
@@ -87,8 +87,8 @@ struct IntegerBody {
     std::memcpy(to, from, bytes);
   }
 
-  // R rows of w, whose columns are whole chunks and whose zeros are the middle, with one row of x. What belongs to x is
-  // read once for all of them, and the steps of one row fill the waiting times of another.
+  // R rows of w with one row of x; columns are whole chunks, and no zeros are stored. What belongs to x is read once for
+  // all rows, and while one row waits for its results the others go on.
   template <int Low, int High, int G, std::size_t R>
   static MPO_INLINE void together(const QuantizedMatrix& w, const ActivationView& x, const Task& task, std::size_t r) {
     constexpr std::size_t kLead = 1024;

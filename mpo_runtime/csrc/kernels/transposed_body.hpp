@@ -57,8 +57,8 @@ struct TransposedBody {
     }
   }
 
-  // R rows of w times their values of a single row of s, added to y. The rows are followed in the order of memory: a block
-  // of columns that goes down all rows would wait for each of its cache lines, which the memory does not foresee.
+  // R rows of w times their values of a single row of s, added to y. The rows are read in the order of memory: a block of
+  // columns that goes down all rows would wait for each of its cache lines, which no prefetcher foresees.
   template <int Low, int High, int R>
   static void stream(const QuantizedMatrix& w, const float* s, std::size_t r, std::size_t begin, std::size_t end,
                      float* y) {
@@ -119,7 +119,7 @@ struct TransposedBody {
       const F factor = X::broadcast(s[r]);
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i)
-        sums[i] = X::fma(factor, FloatBody<X>::template load_as<Element>(from + static_cast<std::size_t>(i) * kLanes * kSize),
+        sums[i] = X::fma(factor, load_as<X, Element>(from + static_cast<std::size_t>(i) * kLanes * kSize),
                          sums[i]);
     }
     for (int i = 0; i < Vectors; ++i) X::store(y + c + static_cast<std::size_t>(i) * kLanes, sums[i]);
@@ -137,7 +137,7 @@ struct TransposedBody {
       for (; c < task.end; ++c) {
         const std::uint8_t* from = static_cast<const std::uint8_t*>(w.data) + c * kSize;
         for (std::size_t r = 0; r < w.rows; ++r)
-          y[c] += factors[r] * FloatBody<X>::template one_as<Element>(from + r * w.columns * kSize);
+          y[c] += factors[r] * one_as<X, Element>(from + r * w.columns * kSize);
       }
     }
   }

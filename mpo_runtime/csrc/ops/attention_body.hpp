@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ops/ops_body.hpp"
+#include "vectors/elements.hpp"
 
 namespace mpo {
 namespace {
@@ -16,37 +17,31 @@ struct AttentionBody {
   static constexpr std::size_t kFewQueries = 8;    // below this a product with transposed keys does not pay
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
-  // `count` stored rows of `size` as float32, rows `wide` floats apart.
+  // `count` stored rows of `size` as float32, rows `wide` floats apart; of int8 with a scale for each row.
+  template <Type Element>
+  static MPO_INLINE void widen_as(const std::uint8_t* from, const float* scales, std::size_t count, std::size_t size,
+                                  float* to, std::size_t wide) {
+    constexpr std::size_t kSize = element_size(Element);
+    for (std::size_t j = 0; j < count; ++j, from += size * kSize, to += wide) {
+      const float scale = Element == Type::int8 ? scales[j] : 1.0f;
+      std::size_t i = 0;
+      for (; i + 4 * kLanes <= size; i += 4 * kLanes)
+#pragma GCC unroll 4
+        for (std::size_t u = i; u < i + 4 * kLanes; u += kLanes)
+          X::store(to + u, load_as<X, Element>(from + u * kSize, scale));
+      for (; i + kLanes <= size; i += kLanes) X::store(to + i, load_as<X, Element>(from + i * kSize, scale));
+      for (; i < size; ++i) to[i] = one_as<X, Element>(from + i * kSize, scale);
+    }
+  }
+
   static void widen(Type type, const std::uint8_t* from, const float* scales, std::size_t count, std::size_t size,
                     float* to, std::size_t wide) {
-    const std::size_t width = element_size(type);
-    for (std::size_t j = 0; j < count; ++j, from += size * width, to += wide) {
-      std::size_t i = 0;
-      for (; i + kLanes <= size; i += kLanes) {
-        F value;
-        if (type == Type::f32) value = X::load_unaligned(from + 4 * i);
-        else if (type == Type::f16) value = X::load_halves(from + 2 * i);
-        else if (type == Type::bf16) value = X::load_bf16(from + 2 * i);
-        else value = X::multiply(X::load_int8(from + i), X::broadcast(scales[j]));
-        X::store(to + i, value);
-      }
-      for (; i < size; ++i) to[i] = one(type, from + i * width, scales ? scales[j] : 1.0f);
-    }
+    if (type == Type::int8) widen_as<Type::int8>(from, scales, count, size, to, wide);
+    else with_float_type(type, [&](auto of) { widen_as<of.value>(from, scales, count, size, to, wide); });
   }
 
   static void widen_row(Type type, const std::uint8_t* from, float scale, std::size_t size, float* to) {
     widen(type, from, &scale, 1, size, to, size);
-  }
-
-  static float one(Type type, const std::uint8_t* from, float scale) {
-    if (type == Type::int8) return scale * static_cast<float>(static_cast<std::int8_t>(*from));
-    std::uint32_t bits = 0;
-    std::memcpy(&bits, from, element_size(type));
-    if (type == Type::f16) return half_to_float(static_cast<std::uint16_t>(bits));
-    if (type == Type::bf16) bits <<= 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
   }
 
   // scores [queries, kBlock] of `count` keys [count, size] for a few queries, by dot products.
@@ -63,7 +58,7 @@ struct AttentionBody {
   template <int M>
   static MPO_INLINE void dots(const float* q, std::size_t wide, const float* key, float* scores) {
     F sums[M];
-    for (F& sum : sums) sum = X::broadcast(0.0f);
+    for (F& sum : sums) sum = X::zero();
     for (std::size_t i = 0; i < wide; i += kLanes) {
       const F value = X::load(key + i);
       for (int m = 0; m < M; ++m) sums[m] = X::fma(X::load(q + static_cast<std::size_t>(m) * wide + i), value, sums[m]);
@@ -71,7 +66,7 @@ struct AttentionBody {
     for (int m = 0; m < M; ++m) scores[static_cast<std::size_t>(m) * kBlock] = X::total(sums[m]);
   }
 
-  // Turns the scores [kBlock] of a query into exp(score - peak), after bringing what was summed so far to the new peak.
+  // Turns the scores [kBlock] of a query into exp(score - peak), after rescaling the sums so far to the new peak.
   static void soften(float* scores, std::size_t visible, float* peak, float* sum, float* mixed, std::size_t wide) {
     for (std::size_t j = visible; j < kBlock; ++j) scores[j] = visible ? kNothing : 0.0f;
     if (!visible) return;
@@ -86,7 +81,7 @@ struct AttentionBody {
       for (std::size_t i = 0; i < wide; i += kLanes)
         X::store(mixed + i, X::multiply(X::load(mixed + i), X::broadcast(factor)));
     }
-    F total = X::broadcast(0.0f);
+    F total = X::zero();
     for (std::size_t j = 0; j < kBlock; j += kLanes) {
       const F weight = OpsBody<X>::exponential(X::subtract(X::load(scores + j), X::broadcast(now)));
       X::store(scores + j, weight);
@@ -132,7 +127,7 @@ struct AttentionBody {
     for (std::size_t m = 0; m < queries; ++m) std::memcpy(task.mixed + m * size, work.mixed + m * wide, size * 4);
   }
 
-  static void block(const AttentionTask& task, const Work& work, std::size_t wide, std::size_t start,
+  static MPO_INLINE void block(const AttentionTask& task, const Work& work, std::size_t wide, std::size_t start,
                     std::size_t count) {
     const KvPlace& cache = task.cache;
     const std::size_t size = cache.size, queries = task.queries, offset = start * size * element_size(cache.type);

@@ -31,7 +31,7 @@ struct OpsBody {
   }
 
   static void rms_norm(const float* x, const float* w, std::size_t count, float eps, float* y) {
-    F sums[2] = {X::broadcast(0.0f), X::broadcast(0.0f)};
+    F sums[2] = {X::zero(), X::zero()};
     std::size_t i = 0;
     for (; i + 2 * kLanes <= count; i += 2 * kLanes)
       for (std::size_t u = 0; u < 2; ++u) {
@@ -51,8 +51,8 @@ struct OpsBody {
     const F one = X::broadcast(1.0f);
     for (; i + kLanes <= count; i += kLanes) {
       const F g = X::load(gate + i);
-      const F minus = X::subtract(X::broadcast(0.0f), g);
-      const F beyond = X::larger(X::subtract(minus, X::broadcast(88.0f)), X::broadcast(0.0f));  // to infinity, as exp does
+      const F minus = X::subtract(X::zero(), g);
+      const F beyond = X::larger(X::subtract(minus, X::broadcast(88.0f)), X::zero());  // to infinity, as exp does
       const F divisor = X::fma(beyond, X::broadcast(3e38f), X::add(one, exponential(minus)));
       X::store(y + i, X::multiply(X::divide(g, divisor), X::load(up + i)));
     }
@@ -170,7 +170,7 @@ struct OpsBody {
       }
   }
 
-  static void add_product(const ProductTask& task) {
+  static MPO_INLINE void add_product(const ProductTask& task) {
     std::size_t i = 0;
     for (; i + 4 <= task.m; i += 4) product_rows<4>(task, i);
     for (; i < task.m; ++i) product_rows<1>(task, i);

@@ -1,4 +1,4 @@
-// The KV cache: for every block, row and key-value head a stretch of keys and one of values.
+// The KV cache: for every block, row and key-value head an array of keys and one of values.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +26,7 @@ class Cache {
   std::size_t bytes() const;
   const std::vector<std::size_t>& lengths() const { return lengths_; }
 
-  // Counts new tokens of each row as held; throws std::invalid_argument for another number of rows or past the capacity.
+  // Adds new tokens to the length of each row; throws std::invalid_argument for another number of rows or past the capacity.
   void advance(const std::vector<std::size_t>& counts);
   void rewind(std::size_t length);
 

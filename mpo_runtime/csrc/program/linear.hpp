@@ -28,7 +28,7 @@ struct Linear {
   std::vector<Operator> operators;
   std::vector<float> bias;
   std::size_t row_bytes = 0, row_step = 1;
-  unsigned planes = 0;  // widths that int8 copies of x are needed for, outside exact mode
+  unsigned planes = 0;  // for which x is arranged as int8, unless in exact mode
 };
 
 // One of the layers that take the same input.
@@ -37,7 +37,7 @@ struct Product {
   float* y;  // [tokens, layer->rows]
 };
 
-// What apply() works in; reused from call to call, by one call at a time.
+// The memory of apply(), kept for the next call; one call at a time uses it.
 class Workspace {
  public:
   Activations& codes(std::size_t tile);

@@ -1,4 +1,5 @@
-// Operators of cores: applied to activations by sweeping over the cores, one row of the matrix, and the low-rank shape.
+// How the product of cores is applied: by a sweep over the cores, or by building rows of the matrix. (The low-rank shape is
+// multiplied like two matrices, see linear.cpp.)
 //
 // A sweep from the left holds a state [tokens * o_1 ... o_k, chi_k, i_(k+1) ... i_n]: finished outputs in front, inputs
 // to come behind; from the right it is the mirror image. A core's block G[l, :, :, r], out x in, is one stored row.
@@ -19,17 +20,18 @@ namespace {
 
 constexpr std::size_t kLargestState = 2u << 20;  // floats of a state: tokens are swept a slab at a time
 constexpr std::size_t kTasksPerThread = 4;
-constexpr std::size_t kFewestOutputs = 16;  // of a task, and of a vector's worth of results
+constexpr std::size_t kFewestOutputs = 16;  // of a task; fewer results side by side do not fill vectors either
 constexpr std::size_t kTileRows = 16, kTileColumns = 1024;  // of the matrix, where it is built
 
-// How many outputs of a core a task takes, so that with `others` blocks beside them there are tasks enough.
+// How many outputs of a core one task computes: few enough that the `others` independent blocks of the core together give
+// every thread several tasks.
 std::size_t outputs_of_task(std::size_t out, std::size_t others, const Pool& pool) {
   const std::size_t wanted = kTasksPerThread * static_cast<std::size_t>(pool.threads());
   const std::size_t parts = (wanted + others - 1) / others;
   return std::min(out, std::max(kFewestOutputs, (out + parts - 1) / parts));
 }
 
-// a * b of sizes of memory; cores of a few bytes may stand for a matrix of any size.
+// a * b, or std::bad_alloc where no memory holds as much: cores of a few bytes can describe a matrix of any size.
 std::size_t bounded(std::size_t a, std::size_t b) {
   constexpr std::size_t kMost = std::size_t{1} << 40;
   if (b && a > kMost / b) throw std::bad_alloc();
@@ -37,7 +39,7 @@ std::size_t bounded(std::size_t a, std::size_t b) {
 }
 
 struct Sizes {
-  std::size_t bonds, out, inner, count, wide;  // blocks [out, inner], one a bond value, times [count, inner, wide]
+  std::size_t bonds, out, inner, count, wide;  // for each bond value a block [out, inner], times [count, inner, wide]
   std::size_t step;                            // between the outputs o and o + 1 of the result
 };
 
@@ -166,7 +168,8 @@ void Operator::step_back(const Core& core, std::size_t count, std::size_t done, 
   multiply_blocks({left, core.out, inner, count, done, done}, from, to, spare, blocks, place, pool);
 }
 
-// Rows of the matrix, one after the other: what the leading cores give is kept while their digits stay.
+// Builds rows of the matrix. The digits of a row's number choose a slice of each core; the products of the leading slices
+// are kept for the next row as long as their digits stay the same.
 class Operator::RowBuilder {
  public:
   explicit RowBuilder(const Operator& of) : of_(of), states_(of.cores_.size() + 1), digits_(of.cores_.size()) {

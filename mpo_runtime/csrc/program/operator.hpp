@@ -18,15 +18,15 @@ struct Core {
   std::size_t row(std::size_t r, std::size_t l) const { return r * stored_left + l; }
 };
 
-// An Mpo term. The sweep goes from the first core to the last, or back where `reverse`; from `densify_from` tokens on (0:
-// never) the matrix is built instead. The caller knows what is cheaper.
+// An Mpo term. The sweep goes from the first core to the last, or from the last to the first where `reverse`; for
+// `densify_from` tokens and more (0: never) the matrix is built instead. layers/contraction.py computes what is cheapest.
 class Operator {
  public:
   Operator(std::vector<Core> cores, bool reverse, std::size_t densify_from);
 
   std::size_t rows() const { return rows_; }
   std::size_t columns() const { return columns_; }
-  // The shape (O, 1) x (1, I): W = first^T second with first [chi, O] and second [chi, I], which joins the base's chunks.
+  // The shape (O, 1) x (1, I): W = first^T second with first [chi, O] and second [chi, I].
   bool is_low_rank() const { return low_rank_; }
   const Matrix& first() const { return first_; }
   const Matrix& second() const { return second_; }

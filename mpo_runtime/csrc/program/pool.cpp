@@ -27,7 +27,7 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 constexpr int kPausesBeforeYield = 64;
-// A worker that finds nothing to do for so long goes to sleep; the gaps inside a step are far shorter.
+// A thread that has found no work for this long goes to sleep; the pauses within a forward pass are far shorter.
 constexpr std::chrono::microseconds kSpin{60};
 
 void pause() {
@@ -40,17 +40,17 @@ void pause() {
 #endif
 }
 
-// Grows in a child of fork(), where the threads of the parent are missing.
+// How often this process and its ancestors were forked: a child of fork() lacks the threads of its parent.
 std::atomic<unsigned> forks{0};
 
-struct Known {
+struct Registry {
   std::mutex mutex;
   std::vector<Pool*> pools;
 };
 
-// Of this process; never destroyed, as a fork may come at any time.
-Known& known() {
-  static Known* const all = new Known;
+// The pools of this process; never destroyed, since a fork may come at any time.
+Registry& registry() {
+  static Registry* const all = new Registry;
   return *all;
 }
 
@@ -60,8 +60,9 @@ constexpr std::uint64_t pack(std::uint32_t generation, std::uint32_t left) {
 
 }  // namespace
 
-// The job and the threads that work on it. `ticket` holds the job's number above the chunks that are left to hand out:
-// who takes one with a compare-and-swap knows that the job cannot end before that chunk, so what describes it is stable.
+// The threads and the job that they work on. The upper half of `ticket` is the number of the job, the lower half counts the
+// chunks that nobody has taken yet. A thread takes one by a compare-and-swap; the job cannot end before this chunk is done,
+// so the members that describe the job do not change meanwhile.
 struct Pool::Crew {
   alignas(64) std::atomic<std::uint64_t> ticket{0};
   alignas(64) std::atomic<std::size_t> done{0};
@@ -125,10 +126,11 @@ struct Pool::Crew {
   }
 };
 
-// The locks of runs, in a child of fork(): threads that it has not may hold them. It has one thread here.
+// Replaces the locks in a child of fork(): threads that exist only in the parent may hold them. The child has one thread
+// when this is called.
 void Pool::renew_turns() {
   forks.fetch_add(1);
-  for (Pool* pool : known().pools) {
+  for (Pool* pool : registry().pools) {
     (void)pool->turn_.release();  // leaked: a lock that is held cannot be destroyed
     pool->turn_ = std::make_unique<std::mutex>();
   }
@@ -136,16 +138,16 @@ void Pool::renew_turns() {
 
 Pool::Pool(int threads) : turn_(std::make_unique<std::mutex>()), threads_(0), forks_(forks.load()) {
   {
-    Known& all = known();
+    Registry& all = registry();
     const std::lock_guard<std::mutex> lock(all.mutex);
     all.pools.push_back(this);
   }
 #if MPO_HAVE_FORK
   static const int registered =
-      pthread_atfork([] { known().mutex.lock(); }, [] { known().mutex.unlock(); },
+      pthread_atfork([] { registry().mutex.lock(); }, [] { registry().mutex.unlock(); },
                      [] {
                        renew_turns();
-                       known().mutex.unlock();
+                       registry().mutex.unlock();
                      });
   (void)registered;
 #endif
@@ -154,7 +156,7 @@ Pool::Pool(int threads) : turn_(std::make_unique<std::mutex>()), threads_(0), fo
 
 Pool::~Pool() {
   {
-    Known& all = known();
+    Registry& all = registry();
     const std::lock_guard<std::mutex> lock(all.mutex);
     all.pools.erase(std::find(all.pools.begin(), all.pools.end(), this));
   }
@@ -171,7 +173,7 @@ void Pool::resize(int threads) {
   renew();
 }
 
-// Ends the crew, if it is of this process, and starts one of threads_ - 1.
+// Ends the threads, if they belong to this process, and starts threads_ - 1 others.
 void Pool::renew() {
   if (crew_ && forks_ == forks.load()) {
     {
@@ -181,7 +183,7 @@ void Pool::renew() {
     crew_->wake.notify_all();
     for (std::thread& thread : crew_->threads) thread.join();
     delete crew_;
-  }  // the parent's crew is leaked in the child: its threads do not exist here and its locks may be held for ever
+  }  // else the parent's crew is leaked: its threads do not exist here and its locks may be held for ever
   forks_ = forks.load();
   crew_ = new Crew;
   try {

@@ -1,5 +1,5 @@
-// A persistent pool of threads that share out chunks of work as they become free, so that a core that is busy elsewhere
-// delays a step by one chunk at most.
+// A persistent pool of threads. Work is cut into chunks and each thread takes another one when it has finished one, so that
+// a core that is busy with other programs delays a forward pass by one chunk at most.
 #pragma once
 
 #include <atomic>
@@ -25,7 +25,7 @@ class RangeFunction {
   void (*call_)(void*, std::size_t, std::size_t);
 };
 
-// The caller of run() works too, so a pool of n threads starts n - 1. After a fork the child starts its own.
+// The thread that calls run() works too, so a pool of n threads starts n - 1. A child of fork() starts its own threads.
 class Pool {
  public:
   explicit Pool(int threads);
@@ -35,7 +35,7 @@ class Pool {
 
   // Calls f on chunks of at most `chunk` of the items [0, items), in any order, on any thread; returns when all are
   // done. The first exception that f throws is thrown here. Calls from several threads take turns; f must not call run.
-  // Where the system refuses a thread, the pool goes on with those that it has.
+  // If the system refuses to start a thread, the pool works with the threads that it has.
   void run(std::size_t items, std::size_t chunk, RangeFunction f);
 
   int threads() const { return threads_.load(std::memory_order_relaxed); }
@@ -52,9 +52,10 @@ class Pool {
   std::atomic<unsigned> forks_;
 };
 
-// The pool of this process, with as many threads as MPO_THREADS says or as there are cores that it may run on. It is
-// never destroyed: threads that sleep do no harm at exit, and a destructor could meet them at work.
+// The pool of this process, which starts with default_threads(). It is never destroyed: sleeping threads do no harm at
+// exit, and a destructor would have to wait for threads at work.
 Pool& pool();
+// MPO_THREADS, or the number of cores that this process may run on.
 int default_threads();
 
 }  // namespace mpo

@@ -1,5 +1,5 @@
-// A forward pass as a list of operations over registers, recorded once and then run in one call a step. The program
-// knows no architecture: whoever records it does (mpo_runtime/models, through backends/native.py).
+// A forward pass as a list of operations over registers: recorded once, then run by one call for each step. The program
+// knows no architecture; the models in mpo_runtime/models record it through backends/native.py.
 #pragma once
 
 #include <cstddef>
@@ -52,7 +52,7 @@ class Program {
   struct Instruction {
     Kind kind;
     std::vector<Register> from, to;
-    std::vector<std::shared_ptr<const Linear>> layers;  // of a linear: all that follow each other with the same input
+    std::vector<std::shared_ptr<const Linear>> layers;  // linear: all that are recorded in a row with the same input
     std::size_t vector = 0, block = 0, size = 0;        // an index into vectors_; the cache's block; the head size
     float value = 0;
   };
@@ -74,7 +74,7 @@ class Program {
   std::vector<Register> inputs_;
   std::vector<Instruction> steps_;
   std::vector<std::vector<float>> vectors_;
-  std::vector<std::size_t> slots_, slot_widths_;  // where registers live: those whose lives do not meet share a slot
+  std::vector<std::size_t> slots_, slot_widths_;  // registers that are never needed at once share a slot
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<State>> idle_;
 };

@@ -9,8 +9,8 @@
 namespace mpo {
 namespace {
 
-constexpr std::size_t kSmall = 1u << 15;          // elements that are not worth waking a thread for
-constexpr std::size_t kExponentials = 1u << 11;   // elements of SwiGLU that are
+constexpr std::size_t kSmall = 1u << 15;          // fewer elements are not worth waking a thread for
+constexpr std::size_t kExponentials = 1u << 11;   // elements of SwiGLU, whose exponentials are
 constexpr std::size_t kQueriesPerTask = 64;       // that share keys and values in the cache
 constexpr std::size_t kShortestSplit = 512;       // positions
 constexpr std::size_t kTasksPerThread = 4;

@@ -11,7 +11,7 @@ struct Avx2Floats {
   using Floats = __m256;
   static constexpr std::size_t kLanes = 8;
 
-  // Far enough ahead to hide a trip to memory; beyond the end of a tensor it does nothing.
+  // Far enough ahead to hide the latency of memory; beyond the end of a tensor it does nothing.
   static MPO_INLINE void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at) + 2048, _MM_HINT_T0); }
 
   static MPO_INLINE Floats zero() { return _mm256_setzero_ps(); }

@@ -31,6 +31,7 @@ struct Avx512Floats {
   static MPO_INLINE void store_halves(std::uint8_t* to, Floats value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
+  static MPO_INLINE float half(const void* from) { return Avx2Floats::half(from); }
 
   static MPO_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static MPO_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -47,8 +48,11 @@ struct Avx512Floats {
   static MPO_INLINE Floats zero_below(Floats x, Floats bound, Floats value) {
     return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), _mm512_setzero_ps());
   }
-  static MPO_INLINE float total(Floats a) { return _mm512_reduce_add_ps(a); }
-  static MPO_INLINE float largest(Floats a) { return _mm512_reduce_max_ps(a); }
+  static MPO_INLINE float total(Floats a) { return Avx2Floats::total(Avx2Floats::add(upper(a), lower(a))); }
+  static MPO_INLINE float largest(Floats a) { return Avx2Floats::largest(_mm256_max_ps(upper(a), lower(a))); }
+
+  static MPO_INLINE __m256 lower(Floats a) { return _mm512_castps512_ps256(a); }
+  static MPO_INLINE __m256 upper(Floats a) { return _mm512_extractf32x8_ps(a, 1); }
 };
 
 }  // namespace
