@@ -109,7 +109,7 @@ def test_demanded_cores_are_compared_with_the_same_bytes_without(run: Run, folde
             assert [term.kind for term in linear.terms] == ["quantized", "mpo"]
     alone = run("mpo-export", *asked, "--no-compare-cores", "--force")
     assert alone.code == 0 and "without cores" not in alone.out
-    small = run("mpo-export", folder, "--chi", 40, "--target-size", "70KB", *TEXT, *QUICK, "--out", "small.mpo")
+    small = run("mpo-export", folder, "--chi", 40, "--target-size", "130KB", *TEXT, *QUICK, "--out", "small.mpo")
     small.assert_error("mpo-export", "too few for cores of --chi 40", "the smallest such file takes", "or --chi ")
 
 

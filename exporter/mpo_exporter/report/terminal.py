@@ -18,6 +18,9 @@ from mpo_runtime.cli.console import size_text
 from mpo_runtime.measure import Comparison
 from mpo_runtime.text.token_text import TokenText
 
+# Columns of a file or a pipe that the table is printed to.
+WIDTH = 120
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -67,7 +70,7 @@ def print_report(
         healed=healed is not None,
         healed_quality=again,
     )
-    console = Console()
+    console = console_for_tables()
     console.print(table(rows))
     say(console, measured_on(quality, reason))
     for note in healed.notes if healed else ():
@@ -76,7 +79,7 @@ def print_report(
 
 def print_whole(report: Report, folder: Path) -> None:
     """Prints the figures of a report, what was not measured and why, and where the report is."""
-    console = Console()
+    console = console_for_tables()
     console.print(
         table(
             Rows(
@@ -105,6 +108,12 @@ def print_whole(report: Report, folder: Path) -> None:
     parts = ", ".join(f"{cost.part} {cost.seconds:.1f}" for cost in report.costs)
     say(console, f"the report took {seconds:.1f} s ({parts})")
     say(console, f"wrote {folder / PAGE} and {JSON}")
+
+
+def console_for_tables() -> Console:
+    """The terminal; a file or a pipe is wide enough for whole rows, so that a program can find them."""
+    console = Console()
+    return console if console.is_terminal or console.width >= WIDTH else Console(width=WIDTH)
 
 
 def say(console: Console, text: str) -> None:
