@@ -45,7 +45,6 @@ class Settings:
         batch: windows in an optimizer step, over all devices together.
         micro_batch: windows that a device runs at once; gradients of the rest of its share are accumulated.
         block_share: share of the tokens spent on training single blocks, before the whole model is trained.
-        core_share: share of the training of the whole model in which only cores and norms learn, if there are cores.
         core_rate: learning rate of cores, relative to each core's root mean square.
         code_rate: learning rate of integers, in units of their grid's step; halved for each bit above 4.
         scale_rate: relative learning rate of scales (of zeros: in grid steps); halved for each bit above 4, except for
@@ -73,7 +72,6 @@ class Settings:
     batch: int = 4
     micro_batch: int = 4
     block_share: float = 0.05
-    core_share: float = 0.0
     core_rate: float = 2e-2
     code_rate: float = 1e-2
     scale_rate: float = 3e-3
@@ -104,7 +102,7 @@ class Settings:
         for name in ("seed", "match_blocks"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"healing: {name}: expected at least 0, found {getattr(self, name)}")
-        for name in ("block_share", "core_share", "chi_dropout"):
+        for name in ("block_share", "chi_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"healing: {name}: expected 0 to 1, found {getattr(self, name)}")
 

@@ -208,9 +208,6 @@ class Trainer:
             self.optimizer.zero_grad()
             raise NotFinite(f"healing: the loss is not finite at {where}")
         factor, walking = learning_rate(done, steps), walking_rate(steps)
-        kinds = {group["kind"] for group in self.optimizer.param_groups}
-        if "core" in kinds and done < self.settings.core_share:
-            walking = 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor * (walking if group["kind"] in WALKING else 1.0)
         self.optimizer.step()
