@@ -129,7 +129,10 @@ def test_sizes_and_provenance(exported: dict[str, Result], source: Path) -> None
         origin = result.spec.provenance
         options = PLANS[name]
         assert (origin.source, origin.source_sha256) == ("model", original.sha256())
-        assert origin.options == {"plan": options.plan, "chi": str(options.largest_chi), "cores": str(options.cores)}
+        expected = {"plan": options.plan, "chi": str(options.largest_chi), "cores": str(options.cores)}
+        if options.plan == "auto":  # with χ given, every matrix carries cores
+            expected["cored"] = "every matrix"
+        assert origin.options == expected
         assert result.comparison is None
     assert exported["int4"].file_bytes < exported["auto"].file_bytes < exported["dense"].file_bytes
 
