@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 from launch import launch
-from parts.machine import describe_machine, read_bandwidth
+from parts.machine import describe_machine
 from synthetic import SyntheticPlan, granite, write_synthetic
 
+from mpo_runtime.bench.meters import read_bandwidth
 from mpo_runtime.engine import Engine
 from mpo_runtime.loading import load_network, open_weights
 

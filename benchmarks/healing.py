@@ -250,10 +250,8 @@ class Table:
 
 def stored(path: Path) -> int:
     """The numbers that a file stores; an integer with its scale counts as one for each weight."""
-    from mpo_runtime.cli.inspect import stored_parameters
-
     with MpoFile(path) as file:
-        return stored_parameters(file.spec)
+        return file.spec.stored_parameters()
 
 
 def thinned(curve: list[float], points: int = 200) -> list[float]:

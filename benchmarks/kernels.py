@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts.machine import describe_machine, read_bandwidth
+from parts.machine import describe_machine
 
 from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.layout import linear_bytes, linear_tensors
 from mpo_runtime import native
+from mpo_runtime.bench.meters import read_bandwidth
 from mpo_runtime.layers.native import load_linear
 
 TOTAL_BYTES = 1 << 29

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+STATUS = Path("/proc/self/status")
+
 
 def available_memory() -> int:
     """Bytes that can be allocated without swapping, within the limit of the control group; 4 GiB where it is unknown."""
@@ -23,7 +25,14 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes; 0 on systems that do not report it."""
+    """The largest resident size of this program so far, in bytes; 0 on systems that do not report it.
+
+    On Linux it is read from /proc: the figure of `getrusage` survives `exec` and would include the parent process.
+    """
+    if STATUS.exists():
+        rows = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+        if "VmHWM" in rows:
+            return int(rows["VmHWM"].split()[0]) * 1024
     if sys.platform == "win32":
         return 0
     import resource

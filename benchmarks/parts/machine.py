@@ -1,4 +1,4 @@
-"""What a benchmark ran on: a description of the machine, the commit, and the present read bandwidth."""
+"""What a benchmark ran on: a description of the machine, and the commit."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ import platform
 import shlex
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 FLAGS = ("avx2", "f16c", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "asimddp")
-# Larger than any CPU cache.
-BUFFER_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +66,3 @@ def git(*words: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()
-
-
-@cache
-def buffer() -> NDArray[np.uint64]:
-    """Half a gigabyte of memory, written once so that every page exists."""
-    return np.ones(BUFFER_BYTES // 8, np.uint64)
-
-
-def read_bandwidth(threads: int, passes: int = 3) -> float:
-    """GB/s of reading memory in order: the best of `passes`, each summing half a gigabyte in `threads` threads."""
-    from mpo_runtime import native
-
-    if native.available():
-        return max(native.read_bandwidth(buffer(), threads) for _ in range(passes))
-    parts = np.array_split(buffer(), threads)
-    best = 0.0
-    for _ in range(passes):
-        workers = [threading.Thread(target=part.sum) for part in parts]  # numpy sums without the GIL
-        start = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        best = max(best, BUFFER_BYTES / 1e9 / (time.perf_counter() - start))
-    return best

@@ -31,7 +31,6 @@ from mpo_exporter.plan.options import Choice, Options
 from mpo_exporter.source import ModelFolder, Source, data_folder, open_source, require_finite_weights
 from mpo_formats import Architecture, ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_runtime.cli.inspect import stored_parameters
 from mpo_runtime.engine import Engine
 from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.sampler import SamplingOptions
@@ -248,7 +247,7 @@ def heal_model(
 
 def compression_stats(result: Result) -> dict[str, float]:
     """Parameters and sizes before and after, and by which share of the original they are reduced."""
-    original, stored = result.source.architecture.parameters(), stored_parameters(result.spec)
+    original, stored = result.source.architecture.parameters(), result.spec.stored_parameters()
     return {
         "original_parameters": original,
         "compressed_parameters": stored,

@@ -174,6 +174,18 @@ class ModelSpec:
                 return linear
         raise KeyError(name)
 
+    def stored_parameters(self) -> int:
+        """Numbers that the file stores: matrix entries, core entries, biases and norms."""
+        total = sum(vector.size for vector in self.vectors)
+        for linear in self.linears:
+            total += linear.out_features if linear.bias else 0
+            for term in linear.terms:
+                if term.kind == "mpo":
+                    total += sum(a * b * c * d for a, b, c, d in term.core_shapes())
+                else:
+                    total += linear.out_features * linear.in_features
+        return total
+
     def largest_bond(self) -> int:
         """The largest χ in the file, 0 where no layer has cores."""
         terms = (term for linear in self.linears for term in linear.terms)

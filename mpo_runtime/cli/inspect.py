@@ -34,19 +34,6 @@ def layer_text(linear: LinearSpec) -> str:
     return " + ".join(map(term_text, linear.terms))
 
 
-def stored_parameters(spec: ModelSpec) -> int:
-    """Numbers that the file stores: matrix entries, core entries, biases and norms."""
-    total = sum(vector.size for vector in spec.vectors)
-    for linear in spec.linears:
-        total += linear.out_features if linear.bias else 0
-        for term in linear.terms:
-            if isinstance(term, Dense | Quantized):
-                total += linear.out_features * linear.in_features
-            else:
-                total += sum(a * b * c * d for a, b, c, d in term.core_shapes())
-    return total
-
-
 def prefixes(spec: ModelSpec) -> list[tuple[int, int]]:
     """Useful values of --chi: powers of two up to the largest bond, with the bytes that are then read."""
     largest = spec.largest_bond()
@@ -69,7 +56,7 @@ def describe(file: Path) -> dict[str, Any]:
         "bytes": size,
         "bits_per_weight": size * 8 / parameters,
         "parameters": parameters,
-        "stored_parameters": stored_parameters(spec),
+        "stored_parameters": spec.stored_parameters(),
         "architecture": asdict(spec.architecture),
         "layers": {linear.name: layer_text(linear) for linear in spec.linears},
         "prefixes": [{"chi": chi, "bytes": count} for chi, count in prefixes(spec)],

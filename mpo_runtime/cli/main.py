@@ -18,6 +18,7 @@ from mpo_runtime.cli.options import (
     Sampling,
     Templating,
     Threads,
+    Timing,
     Verbose,
     Window,
     grouped,
@@ -221,6 +222,57 @@ def compare(
     from mpo_runtime.cli.commands import compare_models
 
     compare_models(file, to, text, window, running.arguments(), as_json)
+
+
+@app.command()
+@grouped
+def bench(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help=".mpo or GGUF files, Hugging Face folders, names in the store.", show_default=False
+        ),
+    ],
+    *,
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline", help="Time the dense model beside them: the first file's terms as bf16 matrices."),
+    ] = False,
+    dense: Annotated[
+        Path | None, typer.Option(help="The dense model to use as the baseline.", show_default=False)
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Tokens of the timed prompts; 0 for none.")] = "512",
+    tokens: Annotated[str, typer.Option("--tokens", "-n", help="Tokens that are decoded; 0 for none.")] = "128",
+    depth: Annotated[str, typer.Option("--depth", "-d", help="Tokens of context before each test.")] = "0",
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Sequences that are run at once.")] = "1",
+    threads: Annotated[
+        str | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.", show_default="all")
+    ] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Timed rounds, after one that warms up.")] = 5,
+    timing: Timing,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+) -> None:
+    """Time models side by side.
+
+    Prompts and decoding at every combination of the values given, which may be lists such as -d 0,4096. Each model runs in a
+    process of its own, in turns with the others, beside the read bandwidth of this machine. With a baseline it ends with the
+    ratios of parameters, bytes, memory and speed. Ctrl-C prints what there is.
+    """
+    from mpo_runtime.bench.settings import BenchSettings, parse_counts
+    from mpo_runtime.cli.bench import one_form, run_bench
+
+    form = one_form(as_json, as_csv, as_markdown)
+    settings = BenchSettings(
+        prompt=parse_counts(prompt, "-p"),
+        tokens=parse_counts(tokens, "-n"),
+        depth=parse_counts(depth, "-d"),
+        batch=parse_counts(batch, "-b"),
+        threads=() if threads is None else parse_counts(threads, "-t"),
+        repetitions=repetitions,
+    )
+    run_bench(files, dense, baseline, settings, timing.arguments(), form)
 
 
 @app.command()

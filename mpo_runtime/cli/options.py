@@ -152,6 +152,21 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """How a model is loaded to be timed; threads are among what is varied."""
+
+    chi: Chi = None
+    kv_type: KvType = "auto"
+    device: Device = "cpu"
+    backend: Backend = "auto"
+    activations: Activations = "int8"
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `mpo_runtime.loading.load_network`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are drawn and where the text ends."""
 

@@ -17,19 +17,6 @@ from mpo_runtime.memory import peak_memory
 
 # Seconds after which the process is stopped.
 LONGEST = 120.0
-STATUS = Path("/proc/self/status")
-
-
-def resident_peak() -> int:
-    """The largest resident memory of this program so far, in bytes.
-
-    On Linux it is read from /proc: the figure of `getrusage` survives `exec` and would include the parent process.
-    """
-    if STATUS.exists():
-        rows = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
-        if "VmHWM" in rows:
-            return int(rows["VmHWM"].split()[0]) * 1024
-    return peak_memory()
 
 
 def measure(model: str, tokens: int, threads: int | None) -> tuple[int, int]:
@@ -37,12 +24,12 @@ def measure(model: str, tokens: int, threads: int | None) -> tuple[int, int]:
     from mpo_runtime.loading import load
     from mpo_runtime.sampler import SamplingOptions
 
-    base = resident_peak()
+    base = peak_memory()
     with load(model, threads=threads) as loaded:
         start = loaded.network.architecture.bos_token_id or 0
         for _ in loaded.engine.generate([start], SamplingOptions(temperature=0), max_tokens=tokens, stop_ids=()):
             pass
-        return base, resident_peak()
+        return base, peak_memory()
 
 
 def in_child(model: Path, tokens: int, threads: int | None) -> tuple[int, int] | str:

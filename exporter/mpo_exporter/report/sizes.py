@@ -10,7 +10,6 @@ from mpo_exporter.report.facts import Measured, Memory, Point, Predicted, Ratios
 from mpo_exporter.terms import stored_bytes, without_operators
 from mpo_formats import Certificates, ModelSpec
 from mpo_formats.layout import ELEMENTS, content_tensors, linear_bytes
-from mpo_runtime.cli.inspect import stored_parameters
 
 # Points of the curve that the survey predicts.
 CURVE_POINTS = 24
@@ -31,7 +30,7 @@ def sizes_of(spec: ModelSpec, source: ModelSpec, file_bytes: int) -> Sizes:
     before = dense_bytes(source, 2)
     return Sizes(
         dense_parameters=parameters,
-        parameters=stored_parameters(spec),
+        parameters=spec.stored_parameters(),
         dense_bytes=before,
         source_bytes=dense_bytes(source, 4),
         file_bytes=file_bytes,

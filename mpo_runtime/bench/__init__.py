@@ -1,0 +1,1 @@
+"""`mpo-run bench`: models timed side by side, each in a process of its own."""
