@@ -258,6 +258,28 @@ def report_command(
     )
 
 
+@app.command(
+    "to-hf",
+    context_settings=SETTINGS,
+    short_help="Write a .mpo file as a Hugging Face folder.",
+    epilog="docs/serving.md says which program reads what. --as compressed-tensors needs pip install 'mpo-runtime[hf]'.",
+)
+def to_hf_command(
+    file: given.File,
+    *,
+    out: given.Folder,
+    form: given.HfForm = "compressed-tensors",
+    dtype: given.FloatType = "bf16",
+    least_bits: given.LeastBits = 2,
+    force: given.Force = False,
+) -> None:
+    """Write a .mpo file as a Hugging Face folder, for transformers, vLLM and other programs."""
+    from mpo_exporter.convert.hf import HfRequest, write_hf
+
+    for line in write_hf(HfRequest(file, out, form, dtype, least_bits, force)):
+        typer.echo(line)
+
+
 def main() -> None:
     """The entry point of mpo-export; messages of a command name it, such as `mpo-export heal: error: …`."""
     names = {command.name for command in app.registered_commands if command.name}

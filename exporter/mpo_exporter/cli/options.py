@@ -74,6 +74,21 @@ PlanName = Annotated[
 ForSpeed = Annotated[bool, typer.Option("--for-speed", help="auto: nothing that is slower than int4 on this machine.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.mpo")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite existing files.")]
+Folder = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)]
+HfForm = Annotated[
+    str,
+    typer.Option(
+        "--as",
+        help="compressed-tensors: the integers exactly, for files without cores; dense: matrices, for any file.",
+    ),
+]
+FloatType = Annotated[
+    str, typer.Option("--dtype", help="The type of what is not stored as integers: bf16, f16 or f32.")
+]
+LeastBits = Annotated[
+    int,
+    typer.Option("--least-bits", help="Store narrower integers in so many bits, exactly; vLLM on a CPU takes 4 only."),
+]
 Prefixes = Annotated[
     list[int] | None,
     typer.Option("--certify-chi", help="Measure the file's prefix at this χ too; may be repeated.", show_default=False),

@@ -1,0 +1,1 @@
+"""Writes `.mpo` files in the formats that other programs read."""
