@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +35,13 @@ def value(tensor: TensorSpec, seed: int, terms: Mapping[str, tuple[Term, ...]]) 
 
 
 def write(path: Path, terms: Mapping[str, tuple[Term, ...]], seed: int = 0, **changes: Any) -> Path:
-    """Writes a tiny model with these terms; layers that are not named are dense. Returns the path."""
+    """Writes a tiny model with these terms; layers that are not named are dense. Returns the path.
+
+    changes: of the architecture; files=() leaves the tokenizer out.
+    """
+    files = changes.pop("files", None)
     spec = tiny.model(terms, **changes)
+    spec = spec if files is None else dataclasses.replace(spec, files=files)
     tiny.write(path, spec, {tensor.name: value(tensor, seed, terms) for tensor in content_tensors(spec)})
     return path
 

@@ -280,6 +280,31 @@ def to_hf_command(
         typer.echo(line)
 
 
+@app.command(
+    "to-gguf",
+    context_settings=SETTINGS,
+    short_help="Write a .mpo file of integers as a GGUF file.",
+    epilog="docs/serving.md says what is exact and what is rounded.",
+)
+def to_gguf_command(
+    file: given.File,
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="FILE.gguf")
+    ] = None,
+    measure_tokens: Annotated[
+        int, typer.Option(help="Tokens of the built-in text on which the loss of rounding is measured; 0: none.")
+    ] = 2048,
+    force: given.Force = False,
+) -> None:
+    """Write a .mpo file of integers, llama or granite, for llama.cpp; rounded where its types differ, and measured."""
+    from mpo_exporter.convert.gguf import GgufRequest, write_gguf
+
+    target = file.with_suffix(".gguf") if out is None else out
+    for line in write_gguf(GgufRequest(file, target, measure_tokens, force)):
+        typer.echo(line)
+
+
 def main() -> None:
     """The entry point of mpo-export; messages of a command name it, such as `mpo-export heal: error: …`."""
     names = {command.name for command in app.registered_commands if command.name}

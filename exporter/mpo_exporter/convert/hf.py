@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,8 +197,7 @@ def packing_notes(file: MpoFile, own: Mapping[str, Scheme], schemes: Mapping[str
 
 def packed_tensors(file: MpoFile, linear: LinearSpec, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of a layer in the form `pack-quantized`: weight_packed, weight_scale, weight_shape, weight_zero_point."""
-    from compressed_tensors.compressors.pack_quantized import pack_to_int32
-
+    pack_to_int32 = import_compressed_tensors("compressors.pack_quantized").pack_to_int32
     codes, scale, zero = signed_integers(file, linear)
     finer = (linear.in_features // scheme.group) // scale.shape[1]
     tensors = {
@@ -236,7 +236,7 @@ def signed_integers(
 
 def quantization_config(schemes: Mapping[str, Scheme], linears: tuple[LinearSpec, ...]) -> dict[str, Any]:
     """The entry `quantization_config` of config.json, as the package compressed-tensors writes it."""
-    quantization = import_compressed_tensors()
+    quantization = import_compressed_tensors("quantization")
     groups = {}
     for index, scheme in enumerate(sorted(set(schemes.values()), key=str)):
         names = [name for name, other in schemes.items() if other == scheme]
@@ -263,12 +263,11 @@ def quantization_config(schemes: Mapping[str, Scheme], linears: tuple[LinearSpec
     return found
 
 
-def import_compressed_tensors() -> Any:
-    """The part of the package compressed-tensors that describes schemes; raises ConfigError where it is missing."""
+def import_compressed_tensors(part: str) -> Any:
+    """A part of the package compressed-tensors; raises ConfigError where the package is missing."""
     try:
-        import compressed_tensors.quantization as quantization
+        return importlib.import_module(f"compressed_tensors.{part}")
     except ImportError:
         raise ConfigError(
             "--as compressed-tensors needs the package compressed-tensors: pip install 'mpo-runtime[hf]'"
         ) from None
-    return quantization
