@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from mpo_formats.architecture import Architecture, ModelSpec, Rope
+from mpo_formats.codec import VERSIONS
 from mpo_formats.errors import CheckpointError, ConfigError, FormatError, MpoError, OutputError, PlanError
 from mpo_formats.provenance import Certificate, Certificates, Provenance, Quality
-from mpo_formats.reader import VERSION, MpoFile
+from mpo_formats.reader import MpoFile
 from mpo_formats.spec import Dense, FileSpec, Layouts, LinearSpec, Mpo, Quantized, Term, VectorSpec
 from mpo_formats.writer import MpoWriter
 
 __all__ = [
-    "VERSION",
+    "VERSIONS",
     "Architecture",
     "Certificate",
     "Certificates",

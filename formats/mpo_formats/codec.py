@@ -14,6 +14,11 @@ from typing import Any, TypeVar
 
 from mpo_formats.errors import FormatError
 
+# The versions of the format that are read, oldest first (SPEC.md, section 9). A field of a record is marked with metadata:
+# `since`, the version that brought it, or `choices`, the values that it may have in older versions.
+VERSIONS = ("0.2", "0.3")
+NEWEST = VERSIONS[-1]
+
 Record = TypeVar("Record")
 Converter = Callable[[Any], Any]
 
@@ -79,17 +84,33 @@ def _check_brackets(text: bytes, where: str) -> None:
         raise FormatError(f"{where}: brackets do not match or nest deeper than {DEEPEST_NESTING}; the file is damaged")
 
 
-def to_json(record: Any) -> str:
-    """Writes a dataclass (or plain data) as canonical JSON: sorted keys, no spaces, ASCII."""
-    plain = dataclasses.asdict(record) if dataclasses.is_dataclass(record) and not isinstance(record, type) else record
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def to_json(record: Any, version: str = NEWEST) -> str:
+    """Writes a dataclass (or plain data) as canonical JSON: sorted keys, no spaces, ASCII; without newer fields."""
+    return json.dumps(_plain(record, version), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def from_json(kind: type[Record], text: bytes | str, where: str) -> Record:
-    """Parses JSON text into a dataclass of type `kind`; raises FormatError naming the key that is wrong."""
+def _plain(value: Any, version: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name), version) for field in _known(value, version)}
+    return [_plain(item, version) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _known(kind: Any, version: str) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that a version has."""
+    place = VERSIONS.index(version)
+    since = {field: field.metadata.get("since", VERSIONS[0]) for field in dataclasses.fields(kind)}
+    return [field for field, first in since.items() if VERSIONS.index(first) <= place]
+
+
+def from_json(kind: type[Record], text: bytes | str, where: str, version: str = NEWEST) -> Record:
+    """Parses JSON text into a dataclass of type `kind`; raises FormatError naming the key that is wrong.
+
+    Args:
+        version: the version of the format that the text follows; newer fields get their defaults.
+    """
     value = parse_json(text, where)
     try:
-        return typing.cast(Record, _record_converter(kind)(value))
+        return typing.cast(Record, _record_converter(kind, version)(value))
     except _Fault as fault:
         raise FormatError(f"{where}{fault.path}: {fault}") from None
 
@@ -98,24 +119,27 @@ def records_from_json(kind: type[Record], text: bytes | str, where: str) -> tupl
     """Parses a JSON list of records; raises FormatError naming the index and key."""
     rows = parse_json(text, where)
     try:
-        return tuple(_list_converter(_record_converter(kind))(rows))
+        return tuple(_list_converter(_record_converter(kind, NEWEST))(rows))
     except _Fault as fault:
         raise FormatError(f"{where}{fault.path}: {fault}") from None
 
 
-_CONVERTERS: dict[Any, Converter] = {}
+_CONVERTERS: dict[tuple[Any, str], Converter] = {}
 
 
-def _record_converter(kind: Any) -> Converter:
-    """The function that builds a dataclass of type `kind` from a parsed JSON object; made once per type."""
-    if kind not in _CONVERTERS:
-        _CONVERTERS[kind] = _make_record_converter(kind)
-    return _CONVERTERS[kind]
+def _record_converter(kind: Any, version: str) -> Converter:
+    """The function that builds a dataclass of type `kind` from a parsed JSON object; made once per type and version."""
+    if (kind, version) not in _CONVERTERS:
+        _CONVERTERS[kind, version] = _make_record_converter(kind, version)
+    return _CONVERTERS[kind, version]
 
 
-def _make_record_converter(kind: Any) -> Converter:
+def _make_record_converter(kind: Any, version: str) -> Converter:
     hints = typing.get_type_hints(kind)
-    converters = {field.name: _converter(hints[field.name]) for field in dataclasses.fields(kind)}
+    converters = {}
+    for field in _known(kind, version):
+        choices = field.metadata.get("choices", {}).get(version)
+        converters[field.name] = _literal_converter(choices) if choices else _converter(hints[field.name], version)
 
     def convert(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -171,13 +195,13 @@ def _literal_converter(choices: tuple[Any, ...]) -> Converter:
     return convert
 
 
-def _union_converter(arguments: tuple[Any, ...]) -> Converter:
+def _union_converter(arguments: tuple[Any, ...], version: str) -> Converter:
     """The converter of `X | None`, or of a union of dataclasses that the key `kind` of the object tells apart."""
     choices = [argument for argument in arguments if argument is not type(None)]
     if len(choices) == 1:
-        single = _converter(choices[0])
+        single = _converter(choices[0], version)
         return lambda value: None if value is None else single(value)
-    kinds = {choice.kind_name(): _record_converter(choice) for choice in choices}
+    kinds = {choice.kind_name(): _record_converter(choice, version) for choice in choices}
 
     def convert(value: Any) -> Any:
         kind = value.get("kind") if isinstance(value, dict) else None
@@ -211,19 +235,19 @@ def _exact_converter(kind: type) -> Converter:
     return convert
 
 
-def _converter(hint: Any) -> Converter:
+def _converter(hint: Any, version: str) -> Converter:
     """The function that converts a parsed JSON value to a field of type `hint`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _union_converter(arguments)
+        return _union_converter(arguments, version)
     if origin is tuple:
-        return _list_converter(_converter(arguments[0]))
+        return _list_converter(_converter(arguments[0], version))
     if origin is typing.Literal:
         return _literal_converter(arguments)
     if origin is dict:
         return _convert_strings
     if dataclasses.is_dataclass(hint):
-        return _record_converter(hint)
+        return _record_converter(hint, version)
     return _convert_float if hint is float else _exact_converter(hint)
 
 

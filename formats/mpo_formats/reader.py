@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpo_formats import container
 from mpo_formats.architecture import Architecture, ModelSpec
-from mpo_formats.codec import from_json, records_from_json, shorten
+from mpo_formats.codec import VERSIONS, from_json, records_from_json, shorten
 from mpo_formats.container import Entry
 from mpo_formats.errors import FormatError
 from mpo_formats.git_lfs import is_pointer, pointer_message
@@ -26,7 +26,6 @@ from mpo_formats.provenance import Certificates, Provenance
 from mpo_formats.spec import FileSpec, Layouts, LinearSpec, VectorSpec
 
 FORMAT = "mpo"
-VERSION = "0.2"
 METADATA_KEYS = ("format", "version", "layouts", "architecture", "layers", "vectors", "files", "provenance")
 # The numpy type of each element type, little-endian; bf16 as its bit patterns.
 NUMPY: dict[str, Any] = {
@@ -182,9 +181,9 @@ def read_spec(metadata: Any, where: str) -> ModelSpec:
     if metadata.get("format") != FORMAT:
         raise FormatError(f"{where}: not a .mpo file (safetensors without format 'mpo'); write one with mpo-export")
     version = metadata.get("version", "")
-    if version != VERSION:
+    if version not in VERSIONS:
         raise FormatError(
-            f"{where}: format version {shorten(version)}, this program reads {VERSION}; "
+            f"{where}: format version {shorten(version)}, this program reads {' and '.join(VERSIONS)}; "
             "update mpo-runtime, or export the model again"
         )
     for key in metadata:
@@ -196,7 +195,7 @@ def read_spec(metadata: Any, where: str) -> ModelSpec:
     try:
         from_json(Layouts, metadata["layouts"], "layouts")
         return ModelSpec(
-            architecture=from_json(Architecture, metadata["architecture"], "architecture"),
+            architecture=from_json(Architecture, metadata["architecture"], "architecture", version),
             linears=records_from_json(LinearSpec, metadata["layers"], "layers"),
             vectors=records_from_json(VectorSpec, metadata["vectors"], "vectors"),
             files=records_from_json(FileSpec, metadata["files"], "files"),

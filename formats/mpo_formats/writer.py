@@ -28,7 +28,7 @@ from mpo_formats.errors import FormatError, OutputError
 from mpo_formats.layout import CERTIFICATE, CERTIFICATE_SIZE, PADDING, TensorSpec, file_tensors
 from mpo_formats.packing import first_not_finite
 from mpo_formats.provenance import Certificates
-from mpo_formats.reader import FORMAT, NUMPY, VERSION
+from mpo_formats.reader import FORMAT, NUMPY
 from mpo_formats.spec import Layouts
 
 TEMPORARY = ".partial"
@@ -191,12 +191,13 @@ class MpoWriter:
 
 
 def spec_metadata(spec: ModelSpec) -> dict[str, str]:
-    """The header's metadata strings."""
+    """The header's metadata strings, in the oldest version that can say what the model is."""
+    version = spec.architecture.version
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version,
         "layouts": to_json(Layouts()),
-        "architecture": to_json(spec.architecture),
+        "architecture": to_json(spec.architecture, version),
         "layers": to_json(spec_rows(spec.linears)),
         "vectors": to_json(spec_rows(spec.vectors)),
         "files": to_json(spec_rows(spec.files)),

@@ -21,7 +21,7 @@ import mpo_runtime._native as _native
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.backends.ops import Array, Ops, check_activations
 from mpo_runtime.layers.native import float_vector, load_linear
-from mpo_runtime.rope import inverse_frequencies
+from mpo_runtime.rope import rotations
 from mpo_runtime.weights.protocol import Weights
 
 Floats = NDArray[np.float32]
@@ -100,7 +100,7 @@ class NativeOps(Ops):
         self._linears = {linear.name: load_linear(weights, linear, chi=chi) for linear in spec.linears}
         self._vectors = {vector.name: float_vector(weights, f"{vector.name}.weight") for vector in spec.vectors}
         self.head_dim = spec.architecture.head_dim
-        self.frequencies = inverse_frequencies(spec.architecture.rope, self.head_dim)
+        self.frequencies = rotations(spec.architecture)
         # Forward passes are weak keys: a strong one would keep the model alive, and the model keeps this op set alive.
         self.recorded: dict[Any, tuple[_native.Program, int]] = {}
 
@@ -175,9 +175,17 @@ class NativeOps(Ops):
         """Token ids [B, S] to multiplier · rows [B, S, E]; raises ValueError for an id outside the table."""
         return self._apply(lambda program: program.embed(table, multiplier), ids=ids)
 
+    def add_positions(self, x: Array, table: Floats, cache: Any) -> Array:
+        """x [B, S, E] with the rows of the table that belong to the positions of its tokens added."""
+        return self._apply(lambda program, x: program.add_positions(x, table), x, cache=cache)
+
     def rms_norm(self, x: Array, weight: Floats, eps: float) -> Array:
-        """x / √(mean x² + eps) · weight (Zhang & Sennrich 2019)."""
+        """x / √(mean x² + eps) · weight (Zhang & Sennrich 2019), for each stretch of x that is as wide as the weight."""
         return self._apply(lambda program, x: program.rms_norm(x, weight, eps), x)
+
+    def layer_norm(self, x: Array, weight: Floats, bias: Floats, eps: float) -> Array:
+        """(x − mean x) / √(var x + eps) · weight + bias (Ba et al. 2016)."""
+        return self._apply(lambda program, x: program.layer_norm(x, weight, bias, eps), x)
 
     def linear(self, layer: _native.Linear, x: Array) -> Array:
         """Σ_t term_t(x) + bias."""
@@ -191,9 +199,17 @@ class NativeOps(Ops):
 
         return self._apply(record, q, k, v, cache=cache)
 
-    def attention(self, q: Array, cache: Any, block: int, scale: float) -> Array:
+    def attention(self, q: Array, cache: Any, block: int, scale: float, window: int) -> Array:
         """Causal grouped-query attention of q [B, S, H·D] over the cache, as [B, S, H·D]."""
-        return self._apply(lambda program, q: program.attention(q, self.head_dim, block, scale), q, cache=cache)
+
+        def record(program: _native.Program, q: int) -> int:
+            return program.attention(q, self.head_dim, block, scale, window)
+
+        return self._apply(record, q, cache=cache)
+
+    def gelu(self, x: Array) -> Array:
+        """x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks & Gimpel 2016)."""
+        return self._apply(lambda program, x: program.gelu(x), x)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         """silu(gate) · up (Shazeer 2020)."""

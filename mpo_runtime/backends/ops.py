@@ -77,8 +77,19 @@ class Ops(Protocol):
         """Token ids [B, S] to multiplier · rows [B, S, E]."""
         ...
 
+    def add_positions(self, x: Array, table: Array, cache: Any) -> Array:
+        """x [B, S, E] with the rows of a table, given as one vector, that belong to the positions of its tokens added.
+
+        The tokens follow those in the cache; without one they begin at position 0.
+        """
+        ...
+
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """x / √(mean x² + eps) · weight (Zhang & Sennrich 2019)."""
+        """x / √(mean x² + eps) · weight (Zhang & Sennrich 2019), for each stretch of x that is as wide as the weight."""
+        ...
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float) -> Array:
+        """(x − mean x) / √(var x + eps) · weight + bias (Ba et al. 2016)."""
         ...
 
     def linear(self, layer: Array, x: Array) -> Array:
@@ -92,8 +103,15 @@ class Ops(Protocol):
         """
         ...
 
-    def attention(self, q: Array, cache: Any, block: int, scale: float) -> Array:
-        """Causal grouped-query attention of q from `rope_and_append` over the cache, as [B, S, H·D]."""
+    def attention(self, q: Array, cache: Any, block: int, scale: float, window: int) -> Array:
+        """Causal grouped-query attention of q from `rope_and_append` over the cache, as [B, S, H·D].
+
+        A token sees the `window` positions that end with its own; all where that is 0.
+        """
+        ...
+
+    def gelu(self, x: Array) -> Array:
+        """x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks & Gimpel 2016)."""
         ...
 
     def swiglu(self, gate: Array, up: Array) -> Array:

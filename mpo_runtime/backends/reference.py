@@ -19,7 +19,7 @@ from mpo_formats import Architecture, ConfigError
 from mpo_runtime.backends.ops import EditableOps
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor, load_linear
 from mpo_runtime.memory import available_memory
-from mpo_runtime.rope import inverse_frequencies
+from mpo_runtime.rope import rotations
 from mpo_runtime.weights.protocol import Weights
 
 # All matrices are kept in memory as float32 where they take at most this share of the free memory.
@@ -113,8 +113,7 @@ class ReferenceOps(EditableOps):
         self._vectors: dict[str, Tensor] = {
             vector.name: float_tensor(weights, f"{vector.name}.weight").to(self.device) for vector in spec.vectors
         }
-        frequencies = inverse_frequencies(spec.architecture.rope, spec.architecture.head_dim)
-        self.frequencies = torch.from_numpy(frequencies).to(self.device)
+        self.frequencies = torch.from_numpy(rotations(spec.architecture)).to(self.device)
 
     def weights(self, layer: str) -> Linear | Tensor:
         """The loaded layer or vector of that name."""
@@ -175,9 +174,23 @@ class ReferenceOps(EditableOps):
         """Token ids [B, S] to multiplier · rows [B, S, E]."""
         return table.rows(ids) * multiplier
 
+    def add_positions(self, x: Tensor, table: Tensor, cache: TorchCache | None) -> Tensor:
+        """x [B, S, E] with the rows of the table that belong to the positions of its tokens added."""
+        count, rows = x.shape[1], table.view(-1, x.shape[2])
+        if cache is None:
+            return x + rows[:count]
+        return (
+            x + rows[cache.positions(count).clamp(max=len(rows) - 1)]
+        )  # padding of a short row may reach past the end
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / √(mean x² + eps) · weight (Zhang & Sennrich 2019)."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+        """x / √(mean x² + eps) · weight (Zhang & Sennrich 2019), for each stretch of x that is as wide as the weight."""
+        parts = x.reshape(*x.shape[:-1], -1, weight.shape[0])
+        return (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps) * weight).flatten(-2)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """(x − mean x) / √(var x + eps) · weight + bias (Ba et al. 2016)."""
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """Σ_t term_t(x) + bias."""
@@ -199,7 +212,7 @@ class ReferenceOps(EditableOps):
             held[1, row, :, start : start + kept] = v[row, :, :kept]
         return rotate(q.view(rows, count, -1, size).transpose(1, 2), cosine, sine)
 
-    def attention(self, q: Tensor, cache: TorchCache, block: int, scale: float) -> Tensor:
+    def attention(self, q: Tensor, cache: TorchCache, block: int, scale: float, window: int) -> Tensor:
         """Causal grouped-query attention of q [B, H, S, D] over the cache, as [B, S, H·D]."""
         rows, heads, count, size = q.shape
         end = min(max(cache.lengths) + count, cache.capacity)
@@ -207,10 +220,17 @@ class ReferenceOps(EditableOps):
         group = heads // k.shape[1]
         q = q.reshape(rows, k.shape[1], group, count, size)
         scores = torch.einsum("bkgsd,bktd->bkgst", q, k) * scale
-        visible = torch.arange(end, device=q.device) <= cache.positions(count)[:, :, None]  # [B, S, end]
+        present, positions = torch.arange(end, device=q.device), cache.positions(count)[:, :, None]
+        visible = present <= positions  # [B, S, end]
+        if window:
+            visible &= present > positions.clamp(max=end - 1) - window  # padding past the end sees something, too
         scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
         mixed = torch.einsum("bkgst,bktd->bskgd", scores.softmax(-1), v)
         return mixed.reshape(rows, count, heads * size)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks & Gimpel 2016)."""
+        return F.gelu(x, approximate="tanh")
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) · up (Shazeer 2020)."""

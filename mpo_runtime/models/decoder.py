@@ -15,8 +15,9 @@ class Decoder:
     """The forward pass over any backend.
 
     An architecture that differs overrides the part that differs: `embed`, `norm`, `project`, `attend`, `feed_forward`,
-    `add`, `logits`, or `block`, which puts them together. Biases need no override: a layer adds its own. Multipliers are
-    numbers of the Architecture; in a Llama they are 1, and 1/√D for attention.
+    `add`, `logits`, or `block`, which puts them together. Biases and windows need no override: a layer adds its own bias,
+    attention heeds the block's window. Multipliers are numbers of the Architecture; in a Llama they are 1, and 1/√D for
+    attention.
     """
 
     def __init__(self, architecture: Architecture, ops: Ops) -> None:
@@ -42,13 +43,16 @@ class Decoder:
 
         A backend may record the ops of one call and run them again for other ids, so no branch here may depend on the ids.
         """
-        x = self.embed(ids)
+        x = self.embed(ids, cache)
         for block in range(self.architecture.num_hidden_layers):
             x = self.block(x, cache, block)
         return self.normed(x)
 
-    def embed(self, ids: Array) -> Array:
-        """Token ids [B, S] to the input of the first block [B, S, E]."""
+    def embed(self, ids: Array, cache: Cache | None = None) -> Array:
+        """Token ids [B, S] to the input of the first block [B, S, E].
+
+        The tokens follow those in the cache; without one they begin at position 0.
+        """
         return self.ops.embed(self.ops.weights(EMBEDDING), ids, self.architecture.embedding_multiplier)
 
     def block(self, x: Array, cache: Cache, block: int) -> Array:
@@ -71,7 +75,7 @@ class Decoder:
     def attend(self, q: Array, k: Array, v: Array, cache: Cache, block: int) -> Array:
         """Rotates q and k by position, appends k and v to the cache, and attends to all of it: [B, S, H·D]."""
         q = self.ops.rope_and_append(q, k, v, cache, block)
-        return self.ops.attention(q, cache, block, self.architecture.attention_multiplier)
+        return self.ops.attention(q, cache, block, self.architecture.attention_scale, self.architecture.window(block))
 
     def feed_forward(self, h: Array, name: str) -> Array:
         """The gated MLP on h [B, S, E], in the block `name`."""

@@ -8,7 +8,7 @@ import logging
 import math
 import mmap
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import CheckpointError, Dense, FileSpec, LinearSpec, ModelSpec, Provenance, VectorSpec
-from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_formats.architecture import EMBEDDING, HEAD, POSITIONS
 from mpo_formats.git_lfs import is_pointer, pointer_message
 from mpo_formats.packing import bf16_to_f32, f32_to_bf16
 from mpo_formats.spec import FileName, FloatType
 from mpo_runtime.text.decode import decode_json
 from mpo_runtime.text.files import TextFiles
 from mpo_runtime.weights.config import architecture_from_config
+from mpo_runtime.weights.names import spec_names
 
 log = logging.getLogger(__name__)
 ELEMENTS: dict[str, tuple[FloatType, Any]] = {
@@ -38,7 +39,7 @@ EMBEDDED: tuple[FileName, ...] = (
     "generation_config.json",
 )
 # Buffers that older exporters wrote and no forward pass needs.
-IGNORED = ("rotary_emb.inv_freq",)
+IGNORED = ("rotary_emb.inv_freq", ".attn.attention.bias", ".attn.attention.masked_bias")
 HEADER_LIMIT = 100_000_000
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
@@ -72,7 +73,7 @@ class Checkpoint:
         self.architecture = architecture_from_config(config, generation, str(folder))
         self._maps: dict[Path, mmap.mmap] = {}
         self._texts = TextFiles(folder)
-        self._stored = self._read_shards()
+        self._stored = self._renamed(self._read_shards())
         self._share_embedding()
         linears = tuple(self._linear(*size) for size in self.architecture.linear_sizes())
         vectors = tuple(self._vector(name, size) for name, size in self.architecture.vector_sizes())
@@ -89,6 +90,22 @@ class Checkpoint:
             for tensor, stored in self._read_shard(self.folder / name).items():
                 copies.setdefault(tensor, []).append(stored)
         return {tensor: self._choose(tensor, found, homes.get(tensor)) for tensor, found in copies.items()}
+
+    def _renamed(self, stored: dict[str, Stored]) -> dict[str, Stored]:
+        """The tensors under SPEC.md's names; one that holds several matrices is divided, a table of positions is a vector."""
+        tensors: dict[str, Stored] = {}
+        for name, one in stored.items():
+            names = spec_names(self.architecture.model_type, name)
+            if len(names) > 1 and one.shape and one.shape[0] % len(names) == 0:
+                rows = one.shape[0] // len(names)
+                size = rows * math.prod(one.shape[1:]) * width(one.dtype)
+                for index, part in enumerate(names):
+                    tensors[part] = replace(one, shape=(rows, *one.shape[1:]), begin=one.begin + index * size)
+            elif names[0] == f"{POSITIONS}.weight":
+                tensors[names[0]] = replace(one, shape=(math.prod(one.shape),))
+            else:
+                tensors[names[0]] = one
+        return tensors
 
     def _find_shards(self) -> tuple[list[str], dict[str, str]]:
         """The names of the shards, and the shard of each tensor as far as an index tells.

@@ -28,10 +28,10 @@ from mpo_formats import (
     Rope,
     VectorSpec,
 )
-from mpo_formats.codec import describe, from_json, parse_json, records_from_json, shorten, to_json
+from mpo_formats.codec import NEWEST, describe, from_json, parse_json, records_from_json, shorten, to_json
 from mpo_formats.container import HEADER_LIMIT
 from mpo_formats.layout import CERTIFICATE_SIZE
-from mpo_formats.reader import METADATA_KEYS, VERSION
+from mpo_formats.reader import METADATA_KEYS
 from mpo_formats.spec import full_rank
 from tests.formats import tiny
 
@@ -81,7 +81,11 @@ PROVENANCE = tiny.model().provenance
         (tiny.ARCHITECTURE, {"num_hidden_layers": 4097}, "num_hidden_layers: expected an integer from 1 to 4096"),
         (tiny.ARCHITECTURE, {"num_key_value_heads": 3}, "3 does not divide the 2 attention heads"),
         (tiny.ARCHITECTURE, {"head_dim": 7}, "head_dim: expected an even size for RoPE, found 7"),
-        (tiny.ARCHITECTURE, {"model_type": "gpt"}, "model_type: expected one of granite, llama, found 'gpt'"),
+        (
+            tiny.ARCHITECTURE,
+            {"model_type": "gpt"},
+            "model_type: expected one of granite, llama, .*, gpt_neo, found 'gpt'",
+        ),
         (tiny.ARCHITECTURE, {"logits_scaling": 0.0}, "logits_scaling: expected another number than 0"),
         (tiny.ARCHITECTURE, {"residual_multiplier": float("nan")}, "residual_multiplier: expected a finite number"),
         (tiny.ARCHITECTURE, {"rms_norm_eps": 1.0}, "rms_norm_eps: expected more than 0 and less than 1, found 1.0"),
@@ -93,7 +97,11 @@ PROVENANCE = tiny.model().provenance
         (tiny.ARCHITECTURE.rope, {"scaling": "linear", "factor": 0.5}, "factor: expected at least 1, found 0.5"),
         (tiny.ARCHITECTURE.rope, {"high_freq_factor": 1.0}, "expected 0 for default scaling"),
         (tiny.ARCHITECTURE.rope, {"scaling": "llama3"}, "expected 0 < low_freq_factor < high_freq_factor"),
-        (tiny.ARCHITECTURE.rope, {"scaling": "yarn"}, "scaling: expected one of default, linear, llama3, found 'yarn'"),
+        (tiny.ARCHITECTURE.rope, {"scaling": "yarn"}, "expected 0 < low_freq_factor < high_freq_factor"),
+        (tiny.ARCHITECTURE.rope, {"scaling": "longrope"}, "expected one of default, linear, llama3, yarn, found 'long"),
+        (tiny.ARCHITECTURE.rope, {"attention_factor": 1.5}, "attention_factor: expected 1 for default scaling"),
+        (tiny.ARCHITECTURE.rope, {"attention_factor": 0.0}, "attention_factor: expected more than 0, found 0.0"),
+        (tiny.ARCHITECTURE, {"windows": (4, -1)}, "windows: expected an integer from 0 to 2147483647, found -1"),
     ],
 )
 def test_an_invalid_record_cannot_be_built(record: Any, changes: dict[str, Any], message: str) -> None:
@@ -247,7 +255,7 @@ def test_the_specification_lists_every_field(heading: str, kind: Any) -> None:
 
 
 def test_the_specification_names_the_limits_and_keys_of_the_code() -> None:
-    assert f"# The `.mpo` format, version {VERSION}\n" in SPEC
+    assert f"# The `.mpo` format, version {NEWEST}\n" in SPEC
     assert fields_of("`__metadata__` has exactly these keys") == list(METADATA_KEYS)
     assert f"| N | {HEADER_LIMIT:,} (4 MiB) |" in SPEC
     assert f"filled with spaces to {CERTIFICATE_SIZE:,} bytes" in SPEC

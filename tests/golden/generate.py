@@ -49,6 +49,7 @@ FILES = {
 # What the layers hold whose matrices are not among the expected ones.
 PLAIN: tuple[tuple[Term, ...], ...] = ((Dense("bf16"),), (Quantized(2, 32, False),))
 LLAMA3 = Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 32)
+YARN = Rope(500000.0, "yarn", 4.0, 1.0, 32.0, 32, 1.125)
 
 
 def feature(terms: dict[str, tuple[Term, ...]], files: tuple[str, ...] = (), **changes: Any) -> ModelSpec:
@@ -87,6 +88,13 @@ def features() -> dict[str, ModelSpec]:
         {HEAD: (Dense("f32"),)}, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
     )
     result["rope-llama3"] = feature({}, model_type="llama", rope=LLAMA3)
+    # version 0.3
+    result["rope-yarn"] = feature({}, model_type="mistral", rope=YARN, windows=(16,))
+    result["qwen2"] = feature({}, model_type="qwen2", attention_bias=True)
+    result["qwen3"] = feature({}, model_type="qwen3", windows=(0, 16))
+    result["granitemoehybrid"] = feature({}, model_type="granitemoehybrid")
+    neo = {"attention_bias": True, "mlp_bias": True, "max_position_embeddings": 16, "attention_multiplier": 1.0}
+    result["gpt-neo"] = feature({}, model_type="gpt_neo", windows=(0, 8), **neo)
     result["files-certificate"] = feature({}, tuple(FILES))
     return result
 

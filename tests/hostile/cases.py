@@ -90,7 +90,7 @@ METADATA = [
     Case("other-format", "R14", lambda s: (s.metadata.update(format="pt"), s.bytes())[1]),
     Case("no-format", "R14", lambda s: (s.metadata.pop("format"), s.bytes())[1]),
     Case("major-from-the-future", "R15", lambda s: (s.metadata.update(version="1.0"), s.bytes())[1]),
-    Case("minor-from-the-future", "R15", lambda s: (s.metadata.update(version="0.3"), s.bytes())[1]),
+    Case("minor-from-the-future", "R15", lambda s: (s.metadata.update(version="0.4"), s.bytes())[1]),
     Case("version-with-escapes", "R15", lambda s: (s.metadata.update(version="\x1b[2J" * 50), s.bytes())[1]),
     Case("no-version", "R15", lambda s: (s.metadata.pop("version"), s.bytes())[1]),
     Case(
@@ -145,6 +145,14 @@ RECORDS = [
     Case("epsilon-one", "R30", lambda s: s.change("architecture", ("rms_norm_eps",), 1)),
     Case("many-options", "R31", lambda s: s.change("provenance", ("options",), {str(n): "" for n in range(257)})),
     Case("three-hundred-end-tokens", "R31", lambda s: s.change("architecture", ("eos_token_ids",), [0] * 300)),
+    Case("windows-in-0.2", "R21", lambda s: s.change("architecture", ("windows",), [4])),
+    Case("qwen-in-0.2", "R24", lambda s: s.change("architecture", ("model_type",), "qwen2")),
+    Case("yarn-in-0.2", "R24", lambda s: s.change("architecture", ("rope", "scaling"), "yarn")),
+    Case("no-windows", "R22", lambda s: s.later().remove("architecture", ("windows",))),
+    Case("window-number", "R18", lambda s: s.later().change("architecture", ("windows",), 4096)),
+    Case("window-below-zero", "R26", lambda s: s.later().change("architecture", ("windows",), [0, -1])),
+    Case("model-type-of-tomorrow", "R24", lambda s: s.later().change("architecture", ("model_type",), "mamba")),
+    Case("attention-factor-zero", "R30", lambda s: s.later().change("architecture", ("rope", "attention_factor"), 0)),
 ]
 
 ARCHITECTURE = [
@@ -154,6 +162,8 @@ ARCHITECTURE = [
     Case("rope-factors", "R35", lambda s: s.change("architecture", ("rope", "scaling"), "llama3")),
     Case("rope-factor-unused", "R36", lambda s: s.change("architecture", ("rope", "factor"), 8)),
     Case("rope-length-unused", "R36", lambda s: s.change("architecture", ("rope", "high_freq_factor"), 4)),
+    Case("yarn-factors", "R35", lambda s: s.later().change("architecture", ("rope", "scaling"), "yarn")),
+    Case("yarn-unused", "R36", lambda s: s.later().change("architecture", ("rope", "attention_factor"), 2)),
 ]
 
 LAYERS = [
@@ -176,6 +186,8 @@ LAYERS = [
     Case("layer-of-another-size", "R43", lambda s: s.change("architecture", ("head_dim",), 16)),
     Case("surprising-bias", "R43", lambda s: s.change("layers", (3, "bias"), "f32")),
     Case("fewer-vectors", "R44", lambda s: s.remove("vectors", (2,))),
+    Case("no-head-norms", "R44", lambda s: s.later().change("architecture", ("model_type",), "qwen3")),
+    Case("a-gate-too-many", "R43", lambda s: s.later().change("architecture", ("model_type",), "gpt_neo")),
     Case("vector-of-another-size", "R44", lambda s: s.change("vectors", (2, "size"), 31)),
     Case("file-twice", "R45", lambda s: s.change("files", (), [{"name": "tokenizer.json", "size": 24}] * 2)),
 ]

@@ -41,6 +41,13 @@ class Sample:
         self.table: dict[str, Any] = json.loads(raw[8:start])
         self.data = bytearray(raw[start:])
 
+    def later(self) -> Sample:
+        """This sample as version 0.3, whose fields it then has."""
+        record = json.loads(self.metadata["architecture"])
+        record["windows"], record["rope"]["attention_factor"] = [], 1.0
+        self.metadata.update(version="0.3", architecture=json.dumps(record))
+        return self
+
     @property
     def metadata(self) -> dict[str, Any]:
         return self.table["__metadata__"]

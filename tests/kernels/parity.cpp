@@ -153,6 +153,12 @@ struct OpsCase {
     std::vector<float> out(count);
     ops.rms_norm(y.data(), weight.data(), count, 1e-5f, out.data());
     all.push_back(out);
+    ops.layer_norm(y.data(), weight.data(), x.data(), count, 1e-5f, out.data());
+    for (float& value : out) value = std::fabs(value) > 1e20f ? value / 1e30f : value;
+    all.push_back(out);
+    ops.gelu(x.data(), count, out.data());
+    for (float& value : out) value = std::fabs(value) > 1e20f ? value / 1e30f : value;
+    all.push_back(out);
     ops.swiglu(x.data(), y.data(), count, out.data());
     // Errors are measured against the whole, in which one large value would hide the others.
     for (float& value : out) value = std::fabs(value) > 1e20f ? value / 1e30f : value;
@@ -187,14 +193,15 @@ struct OpsCase {
       all.emplace_back(stored[i].begin(), stored[i].end());
     }
     std::vector<const float*> rows;
-    std::vector<std::size_t> limits;
+    std::vector<std::size_t> firsts, limits;
     for (std::size_t m = 0; m < queries; ++m) {
       rows.push_back(q.data() + m * size);
       limits.push_back((m * 37) % (positions + 1));
+      firsts.push_back(m % 3 ? limits.back() * m / (queries + 1) : 0);
     }
     std::vector<float> mixed(queries * size), peaks(queries), sums(queries);
     ops.attend({{type, stored[0].data(), stored[1].data(), scales[0].data(), scales[1].data(), size},
-                positions / 3, positions, queries, rows.data(), limits.data(), 0.3f, mixed.data(), peaks.data(),
+                positions / 3, positions, queries, rows.data(), firsts.data(), limits.data(), 0.3f, mixed.data(), peaks.data(),
                 sums.data()});
     for (float& peak : peaks) peak = std::isinf(peak) ? -1.0f : peak;
     all.insert(all.end(), {mixed, peaks, sums});

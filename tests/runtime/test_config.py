@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from mpo_formats import CheckpointError, Rope
 from mpo_runtime.weights.config import architecture_from_config
+from tests.families import family_config
 from tests.helpers import EOS, granite_config
 
 PLAIN = Rope(10000.0, "default", 1.0, 0.0, 0.0, 0)
@@ -87,6 +89,59 @@ def test_both_spellings_of_rope(changes: dict[str, Any], expected: Rope) -> None
     assert read(**changes).rope == expected
 
 
+def test_yarn_has_the_defaults_of_transformers() -> None:
+    plain = {"type": "yarn", "factor": 4.0}
+    assert read(rope_scaling=plain).rope == Rope(10000.0, "yarn", 4.0, 1.0, 32.0, 64, 0.1 * math.log(4.0) + 1)
+    settings = {**plain, "attention_factor": 2.0, "beta_fast": 8, "beta_slow": 2, "original_max_position_embeddings": 7}
+    assert read(rope_scaling=settings).rope == Rope(10000.0, "yarn", 4.0, 2.0, 8.0, 7, 2.0)
+
+
+def test_dynamic_scaling_changes_nothing_within_the_context() -> None:
+    """Beyond max_position_embeddings it would, but no context is longer."""
+    assert read(rope_scaling={"type": "dynamic", "factor": 4.0}).rope == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"model_type": "mistral"}, ()),  # 4,096 by default, longer than the context
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, (4096,)),
+        ({"model_type": "mistral", "sliding_window": 5}, (5,)),
+        ({"model_type": "mistral", "sliding_window": 64}, ()),
+        ({"model_type": "qwen2", "sliding_window": 5}, ()),
+        ({"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": True}, ()),
+        ({"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}, (0, 5)),
+        ({"model_type": "qwen3", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}, (5,)),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 5,
+                "use_sliding_window": True,
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (5, 0),
+        ),
+    ],
+    ids=str,
+)
+def test_windows_are_the_shortest_list_that_repeats(changes: dict[str, Any], windows: tuple[int, ...]) -> None:
+    assert read(**changes).windows == windows
+
+
+def test_a_gpt_neo_is_read_under_its_own_names() -> None:
+    found = architecture_from_config(family_config("gpt_neo"), {}, "folder")
+    assert (found.num_hidden_layers, found.num_attention_heads, found.num_key_value_heads) == (2, 4, 4)
+    assert (found.rms_norm_eps, found.attention_multiplier, found.tie_word_embeddings) == (1e-5, 1.0, True)
+    assert (found.windows, found.attention_bias, found.mlp_bias, found.intermediate_size) == ((0, 6), True, True, 48)
+    plain = architecture_from_config(family_config("gpt_neo", intermediate_size=None), {}, "folder")
+    assert plain.intermediate_size == 4 * plain.hidden_size
+    with pytest.raises(CheckpointError, match="hidden_act 'relu' is not supported; expected 'gelu_new'"):
+        architecture_from_config(family_config("gpt_neo", activation_function="relu"), {}, "folder")
+    with pytest.raises(CheckpointError, match="names the attention of 24 blocks, expected 2"):
+        architecture_from_config(family_config("gpt_neo", attention_types=None), {}, "folder")
+
+
 def test_end_tokens_of_both_files() -> None:
     assert read().eos_token_ids == (EOS,)
     assert read({"eos_token_id": [5, EOS]}).eos_token_ids == (EOS, 5)
@@ -130,18 +185,35 @@ def test_special_tokens_that_cannot_occur_are_ignored_with_a_note(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported; expected one of granite, llama"),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported; expected one of granite, llama, mistral, qwen2"),
+        ({"model_type": "gpt_neox"}, "'gpt_neox', which runs attention and MLP side by side and rotates a part of"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral', which is a Mistral with experts, is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; expected 'silu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "has quantization_config: the model is quantised already"),
         ({"num_local_experts": 8}, "has num_local_experts: the model has experts"),
-        ({"sliding_window": 128}, "has sliding_window"),
+        ({"sliding_window": 128}, "has sliding_window, which is not supported for a granite model"),
+        ({"rope_scaling": {"type": "yarn"}}, "RoPE scaling 'yarn' lacks 'factor'; complete config.json"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "truncate": False}}, "'yarn' with truncate false is not"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "RoPE scaling 'yarn' is not supported; expected default, l",
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "RoPE scaling 'longrope' is not supported; expected one of default, linear, llama3, yarn, dynamic",
         ),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "RoPE scaling 'dynamic' is not supported"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
+        ({"final_logit_softcapping": 30.0}, "has final_logit_softcapping: the model limits its logits"),
+        ({"clip_qkv": 8.0}, "has clip_qkv: the model clips queries, keys and values"),
+        ({"model_type": "mistral", "hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; expected 'silu'"),
+        ({"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"]}, "has layer_types of sev"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["full_attention"]}, "of 1 blocks, exp"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["x", "y"]}, "attention of type 'x'"),
+        ({"model_type": "granitemoehybrid"}, "num_local_experts 8: Granite 4 with experts is not supported; give a"),
+        (
+            {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["mamba", "attention"]},
+            "has blocks of type mamba: hybrids are not supported; give a dense Granite 4, such as granite-4.0-micro",
+        ),
+        (
+            {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention"] * 2},
+            "position_embedding_type None is not supported; expected 'rope'",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE scaling 'llama3' lacks 'low_freq_factor'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "RoPE scaling 'linear' lacks 'factor'; complete config.json"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor: expected at least 1, found 0.5"),

@@ -90,7 +90,7 @@ def program(**changes: Any) -> Any:
     x = made.embed(linear(10, 8), 1.0)
     q, k, v = made.linear(x, linear(8, 8)), made.linear(x, linear(4, 8)), made.linear(x, linear(4, 8))
     q = made.rope_and_append(q, k, v, np.ones(2, np.float32), changes.get("block", 0))
-    made.finish(made.attention(q, 4, 0, 1.0))
+    made.finish(made.attention(q, 4, 0, 1.0, 0))
     return made
 
 
@@ -140,7 +140,10 @@ def test_recording() -> None:
         lambda: made.add_scaled(x, 99, 1.0),
         lambda: made.rope_and_append(x, x, x, np.ones(3, np.float32), 0),
         lambda: made.rope_and_append(x, x, x, np.ones(0, np.float32), 0),
-        lambda: made.attention(x, 3, 0, 1.0),
+        lambda: made.attention(x, 3, 0, 1.0, 0),
+        lambda: made.layer_norm(x, np.ones(8, np.float32), np.ones(4, np.float32), 1e-5),
+        lambda: made.add_positions(x, np.ones(12, np.float32)),
+        lambda: made.gelu(99),
         lambda: made.finish(x),
         lambda: made.input(0),
         lambda: made.run(None, [], None, np.empty((1, 1, 8), np.float32)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -93,14 +94,47 @@ def test_elementwise_ops(isa: str, pair: tuple[Any, Any], width: int, count: int
     x, y, weight = normal((1, count, width), 1) * np.float32(size), normal((1, count, width), 2), normal((width,), 3)
     tensors = [on_reference(reference, array) for array in (x, y, weight)]
     with level(isa):
-        found = [ours.rms_norm(x, weight, 1e-5), ours.swiglu(x, y), ours.add_scaled(x, y, 0.22)]
+        found = [ours.rms_norm(x, weight, 1e-5), ours.swiglu(x, y), ours.add_scaled(x, y, 0.22), ours.gelu(x)]
+        found += [ours.layer_norm(x, weight, y[0, 0], 1e-5), ours.rms_norm(np.tile(x, 3), weight, 1e-5)]
     expected = [
         reference.rms_norm(tensors[0], tensors[2], 1e-5),
         reference.swiglu(tensors[0], tensors[1]),
         reference.add_scaled(tensors[0], tensors[1], 0.22),
+        reference.gelu(tensors[0]),
+        reference.layer_norm(tensors[0], tensors[2], tensors[1][0, 0], 1e-5),
+        reference.rms_norm(tensors[0], tensors[2], 1e-5).tile(3),
     ]
     for one, other in zip(found, expected, strict=True):
         assert_close(one, reference.to_numpy(other), 2e-6)
+
+
+@levels
+@given(width=st.integers(1, 40), held=st.lists(st.integers(0, 9), min_size=1, max_size=3), count=st.integers(1, 9))
+def test_positions(isa: str, pair: tuple[Any, Any], width: int, held: list[int], count: int) -> None:
+    """Rows of unequal length; what is padding may lie beyond the table and means nothing, but reads nothing outside."""
+    ours, reference = pair
+    x, table = normal((len(held), count, width), 1), normal((12 * width,), 2)
+    architecture = dataclasses.replace(model().architecture, max_position_embeddings=12)
+    caches = [ops.new_cache(architecture, len(held), 12) for ops in pair]
+    for cache in caches:
+        cache.advance(held)
+    with level(isa):
+        found = ours.add_positions(x, table, caches[0])
+    tensors = [on_reference(reference, array) for array in (x, table)]
+    assert_close(found, reference.to_numpy(reference.add_positions(*tensors, caches[1])), 1e-6)
+    rows = table.reshape(12, width)
+    fits = min(count, 12 - held[0])
+    np.testing.assert_allclose(found[0, :fits], x[0, :fits] + rows[held[0] : held[0] + fits], atol=1e-6)
+    alone = reference.to_numpy(reference.add_positions(*tensors, None))
+    np.testing.assert_allclose(alone, x + rows[:count], atol=1e-6)
+
+
+@levels
+def test_gelu_far_from_zero(isa: str, pair: tuple[Any, Any]) -> None:
+    x = np.array([[[-1e30, -200, -88, -20, 0, 20, 88, 200, 1e30, np.nan] * 2]], np.float32)
+    with level(isa):
+        found = pair[0].gelu(x)
+    np.testing.assert_allclose(found, np.where(x < 0, 0, x), atol=1e-30)
 
 
 @levels
@@ -121,16 +155,16 @@ def test_swiglu_far_from_zero(isa: str, pair: tuple[Any, Any]) -> None:
     held=st.lists(st.integers(0, 90), min_size=1, max_size=3),
     count=st.integers(1, 40),
     kv_type=st.sampled_from(["f32", "f16", "bf16", "int8"]),
-    scaling=st.sampled_from(["default", "linear", "llama3"]),
+    scaling=st.sampled_from(["default", "linear", "llama3", "yarn"]),
+    window=st.sampled_from([0, 1, 7, 30, 64, 4096]),
 )
 @settings(max_examples=40)
 def test_rope_and_attention(
-    isa: str, heads: tuple[int, int], size: int, held: list[int], count: int, kv_type: str, scaling: Any
+    isa: str, heads: tuple[int, int], size: int, held: list[int], count: int, kv_type: str, scaling: Any, window: int
 ) -> None:
     """Rows of unequal length, then more tokens than fit for the longest one, whose last ones are padding."""
-    rope = Rope(
-        1e4, scaling, *((8.0, 1.0, 4.0, 64) if scaling == "llama3" else (1.0 + (scaling == "linear"), 0.0, 0.0, 0))
-    )
+    numbers = {"linear": (2.0, 0.0, 0.0, 0), "llama3": (8.0, 1.0, 4.0, 64), "yarn": (8.0, 1.0, 32.0, 64)}
+    rope = Rope(1e4, scaling, *numbers.get(scaling, (1.0, 0.0, 0.0, 0)))
     changes = {
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
@@ -149,10 +183,10 @@ def test_rope_and_attention(
         q, k, v = (normal((rows, step, n * size), index * 3 + n) for n in (heads[0], heads[1], heads[1]))
         with level(isa):
             turned = ours.rope_and_append(q, k, v, caches[0], 0)
-            found = ours.attention(turned, caches[0], 0, size**-0.5)
+            found = ours.attention(turned, caches[0], 0, size**-0.5, window)
         tensors = [on_reference(reference, array) for array in (q, k, v)]
         other = reference.rope_and_append(*tensors, caches[1], 0)
-        expected = reference.to_numpy(reference.attention(other, caches[1], 0, size**-0.5))
+        expected = reference.to_numpy(reference.attention(other, caches[1], 0, size**-0.5, window))
         assert_close(turned, reference.to_numpy(other).swapaxes(1, 2).reshape(q.shape), 1e-5)
         assert_close(found, expected, CACHE_ROUNDING[kv_type])
         for cache in caches:
@@ -168,7 +202,7 @@ def test_a_half_precision_cache_holds_its_largest_value_in_the_place_of_an_infin
     cache = ours.new_cache(spec.architecture, 1, 4)
     q, k, v = (np.full((1, 1, size), value, np.float32) for value in (1e-6, 1e30, -1e6))
     with level(isa):
-        found = ours.attention(ours.rope_and_append(q, k, v, cache, 0), cache, 0, 1.0)
+        found = ours.attention(ours.rope_and_append(q, k, v, cache, 0), cache, 0, 1.0, 0)
     np.testing.assert_array_equal(found, np.full_like(found, -65504))
 
 
@@ -182,13 +216,13 @@ def test_what_is_not_a_number_is_not_hidden_by_the_cache(isa: str, kv_type: str)
         q, k, v = (normal((1, 1, 40), n) for n in range(3))
         v[0, 0, place] = np.nan
         with level(isa):
-            found = ours.attention(ours.rope_and_append(q, k, v, cache, 0), cache, 0, 1.0)
+            found = ours.attention(ours.rope_and_append(q, k, v, cache, 0), cache, 0, 1.0, 0)
         assert np.isnan(found[..., place]).all()
 
 
 @levels
-@pytest.mark.parametrize("threads", [1, 3])
-def test_long_contexts_are_split_over_positions(isa: str, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "window"), [(1, 0), (3, 0), (1, 700), (3, 1), (3, 1100)])
+def test_long_contexts_are_split_over_positions(isa: str, threads: int, window: int) -> None:
     spec = model({}, num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096)
     weights = Held(spec, arrays(spec))
     ours, reference = both(weights)
@@ -199,9 +233,9 @@ def test_long_contexts_are_split_over_positions(isa: str, threads: int) -> None:
         for step in (2500, 1):
             q, k, v = (4 * normal((1, step, n * 16), step + n) for n in (2, 1, 1))
             with level(isa):
-                found = ours.attention(ours.rope_and_append(q, k, v, caches[0], 0), caches[0], 0, 0.25)
+                found = ours.attention(ours.rope_and_append(q, k, v, caches[0], 0), caches[0], 0, 0.25, window)
             turned = reference.rope_and_append(*(on_reference(reference, x) for x in (q, k, v)), caches[1], 0)
-            assert_close(found, reference.to_numpy(reference.attention(turned, caches[1], 0, 0.25)), 1e-5)
+            assert_close(found, reference.to_numpy(reference.attention(turned, caches[1], 0, 0.25, window)), 1e-5)
             for cache in caches:
                 cache.advance([step])
     finally:

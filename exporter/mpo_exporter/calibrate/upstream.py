@@ -97,9 +97,17 @@ class RecordingOps(ReferenceOps):
         """Rotates q and k, appends k and v to the cache; returns q."""
         return q if self.skipping else super().rope_and_append(q, k, v, cache, block)
 
-    def attention(self, q: Tensor, cache: TorchCache, block: int, scale: float) -> Tensor:
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """(x − mean x) / √(var x + eps) · weight + bias."""
+        return x if self.skipping else super().layer_norm(x, weight, bias, eps)
+
+    def attention(self, q: Tensor, cache: TorchCache, block: int, scale: float, window: int) -> Tensor:
         """Causal grouped-query attention of q over the cache."""
-        return q if self.skipping else super().attention(q, cache, block, scale)
+        return q if self.skipping else super().attention(q, cache, block, scale, window)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU."""
+        return x if self.skipping else super().gelu(x)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) · up."""

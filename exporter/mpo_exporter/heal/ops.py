@@ -45,9 +45,10 @@ class WindowCache:
 
 
 @lru_cache(maxsize=8)
-def future_mask(length: int, device: torch.device) -> Tensor:
-    """The mask [S, S] of later positions, which causal attention must not see."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+def unseen_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """The mask [S, S] of what causal attention must not see: later positions, and those before the window, if not 0."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device)
+    return mask.triu(1) | mask.tril(-window) if window else mask.triu(1)
 
 
 class WindowOps(ReferenceOps):
@@ -59,7 +60,13 @@ class WindowOps(ReferenceOps):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / √(mean x² + eps) · weight, cast once to the type in which the following products are computed."""
-        y = super().rms_norm(x, weight, eps)
+        return self._cast(super().rms_norm(x, weight, eps))
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """(x − mean x) / √(var x + eps) · weight + bias, cast likewise."""
+        return self._cast(super().layer_norm(x, weight, bias, eps))
+
+    def _cast(self, y: Tensor) -> Tensor:
         kind = self.device.type
         return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
@@ -73,14 +80,14 @@ class WindowOps(ReferenceOps):
         cache.v = v.view(rows, count, -1, size).transpose(1, 2)
         return rotate(q.view(rows, count, -1, size).transpose(1, 2), cosine, sine)
 
-    def attention(self, q: Tensor, cache: Any, block: int, scale: float) -> Tensor:
+    def attention(self, q: Tensor, cache: Any, block: int, scale: float, window: int) -> Tensor:
         """Causal grouped-query attention of q [B, H, S, D] over its window, as [B, S, H·D]."""
         rows, heads, count, size = q.shape
         groups = cache.k.shape[1]
         q = (q * scale).to(cache.v.dtype).reshape(rows * groups, -1, size)  # [B·K, H/K·S, D]
         scores = torch.bmm(q, cache.k.reshape(rows * groups, count, size).transpose(1, 2))
         scores = scores.view(rows * groups, -1, count, count)
-        scores = scores.masked_fill(future_mask(count, q.device), float("-inf"))
+        scores = scores.masked_fill(unseen_mask(count, window, q.device), float("-inf"))
         weights = scores.softmax(-1, dtype=torch.float32).to(cache.v.dtype).view(rows * groups, -1, count)
         mixed = torch.bmm(weights, cache.v.reshape(rows * groups, count, size))
         return mixed.view(rows, heads, count, size).transpose(1, 2).reshape(rows, count, heads * size)

@@ -57,12 +57,20 @@ void bind_programs(nb::module_& module) {
       .def("rms_norm", [](Program& program, std::size_t x, const Floats& weight, float eps) {
              return program.rms_norm(x, copied(weight), eps);
            }, nb::arg("x"), nb::arg("weight").noconvert(), nb::arg("eps"))
+      .def("layer_norm", [](Program& program, std::size_t x, const Floats& weight, const Floats& bias, float eps) {
+             return program.layer_norm(x, copied(weight), copied(bias), eps);
+           }, nb::arg("x"), nb::arg("weight").noconvert(), nb::arg("bias").noconvert(), nb::arg("eps"))
+      .def("add_positions", [](Program& program, std::size_t x, const Floats& table) {
+             return program.add_positions(x, copied(table));
+           }, nb::arg("x"), nb::arg("table").noconvert())
       .def("linear", &Program::linear, nb::arg("x"), nb::arg("layer"))
       .def("rope_and_append",
            [](Program& program, std::size_t q, std::size_t k, std::size_t v, const Floats& frequencies,
               std::size_t block) { return program.rope_and_append(q, k, v, copied(frequencies), block); },
            nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("frequencies").noconvert(), nb::arg("block"))
-      .def("attention", &Program::attention, nb::arg("q"), nb::arg("head_size"), nb::arg("block"), nb::arg("scale"))
+      .def("attention", &Program::attention, nb::arg("q"), nb::arg("head_size"), nb::arg("block"), nb::arg("scale"),
+           nb::arg("window"))
+      .def("gelu", &Program::gelu, nb::arg("x"))
       .def("swiglu", &Program::swiglu, nb::arg("gate"), nb::arg("up"))
       .def("add_scaled", &Program::add_scaled, nb::arg("x"), nb::arg("y"), nb::arg("scale"))
       .def("divide", &Program::divide, nb::arg("x"), nb::arg("divisor"))

@@ -66,10 +66,16 @@ struct AttentionBody {
     for (int m = 0; m < M; ++m) scores[static_cast<std::size_t>(m) * kBlock] = X::total(sums[m]);
   }
 
-  // Turns the scores [kBlock] of a query into exp(score - peak), after rescaling the sums so far to the new peak.
-  static void soften(float* scores, std::size_t visible, float* peak, float* sum, float* mixed, std::size_t wide) {
-    for (std::size_t j = visible; j < kBlock; ++j) scores[j] = visible ? kNothing : 0.0f;
-    if (!visible) return;
+  // Turns the scores [kBlock] of a query, which sees those from `first` on and below `visible`, into exp(score - peak),
+  // after rescaling the sums so far to the new peak.
+  static void soften(float* scores, std::size_t first, std::size_t visible, float* peak, float* sum, float* mixed,
+                     std::size_t wide) {
+    if (first >= visible) {
+      std::memset(scores, 0, kBlock * sizeof(float));
+      return;
+    }
+    for (std::size_t j = 0; j < first; ++j) scores[j] = kNothing;
+    for (std::size_t j = visible; j < kBlock; ++j) scores[j] = kNothing;
     F largest = X::load(scores);
     for (std::size_t j = kLanes; j < kBlock; j += kLanes) largest = X::larger(largest, X::load(scores + j));
     const float before = *peak;
@@ -112,15 +118,17 @@ struct AttentionBody {
     const Work work = reserve(queries, wide);
     std::memset(work.q, 0, 2 * queries * wide * sizeof(float));  // q and mixed
     if (wide != size) std::memset(work.keys, 0, 2 * kBlock * wide * sizeof(float));  // keys and values
-    std::size_t last = 0;
+    std::size_t first = task.end, last = 0;
     for (std::size_t m = 0; m < queries; ++m) {
       OpsBody<X>::multiply(task.q[m], size, task.scale, work.q + m * wide);
       task.peaks[m] = kNothing;
       task.sums[m] = 0;
+      first = task.firsts[m] < first ? task.firsts[m] : first;
       last = task.limits[m] > last ? task.limits[m] : last;
     }
+    const std::size_t skipped = first > task.begin ? (first - task.begin) / kBlock * kBlock : 0;
     const std::size_t end = task.end < last ? task.end : last;
-    for (std::size_t start = task.begin; start < end; start += kBlock) {
+    for (std::size_t start = task.begin + skipped; start < end; start += kBlock) {
       const std::size_t count = end - start < kBlock ? end - start : kBlock;
       block(task, work, wide, start, count);
     }
@@ -154,7 +162,8 @@ struct AttentionBody {
     }
     for (std::size_t m = 0; m < queries; ++m) {
       const std::size_t visible = task.limits[m] > start ? task.limits[m] - start : 0;
-      soften(work.scores + m * kBlock, visible < count ? visible : count, task.peaks + m, task.sums + m,
+      const std::size_t hidden = task.firsts[m] > start ? task.firsts[m] - start : 0;
+      soften(work.scores + m * kBlock, hidden, visible < count ? visible : count, task.peaks + m, task.sums + m,
              work.mixed + m * wide, wide);
     }
     OpsBody<X>::add_product({queries, wide, count, {work.scores, kBlock}, {values, wide}, {work.mixed, wide}});
@@ -164,8 +173,8 @@ struct AttentionBody {
 // The table of an instruction set.
 template <class X>
 constexpr Ops make_ops() {
-  return {OpsBody<X>::rms_norm, OpsBody<X>::swiglu, OpsBody<X>::add_scaled,
-          OpsBody<X>::multiply, OpsBody<X>::rotate, OpsBody<X>::store,
+  return {OpsBody<X>::rms_norm, OpsBody<X>::layer_norm, OpsBody<X>::gelu,   OpsBody<X>::swiglu,
+          OpsBody<X>::add_scaled, OpsBody<X>::multiply, OpsBody<X>::rotate, OpsBody<X>::store,
           AttentionBody<X>::widen_row, AttentionBody<X>::attend, OpsBody<X>::add_product};
 }
 

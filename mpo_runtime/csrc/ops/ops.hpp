@@ -27,14 +27,15 @@ struct KvPlace {
   std::size_t size;  // D
 };
 
-// Queries that share a key-value head, against the positions [begin, end) of the cache. Query m sees those below
-// limits[m]. The result is left unnormalised, to be joined with that of other positions: sums[m] of exp(score -
+// Queries that share a key-value head, against the positions [begin, end) of the cache. Query m sees those from firsts[m]
+// on and below limits[m]. The result is left unnormalised, to be joined with that of other positions: sums[m] of exp(score -
 // peaks[m]), and mixed[m] [size] of that times the values. A query that sees nothing has peak -infinity and zeros.
 struct AttentionTask {
   KvPlace cache;
   std::size_t begin, end;
   std::size_t queries;
   const float* const* q;      // [queries] pointers to [size]
+  const std::size_t* firsts;  // [queries]
   const std::size_t* limits;  // [queries]
   float scale;
   float* mixed;  // [queries, size]
@@ -52,6 +53,10 @@ struct ProductTask {
 struct Ops {
   // y = x / sqrt(mean x^2 + eps) * w (Zhang & Sennrich 2019)
   void (*rms_norm)(const float* x, const float* w, std::size_t count, float eps, float* y);
+  // y = (x - mean x) / sqrt(variance x + eps) * w + b (Ba et al. 2016)
+  void (*layer_norm)(const float* x, const float* w, const float* b, std::size_t count, float eps, float* y);
+  // y = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)
+  void (*gelu)(const float* x, std::size_t count, float* y);
   // y = gate / (1 + exp(-gate)) * up (Shazeer 2020)
   void (*swiglu)(const float* gate, const float* up, std::size_t count, float* y);
   // y = a + scale * b

@@ -46,15 +46,51 @@ struct OpsBody {
     for (; i < count; ++i) y[i] = x[i] * factor * w[i];
   }
 
+  static void layer_norm(const float* x, const float* w, const float* b, std::size_t count, float eps, float* y) {
+    F sums = X::zero();
+    std::size_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) sums = X::add(sums, X::load(x + i));
+    float total = X::total(sums);
+    for (std::size_t j = i; j < count; ++j) total += x[j];
+    const float mean = total / static_cast<float>(count);
+    F squares = X::zero();
+    for (i = 0; i + kLanes <= count; i += kLanes) {
+      const F value = X::subtract(X::load(x + i), X::broadcast(mean));
+      squares = X::fma(value, value, squares);
+    }
+    float square = X::total(squares);
+    for (std::size_t j = i; j < count; ++j) square += (x[j] - mean) * (x[j] - mean);
+    const float factor = 1.0f / std::sqrt(square / static_cast<float>(count) + eps);
+    for (i = 0; i + kLanes <= count; i += kLanes) {
+      const F value = X::multiply(X::subtract(X::load(x + i), X::broadcast(mean)), X::broadcast(factor));
+      X::store(y + i, X::fma(value, X::load(w + i), X::load(b + i)));
+    }
+    for (; i < count; ++i) y[i] = (x[i] - mean) * factor * w[i] + b[i];
+  }
+
+  // x / (1 + exp(minus))
+  static MPO_INLINE F logistic(F x, F minus) {
+    const F beyond = X::larger(X::subtract(minus, X::broadcast(88.0f)), X::zero());  // to infinity, as exp does
+    return X::divide(x, X::fma(beyond, X::broadcast(3e38f), X::add(X::broadcast(1.0f), exponential(minus))));
+  }
+
+  // (1 + tanh z) / 2 is 1 / (1 + exp(-2 z)).
+  static void gelu(const float* x, std::size_t count, float* y) {
+    constexpr float kLinear = -1.5957691216f, kCubic = -0.0713548162726f;  // of -2 z
+    std::size_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const F value = X::load(x + i);
+      const F factor = X::fma(X::multiply(value, value), X::broadcast(kCubic), X::broadcast(kLinear));
+      X::store(y + i, logistic(value, X::multiply(value, factor)));
+    }
+    for (; i < count; ++i) y[i] = x[i] / (1.0f + std::exp(x[i] * (kCubic * x[i] * x[i] + kLinear)));
+  }
+
   static void swiglu(const float* gate, const float* up, std::size_t count, float* y) {
     std::size_t i = 0;
-    const F one = X::broadcast(1.0f);
     for (; i + kLanes <= count; i += kLanes) {
       const F g = X::load(gate + i);
-      const F minus = X::subtract(X::zero(), g);
-      const F beyond = X::larger(X::subtract(minus, X::broadcast(88.0f)), X::zero());  // to infinity, as exp does
-      const F divisor = X::fma(beyond, X::broadcast(3e38f), X::add(one, exponential(minus)));
-      X::store(y + i, X::multiply(X::divide(g, divisor), X::load(up + i)));
+      X::store(y + i, X::multiply(logistic(g, X::subtract(X::zero(), g)), X::load(up + i)));
     }
     for (; i < count; ++i) y[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
   }

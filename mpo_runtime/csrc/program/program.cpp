@@ -62,10 +62,30 @@ Program::Register Program::embed(std::shared_ptr<const Linear> table, float mult
 }
 
 Program::Register Program::rms_norm(Register x, std::vector<float> weight, float eps) {
-  expect(weight.size() == width(x), "program: rms_norm: a weight of ", weight.size(), " for ", width(x), " elements");
+  const std::size_t size = weight.size();
+  expect(size > 0 && width(x) % size == 0, "program: rms_norm: a weight of ", size, " for ", width(x), " elements");
   const Register to = made(Kind::rms_norm, {x}, width(x));
   steps_.back().vector = keep(std::move(weight));
+  steps_.back().size = size;
   steps_.back().value = eps;
+  return to;
+}
+
+Program::Register Program::layer_norm(Register x, std::vector<float> weight, std::vector<float> bias, float eps) {
+  expect(weight.size() == width(x) && bias.size() == width(x), "program: layer_norm: a weight of ", weight.size(),
+         " and a bias of ", bias.size(), " for ", width(x), " elements");
+  const Register to = made(Kind::layer_norm, {x}, width(x));
+  steps_.back().vector = keep(std::move(weight));
+  steps_.back().bias = keep(std::move(bias));
+  steps_.back().value = eps;
+  return to;
+}
+
+Program::Register Program::add_positions(Register x, std::vector<float> table) {
+  expect(!table.empty() && table.size() % width(x) == 0, "program: add_positions: a table of ", table.size(), " for ",
+         width(x), " elements");
+  const Register to = made(Kind::positions, {x}, width(x));
+  steps_.back().vector = keep(std::move(table));
   return to;
 }
 
@@ -95,15 +115,19 @@ Program::Register Program::rope_and_append(Register q, Register k, Register v, s
   return to;
 }
 
-Program::Register Program::attention(Register q, std::size_t head_size, std::size_t block, float scale) {
+Program::Register Program::attention(Register q, std::size_t head_size, std::size_t block, float scale,
+                                     std::size_t window) {
   expect(head_size > 0 && width(q) % head_size == 0, "program: attention: heads of ", head_size,
          " do not fit a width of ", width(q));
   const Register to = made(Kind::attention, {q}, width(q));
   steps_.back().block = block;
   steps_.back().size = head_size;
   steps_.back().value = scale;
+  steps_.back().window = window;
   return to;
 }
+
+Program::Register Program::gelu(Register x) { return made(Kind::gelu, {x}, width(x)); }
 
 Program::Register Program::swiglu(Register gate, Register up) {
   expect(width(gate) == width(up), "program: swiglu: widths differ");
@@ -172,10 +196,11 @@ void Program::check(const Call& call) const {
         expect(call.ids[t] >= 0 && call.ids[t] < limit, "program: token id ", call.ids[t], " lies outside the ", limit,
                " rows of ", step.layers[0]->name);
     }
-    if (step.kind != Kind::rope && step.kind != Kind::attention) continue;
+    if (step.kind != Kind::rope && step.kind != Kind::attention && step.kind != Kind::positions) continue;
     expect(call.cache, "program: expected a cache");
     const Cache& cache = *call.cache;
     expect(cache.rows() == call.rows, "program: a cache of ", cache.rows(), " rows for ", call.rows);
+    if (step.kind == Kind::positions) continue;
     const bool fits = step.block < cache.blocks() && step.size == cache.size() &&
                       (step.kind == Kind::rope ? widths_[step.from[1]] == cache.heads() * step.size
                                                : widths_[step.from[0]] % (cache.heads() * step.size) == 0);

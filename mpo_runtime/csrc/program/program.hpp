@@ -23,12 +23,18 @@ class Program {
   using Register = std::size_t;
   Register input(std::size_t width);
   Register embed(std::shared_ptr<const Linear> table, float multiplier);  // of the ids
+  // Of each stretch of x that is as wide as the weight.
   Register rms_norm(Register x, std::vector<float> weight, float eps);
+  Register layer_norm(Register x, std::vector<float> weight, std::vector<float> bias, float eps);
+  // Adds row p of a table [positions, width of x] to the token at position p of the cache.
+  Register add_positions(Register x, std::vector<float> table);
   Register linear(Register x, std::shared_ptr<const Linear> layer);
   // Rotates q by position and gives it back; appends the rotated k, and v, to block `block` of the cache. Heads have
   // twice as many elements as there are frequencies.
   Register rope_and_append(Register q, Register k, Register v, std::vector<float> frequencies, std::size_t block);
-  Register attention(Register q, std::size_t head_size, std::size_t block, float scale);
+  // A token sees the `window` positions that end with its own; all where that is 0.
+  Register attention(Register q, std::size_t head_size, std::size_t block, float scale, std::size_t window);
+  Register gelu(Register x);
   Register swiglu(Register gate, Register up);
   Register add_scaled(Register x, Register y, float scale);
   Register divide(Register x, float divisor);
@@ -48,12 +54,13 @@ class Program {
   void run(const Call& call) const;
 
  private:
-  enum class Kind { embed, rms_norm, linear, rope, attention, swiglu, add_scaled, divide };
+  enum class Kind { embed, positions, rms_norm, layer_norm, linear, rope, attention, gelu, swiglu, add_scaled, divide };
   struct Instruction {
     Kind kind;
     std::vector<Register> from, to;
     std::vector<std::shared_ptr<const Linear>> layers;  // linear: all that are recorded in a row with the same input
-    std::size_t vector = 0, block = 0, size = 0;        // an index into vectors_; the cache's block; the head size
+    std::size_t vector = 0, bias = 0;                   // indices into vectors_
+    std::size_t block = 0, size = 0, window = 0;        // the cache's block; the head size; attention's window
     float value = 0;
   };
   struct State;  // the memory of one call

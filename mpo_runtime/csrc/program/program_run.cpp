@@ -10,7 +10,7 @@ namespace mpo {
 namespace {
 
 constexpr std::size_t kSmall = 1u << 15;          // fewer elements are not worth waking a thread for
-constexpr std::size_t kExponentials = 1u << 11;   // elements of SwiGLU, whose exponentials are
+constexpr std::size_t kExponentials = 1u << 11;   // elements of SwiGLU and GELU, whose exponentials are
 constexpr std::size_t kQueriesPerTask = 64;       // that share keys and values in the cache
 constexpr std::size_t kShortestSplit = 512;       // positions
 constexpr std::size_t kTasksPerThread = 4;
@@ -24,6 +24,13 @@ void for_tokens(std::size_t tokens, std::size_t width, F f) {
   if (tokens * width < kSmall) return range(0, tokens);
   const std::size_t chunk = std::max<std::size_t>(1, kSmall / 2 / width);
   pool().run(tokens, chunk, range);
+}
+
+// Calls f(begin, end) for all of `count` elements whose exponentials are needed, likewise.
+template <class F>
+void for_elements(std::size_t count, F f) {
+  if (count < 2 * kExponentials) return f(0, count);
+  pool().run(count, kExponentials, f);
 }
 
 }  // namespace
@@ -41,8 +48,23 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
       });
     case Kind::rms_norm:
       return for_tokens(tokens, width, [&, x = from(0), w = vectors_[step.vector].data()](std::size_t t) {
-        ops.rms_norm(x + t * width, w, width, step.value, to + t * width);
+        for (std::size_t at = t * width; at < (t + 1) * width; at += step.size)
+          ops.rms_norm(x + at, w, step.size, step.value, to + at);
       });
+    case Kind::layer_norm: {
+      const float *w = vectors_[step.vector].data(), *b = vectors_[step.bias].data();
+      return for_tokens(tokens, width, [&, x = from(0)](std::size_t t) {
+        ops.layer_norm(x + t * width, w, b, width, step.value, to + t * width);
+      });
+    }
+    case Kind::positions: {
+      const std::vector<float>& table = vectors_[step.vector];
+      return for_tokens(tokens, width, [&, x = from(0), last = table.size() / width - 1](std::size_t t) {
+        // The padding of a short row may reach past the end.
+        const std::size_t position = std::min(state.lengths[t / call.count] + t % call.count, last);
+        ops.add_scaled(x + t * width, table.data() + position * width, width, 1.0f, to + t * width);
+      });
+    }
     case Kind::linear:
       state.products.clear();
       for (std::size_t i = 0; i < step.layers.size(); ++i)
@@ -50,14 +72,14 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
       return apply(state.products, from(0), tokens, exact_, state.work, pool());
     case Kind::rope: return rope(step, call, state);
     case Kind::attention: return attend(step, call, state);
-    case Kind::swiglu: {
-      const float *gate = from(0), *up = from(1);
-      const auto range = [&](std::size_t begin, std::size_t end) {
+    case Kind::gelu:
+      return for_elements(tokens * width, [&, x = from(0)](std::size_t begin, std::size_t end) {
+        ops.gelu(x + begin, end - begin, to + begin);
+      });
+    case Kind::swiglu:
+      return for_elements(tokens * width, [&, gate = from(0), up = from(1)](std::size_t begin, std::size_t end) {
         ops.swiglu(gate + begin, up + begin, end - begin, to + begin);
-      };
-      if (tokens * width < 2 * kExponentials) return range(0, tokens * width);
-      return pool().run(tokens * width, kExponentials, range);
-    }
+      });
     case Kind::add_scaled:
       return for_tokens(tokens, width, [&, x = from(0), y = from(1)](std::size_t t) {
         ops.add_scaled(x + t * width, y + t * width, width, step.value, to + t * width);
@@ -111,9 +133,13 @@ void Program::attend(const Instruction& step, const Call& call, State& state) co
   const std::size_t longest = *std::max_element(state.lengths.begin(), state.lengths.end()) + call.count;
   const std::size_t context = std::min(longest, cache.capacity());
   const std::size_t wanted = kTasksPerThread * static_cast<std::size_t>(pool().threads());
+  // What no query's window reaches is not split; whole blocks are left out, so that those of the cache stay whole.
+  const auto first_seen = [&](std::size_t length) { return step.window && length > step.window ? length - step.window : 0; };
+  const std::size_t shortest = *std::min_element(state.lengths.begin(), state.lengths.end());
+  const std::size_t unseen = first_seen(shortest + 1) / kShortestSplit * kShortestSplit;
   const std::size_t splits = std::max<std::size_t>(
-      1, std::min((wanted + tasks - 1) / tasks, context / kShortestSplit));
-  const std::size_t part = (context + splits - 1) / splits, step_size = queries * (size + 2);
+      1, std::min((wanted + tasks - 1) / tasks, (context - unseen) / kShortestSplit));
+  const std::size_t part = (context - unseen + splits - 1) / splits, step_size = queries * (size + 2);
   if (state.partial.size() < tasks * splits * step_size) state.partial.resize(tasks * splits * step_size);
   const float* q = state.places[step.from[0]];
   float* to = state.places[step.to[0]];
@@ -131,18 +157,20 @@ void Program::attend(const Instruction& step, const Call& call, State& state) co
   const auto attend_part = [&](std::size_t task, std::size_t split) {
     const Place at = place(task);
     thread_local std::vector<const float*> pointers;
-    thread_local std::vector<std::size_t> limits;
+    thread_local std::vector<std::size_t> firsts, limits;
     pointers.clear();
+    firsts.clear();
     limits.clear();
     for (std::size_t s = at.first; s < at.first + at.tokens; ++s)
       for (std::size_t h = at.head * share; h < (at.head + 1) * share; ++h) {
         pointers.push_back(q + (at.row * call.count + s) * width + h * size);
         limits.push_back(std::min(state.lengths[at.row] + s + 1, cache.capacity()));
+        firsts.push_back(first_seen(limits.back()));
       }
     float* out = mixed(task, split);
-    ops.attend({cache.place(step.block, at.row, at.head), split * part, std::min((split + 1) * part, context),
-                pointers.size(), pointers.data(), limits.data(), step.value, out, out + queries * size,
-                out + queries * (size + 1)});
+    ops.attend({cache.place(step.block, at.row, at.head), unseen + split * part,
+                std::min(unseen + (split + 1) * part, context), pointers.size(), pointers.data(), firsts.data(),
+                limits.data(), step.value, out, out + queries * size, out + queries * (size + 1)});
   };
   const auto join = [&](std::size_t task) {
     const Place at = place(task);

@@ -1,0 +1,82 @@
+"""Every family through the programs: each plan, healing, report and chat. Random weights: mechanics, not quality."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpo_exporter.cli.main import main
+from mpo_exporter.plan.named import PLANS
+from mpo_formats import MpoFile
+from mpo_runtime.loading import load
+from tests.families import FAMILIES, family_config, write_family
+from tests.helpers import BOS, forward, network, some_ids
+from tests.runtime.native_cases import needs_native
+
+OPTIONS = {
+    "auto": ["--target-bpw", "6"],
+    "paper": ["--chi", "4"],
+    "k-proj": ["--min-dim", "8", "--rank", "4"],
+    "corrected": ["--chi", "4"],
+}
+WIDE = {"hidden_size": 64, "max_position_embeddings": 128}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("family") / str(request.param)
+    write_family(place, family_config(request.param, **WIDE))
+    return place
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "ids.npy"
+    np.save(path, np.array(some_ids(930, 7, BOS)))
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["mpo-export", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+
+
+@needs_native
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_gives_a_file_that_both_backends_run_alike(
+    folder: Path, text: Path, plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model.mpo"
+    fixed = ["--calib", str(text), "--calib-windows", "2", "--eval-text", str(text), "--measure-tokens", "200"]
+    run(monkeypatch, str(folder), "--plan", plan, "--out", str(target), *fixed, *OPTIONS.get(plan, []))
+    rows = [some_ids(30)]
+    expected, source = forward(network(target), rows), forward(network(folder), rows)
+    found = forward(network(target, backend="native", activations="float"), rows)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * max(1, expected.std()))
+    with MpoFile(target, verify=True) as file:
+        assert file.spec.architecture.version == "0.3"
+        assert len(file.certificates().entries) == 1
+    if plan == "dense":
+        np.testing.assert_array_equal(expected, source)
+    else:
+        assert np.abs(expected - source).max() > 1e-4
+
+
+@needs_native
+def test_healing_report_and_chat(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, page = tmp_path / "model.mpo", tmp_path / "page"
+    fixed = ["--calib", str(text), "--calib-windows", "2", "--eval-text", str(text), "--measure-tokens", "200"]
+    healed = ["--heal-tokens", "2k", "--heal-text", str(text), "--report", str(page)]
+    run(monkeypatch, str(folder), "--plan", "corrected", "--chi", "2", "--out", str(target), *fixed, *healed)
+    with MpoFile(target, verify=True) as file:
+        assert int(file.spec.provenance.options["healed_tokens"]) > 1900
+    assert json.loads((page / "report.json").read_text()) and (page / "report.html").stat().st_size > 10_000
+    with load(target) as model:
+        parts = list(model.chat([{"role": "user", "content": "hello"}], max_tokens=5, temperature=0.0))
+        assert parts
