@@ -29,6 +29,7 @@ from tests.helpers import export_folder, forward, network
 pytest.importorskip("compressed_tensors")
 IDS = [1, 3, 2, 7, 0, 5, 6, 4, 4, 1]
 LLAMA3 = Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 32)
+YARN = Rope(10000.0, "yarn", 4.0, 1.0, 8.0, 16, 1.25)
 
 
 def integers(*bits: int, group: int = 32, zeros: bool = False) -> dict[str, tuple[Term, ...]]:
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[dict[str, tuple[Term, ...]], dict[str, Any]]] = {
     "2 bits as 3": (integers(2), {}),
     "all widths": (integers(2, 3, 4, 5, 6, 8), {}),
     "mixed zeros": (integers(4) | {KEY: (Quantized(3, 16, True),), DOWN: (Dense("f32"),)}, {}),
+    "llama with yarn": (integers(5), llama(rope=YARN)),
     "llama with biases": (integers(5), llama(attention_bias=True, mlp_bias=True, rope=LLAMA3)),
     "head of its own": (integers(4) | {HEAD: (Quantized(8, 16, False),)}, {"tie_word_embeddings": False}),
 }

@@ -85,6 +85,13 @@ def rope_scaling(rope: Rope) -> dict[str, Any] | None:
             key: getattr(rope, key)
             for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         }
+    elif rope.scaling == "yarn":
+        settings |= {
+            "beta_slow": rope.low_freq_factor,
+            "beta_fast": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position_embeddings,
+            "attention_factor": rope.attention_factor,
+        }
     return settings
 
 
