@@ -13,6 +13,7 @@ from mpo_runtime.machine import usable_cpus
 from mpo_runtime.model import Model
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.models.registry import decoder_for
+from mpo_runtime.onnx.manifest import is_exported
 from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights import store
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mpo_runtime.backends.ops import Ops
 
 BACKENDS = ("auto", "native", "reference")
+ENGINES = ("auto", "mpo", "onnx")
 MOST_THREADS = 1024
 
 
@@ -36,6 +38,7 @@ def load(
     kv_type: str = "auto",
     activations: str = "int8",
     verify: bool = False,
+    engine: str = "auto",
 ) -> Model:
     """Loads a `.mpo` or GGUF file, a Hugging Face folder or a model of the local store.
 
@@ -51,10 +54,25 @@ def load(
             native backend multiplies integer weights with int8 activations, whose rounding is far coarser, and f32 elsewhere.
         activations: what the native backend multiplies integer weights with: `int8` or `float`.
         verify: checks the file's checksums first.
+        engine: `mpo`, this runtime; `onnx`, ONNX Runtime, for a folder of `mpo-run export-onnx`; `auto`, what fits the path.
 
     Raises:
         MpoError: for a missing, damaged or unsupported file, or an option out of range.
     """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine {engine}: expected one of {', '.join(ENGINES)}")
+    if engine == "onnx" or (engine == "auto" and is_exported(Path(path))):
+        decided = {"chi": chi, "kv_type": None if kv_type == "auto" else kv_type}
+        decided |= {"activations": None if activations == "int8" else activations}
+        decided |= {"backend": None if backend == "auto" else backend, "device": None if device == "cpu" else device}
+        for name, value in decided.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name} {value}: has no meaning for ONNX Runtime; leave it out, or load the .mpo file"
+                )
+        from mpo_runtime.onnx.running import load_folder
+
+        return load_folder(Path(path), context=context, threads=checked_threads(threads))
     weights = open_weights(path, verify=verify)
     try:
         network = load_network(

@@ -74,6 +74,7 @@ class Model:
         tokenizer: None for a model that takes and gives token ids only.
         template: None for a model that cannot chat.
         context: tokens that the KV cache holds; where None, the longest context of the model, but at most 4,096.
+        engine: what generates, in the place of an Engine over the network.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class Model:
         template: ChatTemplate | None,
         *,
         context: int | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.weights = weights
         self.network = network
-        self.engine = Engine(network, context=context)
+        self.engine = engine or Engine(network, context=context)
         self.tokenizer, self.template = tokenizer, template
         self.end_ids = end_ids(network.architecture.eos_token_ids, network.architecture.vocab_size, tokenizer)
         self._turn = threading.Lock()

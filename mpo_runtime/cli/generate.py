@@ -14,6 +14,7 @@ from mpo_formats.errors import ConfigError
 from mpo_runtime.cli.console import json_text
 from mpo_runtime.loading import load
 from mpo_runtime.model import Model, Piece
+from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.sampler import Choice, SamplingOptions
 from mpo_runtime.text.chat_template import TemplateOptions
 from mpo_runtime.text.decode import decode_argument, decode_text
@@ -175,8 +176,9 @@ def open_model(file: Path, load_options: dict[str, Any]) -> Model:
         raise ConfigError(
             f"{file}: has no tokenizer, which text needs; put the model's tokenizer.json (or tokenizer.model) into the folder"
         )
-    note_kernels(model)
-    note_chi(model, load_options.get("chi"))
+    if isinstance(model.network, Decoder):  # not ONNX Runtime
+        note_kernels(model)
+        note_chi(model, load_options.get("chi"))
     return model
 
 

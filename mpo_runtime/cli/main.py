@@ -317,6 +317,23 @@ def rm(names: Annotated[list[str], typer.Argument(help="Names in the store.", sh
     remove_models(names)
 
 
+def add_commands() -> None:
+    """Adds the commands that other packages register in the entry-point group `mpo_run.commands`.
+
+    One whose libraries are not installed is left out.
+    """
+    from importlib.metadata import entry_points
+
+    known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    for entry in entry_points(group="mpo_run.commands"):
+        if entry.name not in known:
+            try:
+                app.command(entry.name)(entry.load())
+            except ImportError:
+                continue
+
+
 def main() -> None:
     """The entry point of mpo-run."""
+    add_commands()
     console.run(app, "mpo-run")

@@ -56,6 +56,13 @@ Activations = Annotated[
         help="What the native backend multiplies integer weights with: int8 (fast), or float (as the reference).",
     ),
 ]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        envvar="MPO_ENGINE",
+        help="mpo: this runtime; onnx: ONNX Runtime, for a folder of export-onnx; auto: what fits FILE.",
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", "-n", help="At most so many new tokens; never more than the context holds."),
@@ -130,6 +137,7 @@ class Loading:
     device: Device = "cpu"
     backend: Backend = "auto"
     activations: Activations = "int8"
+    engine: EngineName = "auto"
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `mpo_runtime.load`."""

@@ -1,0 +1,159 @@
+"""Linear layers as nodes: the sum of a layer's terms, applied to activations or looked up by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo_formats import Dense, LinearSpec, Mpo, Quantized
+from mpo_formats.layout import PLANES
+from mpo_formats.packing import bf16_to_f32, unpack
+from mpo_runtime.onnx.cores import Operator
+from mpo_runtime.onnx.graph import Graph
+from mpo_runtime.onnx.integers import Blocks, Integers, container, lay_out
+from mpo_runtime.weights.protocol import Weights
+
+
+@dataclass(slots=True)
+class Layers:
+    """Writes the layers of a model into a graph.
+
+    level: accuracy level of the integer products: 0 (float activations) or 4 (int8 activations).
+    chi: cuts every bond to its first `chi` values; None keeps them.
+    tokens: the value that holds the number of tokens of a call, which decides the order of some contractions.
+    looked_up: names of layers whose rows are looked up: their zeros are stored apart from the codes.
+    lookup_bits: bit widths in which the runtime looks up rows; other tables are stored as floats besides.
+    """
+
+    graph: Graph
+    weights: Weights
+    level: int
+    chi: int | None
+    tokens: str
+    looked_up: frozenset[str]
+    lookup_bits: frozenset[int]
+    _integers: dict[str, tuple[list[tuple[Blocks, str, str, str]], str]] = field(default_factory=dict)
+    _sums: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def apply(self, layer: LinearSpec, x: str) -> str:
+        """The output [..., out] of a layer for the value x [..., in]."""
+        total = ""
+        for index, term in enumerate(layer.terms):
+            prefix = f"{layer.name}.{index}"
+            if isinstance(term, Dense):
+                y = self.graph.microsoft("FusedMatMul", x, self.floats(f"{prefix}.weight"), transB=1)
+            elif isinstance(term, Quantized):
+                y = self._multiply(layer, prefix, term, x)
+            else:
+                y = self._operator(prefix, term).apply(self.graph, x, self.tokens)
+            total = self.graph.add("Add", total, y) if total else y
+        return self.graph.add("Add", total, self.floats(f"{layer.name}.bias")) if layer.bias else total
+
+    def rows(self, layer: LinearSpec, ids: str) -> str:
+        """The rows of a layer's matrix [B, S, in] for token ids [B, S]."""
+        total = ""
+        for index, term in enumerate(layer.terms):
+            prefix = f"{layer.name}.{index}"
+            if isinstance(term, Dense):
+                y = self.graph.add("Gather", self.floats(f"{prefix}.weight"), ids)
+            elif isinstance(term, Quantized):
+                y = self._integer_rows(layer, prefix, term, ids)
+            else:
+                y = self._operator(prefix, term).rows(self.graph, ids)
+            total = self.graph.add("Add", total, y) if total else y
+        return total
+
+    def floats(self, name: str) -> str:
+        """A stored float tensor in the graph's element type, once."""
+        return self._once(name, lambda: widened(self.weights, name))
+
+    def _once(self, name: str, make: Callable[[], NDArray[Any]]) -> str:
+        return name if name in self.graph.initializers else self.graph.floats(name, make())
+
+    def _operator(self, prefix: str, term: Mpo) -> Operator:
+        kept = term if self.chi is None else term.truncated(self.chi)
+        return Operator(self.weights, prefix, term, kept)
+
+    def _stored(
+        self, layer: LinearSpec, prefix: str, term: Quantized
+    ) -> tuple[list[tuple[Blocks, str, str, str]], str]:
+        """The blocks of an integer term with the names of their codes, scales and zeros, and the name of the offset."""
+        if prefix not in self._integers:
+            integers = self._laid_out(layer, prefix, term)
+            parts = []
+            for index, block in enumerate(integers.blocks):
+                name = f"{prefix}.part{index}"
+                zeros = "" if block.zeros is None else self.graph.tensor(f"{name}.zeros", block.zeros)
+                codes = self.graph.tensor(f"{name}.codes", block.codes)
+                parts.append((block, codes, self.graph.floats(f"{name}.scale", block.scale), zeros))
+            offset = "" if integers.offset is None else self.graph.floats(f"{prefix}.offset", integers.offset)
+            self._integers[prefix] = parts, offset
+        return self._integers[prefix]
+
+    def _laid_out(self, layer: LinearSpec, prefix: str, term: Quantized) -> Integers:
+        planes = [self.weights.array(f"{prefix}.q{plane}") for plane in PLANES[term.bits]]
+        zero = self.weights.array(f"{prefix}.zero") if term.zeros else None
+        scale = self.weights.array(f"{prefix}.scale")
+        whole = layer.name not in self.looked_up
+        return lay_out(unpack(planes, term.bits), term.bits, term.group, scale, zero, level=self.level, whole=whole)
+
+    def _multiply(self, layer: LinearSpec, prefix: str, term: Quantized, x: str) -> str:
+        parts, offset = self._stored(layer, prefix, term)
+        total = ""
+        for block, codes, scale, zeros in parts:
+            attributes: dict[str, Any] = {
+                "K": layer.in_features,
+                "N": layer.out_features,
+                "bits": block.bits,
+                "block_size": block.group,
+            }
+            inputs = (x, codes, scale, *([zeros] if zeros else []))
+            y = self.graph.microsoft("MatMulNBits", *inputs, accuracy_level=self.level, **attributes)
+            total = self.graph.add("Add", total, y) if total else y
+        if offset:
+            y = self.graph.microsoft(
+                "FusedMatMul", self._group_sums(x, layer.in_features, term.group), offset, transB=1
+            )
+            total = self.graph.add("Add", total, y)
+        return total
+
+    def _group_sums(self, x: str, columns: int, group: int) -> str:
+        """The sum [..., G] of each group of columns of x [..., G·group]."""
+        if (x, group) not in self._sums:
+            shape = self.graph.constant([0, 0, columns // group, group])
+            grouped = self.graph.add("Reshape", x, shape)
+            self._sums[x, group] = self.graph.add("ReduceSum", grouped, self.graph.constant([-1]), keepdims=0)
+        return self._sums[x, group]
+
+    def _integer_rows(self, layer: LinearSpec, prefix: str, term: Quantized, ids: str) -> str:
+        if container(term.bits, term.group, self.level) not in self.lookup_bits:
+            table = self._once(f"{prefix}.table", lambda: self._laid_out(layer, prefix, term).matrix())
+            return self.graph.add("Gather", table, ids)
+        parts, offset = self._stored(layer, prefix, term)
+        last = self.graph.constant([-1])
+        total = ""
+        for block, codes, scale, _ in parts:
+            # The blocks [N, G, bytes] serve the product too; the lookup wants their scales as [N, G, 1].
+            inputs = (codes, ids, self.graph.add("Unsqueeze", scale, last))
+            attributes: dict[str, Any] = {
+                "bits": block.bits,
+                "block_size": block.group,
+                "gather_axis": 0,
+                "quantize_axis": 2,
+            }
+            y = self.graph.microsoft("GatherBlockQuantized", *inputs, **attributes)  # [B, S, G, group]
+            total = self.graph.add("Add", total, y) if total else y
+        if offset:
+            shift = self.graph.add("Unsqueeze", self.graph.add("Gather", offset, ids), last)
+            total = self.graph.add("Add", total, shift)
+        return self.graph.add("Reshape", total, self.graph.constant([0, 0, layer.in_features]))
+
+
+def widened(weights: Weights, name: str) -> NDArray[Any]:
+    """A stored float tensor; bf16 as float32, others as they are."""
+    array = weights.array(name)
+    return bf16_to_f32(array.view(np.uint16)) if weights.dtype(name) == "bf16" else array
