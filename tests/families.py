@@ -20,6 +20,7 @@ logging.disable_progress_bar()
 LLAMA_LIKE = dict.fromkeys(
     ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "mlp_bias")
 )
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 NEO: Config = {
     "model_type": "gpt_neo",
     "architectures": ["GPTNeoForCausalLM"],
@@ -94,6 +95,6 @@ def write_family(folder: Path, config: Mapping[str, Any], seed: int = 0) -> PreT
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "tokenizer.json").write_text(byte_tokenizer().to_str())
-    names = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     return model

@@ -18,7 +18,7 @@ from tests.helpers import BOS, forward, network, some_ids
 from tests.runtime.native_cases import needs_native
 
 OPTIONS = {
-    "auto": ["--target-bpw", "6"],
+    "auto": ["--target-bpw", "12"],
     "paper": ["--chi", "4"],
     "k-proj": ["--min-dim", "8", "--rank", "4"],
     "corrected": ["--chi", "4"],

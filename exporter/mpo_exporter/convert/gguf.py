@@ -52,6 +52,8 @@ def write_gguf(request: GgufRequest) -> list[str]:
     package = import_gguf(request.out)
     with MpoFile(request.file, verify=True) as file:
         require_expressible(file.spec.architecture, file.name, "a GGUF file")
+        if file.spec.architecture.rope.scaling == "yarn":
+            raise ConfigError(f"{file.name}: RoPE scaling yarn cannot be written as a GGUF file yet; use to-hf")
         require_integers(file)
         if request.out.exists() and not request.force:
             raise OutputError(f"{request.out}: exists already; give another --out, or --force")
