@@ -31,6 +31,8 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
 }
 
@@ -61,6 +63,8 @@ def permuted(array: NDArray[Any], heads: int) -> NDArray[Any]:
 def as_stored(name: str, array: NDArray[Any], config: Mapping[str, Any]) -> NDArray[Any]:
     """A tensor with its rows in llama.cpp's order."""
     heads = config["num_attention_heads"]
+    if config["model_type"].startswith("qwen"):
+        return array
     if ".q_proj." in name:
         return permuted(array, heads)
     return permuted(array, config.get("num_key_value_heads") or heads) if ".k_proj." in name else array

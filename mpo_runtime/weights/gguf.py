@@ -1,7 +1,7 @@
-"""Reads a GGUF file of llama.cpp (architectures llama and granite) as weights with Dense terms.
+"""Reads a GGUF file of llama.cpp (architectures llama, granite, qwen2 and qwen3) as weights with Dense terms.
 
 Tensors of the types F32, F16 and BF16 are views of the mapped file; all others are dequantised by the package `gguf` when
-they are asked for. llama.cpp reorders the rows of the query and key projections, because it
+they are asked for. Of llama and granite, llama.cpp reorders the rows of the query and key projections, because it
 rotates neighbouring elements of a head where Hugging Face's models rotate element j with element j + D/2; here they come in
 Hugging Face's order. Config, tokenizer and chat template are made from the metadata.
 """
@@ -22,7 +22,7 @@ from mpo_formats import CheckpointError, Dense, FileSpec, LinearSpec, ModelSpec,
 from mpo_formats.architecture import EMBEDDING, FINAL_NORM, HEAD
 from mpo_formats.spec import FloatType
 from mpo_runtime.text.gguf_tokenizer import tokenizer_files
-from mpo_runtime.weights.gguf_config import ROPE_FACTORS, read_architecture, refuse_other_kinds
+from mpo_runtime.weights.gguf_config import REORDERED, ROPE_FACTORS, read_architecture, refuse_other_kinds
 from mpo_runtime.weights.gguf_header import MAGIC, Entry, read_header
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ BLOCK_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
 }
 # Dequantised tensors come as f32, which is exact, of models of at most so many parameters; of larger ones as f16, as large
@@ -233,7 +235,9 @@ class Gguf:
         return values
 
     def _permuted_heads(self, name: str) -> int:
-        """The heads of a query or key projection, whose rows llama.cpp reorders; 0 for other tensors."""
+        """The heads of a query or key projection whose rows llama.cpp reorders; 0 for other tensors."""
+        if self.architecture.model_type not in REORDERED:
+            return 0
         if ".self_attn.q_proj." in name:
             return self.architecture.num_attention_heads
         return self.architecture.num_key_value_heads if ".self_attn.k_proj." in name else 0

@@ -12,10 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import Architecture, CheckpointError, FormatError, Rope
-from mpo_runtime.weights.config import SUPPORTED, special_token
+from mpo_formats.architecture import ModelType
+from mpo_runtime.weights.config import special_token
 from mpo_runtime.weights.gguf_header import Entry
 
 ROPE_FACTORS = "rope_freqs.weight"
+# The architectures by llama.cpp's name; a Mistral is a llama there.
+SUPPORTED: dict[str, ModelType] = {name: name for name in ("granite", "llama", "qwen2", "qwen3")}
+# Of these, those whose queries and keys llama.cpp rotates otherwise than Hugging Face, so that it reorders their rows.
+REORDERED = ("granite", "llama")
 # llama.cpp ends a generation at control tokens of these spellings, whatever the metadata name.
 END_SPELLINGS = frozenset(
     [
@@ -108,7 +113,8 @@ def read_architecture(
             "give another model"
         )
     settings = Settings(metadata, kind, path)
-    granite = kind == "granite"
+    model_type = SUPPORTED[kind]
+    granite = model_type == "granite"
     refuse_unsupported(settings, granite)
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -121,7 +127,7 @@ def read_architecture(
     bos, pad = (special_id(metadata, f"{name}_token_id", vocabulary, str(path)) for name in ("bos", "padding"))
     try:
         return Architecture(
-            model_type="granite" if granite else "llama",
+            model_type=model_type,
             vocab_size=vocabulary,
             hidden_size=hidden,
             intermediate_size=settings.integer("feed_forward_length"),

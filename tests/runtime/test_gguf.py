@@ -31,6 +31,7 @@ from mpo_runtime.loading import open_weights
 from mpo_runtime.weights import gguf as reader
 from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.weights.gguf import Gguf
+from tests.families import family_config, write_family
 from tests.gguf_files import Tensors, byte_level, convert, write_gguf
 from tests.helpers import Config, forward, granite_config, network, random_tensors, some_ids, write_folder
 
@@ -153,6 +154,23 @@ def test_random_models_come_back_bit_for_bit(config: Config) -> None:
         folder = write_folder(Path(name) / "model", config)
         path = write_gguf(Path(name) / "model.gguf", config, arrays(config))
         same_weights(Gguf(path), folder)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen(tmp_path: Path, kind: str, tied: bool) -> None:
+    """As the folder in every bit, and in logits as transformers: rows are not reordered, biases and norms of heads are read."""
+    config = family_config(kind, use_sliding_window=False, tie_word_embeddings=tied, bos_token_id=None)
+    model = write_family(tmp_path / "folder", config)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    if tied:
+        del tensors["lm_head.weight"]
+    path = write_gguf(tmp_path / "model.gguf", config, tensors, tokenizer=letters())
+    same_weights(Gguf(path), tmp_path / "folder")
+    rows = [some_ids(20)]
+    with torch.inference_mode():
+        expected = model(torch.tensor(rows)).logits.numpy()
+    np.testing.assert_allclose(forward(network(path), rows), expected, atol=1e-4)
 
 
 def theirs(path: Path, rows: list[list[int]]) -> NDArray[np.float32]:
