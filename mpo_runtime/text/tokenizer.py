@@ -112,6 +112,14 @@ class Tokenizer:
         """The number of tokens, added ones included; a model's logits may be padded to more."""
         return self._raw.get_vocab_size(with_added_tokens=True)
 
+    def unused_ids(self, size: int) -> tuple[int, ...]:
+        """The ids below `size`, the rows of a model's output, that stand for no token: models pad their tables."""
+        beyond = range(self.vocab_size, size)
+        unused = tuple(token for token in beyond if self.id_to_token(token) is None)
+        if len(unused) == len(beyond):  # as always, but where ids are left out between others
+            return unused
+        return tuple(token for token in range(size) if self.id_to_token(token) is None)
+
     def id_to_token(self, token: int) -> str | None:
         """The spelling of an id inside the vocabulary (`Ġthe`, `▁the`, `<0x0A>`), or None where the id is unknown."""
         return self._raw.id_to_token(_token_id(token))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from mpo_formats.architecture import ModelType
 from mpo_runtime.models.decoder import Decoder
 from tests.families import FAMILIES, family_config, write_family
 from tests.helpers import Config, forward, network, some_ids
 from tests.runtime.native_cases import needs_native
 
+ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 37
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 SCALINGS: dict[str, Config] = {
@@ -153,3 +156,16 @@ def test_a_setting_changes_the_logits(tmp_path: Path, kind: str, changes: dict[s
     found = forward(network(tmp_path / "changed"), rows)
     assert np.abs(forward(network(tmp_path / "plain"), rows) - found).max() > 1e-2
     np.testing.assert_allclose(found, theirs(model, rows), atol=1e-4)
+
+
+def test_the_table_of_architectures_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.split("\n## Architectures\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == {*get_args(ModelType), "model_type"}
+    notes = dict(re.findall(r"^(\d+)\. ((?:.+\n?)+?)(?=^\d+\. |\n)", section, re.M))
+    assert set(notes) == set(re.findall(r"\((\d+)\)", section.split("\n1. ")[0]))
+    for number, text in notes.items():
+        source = ""
+        for file, test in re.findall(r"`(tests/[\w/]+\.py)?(?:: )?(test_\w+)?`", text):
+            source = (ROOT / file).read_text(encoding="utf-8") if file else source
+            assert not test or f"def {test}(" in source, f"{number}: {test}"

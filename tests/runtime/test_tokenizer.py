@@ -102,6 +102,8 @@ def test_names_ids_and_sizes() -> None:
     assert (BYTE_LEVEL.bos_token, BYTE_LEVEL.bos_id) == ("<s>", 261)
     assert (BYTE_LEVEL.eos_token, BYTE_LEVEL.eos_id) == ("</s>", 262)
     assert BYTE_LEVEL.vocab_size == 265
+    assert BYTE_LEVEL.unused_ids(265) == BYTE_LEVEL.unused_ids(40) == ()
+    assert BYTE_LEVEL.unused_ids(268) == (265, 266, 267)
     assert BYTE_LEVEL.special_ids == {261, 262, 263}
     assert dict(BYTE_LEVEL.added_tokens) == {"<s>": 261, "</s>": 262, "<日>": 263, "<b>": 264}
     assert (BYTE_LEVEL.id_to_token(256), BYTE_LEVEL.token_to_id("Ġa")) == ("Ġa", 256)
