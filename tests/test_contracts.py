@@ -17,15 +17,17 @@ PACKAGES = {
     "mpo_formats": ROOT / "formats" / "mpo_formats",
     "mpo_runtime": ROOT / "mpo_runtime",
     "mpo_exporter": ROOT / "exporter" / "mpo_exporter",
+    "mpo_vllm": ROOT / "server" / "mpo_vllm",
 }
 # mpo_formats <- mpo_runtime <- mpo_exporter
 MAY_IMPORT = {
     "mpo_formats": {"mpo_formats"},
     "mpo_runtime": {"mpo_formats", "mpo_runtime"},
     "mpo_exporter": {"mpo_formats", "mpo_runtime", "mpo_exporter"},
+    "mpo_vllm": {"mpo_formats", "mpo_runtime", "mpo_vllm"},
 }
 THIRD_PARTY_OF_FORMATS = {"numpy", "safetensors"}
-OURS = {"mpo_formats", "mpo_runtime", "mpo_exporter", "mpo_server", "benchmarks", "tests"}
+OURS = {"mpo_formats", "mpo_runtime", "mpo_exporter", "mpo_server", "mpo_vllm", "benchmarks", "tests"}
 ORACLES = {"transformers", "jinja2", "hypothesis", "pytest"}  # tests compare with them, the packages do without
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "typer", "matplotlib"}

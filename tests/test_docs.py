@@ -21,7 +21,12 @@ DOCUMENTS = [
     ROOT / "formats" / "SPEC.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-PACKAGES = [ROOT / "formats" / "mpo_formats", ROOT / "mpo_runtime", ROOT / "exporter" / "mpo_exporter"]
+PACKAGES = [
+    ROOT / "formats" / "mpo_formats",
+    ROOT / "mpo_runtime",
+    ROOT / "exporter" / "mpo_exporter",
+    ROOT / "server" / "mpo_vllm",
+]
 # These tell what was true on a day, so files that they name may be gone.
 HISTORY = {"log.md", "CHANGELOG.md"}
 LONGEST_README = 120

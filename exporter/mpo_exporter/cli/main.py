@@ -281,6 +281,20 @@ def to_hf_command(
 
 
 @app.command(
+    "to-vllm",
+    context_settings=SETTINGS,
+    short_help="Write a .mpo file as a folder that vLLM serves.",
+    epilog="docs/serving.md says how to serve it; vLLM needs the extra vllm of this package beside it.",
+)
+def to_vllm_command(file: given.File, *, out: given.Folder, force: given.Force = False) -> None:
+    """Write a .mpo file, integers and cores as they are, as a folder for vLLM with the plugin mpo_vllm."""
+    from mpo_exporter.convert.vllm import write_vllm
+
+    for line in write_vllm(file, out, force=force):
+        typer.echo(line)
+
+
+@app.command(
     "to-gguf",
     context_settings=SETTINGS,
     short_help="Write a .mpo file of integers as a GGUF file.",

@@ -166,7 +166,8 @@ class FolderWriter:
             content = {"metadata": {"total_size": self.total}, "weight_map": homes}
             self._json("model.safetensors.index.json", content)
         for index, name in enumerate(names):
-            (self.work / f"part-{index}").rename(self.work / name)
+            part = (self.work / f"part-{index}").rename(self.work / name)
+            part.chmod(0o644)  # the library lets nobody else read it
         self.work.chmod(0o755)
         if not self.out.exists():
             self.work.rename(self.out)
