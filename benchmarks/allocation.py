@@ -152,7 +152,7 @@ def tokens_per_second(path: Path) -> float | None:
         engine.prefill([1] * 56)
         start = time.perf_counter()
         for _ in range(STEPS):
-            engine._advance([1])
+            engine.advance([1])
         best = max(best, STEPS / (time.perf_counter() - start))
     return best
 

@@ -58,12 +58,12 @@ def ours(path: Path, name: str, arguments: argparse.Namespace) -> Contestant:
     vocabulary = network.architecture.vocab_size
 
     def decode() -> float:
-        # The prompt's first tokens stay in the cache from round to round; every step runs one new token.
+        # Every step runs one new token.
         engine.prefill([int(token) for token in random.integers(0, vocabulary, PROMPT)])
         token = 1
         start = time.perf_counter()
         for _ in range(arguments.tokens):
-            token = int(engine._advance([token]).argmax())
+            token = int(engine.advance([token]).argmax())
         return arguments.tokens / (time.perf_counter() - start)
 
     def prompt() -> float:

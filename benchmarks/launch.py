@@ -33,7 +33,7 @@ engine = Engine(network, context={CONTEXT})
 token = int(engine.prefill(list(range(1, {PROMPT} + 1))).argmax())
 first = time.time()
 for _ in range({TOKENS}):
-    token = int(engine._advance([token]).argmax())
+    token = int(engine.advance([token]).argmax())
 [peak] = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")]
 a = network.architecture
 cache = 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * {CONTEXT} * 4

@@ -6,6 +6,7 @@ those of SPEC.md, section 5; planes list the low plane first, and without zeros 
 """
 
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,14 +69,46 @@ class Linear:
 
 # -- programs and the KV cache (csrc/bind/programs.cpp)
 
+class Pages:
+    """Pages of 32 positions of the KV cache; `type` is f32, f16, bf16 or int8. One thread at a time may use a store."""
+
+    count: int
+    page_bytes: int
+
+    def __init__(self, blocks: int, heads: int, size: int, type: str) -> None: ...
+    def grow(self, count: int) -> None:
+        """Make pages until there are `count`; raises MemoryError where memory does not suffice."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a page's content; like the next two, raises ValueError for a page that does not exist."""
+
+    def read(self, page: int) -> bytes: ...
+    def write(self, page: int, content: bytes) -> None:
+        """Raises ValueError for another size than page_bytes, too."""
+
 class Cache:
-    """A KV cache of `rows` sequences; `type` is f32, f16, bf16 or int8. Raises MemoryError where memory does not suffice."""
+    """A KV cache of `rows` sequences, or the pages of the sequences of one step.
+
+    Sequences of one step: `tables` names the pages of each, `lengths` the positions that are in them, `counts` its new tokens;
+    they are run as one row of ids, in order. `few` marks those that are generated text (Span of backends/ops.py). Raises
+    ValueError where pages do not exist or do not suffice, MemoryError where memory does not.
+    """
 
     capacity: int
     lengths: list[int]
     nbytes: int
 
+    @overload
     def __init__(self, blocks: int, rows: int, heads: int, capacity: int, size: int, type: str) -> None: ...
+    @overload
+    def __init__(
+        self,
+        pages: Pages,
+        tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+        few: Sequence[bool],
+    ) -> None: ...
     def advance(self, counts: Sequence[int]) -> None:
         """Add new tokens to the length of each row; raises ValueError past the capacity."""
 

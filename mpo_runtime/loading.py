@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from mpo_formats import ConfigError
 from mpo_runtime import native
 from mpo_runtime.backends.ops import check_activations
+from mpo_runtime.engine import Speculation
+from mpo_runtime.engine.scheduler import PARALLEL
 from mpo_runtime.machine import usable_cpus
 from mpo_runtime.model import Model
 from mpo_runtime.models.decoder import Decoder
@@ -39,6 +41,9 @@ def load(
     activations: str = "int8",
     verify: bool = False,
     engine: str = "auto",
+    parallel: int = PARALLEL,
+    prefix_bytes: int | None = None,
+    speculate: Speculation | None = None,
 ) -> Model:
     """Loads a `.mpo` or GGUF file, a Hugging Face folder or a model of the local store.
 
@@ -55,6 +60,8 @@ def load(
         activations: what the native backend multiplies integer weights with: `int8` or `float`.
         verify: checks the file's checksums first.
         engine: `mpo`, this runtime; `onnx`, ONNX Runtime, for a folder of `mpo-run export-onnx`; `auto`, what fits the path.
+        parallel, prefix_bytes, speculate: how many texts are generated at a time, what is kept of the KV cache for later
+            prompts, and whether tokens are drafted from what a text repeats (engine/scheduler.py).
 
     Raises:
         MpoError: for a missing, damaged or unsupported file, or an option out of range.
@@ -78,7 +85,9 @@ def load(
         network = load_network(
             weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type, activations=activations
         )
-        return Model(weights, network, *read_text_files(weights), context=context)
+        text = read_text_files(weights)
+        engine = {"context": context, "parallel": parallel, "prefix_bytes": prefix_bytes, "speculate": speculate}
+        return Model(weights, network, *text, **engine)
     except BaseException:
         weights.close()
         raise

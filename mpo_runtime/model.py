@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from mpo_formats import ConfigError
-from mpo_runtime.engine import PREFILL_CHUNK, Engine, check_prompt
+from mpo_runtime.engine import PREFILL_CHUNK, LogitsHook, Request, Scheduler, check_prompt
 from mpo_runtime.engine import FinishReason as FinishReason
-from mpo_runtime.forks import renew_in_children
 from mpo_runtime.measure import check_ids, log_softmax, piecewise_logits
 from mpo_runtime.models.decoder import Decoder
-from mpo_runtime.sampler import Choice, SamplingOptions, top_logprobs
+from mpo_runtime.pieces import Piece as Piece
+from mpo_runtime.pieces import Pieces
+from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.chat_template import ChatTemplate, TemplateOptions, encode_chat
 from mpo_runtime.text.stopping import StopMatcher
 from mpo_runtime.text.tokenizer import StreamDecoder, Tokenizer
@@ -27,23 +27,6 @@ from mpo_runtime.weights.protocol import Weights
 
 log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A piece of generated text, one for each token.
-
-    `text` may be empty while a character or a possible stop string is incomplete. `finish` is set on the last piece:
-    `stop` at an end token or stop string, `length` when the limit or the context is reached. `logprob` is the token's
-    log-probability in nats under the model's own distribution, before penalties, temperature and filters. `top` holds
-    the most likely tokens and their log-probabilities, as many as `top_logprobs` asked for.
-    """
-
-    text: str
-    token: int
-    logprob: float
-    finish: FinishReason | None
-    top: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +45,17 @@ class Score:
 class Model:
     """A loaded model; a context manager.
 
-    Safe to use from several threads. Generations take turns, because they share one KV cache: a generation that starts
-    while another one runs waits until that one has ended. A generation ends when its iterator is read to the end, closed
-    (`iterator.close()`) or dropped. While one is kept half read, other threads wait; a second one in the same thread would
-    wait for itself, so it raises ConfigError. `score`, `encode_chat` and the tokenizer never wait. `close` must not be
-    called while another thread generates.
+    Safe to use from several threads: texts of all of them are generated in one batch (engine/scheduler.py), and a text with
+    a seed or at temperature 0 is the same whatever else runs. A text ends when its iterator is read to the end, closed
+    (`iterator.close()`) or dropped; one that is kept half read pauses. `score`, `encode_chat` and the tokenizer never wait.
 
     Args:
         weights: closed with the model.
         network: the forward pass over these weights.
         tokenizer: None for a model that takes and gives token ids only.
         template: None for a model that cannot chat.
-        context: tokens that the KV cache holds; where None, the longest context of the model, but at most 4,096.
-        engine: what generates, in the place of an Engine over the network.
+        engine: what generates, in the place of a Scheduler over the network.
+        options: of the scheduler: context, parallel, prefix_bytes, speculate.
     """
 
     def __init__(
@@ -84,22 +65,15 @@ class Model:
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
         *,
-        context: int | None = None,
-        engine: Engine | None = None,
+        engine: Scheduler | None = None,
+        **options: Any,
     ) -> None:
         self.weights = weights
         self.network = network
-        self.engine = engine or Engine(network, context=context)
+        self.engine = engine or Scheduler(network, **options)
         self.tokenizer, self.template = tokenizer, template
         self.end_ids = end_ids(network.architecture.eos_token_ids, network.architecture.vocab_size, tokenizer)
-        self._turn = threading.Lock()
-        self._generating: int | None = None
         self._closed = False
-        renew_in_children(self)
-
-    def renew_after_fork(self) -> None:
-        """Makes a forked child ready to generate: no other thread exists in it that could hold the lock."""
-        self._turn, self._generating = threading.Lock(), None
 
     def generate(
         self,
@@ -110,9 +84,12 @@ class Model:
         stop: Sequence[str] = (),
         top_logprobs: int = 0,
         parse_special: bool = False,
+        logits_hook: LogitsHook | None = None,
+        prompt_logprobs: bool = False,
+        notify: Callable[[], None] | None = None,
         **options: Any,
-    ) -> Generator[Piece, None, None]:
-        """Continues a text, or token ids.
+    ) -> Pieces:
+        """Continues a text, or token ids. Everything is checked at the call; it begins when the first piece is asked for.
 
         Args:
             prompt: text, which is tokenised with the begin-of-text token if the tokenizer adds one, or token ids.
@@ -122,13 +99,17 @@ class Model:
                 result.
             top_logprobs: number of most likely tokens that each piece lists.
             parse_special: text that spells a special token becomes that token, instead of plain text.
+            logits_hook, prompt_logprobs: as in `Request`.
+            notify: as in `Scheduler.submit`.
             options: single sampling options by name (temperature=0.7, top_p=0.9, seed=1, …); they override `sampling`.
 
         Raises:
             ConfigError: for an empty or too long prompt, or an option that is unknown or out of range.
         """
         ids = self.encode(prompt, parse_special=parse_special) if isinstance(prompt, str) else list(prompt)
-        return self._pieces(ids, ids, sampling_options(sampling, options), max_tokens, stop, top_logprobs)
+        more = {"logits_hook": logits_hook, "prompt_logprobs": prompt_logprobs}
+        drawn = sampling_options(sampling, options)
+        return self._pieces(ids, ids, drawn, max_tokens, stop, top_logprobs, notify, **more)
 
     def encode(self, prompt: str, *, parse_special: bool = False) -> list[int]:
         """The token ids of a raw prompt, with the begin-of-text token in front if the tokenizer adds one.
@@ -155,12 +136,16 @@ class Model:
         documents: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        logits_hook: LogitsHook | None = None,
+        prompt_logprobs: bool = False,
+        notify: Callable[[], None] | None = None,
         **options: Any,
-    ) -> Generator[Piece, None, None]:
+    ) -> Pieces:
         """Answers a conversation (`[{"role": "user", "content": "…"}]`) through the model's chat template.
 
         Args:
             thinking, tools, documents, template, template_args: what the template sees besides (`TemplateOptions`).
+            logits_hook, prompt_logprobs, notify: as in `generate`.
             options: single sampling options by name, and variables that the template has (`controls={…}`).
 
         Raises:
@@ -170,7 +155,8 @@ class Model:
         others = {name: value for name, value in options.items() if name not in drawn}
         asked = TemplateOptions(thinking, tools, documents, {**(template_args or {}), **others}, template)
         ids = self.encode_chat(messages, asked)
-        return self._pieces(ids, (), sampling_options(sampling, drawn), max_tokens, stop, top_logprobs)
+        more = {"logits_hook": logits_hook, "prompt_logprobs": prompt_logprobs}
+        return self._pieces(ids, (), sampling_options(sampling, drawn), max_tokens, stop, top_logprobs, notify, **more)
 
     def _is_template_variable(self, name: str) -> bool:
         """Whether the chat template mentions a name that is no sampling option."""
@@ -223,11 +209,14 @@ class Model:
         max_tokens: int | None,
         stop: Sequence[str],
         top: int,
-    ) -> Generator[Piece, None, None]:
+        notify: Callable[[], None] | None,
+        **more: Any,
+    ) -> Pieces:
         """Checks everything before the first step, and returns the pieces.
 
         Args:
             continued: ids whose text the generated text follows: they decide about a space at its beginning.
+            more: further fields of the request.
         """
         self._check_open()
         vocabulary = self.network.architecture.vocab_size
@@ -239,61 +228,19 @@ class Model:
             if token >= vocabulary:
                 raise ConfigError(f"logit_bias: token id {token} lies outside the vocabulary of {vocabulary}")
         check_prompt(ids, self.engine.context, vocabulary)
+        request = Request(tuple(ids), sampling, max_tokens, self.end_ids, **more)
         decoder = StreamDecoder(self.tokenizer, context=continued) if self.tokenizer else None
-        return self._run(ids, decoder, sampling, max_tokens, StopMatcher(stop), top)
-
-    def _run(
-        self,
-        ids: list[int],
-        decoder: StreamDecoder | None,
-        sampling: SamplingOptions,
-        max_tokens: int | None,
-        matcher: StopMatcher,
-        top: int,
-    ) -> Generator[Piece, None, None]:
-        with self._one_at_a_time():
-            for step in self.engine.generate(ids, sampling, max_tokens=max_tokens, stop_ids=self.end_ids):
-                text = decoder.push(step.token) if decoder and step.finish != "stop" else ""
-                spelling = self._special_spelling(step.token) if matcher.active and step.finish != "stop" else ""
-                if decoder and (step.finish or spelling):
-                    text += decoder.finish() if step.finish else decoder.settle()
-                text, stopped = matcher.push(text)
-                if spelling and not stopped:
-                    more, stopped = matcher.push(spelling, special=True)
-                    text += more
-                if step.finish and not stopped:
-                    text += matcher.flush()
-                finish = "stop" if stopped else step.finish
-                yield Piece(text, step.token, step.logprob, finish, tuple(top_logprobs(step.logits, top)))
-                self._generating = threading.get_ident()  # another thread may read on from here
-                if stopped:
-                    return
-
-    def _special_spelling(self, token: int) -> str:
-        """The spelling of a special token, which the text leaves out; nothing for any other token."""
-        if self.tokenizer is None or token not in self.tokenizer.special_ids:
-            return ""
-        return self.tokenizer.id_to_token(token) or ""
-
-    @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        """Waits until no other thread generates; raises ConfigError where this thread would wait for itself."""
-        if self._generating == threading.get_ident():
-            raise ConfigError("generate: this thread has a generation that is not read to its end; close() it first")
-        with self._turn:
-            self._generating = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._generating = None
+        begin = partial(self.engine.submit, request, notify=notify)
+        return Pieces(begin, self.tokenizer, decoder, StopMatcher(stop), top)
 
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("the model is closed; load it again")
 
     def close(self) -> None:
-        """Unmaps the file and ends the chat template's helper process; the model cannot be used afterwards."""
+        """Ends all texts, unmaps the file and ends the chat template's helper process; nothing can be used afterwards."""
         self._closed = True
+        self.engine.close()
         if self.template:
             self.template.close()
         self.weights.close()

@@ -142,6 +142,12 @@ def top_logprobs(logits: npt.ArrayLike, count: int) -> list[Choice]:
     return [Choice(int(token), float(raw[token] - normaliser)) for token in tokens]
 
 
+def logprob(logits: npt.ArrayLike, token: int) -> float:
+    """The log-probability of a token under logits [vocab], in nats; raises MpoError as `Sampler.sample` does."""
+    raw = _checked(logits)
+    return float(raw[token] - _log_sum_exp(raw))
+
+
 def filtered_distribution(scores: _Floats, options: SamplingOptions) -> tuple[_Ids, _Floats]:
     """The distribution from which a token is drawn, given scores [vocab] after penalties and bias; temperature is not 0.
 

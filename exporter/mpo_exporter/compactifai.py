@@ -31,7 +31,7 @@ from mpo_exporter.plan.options import Choice, Options
 from mpo_exporter.source import ModelFolder, Source, data_folder, open_source, require_finite_weights
 from mpo_formats import Architecture, ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_runtime.engine import Engine
+from mpo_runtime.engine import Scheduler
 from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.sampler import SamplingOptions
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
@@ -277,7 +277,7 @@ def measured_speedup(path: Path, folder: Path) -> float:
     """Tokens per second of a file divided by those of the dense model, in this runtime: the median over rounds."""
     opened = [open_weights(place) for place in (path, folder)]
     try:
-        engines = [Engine(load_network(weights), context=SPEED_TOKENS + 8) for weights in opened]
+        engines = [Scheduler(load_network(weights), context=SPEED_TOKENS + 8) for weights in opened]
         ratios = []
         for _ in range(SPEED_ROUNDS + 1):
             ours, dense = (generation_seconds(engine) for engine in engines)
@@ -288,7 +288,7 @@ def measured_speedup(path: Path, folder: Path) -> float:
             weights.close()
 
 
-def generation_seconds(engine: Engine) -> float:
+def generation_seconds(engine: Scheduler) -> float:
     """Seconds that an engine takes to generate SPEED_TOKENS tokens after a short prompt."""
     start = time.perf_counter()
     list(engine.generate([1, 2, 3, 4], SamplingOptions(temperature=0), max_tokens=SPEED_TOKENS, stop_ids=()))

@@ -10,7 +10,7 @@ alone and runs it. There is only this one path, so a test of a single op tests t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import mpo_runtime._native as _native
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.backends.ops import Array, Ops, check_activations
+from mpo_runtime.backends.ops import Array, Ops, Span, check_activations
 from mpo_runtime.layers.native import float_vector, load_linear
 from mpo_runtime.rope import rotations
 from mpo_runtime.weights.protocol import Weights
@@ -82,6 +82,7 @@ class NativeOps(Ops):
     """
 
     name = "native"
+    row_exact = False
 
     def __init__(
         self,
@@ -123,6 +124,17 @@ class NativeOps(Ops):
             raise ConfigError(f"context of {capacity} tokens: the model was made for {limit}; lower --ctx-size")
         blocks, heads = architecture.num_hidden_layers, architecture.num_key_value_heads
         return NativeCache(_native.Cache(blocks, rows, heads, capacity, architecture.head_dim, self.kv_type))
+
+    def new_pages(self, architecture: Architecture) -> _native.Pages:
+        """An empty store of pages for the KV cache."""
+        blocks, heads = architecture.num_hidden_layers, architecture.num_key_value_heads
+        return _native.Pages(blocks, heads, architecture.head_dim, self.kv_type)
+
+    def spans(self, pages: _native.Pages, spans: Sequence[Span]) -> NativeCache:
+        """The cache of a step over several sequences."""
+        tables = [list(span.pages) for span in spans]
+        starts, counts = [span.start for span in spans], [span.count for span in spans]
+        return NativeCache(_native.Cache(pages, tables, starts, counts, [span.few for span in spans]))
 
     def run(self, forward: Callable[[Array, Any], Array], ids: Ids, cache: NativeCache) -> Floats:
         """The result of `forward(ids, cache)` [B, S, width], from the program that its first call recorded."""

@@ -6,8 +6,9 @@ Shapes: B rows, S new tokens, H query heads, K key-value heads, D head size, E h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from mpo_formats import Architecture, ConfigError
 
 Array = Any
+# Positions of a page of the KV cache.
+PAGE = 32
 # What a backend multiplies integer weights with.
 ACTIVATIONS = ("int8", "float")
 
@@ -48,10 +51,62 @@ class Cache(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The new tokens of one sequence in a step over several.
+
+    Attributes:
+        pages: the sequence's pages in order, enough for all its tokens.
+        start: the position of the first new token; those before it are in the pages.
+        count: new tokens.
+        few: they are one token or some drafts of a text being generated; otherwise they are a part of a prompt. The
+            bits of a token's result depend on its sequence and on this alone, where the backend is `row_exact`.
+    """
+
+    pages: Sequence[int]
+    start: int
+    count: int
+    few: bool
+
+
+class Pages(Protocol):
+    """A store of pages of the KV cache, each for PAGE positions of one sequence; which are in use is the caller's affair."""
+
+    @property
+    def count(self) -> int:
+        """Pages that exist."""
+        ...
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        ...
+
+    def grow(self, count: int) -> None:
+        """Makes pages until there are `count`."""
+        ...
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies the content of a page to another one."""
+        ...
+
+    def read(self, page: int) -> bytes:
+        """The content of a page."""
+        ...
+
+    def write(self, page: int, content: bytes) -> None:
+        """Puts in a page what `read` of a store for the same model and type gave; raises ValueError for another size."""
+        ...
+
+
 class Ops(Protocol):
-    """What a model runs on: a complete backend."""
+    """What a model runs on: a complete backend.
+
+    `row_exact` says that a token's result does not depend on what else is in the step, in any bit.
+    """
 
     name: str
+    row_exact: bool
 
     def weights(self, layer: str) -> Array:
         """The loaded layer or vector of that name."""
@@ -67,6 +122,14 @@ class Ops(Protocol):
 
     def new_cache(self, architecture: Architecture, rows: int, capacity: int) -> Cache:
         """Allocates an empty KV cache."""
+        ...
+
+    def new_pages(self, architecture: Architecture) -> Pages:
+        """An empty store of pages for the KV cache."""
+        ...
+
+    def spans(self, pages: Any, spans: Sequence[Span]) -> Any:
+        """What `run` takes as cache for a step over several sequences: ids [1, S] are the new tokens of all of them."""
         ...
 
     def run(self, forward: Callable[[Array, Any], Array], ids: Array, cache: Any) -> Array:

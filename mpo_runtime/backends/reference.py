@@ -5,7 +5,8 @@ It is differentiable and its matrices can be exchanged, so calibration, measurin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_formats import Architecture, ConfigError
-from mpo_runtime.backends.ops import EditableOps
+from mpo_runtime.backends.ops import PAGE, EditableOps, Span
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor, load_linear
 from mpo_runtime.memory import available_memory
 from mpo_runtime.rope import rotations
@@ -64,6 +65,13 @@ class TorchCache:
         starts = torch.tensor(self.lengths, device=self.device)
         return starts[:, None] + torch.arange(count, device=self.device)
 
+    def append(self, block: int, k: Tensor, v: Tensor) -> None:
+        """Writes keys and values [B, K, S, D] of the new tokens; does not advance."""
+        for row, start in enumerate(self.lengths):
+            kept = min(k.shape[2], self.capacity - start)  # the padding of a short row may exceed the capacity
+            for index, new in enumerate((k, v)):
+                self.held[block][index, row, :, start : start + kept] = new[row, :, :kept]
+
     def advance(self, counts: list[int]) -> None:
         """Adds the number of new tokens to the length of each row."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
@@ -71,6 +79,76 @@ class TorchCache:
     def rewind(self, length: int) -> None:
         """Forgets all tokens from position `length` on."""
         self.lengths = [min(length, held) for held in self.lengths]
+
+
+class TorchPages:
+    """Pages [blocks, 2, K, PAGE, D] of the KV cache, a tensor each."""
+
+    def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+        heads, size = architecture.num_key_value_heads, architecture.head_dim
+        self.shape = (architecture.num_hidden_layers, 2, heads, PAGE, size)
+        self.device, self.dtype = device, dtype
+        self.held: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        """Pages that exist."""
+        return len(self.held)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def grow(self, count: int) -> None:
+        """Makes pages until there are `count`."""
+        while len(self.held) < count:
+            self.held.append(torch.zeros(self.shape, device=self.device, dtype=self.dtype))
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies the content of a page to another one."""
+        self.held[target].copy_(self.held[source])
+
+    def read(self, page: int) -> bytes:
+        """The content of a page."""
+        return self.held[page].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+    def write(self, page: int, content: bytes) -> None:
+        """Puts in a page what `read` gave; raises ValueError for another size."""
+        if len(content) != self.page_bytes:
+            raise ValueError(f"cache: a page has {self.page_bytes} bytes, found {len(content)}")
+        self.held[page].copy_(torch.frombuffer(bytearray(content), dtype=self.dtype).view(self.shape))
+
+
+class TorchSpans:
+    """The sequences of one step as the cache of its tokens [1, S]."""
+
+    def __init__(self, pages: TorchPages, spans: Sequence[Span]) -> None:
+        self.pages, self.spans = pages, spans
+
+    def positions(self, count: int) -> Tensor:
+        """The positions [1, S] of the new tokens."""
+        parts = [torch.arange(span.start, span.start + span.count) for span in self.spans]
+        return torch.cat(parts).to(self.pages.device)[None]
+
+    def append(self, block: int, k: Tensor, v: Tensor) -> None:
+        """Writes keys and values [1, K, S, D] of the new tokens to their pages."""
+        token = 0
+        for span in self.spans:
+            for position in range(span.start, span.start + span.count):
+                page = self.pages.held[span.pages[position // PAGE]]
+                page[block, 0, :, position % PAGE] = k[0, :, token]
+                page[block, 1, :, position % PAGE] = v[0, :, token]
+                token += 1
+
+    def rows(self, block: int) -> Iterator[tuple[int, int, Tensor]]:
+        """For each sequence its first token, its new tokens, and its keys and values [2, 1, K, end, D]."""
+        first = 0
+        for span in self.spans:
+            end = span.start + span.count
+            used = [self.pages.held[page][block] for page in span.pages[: -(-end // PAGE)]]
+            yield first, span.count, torch.cat(used, dim=2)[:, None, :, :end]
+            first += span.count
 
 
 class ReferenceOps(EditableOps):
@@ -89,6 +167,7 @@ class ReferenceOps(EditableOps):
     """
 
     name = "reference"
+    row_exact = False
 
     def __init__(
         self,
@@ -155,6 +234,14 @@ class ReferenceOps(EditableOps):
         """A tensor as numpy float32."""
         return array.detach().float().cpu().numpy()
 
+    def new_pages(self, architecture: Architecture) -> TorchPages:
+        """An empty store of pages for the KV cache."""
+        return TorchPages(architecture, self.device, self.kv_type)
+
+    def spans(self, pages: TorchPages, spans: Sequence[Span]) -> TorchSpans:
+        """The cache of a step over several sequences."""
+        return TorchSpans(pages, spans)
+
     def new_cache(self, architecture: Architecture, rows: int, capacity: int) -> TorchCache:
         """Allocates an empty KV cache."""
         if capacity > architecture.max_position_embeddings:
@@ -166,7 +253,7 @@ class ReferenceOps(EditableOps):
         """A float32 KV cache for `count` tokens that all blocks share: for running one block after the other."""
         return TorchCache(architecture, rows, count, self.device, shared=True)
 
-    def run(self, forward: Callable[[Tensor, Any], Tensor], ids: Tensor, cache: TorchCache) -> Tensor:
+    def run(self, forward: Callable[[Tensor, Any], Tensor], ids: Tensor, cache: Any) -> Tensor:
         """`forward(ids, cache)`: nothing is recorded, so that gradients flow and a subclass can override every op."""
         return forward(ids, cache)
 
@@ -174,7 +261,7 @@ class ReferenceOps(EditableOps):
         """Token ids [B, S] to multiplier · rows [B, S, E]."""
         return table.rows(ids) * multiplier
 
-    def add_positions(self, x: Tensor, table: Tensor, cache: TorchCache | None) -> Tensor:
+    def add_positions(self, x: Tensor, table: Tensor, cache: TorchCache | TorchSpans | None) -> Tensor:
         """x [B, S, E] with the rows of the table that belong to the positions of its tokens added."""
         count, rows = x.shape[1], table.view(-1, x.shape[2])
         if cache is None:
@@ -196,37 +283,27 @@ class ReferenceOps(EditableOps):
         """Σ_t term_t(x) + bias."""
         return layer.apply(x)
 
-    def rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache, block: int) -> Tensor:
+    def rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache | TorchSpans, block: int) -> Tensor:
         """Rotates q [B, S, H·D] and k [B, S, K·D] by position, appends k and v to the cache; returns q [B, H, S, D]."""
         rows, count, _ = q.shape
-        held = cache.held[block]
-        _, _, heads, _, size = held.shape
-        positions = cache.positions(count)
-        angles = positions[:, None, :, None].float() * self.frequencies  # [B, 1, S, D/2]
+        size = 2 * self.frequencies.shape[0]
+        angles = cache.positions(count)[:, None, :, None].float() * self.frequencies  # [B, 1, S, D/2]
         cosine, sine = angles.cos(), angles.sin()
-        k = rotate(k.view(rows, count, heads, size).transpose(1, 2), cosine, sine)
-        v = v.view(rows, count, heads, size).transpose(1, 2)
-        for row, start in enumerate(cache.lengths):
-            kept = min(count, cache.capacity - start)  # the padding of a short row may exceed the capacity
-            held[0, row, :, start : start + kept] = k[row, :, :kept]
-            held[1, row, :, start : start + kept] = v[row, :, :kept]
+        k = rotate(k.view(rows, count, -1, size).transpose(1, 2), cosine, sine)
+        cache.append(block, k, v.view(rows, count, -1, size).transpose(1, 2))
         return rotate(q.view(rows, count, -1, size).transpose(1, 2), cosine, sine)
 
-    def attention(self, q: Tensor, cache: TorchCache, block: int, scale: float, window: int) -> Tensor:
+    def attention(self, q: Tensor, cache: TorchCache | TorchSpans, block: int, scale: float, window: int) -> Tensor:
         """Causal grouped-query attention of q [B, H, S, D] over the cache, as [B, S, H·D]."""
-        rows, heads, count, size = q.shape
-        end = min(max(cache.lengths) + count, cache.capacity)
-        k, v = cache.held[block][:, :, :, :end].float()  # [B, K, end, D] each
-        group = heads // k.shape[1]
-        q = q.reshape(rows, k.shape[1], group, count, size)
-        scores = torch.einsum("bkgsd,bktd->bkgst", q, k) * scale
-        present, positions = torch.arange(end, device=q.device), cache.positions(count)[:, :, None]
-        visible = present <= positions  # [B, S, end]
-        if window:
-            visible &= present > positions.clamp(max=end - 1) - window  # padding past the end sees something, too
-        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
-        mixed = torch.einsum("bkgst,bktd->bskgd", scores.softmax(-1), v)
-        return mixed.reshape(rows, count, heads * size)
+        positions = cache.positions(q.shape[2])
+        if isinstance(cache, TorchCache):
+            end = min(max(cache.lengths) + q.shape[2], cache.capacity)
+            return attend(q, cache.held[block][:, :, :, :end], positions, scale, window)
+        parts = [
+            attend(q[:, :, first : first + count], held, positions[:, first : first + count], scale, window)
+            for first, count, held in cache.rows(block)
+        ]
+        return torch.cat(parts, dim=1)
 
     def gelu(self, x: Tensor) -> Tensor:
         """x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks & Gimpel 2016)."""
@@ -243,6 +320,22 @@ class ReferenceOps(EditableOps):
     def logits(self, head: Linear, x: Tensor, scaling: float) -> Tensor:
         """head(x) / scaling [..., vocabulary]."""
         return head.apply(x) / scaling
+
+
+def attend(q: Tensor, held: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
+    """Causal grouped-query attention of q [B, H, S, D] at positions [B, S] over keys and values [2, B, K, end, D]."""
+    rows, heads, count, size = q.shape
+    k, v = held.float()
+    end, group = k.shape[2], heads // k.shape[1]
+    q = q.reshape(rows, k.shape[1], group, count, size)
+    scores = torch.einsum("bkgsd,bktd->bkgst", q, k) * scale
+    present, positions = torch.arange(end, device=q.device), positions[:, :, None]
+    visible = present <= positions  # [B, S, end]
+    if window:
+        visible &= present > positions.clamp(max=end - 1) - window  # padding past the end sees something, too
+    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    mixed = torch.einsum("bkgst,bktd->bskgd", scores.softmax(-1), v)
+    return mixed.reshape(rows, count, heads * size)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

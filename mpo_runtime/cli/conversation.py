@@ -196,7 +196,7 @@ class Conversation:
         if sampling.seed is not None:  # another stream for each answer, so that a regenerated one differs
             sampling = replace(sampling, seed=(sampling.seed + totals.answers) % 2**64)
         totals.answers += 1
-        totals.prompt_tokens, totals.reused = len(ids), self.model.engine.reusable(ids, repeatable=sampling.repeatable)
+        totals.prompt_tokens, totals.reused = len(ids), 0
         totals.last_tokens, totals.last_seconds, self.finish = 0, 0.0, None
         start = first = time.monotonic()
         pieces = self.model.generate(ids, max_tokens=settings.max_tokens, sampling=sampling, stop=settings.stop)
@@ -205,6 +205,7 @@ class Conversation:
                 now = time.monotonic()
                 if totals.last_tokens == 0:
                     first, totals.first_token = now, now - start
+                    totals.reused = pieces.start().cached_tokens
                 totals.last_tokens += 1
                 totals.tokens += 1
                 totals.last_seconds = now - first

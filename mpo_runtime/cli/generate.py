@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mpo_runtime.cli.console import json_text
 from mpo_runtime.loading import load
 from mpo_runtime.model import Model, Piece
 from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.pieces import Pieces
 from mpo_runtime.sampler import Choice, SamplingOptions
 from mpo_runtime.text.chat_template import TemplateOptions
 from mpo_runtime.text.decode import decode_argument, decode_text
@@ -54,7 +55,7 @@ class Request:
         system = [{"role": "system", "content": text}] if text else []
         return model.encode_chat([*system, {"role": "user", "content": prompt}], self.template)
 
-    def start(self, model: Model, ids: list[int]) -> Generator[Piece, None, None]:
+    def start(self, model: Model, ids: list[int]) -> Pieces:
         """Checks a prompt and returns the pieces that continue it."""
         return model.generate(
             ids, max_tokens=self.max_tokens, sampling=self.sampling, stop=self.stop, top_logprobs=self.logprobs

@@ -179,19 +179,26 @@ struct OpsCase {
 
   // Keys and values are stored in the cache's type first; what is stored must be the same at every level.
   void attend(const Ops& ops, Results& all) const {
-    const std::size_t bytes = size * element_size(type);
-    std::vector<std::uint8_t> stored[2] = {std::vector<std::uint8_t>(positions * bytes),
-                                           std::vector<std::uint8_t>(positions * bytes)};
-    std::vector<float> scales[2] = {std::vector<float>(positions), std::vector<float>(positions)};
+    const std::size_t bytes = size * element_size(type), half = kPagePositions * (bytes + sizeof(float));
+    const std::size_t codes = (kPagePositions * bytes + 63) / 64 * 64, scales = kPagePositions * sizeof(float);
+    const KvPlace offsets{type, nullptr, 0, codes, 2 * codes, 2 * codes + scales, size};
+    std::vector<std::vector<std::uint8_t>> pages;
+    for (std::size_t p = 0; p < positions; p += kPagePositions) pages.emplace_back(2 * (half + 64));
     for (int i = 0; i < 2; ++i) {
-      std::vector<float> read(positions * size);
+      std::vector<float> read(positions * size), stored;
       for (std::size_t p = 0; p < positions; ++p) {
-        ops.store((i ? values : keys).data() + p * size, size, type, stored[i].data() + p * bytes, &scales[i][p]);
-        ops.widen(type, stored[i].data() + p * bytes, scales[i][p], size, read.data() + p * size);
+        std::uint8_t* page = pages[p / kPagePositions].data();
+        std::uint8_t* to = page + (i ? offsets.values : offsets.keys) + p % kPagePositions * bytes;
+        auto* scale = reinterpret_cast<float*>(page + (i ? offsets.value_scales : offsets.key_scales)) + p % kPagePositions;
+        ops.store((i ? values : keys).data() + p * size, size, type, to, scale);
+        ops.widen(type, to, *scale, size, read.data() + p * size);
+        stored.insert(stored.end(), to, to + bytes);
       }
       all.push_back(read);
-      all.emplace_back(stored[i].begin(), stored[i].end());
+      all.push_back(stored);
     }
+    std::vector<const std::uint8_t*> table;
+    for (const auto& page : pages) table.push_back(page.data());
     std::vector<const float*> rows;
     std::vector<std::size_t> firsts, limits;
     for (std::size_t m = 0; m < queries; ++m) {
@@ -199,12 +206,15 @@ struct OpsCase {
       limits.push_back((m * 37) % (positions + 1));
       firsts.push_back(m % 3 ? limits.back() * m / (queries + 1) : 0);
     }
-    std::vector<float> mixed(queries * size), peaks(queries), sums(queries);
-    ops.attend({{type, stored[0].data(), stored[1].data(), scales[0].data(), scales[1].data(), size},
-                positions / 3, positions, queries, rows.data(), firsts.data(), limits.data(), 0.3f, mixed.data(), peaks.data(),
-                sums.data()});
-    for (float& peak : peaks) peak = std::isinf(peak) ? -1.0f : peak;
-    all.insert(all.end(), {mixed, peaks, sums});
+    KvPlace place = offsets;
+    place.pages = table.data();
+    for (const bool few : {true, false}) {
+      std::vector<float> mixed(queries * size), peaks(queries), sums(queries);
+      ops.attend({place, positions / 3 / kPagePositions / 2 * 2 * kPagePositions, positions, few, queries, rows.data(),
+                  firsts.data(), limits.data(), 0.3f, mixed.data(), peaks.data(), sums.data()});
+      for (float& peak : peaks) peak = std::isinf(peak) ? -1.0f : peak;
+      all.insert(all.end(), {mixed, peaks, sums});
+    }
   }
 };
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 import mpo_runtime
 from mpo_formats import CheckpointError, ConfigError
 from mpo_runtime import Model, SamplingOptions, load
-from mpo_runtime.engine import Engine, Step
+from mpo_runtime.engine import Generation, Request, Scheduler, Step
 from mpo_runtime.model import end_ids
 from mpo_runtime.text.chat_template import TemplateOptions
 from mpo_runtime.text.tokenizer import Tokenizer
@@ -83,7 +83,6 @@ def test_a_stop_string_ends_the_text_before_it(model: Model) -> None:
     assert pieces[-1].finish == "stop"
     assert all(piece.finish is None for piece in pieces[:-1])
     assert text_of(run(stop=["never occurs"])) == whole
-    assert not model.engine.lock.locked()
 
 
 def test_an_end_token_ends_the_text_and_is_not_part_of_it(model: Model) -> None:
@@ -149,11 +148,17 @@ def test_stop_strings_of_special_tokens(
     tokens = [RAW.token_to_id("a"), RAW.token_to_id("b"), tool, RAW.token_to_id("c"), RAW.token_to_id("d"), tool, tool]
     row = np.zeros(260, np.float32)
 
-    def scripted(*_: Any, **__: Any) -> Iterator[Step]:
-        for index, token in enumerate(tokens):
-            yield Step(token, 0.0, row, "length" if index + 1 == len(tokens) else None)
+    class Scripted(Generation):
+        def __init__(self) -> None:
+            self.steps = [Step(token, 0.0, row, None) for token in tokens[:-1]] + [Step(tokens[-1], 0.0, row, "length")]
 
-    monkeypatch.setattr(chatty.engine, "generate", scripted)
+        def __next__(self) -> Step:
+            return self.steps.pop(0)
+
+        def cancel(self) -> None:
+            self.steps.clear()
+
+    monkeypatch.setattr(chatty.engine, "submit", lambda request, notify: Scripted())
     pieces = list(chatty.generate("x", stop=[stop]))
     assert (text_of(pieces), len(pieces)) == (text, count)
     assert pieces[-1].finish == ("length" if stop == "<|tool|>x" else "stop")
@@ -252,7 +257,7 @@ def test_the_longest_text_that_can_be_scored(model: Model) -> None:
 
 
 def test_threads_get_what_they_would_get_alone(model: Model) -> None:
-    """Generations, of which one runs at a time, beside scores, which share nothing with them."""
+    """Generations in one batch, beside scores, which share nothing with them."""
     jobs: list[Callable[[], Any]] = [
         lambda seed=seed: list(model.generate(some_ids(3 + seed, seed), temperature=1.0, seed=seed, max_tokens=10))
         for seed in range(6)
@@ -264,37 +269,64 @@ def test_threads_get_what_they_would_get_alone(model: Model) -> None:
     assert together == alone
 
 
-def test_closing_an_unfinished_generation_lets_the_next_one_run(model: Model) -> None:
-    unfinished = model.generate("Hello", temperature=0)
-    next(unfinished)
-    assert model.engine.lock.locked()
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(lambda: list(model.generate("Hi", temperature=0, max_tokens=3)))
-        unfinished.close()
-        assert len(waiting.result(timeout=60)) == 3
-    assert not model.engine.lock.locked()
-    assert list(unfinished) == []
+def test_several_texts_in_one_thread(model: Model) -> None:
+    """They are read in turns, and one is left half read."""
+    first, second = (model.generate(start, temperature=0, max_tokens=20) for start in ("Hello", "Hi"))
+    found = [(next(first), next(second)) for _ in range(10)]
+    second.close()
+    assert list(second) == []
+    rest = list(first)
+    whole = list(model.generate("Hello", temperature=0, max_tokens=20))
+    assert [pair[0] for pair in found] + rest == whole
+    assert [pair[1] for pair in found] == list(model.generate("Hi", temperature=0, max_tokens=20))[:10]
 
 
-def test_a_failure_inside_a_generation_releases_the_lock(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = model.generate("Hello", temperature=0)
-    next(pieces)
+def test_a_text_is_started_polled_and_measured(model: Model) -> None:
+    pieces = model.generate("Hello", temperature=0, max_tokens=5, prompt_logprobs=True)
+    assert pieces.generation is None
+    generation, found = pieces.start(), []
+    while not pieces.done:
+        if (piece := pieces.poll()) is not None:
+            found.append(piece)
+    assert found == list(model.generate("Hello", temperature=0, max_tokens=5))
+    assert (generation.prompt_tokens, generation.figures.tokens, generation.done) == (6, 5, True)
+    scores = generation.prompt_logprobs
+    assert scores is not None
+    np.testing.assert_allclose(np.array(scores[1:], float), model.score("Hello").logprobs, atol=1e-5)
+    assert list(pieces) == [] and pieces.poll() is None
 
+
+def test_a_logits_hook(model: Model) -> None:
+    def only_a(generated: Any, logits: Any) -> None:
+        logits[np.arange(logits.size) != RAW.token_to_id("a")] = -np.inf
+
+    assert text_of(model.generate("x", max_tokens=4, logits_hook=only_a)) == "aaaa"
+
+
+def test_a_failure_inside_a_generation_ends_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
-        raise MemoryError
+        raise OSError("the disk is gone")
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(model.network, "hidden", fails)
-        next(pieces)
-    assert not model.engine.lock.locked()
-    # What the engine holds is still true: the same prompt continues as a fresh engine continues it.
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
+        patch.setattr(model.network.ops, "run", fails)
+        next(model.generate("Hello", temperature=0))
+    # What is kept is still true: the same prompt continues as a fresh engine continues it.
     again = [piece.token for piece in model.generate("Hello", temperature=0, max_tokens=6)]
-    assert again == [
-        step.token
-        for step in Engine(model.network).generate(
-            [BOS, *RAW.encode("Hello", add_special_tokens=False).ids], SamplingOptions(temperature=0), max_tokens=6
-        )
-    ]
+    ids = (BOS, *RAW.encode("Hello", add_special_tokens=False).ids)
+    fresh = Scheduler(model.network).submit(Request(ids, SamplingOptions(temperature=0), 6))
+    assert again == [step.token for step in fresh]
+
+
+def test_nothing_can_be_asked_of_a_closed_model(folder: Path) -> None:
+    with load(folder) as opened:
+        half = opened.generate("Hello", temperature=0)
+        next(half)
+        later = opened.generate("Hello", temperature=0)
+    assert len(list(half)) < 64
+    with pytest.raises(ConfigError, match="closed"):
+        next(later)
+    with pytest.raises(ConfigError, match="closed"):
+        opened.generate("Hello")
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_caches(sizes: tuple[int, ...]) -> None:
             cache.advance(counts)
     cache.rewind(2)
     assert cache.lengths == [2, 1]
-    assert cache.nbytes == 2 * 2 * 4 * (2 + 4)
+    assert cache.nbytes == 2 * 2 * 32 * (2 + 4)  # two pages of 32 positions
 
 
 def test_threads() -> None:

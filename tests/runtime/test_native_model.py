@@ -17,7 +17,7 @@ from mpo_exporter.plan.options import Options
 from mpo_exporter.source import embedded_model
 from mpo_formats import ConfigError
 from mpo_runtime import load, native
-from mpo_runtime.engine import Engine
+from mpo_runtime.engine import Scheduler
 from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.measure import compare
 from mpo_runtime.models.decoder import Decoder
@@ -50,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def greedy(model: Decoder, prompt: list[int], count: int) -> list[int]:
-    return [step.token for step in Engine(model).generate(prompt, GREEDY, max_tokens=count, stop_ids=())]
+    return [step.token for step in Scheduler(model).generate(prompt, GREEDY, max_tokens=count, stop_ids=())]
 
 
 @pytest.mark.parametrize("plan", PLANS)

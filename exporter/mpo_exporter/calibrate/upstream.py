@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import Architecture
-from mpo_runtime.backends.reference import ReferenceOps, TorchCache
+from mpo_runtime.backends.reference import ReferenceOps, TorchCache, TorchSpans
 from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.protocol import Weights
@@ -93,7 +93,7 @@ class RecordingOps(ReferenceOps):
         """x / √(mean x² + eps) · weight."""
         return x if self.skipping else super().rms_norm(x, weight, eps)
 
-    def rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache, block: int) -> Tensor:
+    def rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache | TorchSpans, block: int) -> Tensor:
         """Rotates q and k, appends k and v to the cache; returns q."""
         return q if self.skipping else super().rope_and_append(q, k, v, cache, block)
 
@@ -101,7 +101,7 @@ class RecordingOps(ReferenceOps):
         """(x − mean x) / √(var x + eps) · weight + bias."""
         return x if self.skipping else super().layer_norm(x, weight, bias, eps)
 
-    def attention(self, q: Tensor, cache: TorchCache, block: int, scale: float, window: int) -> Tensor:
+    def attention(self, q: Tensor, cache: TorchCache | TorchSpans, block: int, scale: float, window: int) -> Tensor:
         """Causal grouped-query attention of q over the cache."""
         return q if self.skipping else super().attention(q, cache, block, scale, window)
 

@@ -1,4 +1,5 @@
 // Programs and the KV cache.
+#include <cstring>
 #include <memory>
 
 #include <nanobind/stl/shared_ptr.h>
@@ -36,7 +37,27 @@ void run(const Program& program, const std::optional<Ids>& ids, const std::vecto
 }
 
 void bind_cache(nb::module_& module) {
+  using Tables = std::vector<std::vector<std::size_t>>;
+  using Numbers = std::vector<std::size_t>;
+  nb::class_<Pages>(module, "Pages")
+      .def(nb::init<std::size_t, std::size_t, std::size_t, const std::string&>(), nb::arg("blocks"), nb::arg("heads"),
+           nb::arg("size"), nb::arg("type"))
+      .def_prop_ro("count", &Pages::count)
+      .def_prop_ro("page_bytes", &Pages::page_bytes)
+      .def("grow", &Pages::grow, nb::arg("count"))
+      .def("copy", &Pages::copy, nb::arg("source"), nb::arg("target"))
+      .def("read", [](Pages& pages, std::size_t page) { return nb::bytes(pages.page(page), pages.page_bytes()); },
+           nb::arg("page"))
+      .def("write", [](Pages& pages, std::size_t page, const nb::bytes& content) {
+             expect(content.size() == pages.page_bytes(), "cache: a page has ", pages.page_bytes(), " bytes, found ",
+                    content.size());
+             std::memcpy(pages.page(page), content.data(), content.size());
+           }, nb::arg("page"), nb::arg("content"));
   nb::class_<Cache>(module, "Cache")
+      .def("__init__", [](Cache* cache, std::shared_ptr<Pages> pages, const Tables& tables, const Numbers& lengths,
+                          const Numbers& counts, const std::vector<bool>& few) {
+             new (cache) Cache(std::move(pages), {tables, lengths, counts, few});
+           }, nb::arg("pages"), nb::arg("tables"), nb::arg("lengths"), nb::arg("counts"), nb::arg("few"))
       .def(nb::init<std::size_t, std::size_t, std::size_t, std::size_t, std::size_t, const std::string&>(),
            nb::arg("blocks"), nb::arg("rows"), nb::arg("heads"), nb::arg("capacity"), nb::arg("size"), nb::arg("type"))
       .def_prop_ro("capacity", &Cache::capacity)

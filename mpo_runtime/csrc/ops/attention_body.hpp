@@ -13,8 +13,7 @@ template <class X>
 struct AttentionBody {
   using F = typename X::Floats;
   static constexpr std::size_t kLanes = X::kLanes;
-  static constexpr std::size_t kBlock = 64;        // positions taken at a time
-  static constexpr std::size_t kFewQueries = 8;    // below this a product with transposed keys does not pay
+  static constexpr std::size_t kBlock = 2 * kPagePositions;  // positions taken at a time
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
   // `count` stored rows of `size` as float32, rows `wide` floats apart; of int8 with a scale for each row.
@@ -138,18 +137,17 @@ struct AttentionBody {
   static MPO_INLINE void block(const AttentionTask& task, const Work& work, std::size_t wide, std::size_t start,
                     std::size_t count) {
     const KvPlace& cache = task.cache;
-    const std::size_t size = cache.size, queries = task.queries, offset = start * size * element_size(cache.type);
-    const bool scaled = cache.type == Type::int8, in_place = cache.type == Type::f32 && wide == size;
+    const std::size_t size = cache.size, queries = task.queries;
     const float *keys = work.keys, *values = work.values;
-    if (in_place) {
-      keys = reinterpret_cast<const float*>(cache.keys + offset);
-      values = reinterpret_cast<const float*>(cache.values + offset);
-    } else {
-      widen(cache.type, cache.keys + offset, scaled ? cache.key_scales + start : nullptr, count, size, work.keys, wide);
-      widen(cache.type, cache.values + offset, scaled ? cache.value_scales + start : nullptr, count, size, work.values,
-            wide);
+    for (std::size_t done = 0; done < count; done += kPagePositions) {
+      const std::uint8_t* page = cache.pages[(start + done) / kPagePositions];
+      const auto* scales = reinterpret_cast<const float*>(page + cache.key_scales);
+      const auto* value_scales = reinterpret_cast<const float*>(page + cache.value_scales);
+      const std::size_t part = count - done < kPagePositions ? count - done : kPagePositions;
+      widen(cache.type, page + cache.keys, scales, part, size, work.keys + done * wide, wide);
+      widen(cache.type, page + cache.values, value_scales, part, size, work.values + done * wide, wide);
     }
-    if (queries < kFewQueries) {
+    if (task.few) {
       few_scores(work.q, queries, wide, keys, count, work.scores);
     } else {
       for (std::size_t i = 0; i < wide; ++i) {

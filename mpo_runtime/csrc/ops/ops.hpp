@@ -17,22 +17,26 @@
 
 namespace mpo {
 
-// Where one row of one key-value head lies in the cache of a block.
+// Positions of a page of the KV cache.
+constexpr std::size_t kPagePositions = 32;
+
+// Where one sequence's keys and values of one block and head lie: at the same offsets in each of its pages.
 struct KvPlace {
   Type type;
-  const std::uint8_t* keys;    // [capacity, size] of `type`
-  const std::uint8_t* values;  // likewise
-  const float* key_scales;     // int8: [capacity]
-  const float* value_scales;
-  std::size_t size;  // D
+  const std::uint8_t* const* pages;
+  std::size_t keys, values;              // bytes into a page: [kPagePositions, size] of `type`
+  std::size_t key_scales, value_scales;  // int8: [kPagePositions] floats
+  std::size_t size;                      // D
 };
 
-// Queries that share a key-value head, against the positions [begin, end) of the cache. Query m sees those from firsts[m]
-// on and below limits[m]. The result is left unnormalised, to be joined with that of other positions: sums[m] of exp(score -
+// Queries that share a key-value head, against the positions [begin, end) of the cache; begin is a multiple of two pages.
+// Query m sees those from firsts[m] on and below limits[m]; its result depends on nothing but its own arguments and `few`,
+// in every bit. The result is left unnormalised, to be joined with that of other positions: sums[m] of exp(score -
 // peaks[m]), and mixed[m] [size] of that times the values. A query that sees nothing has peak -infinity and zeros.
 struct AttentionTask {
   KvPlace cache;
   std::size_t begin, end;
+  bool few;  // for a few queries scores are dot products, for many a product of matrices; sums are rounded differently
   std::size_t queries;
   const float* const* q;      // [queries] pointers to [size]
   const std::size_t* firsts;  // [queries]

@@ -198,12 +198,11 @@ void Program::check(const Call& call) const {
     }
     if (step.kind != Kind::rope && step.kind != Kind::attention && step.kind != Kind::positions) continue;
     expect(call.cache, "program: expected a cache");
-    const Cache& cache = *call.cache;
-    expect(cache.rows() == call.rows, "program: a cache of ", cache.rows(), " rows for ", call.rows);
     if (step.kind == Kind::positions) continue;
-    const bool fits = step.block < cache.blocks() && step.size == cache.size() &&
-                      (step.kind == Kind::rope ? widths_[step.from[1]] == cache.heads() * step.size
-                                               : widths_[step.from[0]] % (cache.heads() * step.size) == 0);
+    const Pages& pages = call.cache->pages();
+    const bool fits = step.block < pages.blocks() && step.size == pages.size() &&
+                      (step.kind == Kind::rope ? widths_[step.from[1]] == pages.heads() * step.size
+                                               : widths_[step.from[0]] % (pages.heads() * step.size) == 0);
     expect(fits, "program: the cache was made for another model");
   }
 }
@@ -227,7 +226,11 @@ void Program::run(const Call& call) const {
     if (slots_[x] != kNone) state->places[x] = state->slots[slots_[x]].reserve<float>(tokens * slot_widths_[slots_[x]]);
   state->places[result_] = call.out.data;
   state->angles_of = kNone;
-  if (call.cache) state->lengths = call.cache->lengths();
+  state->spans.clear();
+  state->tokens.clear();
+  if (call.cache) state->spans = call.cache->spans(call.rows, call.count);
+  for (const Span& span : state->spans)
+    for (std::size_t t = 0; t < span.count; ++t) state->tokens.push_back({span.row, span.start + t});
   for (const Instruction& step : steps_) execute(step, call, *state);
   if (tokens > kMostKept) return;
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -12,7 +12,10 @@ namespace {
 constexpr std::size_t kSmall = 1u << 15;          // fewer elements are not worth waking a thread for
 constexpr std::size_t kExponentials = 1u << 11;   // elements of SwiGLU and GELU, whose exponentials are
 constexpr std::size_t kQueriesPerTask = 64;       // that share keys and values in the cache
-constexpr std::size_t kShortestSplit = 512;       // positions
+// Positions whose softmax is one running sum; longer contexts are sums of several, joined in order. It is the same whoever
+// computes them, so that a token's result depends on its own sequence alone.
+constexpr std::size_t kSegment = 512;
+constexpr std::size_t kFewQueries = 8;  // below this a product with transposed keys does not pay
 constexpr std::size_t kTasksPerThread = 4;
 
 // Calls f(token) for all tokens, on several threads where there is enough to do.
@@ -61,7 +64,7 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
       const std::vector<float>& table = vectors_[step.vector];
       return for_tokens(tokens, width, [&, x = from(0), last = table.size() / width - 1](std::size_t t) {
         // The padding of a short row may reach past the end.
-        const std::size_t position = std::min(state.lengths[t / call.count] + t % call.count, last);
+        const std::size_t position = std::min(state.tokens[t].position, last);
         ops.add_scaled(x + t * width, table.data() + position * width, width, 1.0f, to + t * width);
       });
     }
@@ -95,12 +98,11 @@ void Program::rope(const Instruction& step, const Call& call, State& state) cons
   const Ops& ops = *active_level().ops;
   const std::size_t tokens = call.rows * call.count, size = step.size, half = size / 2;
   const std::vector<float>& frequencies = vectors_[step.vector];
-  const auto position = [&](std::size_t t) { return state.lengths[t / call.count] + t % call.count; };
   if (state.angles_of != step.vector) {  // the same for every block
     state.angles.resize(2 * tokens * half);
     for (std::size_t t = 0; t < tokens; ++t)
       for (std::size_t i = 0; i < half; ++i) {
-        const float angle = static_cast<float>(position(t)) * frequencies[i];
+        const float angle = static_cast<float>(state.tokens[t].position) * frequencies[i];
         state.angles[t * half + i] = std::cos(angle);
         state.angles[(tokens + t) * half + i] = std::sin(angle);
       }
@@ -113,93 +115,156 @@ void Program::rope(const Instruction& step, const Call& call, State& state) cons
     const float *cosine = state.angles.data() + t * half, *sine = state.angles.data() + (tokens + t) * half;
     for (std::size_t at = 0; at < q_width; at += size)
       ops.rotate(q + t * q_width + at, cosine, sine, size, to + t * q_width + at);
-    if (position(t) >= call.cache->capacity()) return;  // the padding of a short row may reach past the end
+    const std::size_t position = state.tokens[t].position;
+    if (position >= call.cache->capacity()) return;  // the padding of a short row may reach past the end
     thread_local std::vector<float> key;
     key.resize(size);
+    std::uint8_t* page = call.cache->table(state.tokens[t].row)[position / kPagePositions];
     for (std::size_t head = 0; head < k_width / size; ++head) {
-      ops.rotate(k + t * k_width + head * size, cosine, sine, size, key.data());
-      call.cache->store(ops, step.block, t / call.count, head, position(t), key.data(), v + t * k_width + head * size);
+      const std::size_t at = t * k_width + head * size;
+      ops.rotate(k + at, cosine, sine, size, key.data());
+      call.cache->pages().store(ops, step.block, head, page, position % kPagePositions, key.data(), v + at);
     }
   });
 }
 
-void Program::attend(const Instruction& step, const Call& call, State& state) const {
-  const Ops& ops = *active_level().ops;
-  const Cache& cache = *call.cache;
-  const std::size_t size = step.size, width = widths_[step.to[0]], share = width / size / cache.heads();
-  const std::size_t span = std::min(call.count, std::max<std::size_t>(1, kQueriesPerTask / share));  // tokens of a task
-  const std::size_t spans = (call.count + span - 1) / span, queries = span * share;
-  const std::size_t tasks = call.rows * cache.heads() * spans;
-  const std::size_t longest = *std::max_element(state.lengths.begin(), state.lengths.end()) + call.count;
-  const std::size_t context = std::min(longest, cache.capacity());
-  const std::size_t wanted = kTasksPerThread * static_cast<std::size_t>(pool().threads());
-  // What no query's window reaches is not split; whole blocks are left out, so that those of the cache stay whole.
-  const auto first_seen = [&](std::size_t length) { return step.window && length > step.window ? length - step.window : 0; };
-  const std::size_t shortest = *std::min_element(state.lengths.begin(), state.lengths.end());
-  const std::size_t unseen = first_seen(shortest + 1) / kShortestSplit * kShortestSplit;
-  const std::size_t splits = std::max<std::size_t>(
-      1, std::min((wanted + tasks - 1) / tasks, (context - unseen) / kShortestSplit));
-  const std::size_t part = (context - unseen + splits - 1) / splits, step_size = queries * (size + 2);
-  if (state.partial.size() < tasks * splits * step_size) state.partial.resize(tasks * splits * step_size);
-  const float* q = state.places[step.from[0]];
-  float* to = state.places[step.to[0]];
+namespace {
 
-  struct Place {
-    std::size_t row, head, first, tokens;
+// The queries of some tokens of a sequence that share a key-value head.
+struct AttentionPart {
+  const Span* span;
+  std::size_t head, first, tokens;  // `first` token of the span
+  std::size_t segment, segments;    // the first one that it sees, and how many
+};
+
+// Attention of one block in one call.
+class Attention {
+ public:
+  struct Shape {
+    std::size_t size, width, share, block;  // of a head, of q, query heads for each head of the cache
+    float scale;
+    std::size_t window;
   };
-  const auto place = [&](std::size_t task) {
-    const std::size_t first = task % spans * span;
-    return Place{task / spans / cache.heads(), task / spans % cache.heads(), first, std::min(span, call.count - first)};
-  };
-  const auto mixed = [&](std::size_t task, std::size_t split) {
-    return state.partial.data() + (task * splits + split) * step_size;
-  };
-  const auto attend_part = [&](std::size_t task, std::size_t split) {
-    const Place at = place(task);
+  Attention(const Shape& shape, const Cache& cache, const std::vector<Span>& spans, const float* q, float* to)
+      : shape_(shape), cache_(cache), q_(q), to_(to), most_(std::max<std::size_t>(1, kQueriesPerTask / shape.share)) {
+    for (const Span& span : spans)
+      for (std::size_t head = 0; head < cache.pages().heads(); ++head)
+        for (std::size_t first = 0; first < span.count; first += most_) {
+          const std::size_t tokens = std::min(most_, span.count - first);
+          const std::size_t begin = first_seen(limit(span, first)) / kSegment;
+          const std::size_t end = (limit(span, first + tokens - 1) + kSegment - 1) / kSegment;
+          parts_.push_back({&span, head, first, tokens, begin, end - begin});
+        }
+  }
+
+  void run(std::vector<float>& partial) const {
+    std::size_t segments = 0, work = 0;
+    for (const AttentionPart& part : parts_) {
+      segments += part.segments;
+      work += part.segments * part.tokens;
+    }
+    const std::size_t wanted = kTasksPerThread * static_cast<std::size_t>(pool().threads());
+    const bool small = work * shape_.share * std::min(kSegment, cache_.capacity()) * shape_.size < kSmall;
+    if (parts_.size() < wanted && segments > parts_.size() && !small) return run_segments(partial);
+    const auto range = [&](std::size_t begin, std::size_t end) {
+      thread_local std::vector<float> own;
+      for (std::size_t i = begin; i < end; ++i) {
+        if (own.size() < parts_[i].segments * room()) own.resize(parts_[i].segments * room());
+        for (std::size_t segment = 0; segment < parts_[i].segments; ++segment)
+          attend(parts_[i], segment, own.data() + segment * room());
+        join(parts_[i], own.data());
+      }
+    };
+    if (small) range(0, parts_.size());
+    else pool().run(parts_.size(), 1, range);
+  }
+
+ private:
+  // Few sequences with long contexts: the segments are shared out among the threads.
+  void run_segments(std::vector<float>& partial) const {
+    struct Piece {
+      const AttentionPart* part;
+      std::size_t segment;
+      std::size_t at;
+    };
+    std::vector<Piece> pieces;
+    for (const AttentionPart& part : parts_)
+      for (std::size_t segment = 0; segment < part.segments; ++segment)
+        pieces.push_back({&part, segment, pieces.size() * room()});
+    if (partial.size() < pieces.size() * room()) partial.resize(pieces.size() * room());
+    pool().run(pieces.size(), 1, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t i = begin; i < end; ++i) attend(*pieces[i].part, pieces[i].segment, partial.data() + pieces[i].at);
+    });
+    const float* at = partial.data();
+    for (const AttentionPart& part : parts_) {
+      join(part, at);
+      at += part.segments * room();
+    }
+  }
+
+  std::size_t queries() const { return most_ * shape_.share; }
+  std::size_t room() const { return queries() * (shape_.size + 2); }  // floats of a part in one segment
+  // Positions that a token sees; padding sees what there is.
+  std::size_t limit(const Span& span, std::size_t token) const {
+    return std::min(span.start + token + 1, cache_.capacity());
+  }
+  std::size_t first_seen(std::size_t limit) const {
+    return shape_.window && limit > shape_.window ? limit - shape_.window : 0;
+  }
+
+  void attend(const AttentionPart& part, std::size_t segment, float* out) const {
     thread_local std::vector<const float*> pointers;
     thread_local std::vector<std::size_t> firsts, limits;
     pointers.clear();
     firsts.clear();
     limits.clear();
-    for (std::size_t s = at.first; s < at.first + at.tokens; ++s)
-      for (std::size_t h = at.head * share; h < (at.head + 1) * share; ++h) {
-        pointers.push_back(q + (at.row * call.count + s) * width + h * size);
-        limits.push_back(std::min(state.lengths[at.row] + s + 1, cache.capacity()));
+    for (std::size_t s = part.first; s < part.first + part.tokens; ++s)
+      for (std::size_t h = part.head * shape_.share; h < (part.head + 1) * shape_.share; ++h) {
+        pointers.push_back(q_ + (part.span->first + s) * shape_.width + h * shape_.size);
+        limits.push_back(limit(*part.span, s));
         firsts.push_back(first_seen(limits.back()));
       }
-    float* out = mixed(task, split);
-    ops.attend({cache.place(step.block, at.row, at.head), unseen + split * part,
-                std::min(unseen + (split + 1) * part, context), pointers.size(), pointers.data(), firsts.data(),
-                limits.data(), step.value, out, out + queries * size, out + queries * (size + 1)});
-  };
-  const auto join = [&](std::size_t task) {
-    const Place at = place(task);
-    for (std::size_t m = 0; m < at.tokens * share; ++m) {
-      const std::size_t token = at.row * call.count + at.first + m / share, head = at.head * share + m % share;
-      float* out = to + token * width + head * size;
-      float peak = mixed(task, 0)[queries * size + m], total = 0;
-      for (std::size_t split = 1; split < splits; ++split)
-        peak = std::max(peak, mixed(task, split)[queries * size + m]);
+    const KvPlace place = cache_.pages().place(shape_.block, part.head, cache_.table(part.span->row));
+    const std::size_t begin = (part.segment + segment) * kSegment;
+    active_level().ops->attend({place, begin, begin + kSegment, part.span->few && shape_.share < kFewQueries,
+                                pointers.size(), pointers.data(), firsts.data(), limits.data(), shape_.scale, out,
+                                out + queries() * shape_.size, out + queries() * (shape_.size + 1)});
+  }
+
+  // Adds up the segments, the first one first. One that a query does not see adds zeros.
+  void join(const AttentionPart& part, const float* partial) const {
+    const Ops& ops = *active_level().ops;
+    const std::size_t size = shape_.size, peaks = queries() * size, sums = peaks + queries();
+    for (std::size_t m = 0; m < part.tokens * shape_.share; ++m) {
+      const std::size_t token = part.span->first + part.first + m / shape_.share;
+      float* out = to_ + token * shape_.width + (part.head * shape_.share + m % shape_.share) * size;
+      float peak = partial[peaks + m], total = 0;
+      for (std::size_t s = 1; s < part.segments; ++s) peak = std::max(peak, partial[s * room() + peaks + m]);
       std::memset(out, 0, size * sizeof(float));
-      for (std::size_t split = 0; split < splits; ++split) {
-        const float* from = mixed(task, split);
-        const float factor = splits == 1 ? 1.0f : std::exp(from[queries * size + m] - peak);
-        total += factor * from[queries * (size + 1) + m];
+      for (std::size_t s = 0; s < part.segments; ++s) {
+        const float* from = partial + s * room();
+        const float factor = part.segments == 1 ? 1.0f : std::exp(from[peaks + m] - peak);
+        total += factor * from[sums + m];
         ops.add_scaled(out, from + m * size, size, factor, out);
       }
       ops.multiply(out, size, 1.0f / total, out);
     }
-  };
-  const auto range = [&](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i) {
-      attend_part(i / splits, i % splits);
-      if (splits == 1) join(i);
-    }
-  };
-  if (tasks == 1 || tasks * queries * context * size < kSmall) range(0, tasks * splits);
-  else pool().run(tasks * splits, 1, range);
-  if (splits > 1)
-    for (std::size_t task = 0; task < tasks; ++task) join(task);
+  }
+
+  const Shape shape_;
+  const Cache& cache_;
+  const float* q_;
+  float* to_;
+  std::size_t most_;  // tokens of a part
+  std::vector<AttentionPart> parts_;
+};
+
+}  // namespace
+
+void Program::attend(const Instruction& step, const Call& call, State& state) const {
+  const std::size_t size = step.size, width = widths_[step.to[0]], share = width / size / call.cache->pages().heads();
+  const Attention::Shape shape{size, width, share, step.block, step.value, step.window};
+  Attention(shape, *call.cache, state.spans, state.places[step.from[0]], state.places[step.to[0]]).run(state.partial);
 }
 
 }  // namespace mpo

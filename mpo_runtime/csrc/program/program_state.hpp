@@ -12,7 +12,11 @@ namespace mpo {
 struct Program::State {
   std::vector<Memory> slots;
   std::vector<float*> places;         // of each register
-  std::vector<std::size_t> lengths;   // of the cache's rows when the call began
+  struct Token {
+    std::size_t row, position;
+  };
+  std::vector<Span> spans;            // of the cache's rows, as they are when the call begins
+  std::vector<Token> tokens;          // where each of them goes in the cache
   std::vector<float> angles;          // cosines, then sines, each [tokens, frequencies]
   std::size_t angles_of = 0;          // which frequencies they are of
   std::vector<float> partial;         // of attention: mixed values, peaks and sums
