@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpo_formats import ConfigError
 from mpo_runtime import native
@@ -86,8 +86,13 @@ def load(
             weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type, activations=activations
         )
         text = read_text_files(weights)
-        engine = {"context": context, "parallel": parallel, "prefix_bytes": prefix_bytes, "speculate": speculate}
-        return Model(weights, network, *text, **engine)
+        engine: dict[str, Any] = {
+            "context": context,
+            "parallel": parallel,
+            "prefix_bytes": prefix_bytes,
+            "speculate": speculate,
+        }
+        return Model(weights, network, text[0], text[1], **engine)
     except BaseException:
         weights.close()
         raise

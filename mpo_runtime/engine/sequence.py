@@ -186,12 +186,14 @@ class Engine:
         self.sequence.truncate(0)
         for start in range(0, len(ids), self.chunk):
             [outcome] = run_step(self.model, [Part(self.sequence, list(ids[start : start + self.chunk]), few=False)])
-        return outcome.last[0]
+        logits: Logits = outcome.last[0]
+        return logits
 
     def advance(self, ids: abc.Sequence[int]) -> Logits:
         """Runs generated tokens after those held, and returns the logits [vocabulary] after the last one."""
         [outcome] = run_step(self.model, [Part(self.sequence, list(ids), few=True)])
-        return outcome.last[0]
+        logits: Logits = outcome.last[0]
+        return logits
 
 
 def default_context(architecture: Architecture, context: int | None) -> int:

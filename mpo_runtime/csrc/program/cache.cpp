@@ -12,7 +12,6 @@ namespace mpo {
 namespace {
 
 constexpr std::size_t kLine = 64;
-constexpr std::size_t kFewTokens = 8;  // of a row in a call that does not say what it is
 
 Type checked_type(const std::string& name) {
   const std::optional<Type> type = type_named(name);

@@ -51,6 +51,9 @@ class Pages {
   std::vector<Memory> pages_;
 };
 
+// Rows of fewer tokens are generated text, in a call that does not say what they are.
+constexpr std::size_t kFewTokens = 8;
+
 // The new tokens of one sequence in a call.
 struct Span {
   std::size_t row;    // of the cache

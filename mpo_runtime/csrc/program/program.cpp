@@ -229,8 +229,13 @@ void Program::run(const Call& call) const {
   state->spans.clear();
   state->tokens.clear();
   if (call.cache) state->spans = call.cache->spans(call.rows, call.count);
-  for (const Span& span : state->spans)
+  state->few = state->spans.empty() && call.count < kFewTokens ? tokens : 0;
+  for (const Span& span : state->spans) {
     for (std::size_t t = 0; t < span.count; ++t) state->tokens.push_back({span.row, span.start + t});
+    if (!span.few) continue;
+    expect(state->few == span.first, "program: generated tokens must come before parts of prompts");
+    state->few += span.count;
+  }
   for (const Instruction& step : steps_) execute(step, call, *state);
   if (tokens > kMostKept) return;
   const std::lock_guard<std::mutex> lock(mutex_);

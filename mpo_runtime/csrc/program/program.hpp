@@ -72,6 +72,7 @@ class Program {
   void check(const Call& call) const;
   std::unique_ptr<State> take() const;
   void execute(const Instruction& step, const Call& call, State& state) const;
+  void multiply(const Instruction& step, std::size_t first, std::size_t tokens, State& state) const;
   void rope(const Instruction& step, const Call& call, State& state) const;
   void attend(const Instruction& step, const Call& call, State& state) const;
 

@@ -69,10 +69,10 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
       });
     }
     case Kind::linear:
-      state.products.clear();
-      for (std::size_t i = 0; i < step.layers.size(); ++i)
-        state.products.push_back({step.layers[i].get(), state.places[step.to[i]]});
-      return apply(state.products, from(0), tokens, exact_, state.work, pool());
+      // Generated tokens and prompts may be computed in different ways, so they are not in one product.
+      if (state.few) multiply(step, 0, state.few, state);
+      if (state.few < tokens) multiply(step, state.few, tokens - state.few, state);
+      return;
     case Kind::rope: return rope(step, call, state);
     case Kind::attention: return attend(step, call, state);
     case Kind::gelu:
@@ -92,6 +92,14 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
         ops.multiply(x + t * width, width, 1.0f / step.value, to + t * width);
       });
   }
+}
+
+void Program::multiply(const Instruction& step, std::size_t first, std::size_t tokens, State& state) const {
+  state.products.clear();
+  for (std::size_t i = 0; i < step.layers.size(); ++i)
+    state.products.push_back({step.layers[i].get(), state.places[step.to[i]] + first * step.layers[i]->rows});
+  const float* x = state.places[step.from[0]] + first * widths_[step.from[0]];
+  apply(state.products, x, tokens, exact_, state.work, pool());
 }
 
 void Program::rope(const Instruction& step, const Call& call, State& state) const {

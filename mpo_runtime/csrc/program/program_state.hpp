@@ -17,6 +17,7 @@ struct Program::State {
   };
   std::vector<Span> spans;            // of the cache's rows, as they are when the call begins
   std::vector<Token> tokens;          // where each of them goes in the cache
+  std::size_t few = 0;                // leading tokens that are generated text, not parts of a prompt
   std::vector<float> angles;          // cosines, then sines, each [tokens, frequencies]
   std::size_t angles_of = 0;          // which frequencies they are of
   std::vector<float> partial;         // of attention: mixed values, peaks and sums
