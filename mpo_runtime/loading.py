@@ -86,13 +86,13 @@ def load(
             weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type, activations=activations
         )
         text = read_text_files(weights)
-        engine: dict[str, Any] = {
+        options: dict[str, Any] = {
             "context": context,
             "parallel": parallel,
             "prefix_bytes": prefix_bytes,
             "speculate": speculate,
         }
-        return Model(weights, network, text[0], text[1], **engine)
+        return Model(weights, network, text[0], text[1], **options)
     except BaseException:
         weights.close()
         raise
