@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,14 +73,7 @@ def load(
         decided = {"chi": chi, "kv_type": None if kv_type == "auto" else kv_type}
         decided |= {"activations": None if activations == "int8" else activations}
         decided |= {"backend": None if backend == "auto" else backend, "device": None if device == "cpu" else device}
-        for name, value in decided.items():
-            if value is not None:
-                raise ConfigError(
-                    f"{name} {value}: has no meaning for ONNX Runtime; leave it out, or load the .mpo file"
-                )
-        from mpo_runtime.onnx.running import load_folder
-
-        return load_folder(Path(path), context=context, threads=checked_threads(threads))
+        return load_onnx(Path(path), decided, context=context, threads=threads)
     weights = open_weights(path, verify=verify)
     try:
         network = load_network(
@@ -96,6 +90,23 @@ def load(
     except BaseException:
         weights.close()
         raise
+
+
+def load_onnx(path: Path, decided: Mapping[str, Any], *, context: int | None, threads: int | None) -> Model:
+    """Loads a folder of `export-onnx`.
+
+    Args:
+        decided: options of this runtime, which were asked for where they are not None.
+
+    Raises:
+        ConfigError: for such an option.
+    """
+    for name, value in decided.items():
+        if value is not None:
+            raise ConfigError(f"{name} {value}: has no meaning for ONNX Runtime; leave it out, or load the .mpo file")
+    from mpo_runtime.onnx.running import load_folder
+
+    return load_folder(path, context=context, threads=checked_threads(threads))
 
 
 def open_weights(path: str | Path, *, verify: bool = False) -> Weights:

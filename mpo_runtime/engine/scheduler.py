@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from mpo_formats import ConfigError, MpoError
 from mpo_runtime.backends.ops import PAGE
 from mpo_runtime.engine.generation import Figures, FinishReason, Generation, Request, Step
+from mpo_runtime.engine.job import Job, SchedulerStats
 from mpo_runtime.engine.pages import PagePool, PrefixTree
 from mpo_runtime.engine.sequence import (
     PREFILL_CHUNK,
@@ -38,69 +38,6 @@ from mpo_runtime.sampler import Sampler, SamplingOptions, logprob
 PARALLEL, MOST_PARALLEL = 16, 64
 # Tokens of prompts in a step that generates, too.
 BESIDE = 128
-# Steps that a text may be ahead of its reader.
-AHEAD = 32
-
-
-@dataclass(eq=False, slots=True)
-class _Job:
-    """A text on its way through the scheduler; its reader holds the Generation instead."""
-
-    request: Request
-    notify: Callable[[], None] | None
-    sampler: Sampler
-    limit: int
-    ends: frozenset[int]
-    history: list[int]
-    figures: Figures
-    drafter: NgramDrafter | None
-    submitted: float
-    prompt_logprobs: list[float | None] | None
-    sequence: Tokens | None = None
-    begun: float = 0.0
-    steps: queue.SimpleQueue[Step | BaseException | None] = field(default_factory=queue.SimpleQueue)
-    cancelled: bool = False
-    paused: bool = False
-
-    @property
-    def waits(self) -> bool:
-        """Whether the reader is so far behind that the text pauses."""
-        self.paused = self.steps.qsize() >= AHEAD
-        return self.paused
-
-    @property
-    def prompt_left(self) -> int:
-        """Tokens of the prompt that are not yet run."""
-        held = 0 if self.sequence is None else len(self.sequence.held)
-        return max(len(self.request.ids) - held, 0)
-
-    def put(self, item: Step | BaseException | None) -> None:
-        """Gives the reader a step, an error, or None for the end."""
-        self.steps.put(item)
-        if self.notify:
-            self.notify()
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """What a scheduler is doing, and what it did so far.
-
-    `running` texts are in the steps, `waiting` ones are not yet; `kv_bytes` are in use, of them `kept_bytes` for beginnings
-    that later prompts may share; `step_rows` is the mean number of tokens in a step so far.
-    """
-
-    running: int
-    waiting: int
-    kv_bytes: int
-    kept_bytes: int
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    steps: int
-    step_rows: float
-    drafted: int
-    accepted: int
 
 
 class Scheduler:
@@ -139,7 +76,7 @@ class Scheduler:
         self.pool = PagePool(model.ops.new_pages(model.architecture))
         whole = -(-self.context // PAGE) * self.pool.store.page_bytes
         self.tree = PrefixTree(self.pool, whole if prefix_bytes is None else prefix_bytes)
-        self._jobs: list[_Job] = []
+        self._jobs: list[Job] = []
         self._changed = threading.Condition()  # guards _jobs, _worker and _closed
         self._turn = threading.Lock()  # held during a step: guards pool, tree and sequences
         self._worker: threading.Thread | None = None
@@ -171,7 +108,7 @@ class Scheduler:
         check_prompt(request.ids, self.context, architecture.vocab_size)
         room = self.context - len(request.ids)
         ends = architecture.eos_token_ids if request.stop_ids is None else request.stop_ids
-        job = _Job(
+        job = Job(
             request,
             notify,
             Sampler(request.sampling),
@@ -262,7 +199,7 @@ class Scheduler:
                 if chosen:
                     self._run(chosen)
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, job: Job) -> None:
         """Takes a text out; what it holds is kept for later prompts."""
         with self._changed:
             if job in self._jobs:
@@ -272,9 +209,9 @@ class Scheduler:
             job.sequence.release()
             job.sequence = None
 
-    def _choose(self, ready: list[_Job]) -> list[tuple[_Job, Part]]:
+    def _choose(self, ready: list[Job]) -> list[tuple[Job, Part]]:
         """What the next step runs: the next token of each text, and of prompts as much as fits beside."""
-        chosen: list[tuple[_Job, Part]] = []
+        chosen: list[tuple[Job, Part]] = []
         decoding = [job for job in ready if job.sequence is not None and not job.prompt_left]
         for job in decoding:
             chosen.append((job, self._next_part(job, len(decoding))))
@@ -291,15 +228,15 @@ class Scheduler:
             room -= len(part.ids)
         return chosen
 
-    def _next_part(self, job: _Job, sequences: int) -> Part:
+    def _next_part(self, job: Job, sequences: int) -> Part:
         """The last token of a text, and what may follow it."""
-        tokens = job.history[len(_held(job)) :]
+        tokens = job.history[len(job.running.held) :]
         draft: list[int] = []
         if job.drafter is not None and sequences <= MOST_SEQUENCES:
             draft = job.drafter.draft(job.history, job.limit - job.figures.tokens - 1)
-        return Part(_sequence(job), [*tokens, *draft], few=True, last=1 + len(draft))
+        return Part(job.running, [*tokens, *draft], few=True, last=1 + len(draft))
 
-    def _prompt_part(self, job: _Job, room: int) -> Part:
+    def _prompt_part(self, job: Job, room: int) -> Part:
         """The next part of a prompt, at most `room` tokens; where rounding depends on it, in chunks that begin at multiples."""
         ids, figures = job.request.ids, job.figures
         if job.sequence is None:
@@ -323,7 +260,7 @@ class Scheduler:
             scored=job.request.prompt_logprobs,
         )
 
-    def _run(self, chosen: list[tuple[_Job, Part]]) -> None:
+    def _run(self, chosen: list[tuple[Job, Part]]) -> None:
         """Runs a step and hands its results out; an error of the step ends the texts that were in it."""
         before = [len(part.sequence.held) for _, part in chosen]
         try:
@@ -348,7 +285,7 @@ class Scheduler:
             except Exception as error:  # of a hook or of logits that are no numbers; only this text's
                 self._fail(job, error)
 
-    def _deliver(self, job: _Job, part: Part, start: int, outcome: Outcome) -> None:
+    def _deliver(self, job: Job, part: Part, start: int, outcome: Outcome) -> None:
         """Draws the next tokens of a text from the logits of its part, which began at position `start`."""
         now, figures, sequence = time.monotonic(), job.figures, part.sequence
         if not part.few:
@@ -383,7 +320,7 @@ class Scheduler:
         if step.finish is not None:
             self._leave(job)
 
-    def _draw(self, job: _Job, logits: NDArray[np.float32]) -> Step:
+    def _draw(self, job: Job, logits: NDArray[np.float32]) -> Step:
         """The next token of a text."""
         request, asked = job.request, len(job.request.ids)
         allowed = logits
@@ -402,17 +339,6 @@ class Scheduler:
         score = choice.logprob if allowed is logits else logprob(logits, choice.token)
         return Step(choice.token, score, logits, finish)
 
-    def _fail(self, job: _Job, error: BaseException) -> None:
+    def _fail(self, job: Job, error: BaseException) -> None:
         job.put(error)
         self._leave(job)
-
-
-def _sequence(job: _Job) -> Tokens:
-    """The sequence of a text that has begun."""
-    if job.sequence is None:
-        raise MpoError("scheduler: a text without a sequence")
-    return job.sequence
-
-
-def _held(job: _Job) -> list[int]:
-    return _sequence(job).held
