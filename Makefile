@@ -89,7 +89,7 @@ clean:
 # The constraints always go with an install: without them pip may fetch another torch, gigabytes of it.
 $(VENV)/.installed-export: $(VENV)/.created $(BUILD_INPUTS)
 	@echo "installing into $(VENV); PyTorch is large, so the first time takes minutes"
-	$(PIP) install -q -c constraints.txt -e '.[export,gguf]'
+	$(PIP) install -q -c constraints.txt -e '.[export,gguf,serve]'
 	@$(BIN)/python -c "from mpo_runtime import native; print('native kernels:', native.active()['native'])"
 	@touch $@
 

@@ -18,13 +18,15 @@ PACKAGES = {
     "mpo_runtime": ROOT / "mpo_runtime",
     "mpo_exporter": ROOT / "exporter" / "mpo_exporter",
     "mpo_vllm": ROOT / "server" / "mpo_vllm",
+    "mpo_server": ROOT / "server" / "mpo_server",
 }
-# mpo_formats <- mpo_runtime <- mpo_exporter
+# mpo_formats <- mpo_runtime <- mpo_exporter, mpo_server, mpo_vllm
 MAY_IMPORT = {
     "mpo_formats": {"mpo_formats"},
     "mpo_runtime": {"mpo_formats", "mpo_runtime"},
     "mpo_exporter": {"mpo_formats", "mpo_runtime", "mpo_exporter"},
     "mpo_vllm": {"mpo_formats", "mpo_runtime", "mpo_vllm"},
+    "mpo_server": {"mpo_formats", "mpo_runtime", "mpo_server"},
 }
 THIRD_PARTY_OF_FORMATS = {"numpy", "safetensors"}
 OURS = {"mpo_formats", "mpo_runtime", "mpo_exporter", "mpo_server", "mpo_vllm", "benchmarks", "tests"}
@@ -319,6 +321,10 @@ def test_importing_the_runtime_stays_light() -> None:
     loaded = loaded_by("mpo_runtime")
     assert "mpo_runtime" in loaded
     assert loaded & HEAVY == set()
+
+
+def test_the_server_is_registered_without_its_libraries() -> None:
+    assert loaded_by("mpo_server.command") & (HEAVY | {"starlette", "uvicorn", "llguidance"}) <= {"typer"}
 
 
 @pytest.mark.parametrize("program", ["mpo_runtime.cli.main", "mpo_exporter.cli.main"])

@@ -26,6 +26,7 @@ PACKAGES = [
     ROOT / "mpo_runtime",
     ROOT / "exporter" / "mpo_exporter",
     ROOT / "server" / "mpo_vllm",
+    ROOT / "server" / "mpo_server",
 ]
 # These tell what was true on a day, so files that they name may be gone.
 HISTORY = {"log.md", "CHANGELOG.md"}
@@ -68,7 +69,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name not in HISTORY], ids=lambda path: path.name)
 def test_files_that_are_named_exist(path: Path) -> None:
-    named = re.findall(r"`((?:benchmarks|docs|exporter|formats|mpo_runtime|tests)/[\w./-]+)`", text_of(path))
+    named = re.findall(r"`((?:benchmarks|docs|exporter|formats|mpo_runtime|server|tests)/[\w./-]+)`", text_of(path))
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 

@@ -120,9 +120,24 @@ class Tokenizer:
             return unused
         return tuple(token for token in range(size) if self.id_to_token(token) is None)
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json, with the tokens that tokenizer_config.json adds."""
+        return self._raw.to_str()
+
     def id_to_token(self, token: int) -> str | None:
         """The spelling of an id inside the vocabulary (`Ġthe`, `▁the`, `<0x0A>`), or None where the id is unknown."""
         return self._raw.id_to_token(_token_id(token))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, which may be part of a character; a special token's are its spelling."""
+        spelling = self.id_to_token(token) or ""
+        if token in self.special_ids:
+            return spelling.encode()
+        if type(self._raw.decoder).__name__ == "ByteLevel":
+            return _byte_level_bytes(spelling)
+        if _BYTE_TOKEN.fullmatch(spelling):
+            return bytes([int(spelling[3:5], 16)])
+        return spelling.replace("▁", " ").encode()
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token given by its spelling inside the vocabulary, or None where there is none."""
