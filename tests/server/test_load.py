@@ -95,6 +95,7 @@ def test_the_first_signal_lets_answers_end(start: Start) -> None:
     response = connection.getresponse()
     server.process.send_signal(signal.SIGTERM)
     found = response.read().decode()
+    connection.close()
     assert found.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in found
     assert server.process.wait(60) == 0
     with pytest.raises(OSError):

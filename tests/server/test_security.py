@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mpo_formats import ConfigError
+from mpo_server.run import bind
+from mpo_server.settings import Settings, read_keys
 from tests.server.conftest import Server, Start
 
 SECRET = "sesame-" + "k" * 20
@@ -133,20 +137,11 @@ def outcome(server: Server) -> tuple[int, str]:
 
 
 def test_starts_that_fail(start: Start, tmp_path: Path, server: Server) -> None:
-    empty = tmp_path / "empty"
-    empty.write_text("# nothing\n")
     text = tmp_path / "text.mpo"
     text.write_text("no model")
     cases: list[tuple[tuple[object, ...], dict[str, Any], str]] = [
         (("--port", server.port), {}, "cannot be listened on"),
         (("--api-key-file", tmp_path / "none"), {}, "cannot be read"),
-        (("--api-key-file", empty), {}, "holds no key"),
-        (("--host", "0.0.0.0"), {}, "--insecure"),
-        (("--host", "no.such.host.invalid", "--insecure"), {}, "no address"),
-        (("--cors", "localhost:3000"), {}, "--cors"),
-        (("--parallel", 0), {}, "--parallel"),
-        (("--timeout", 0), {}, "--timeout"),
-        (("--slot-save-path", tmp_path / "none"), {}, "no folder"),
         (("--ctx-size", 10**6), {}, "context"),
         ((), {"model": text}, "text.mpo"),
         ((), {"model": tmp_path / "gone.mpo"}, "gone.mpo"),
@@ -155,6 +150,46 @@ def test_starts_that_fail(start: Start, tmp_path: Path, server: Server) -> None:
     for one, words in started:
         code, line = outcome(one)
         assert code == 1 and words in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"host": "0.0.0.0"}, "--insecure"),
+        ({"host": "::"}, "--insecure"),
+        ({"host": "example.org"}, "--insecure"),
+        ({"port": 65536}, "--port"),
+        ({"parallel": 0}, "--parallel"),
+        ({"parallel": 65}, "--parallel"),
+        ({"max_queue": -1}, "--max-queue"),
+        ({"timeout": 0}, "--timeout"),
+        ({"timeout": float("nan")}, "--timeout"),
+        ({"alias": ""}, "--alias"),
+        ({"keys": ("two words",)}, "--api-key"),
+        ({"keys": ("",)}, "--api-key"),
+        ({"origins": ("localhost:3000",)}, "--cors"),
+        ({"origins": ("http://localhost:3000/",)}, "--cors"),
+        ({"slot_path": Path("/no/such/folder")}, "no folder"),
+    ],
+)
+def test_options_that_are_wrong(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Settings(Path("model.mpo"), **options)
+
+
+def test_key_files(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the house\n one \n\ntwo\none\n")
+    assert read_keys("zero", file) == ("zero", "one", "two")
+    for content in (b"# nothing\n", b"", b"\xff\xfe"):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match="--api-key-file"):
+            read_keys(None, file)
+
+
+def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(ConfigError, match="cannot be listened on"):
+        bind(Settings(Path("model.mpo"), host="203.0.113.7", insecure=True))
 
 
 def test_another_address_with_a_key(start: Start) -> None:
