@@ -45,6 +45,7 @@ def load(
     parallel: int = PARALLEL,
     prefix_bytes: int | None = None,
     speculate: Speculation | None = None,
+    deterministic: bool = True,
 ) -> Model:
     """Loads a `.mpo` or GGUF file, a Hugging Face folder or a model of the local store.
 
@@ -61,8 +62,9 @@ def load(
         activations: what the native backend multiplies integer weights with: `int8` or `float`.
         verify: checks the file's checksums first.
         engine: `mpo`, this runtime; `onnx`, ONNX Runtime, for a folder of `mpo-run export-onnx`; `auto`, what fits the path.
-        parallel, prefix_bytes, speculate: how many texts are generated at a time, what is kept of the KV cache for later
-            prompts, and whether tokens are drafted from what a text repeats (engine/scheduler.py).
+        parallel, prefix_bytes, speculate, deterministic: how many texts are generated at a time, what is kept of the KV cache
+            for later prompts, whether tokens are drafted from what a text repeats, and whether texts are the same beside
+            others (engine/scheduler.py).
 
     Raises:
         MpoError: for a missing, damaged or unsupported file, or an option out of range.
@@ -72,6 +74,7 @@ def load(
     if engine == "onnx" or (engine == "auto" and is_exported(Path(path))):
         decided = {"chi": chi, "kv_type": None if kv_type == "auto" else kv_type}
         decided |= {"activations": None if activations == "int8" else activations}
+        decided |= {"speculate": speculate}
         decided |= {"backend": None if backend == "auto" else backend, "device": None if device == "cpu" else device}
         return load_onnx(Path(path), decided, context=context, threads=threads)
     weights = open_weights(path, verify=verify)
@@ -80,13 +83,9 @@ def load(
             weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type, activations=activations
         )
         text = read_text_files(weights)
-        options: dict[str, Any] = {
-            "context": context,
-            "parallel": parallel,
-            "prefix_bytes": prefix_bytes,
-            "speculate": speculate,
-        }
-        return Model(weights, network, text[0], text[1], **options)
+        more: dict[str, Any] = {"parallel": parallel, "prefix_bytes": prefix_bytes, "speculate": speculate}
+        more |= {"context": context, "deterministic": deterministic}
+        return Model(weights, network, text[0], text[1], **more)
     except BaseException:
         weights.close()
         raise

@@ -100,13 +100,14 @@ class Pages(Protocol):
 
 
 class Ops(Protocol):
-    """What a model runs on: a complete backend.
-
-    `row_exact` says that a token's result does not depend on what else is in the step, in any bit.
-    """
+    """What a model runs on: a complete backend."""
 
     name: str
-    row_exact: bool
+
+    @property
+    def row_exact(self) -> bool:
+        """Whether a token's result does not depend on what else is in the step, in any bit."""
+        ...
 
     def weights(self, layer: str) -> Array:
         """The loaded layer or vector of that name."""

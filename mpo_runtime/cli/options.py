@@ -63,6 +63,14 @@ EngineName = Annotated[
         help="mpo: this runtime; onnx: ONNX Runtime, for a folder of export-onnx; auto: what fits FILE.",
     ),
 ]
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MPO_SPECULATE",
+        help="ngram: try several tokens at once where the text repeats itself; the text stays the same.",
+        show_default="off",
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", "-n", help="At most so many new tokens; never more than the context holds."),
@@ -138,6 +146,7 @@ class Loading:
     backend: Backend = "auto"
     activations: Activations = "int8"
     engine: EngineName = "auto"
+    speculate: Speculate = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `mpo_runtime.load`."""

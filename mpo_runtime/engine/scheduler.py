@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,8 @@ class Scheduler:
         prefix_bytes: of the KV cache that are kept for later prompts with the same beginning; None for one whole context.
         speculate: `ngram` drafts tokens from what the text repeats; None drafts nothing. The text is the same.
         chunk: tokens of prompts that are run in a step.
+        deterministic: a text with a seed, or at temperature 0, is the same whatever else runs. Where the backend's kernels
+            round a row differently beside others (Ops.row_exact), the texts of a step are then run one by one.
 
     Raises:
         ConfigError: for a context of less than 2 tokens or above the model's longest, and options out of range.
@@ -63,6 +66,7 @@ class Scheduler:
         prefix_bytes: int | None = None,
         speculate: Speculation | None = None,
         chunk: int = PREFILL_CHUNK,
+        deterministic: bool = True,
     ) -> None:
         self.model = model
         self.context = checked_context(model.architecture, context)
@@ -73,6 +77,7 @@ class Scheduler:
         if prefix_bytes is not None and prefix_bytes < 0:
             raise ConfigError(f"prefix_bytes: expected 0 or more, found {prefix_bytes}")
         self.parallel, self.chunk, self.speculate = parallel, chunk, speculate
+        self.deterministic = deterministic
         self.pool = PagePool(model.ops.new_pages(model.architecture))
         whole = -(-self.context // PAGE) * self.pool.store.page_bytes
         self.tree = PrefixTree(self.pool, whole if prefix_bytes is None else prefix_bytes)
@@ -84,6 +89,11 @@ class Scheduler:
         self._totals = {"requests": 0, "prompt": 0, "cached": 0, "generated": 0, "steps": 0, "rows": 0}
         self._drafts = [0, 0]
         renew_in_children(self)
+
+    @cached_property
+    def together(self) -> bool:
+        """Whether the texts of a step are run together: rows do not depend on one another, or need not be the same."""
+        return not self.deterministic or self.model.ops.row_exact
 
     def renew_after_fork(self) -> None:
         """Makes a forked child ready to generate; the texts that were in the making are the parent's."""
@@ -215,7 +225,7 @@ class Scheduler:
         decoding = [job for job in ready if job.sequence is not None and not job.prompt_left]
         for job in decoding:
             chosen.append((job, self._next_part(job, len(decoding))))
-        room = min(self.chunk, BESIDE) if decoding and self.model.ops.row_exact else self.chunk
+        room = min(self.chunk, BESIDE) if decoding and self.together else self.chunk
         for job in ready:
             if job in decoding or room <= 0:
                 continue
@@ -240,7 +250,7 @@ class Scheduler:
         """The next part of a prompt, at most `room` tokens; where rounding depends on it, in chunks that begin at multiples."""
         ids, figures = job.request.ids, job.figures
         if job.sequence is None:
-            job.sequence = Tokens(self.pool, 1 if self.model.ops.row_exact else self.chunk)
+            job.sequence = Tokens(self.pool, 1 if self.together else self.chunk)
             job.begun = time.monotonic()
             figures.queued_seconds = job.begun - job.submitted
             if not job.request.prompt_logprobs:
@@ -249,7 +259,7 @@ class Scheduler:
                 self._totals["cached"] += figures.cached_tokens
             self._totals["prompt"] += len(ids)
         held = len(job.sequence.held)
-        if not self.model.ops.row_exact:
+        if not self.together:
             room = self.chunk - held % self.chunk
         part = list(ids[held : held + room])
         return Part(
@@ -264,7 +274,7 @@ class Scheduler:
         """Runs a step and hands its results out; an error of the step ends the texts that were in it."""
         before = [len(part.sequence.held) for _, part in chosen]
         try:
-            outcomes = run_step(self.model, [part for _, part in chosen])
+            outcomes = run_step(self.model, [part for _, part in chosen], together=self.together)
         except MemoryError as error:
             if self.tree.kept_bytes:  # the next step has what they held
                 self.tree.clear()

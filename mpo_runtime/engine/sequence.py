@@ -114,18 +114,19 @@ class Outcome:
     scored: Logits | None = None
 
 
-def run_step(model: Decoder, parts: abc.Sequence[Part]) -> list[Outcome]:
-    """Runs the new tokens of several sequences in one step; those of generated text should come first.
+def run_step(model: Decoder, parts: abc.Sequence[Part], *, together: bool) -> list[Outcome]:
+    """Runs the new tokens of several sequences in one step; those of generated text come first.
 
-    Layers see the tokens of all sequences at once, so that weights are read once. Where the backend is not `row_exact`, each
-    sequence is run on its own, so that its result does not depend on the others there either.
+    Args:
+        together: layers see the tokens of all sequences at once, so that weights are read once. Otherwise each sequence is run
+            on its own: its result then does not depend on the others even where the backend is not `row_exact`.
 
     Raises:
         MemoryError: where memory does not suffice for new pages; nothing was run then.
     """
     for part in parts:
         part.sequence.reserve(len(part.ids))
-    groups = [parts] if model.ops.row_exact else [[part] for part in parts]
+    groups = [parts] if together else [[part] for part in parts]
     return [outcome for group in groups for outcome in _run_together(model, group)]
 
 
@@ -185,13 +186,15 @@ class Engine:
         check_prompt(ids, self.context, self.model.architecture.vocab_size)
         self.sequence.truncate(0)
         for start in range(0, len(ids), self.chunk):
-            [outcome] = run_step(self.model, [Part(self.sequence, list(ids[start : start + self.chunk]), few=False)])
+            [outcome] = run_step(
+                self.model, [Part(self.sequence, list(ids[start : start + self.chunk]), few=False)], together=True
+            )
         logits: Logits = outcome.last[0]
         return logits
 
     def advance(self, ids: abc.Sequence[int]) -> Logits:
         """Runs generated tokens after those held, and returns the logits [vocabulary] after the last one."""
-        [outcome] = run_step(self.model, [Part(self.sequence, list(ids), few=True)])
+        [outcome] = run_step(self.model, [Part(self.sequence, list(ids), few=True)], together=True)
         logits: Logits = outcome.last[0]
         return logits
 

@@ -121,10 +121,11 @@ def test_steps_by_hand_are_a_full_forward(model: Decoder) -> None:
 @given(
     starts=st.lists(st.integers(0, 70), min_size=1, max_size=5),
     counts=st.lists(st.integers(1, 40), min_size=5, max_size=5),
+    together=st.booleans(),
 )
 @settings(max_examples=12)
 def test_one_step_over_several_sequences_equals_each_alone(
-    paged: Decoder, starts: list[int], counts: list[int]
+    paged: Decoder, starts: list[int], counts: list[int], together: bool
 ) -> None:
     """Prompts and generated tokens of texts of different lengths, across the ends of pages, by either backend."""
     pool = PagePool(paged.ops.new_pages(paged.architecture))
@@ -132,12 +133,15 @@ def test_one_step_over_several_sequences_equals_each_alone(
     rows = [Sequence(pool) for _ in texts]
     for row, text, start in zip(rows, texts, starts, strict=False):
         if start:
-            run_step(paged, [Part(row, text[:start], few=False)])
+            run_step(paged, [Part(row, text[:start], few=False)], together=True)
     parts = [
         Part(row, text[start:], few=len(text) - start < 4, last=1, scored=True)
         for row, text, start in zip(rows, texts, starts, strict=False)
     ]
-    for outcome, text, start in zip(run_step(paged, parts), texts, starts, strict=False):
+    order = sorted(range(len(parts)), key=lambda index: not parts[index].few)
+    outcomes = dict(zip(order, run_step(paged, [parts[index] for index in order], together=together), strict=True))
+    for index, (text, start) in enumerate(zip(texts, starts, strict=False)):
+        outcome = outcomes[index]
         alone = forward(paged, [text])[0, start:]
         assert outcome.scored is not None
         np.testing.assert_allclose(outcome.scored, alone, atol=1e-5)
