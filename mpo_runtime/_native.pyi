@@ -182,6 +182,68 @@ def set_isa(name: str) -> bool:
 def supported_isas() -> list[str]:
     """The instruction sets of this CPU and build, best first; the last one is `generic`."""
 
+# -- rounding to integers, for the exporter (csrc/bind/fit.cpp); all release the GIL and use all threads
+
+# bits, group, zeros
+Grid = tuple[int, int, bool]
+
+def fit_nearest(
+    matrix: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    grid: Grid,
+    factors: Sequence[float],
+    turns: int,
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.uint16],
+    zero: NDArray[np.uint16],
+) -> None:
+    """Round a matrix [rows, columns] to nearest, for the least error weighted by `weight` [columns].
+
+    A group's range times each of `factors` is tried, then `turns` times the least squares for its codes. Writes codes
+    [rows, columns], scale and zero [rows, groups] as float16 bits.
+    """
+
+def fit_compensated(
+    matrix: NDArray[np.float32],
+    order: NDArray[np.int64],
+    hessian: NDArray[np.float32],
+    feedback: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    grid: Grid,
+    factors: Sequence[float],
+    turns: int,
+    passes: int,
+    tolerance: float,
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.uint16],
+    zero: NDArray[np.uint16],
+) -> None:
+    """Error-compensated rounding, then at most `passes` of descent, until a pass lowers the error by less than `tolerance`.
+
+    `order` [columns] lists the columns in processing order, groups together; `hessian` and `feedback` [columns, columns] and
+    `weight` [columns] are in that order (`Hessian` in mpo_exporter.calibrate.hessian).
+    """
+
+def fit_errors(
+    matrix: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    grids: Sequence[Grid],
+    factors: Sequence[float],
+    turns: int,
+    out: NDArray[np.float32],
+) -> None:
+    """Write the weighted squared error of each row on each grid to `out` [grids, rows]."""
+
+def fit_residual(
+    matrix: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    grid: Grid,
+    factors: Sequence[float],
+    turns: int,
+    out: NDArray[np.float32],
+) -> None:
+    """Write what rounding to nearest leaves of the matrix to `out` [rows, columns]."""
+
 # -- single kernels, for tests (csrc/bind/dequantize.cpp, csrc/bind/kernels.cpp)
 
 def dequantize(

@@ -50,3 +50,11 @@ def few_torch_threads() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in float32 on every CPU, for comparison with other implementations."""
+    from mpo_exporter.calibrate import precision
+
+    monkeypatch.setattr(precision, "has_units", lambda: False)

@@ -154,7 +154,7 @@ def without_cores(source: Source, file: ModelSpec, file_bytes: int, task: Export
         task: its target is where the file without cores is written; it needs calibration text, and text to measure on.
     """
     planner = planner_for(source, task, task.target.parent, listener)
-    rows = {name: without_operators(row) for name, row in planner.survey().candidates.items()}
+    rows = {name: without_operators(row) for name, row in planner.survey(complete=False).candidates.items()}
     layers = allocated_layers(file, rows, file_bytes)
     plain = replace(task, options=Options("int4"), text=None, layers=layers, surveyed=planner.surveyed)
     result = export(source, plain, listener)

@@ -11,6 +11,8 @@ from mpo_formats.architecture import full_rank
 from mpo_formats.layout import linear_tensors
 from mpo_formats.spec import GROUPS, CoreType
 
+# The bond dimension where none is given.
+DEFAULT_CHI = 32
 # Weights that share a scale in the named plans.
 GROUP = 32
 # The largest group of integer cores.

@@ -89,15 +89,15 @@ bool has_dot_products() {
 // Best first. Features of each: MPO_AVX2 and its neighbours in target.hpp.
 const Level kLevels[] = {
 #if MPO_X86
-    {"amx", [] { return cpu().amx; }, &kAmxIntegers, &kAvx512Floats, &kAvx512Ops, dequantize_avx2},
-    {"vbmi", [] { return cpu().vbmi; }, &kVbmiIntegers, &kAvx512Floats, &kAvx512Ops, dequantize_avx2},
-    {"avx512", [] { return cpu().avx512; }, &kAvx512Integers, &kAvx512Floats, &kAvx512Ops, dequantize_avx2},
-    {"avx2", [] { return cpu().avx2; }, &kAvx2Integers, &kAvx2Floats, &kAvx2Ops, dequantize_avx2},
+    {"amx", [] { return cpu().amx; }, &kAmxIntegers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2},
+    {"vbmi", [] { return cpu().vbmi; }, &kVbmiIntegers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2},
+    {"avx512", [] { return cpu().avx512; }, &kAvx512Integers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2},
+    {"avx2", [] { return cpu().avx2; }, &kAvx2Integers, &kAvx2Floats, &kAvx2Ops, &kAvx2Fits, dequantize_avx2},
 #endif
 #if MPO_ARM
-    {"neon", has_dot_products, &kNeonIntegers, &kNeonFloats, &kNeonOps, dequantize_generic},
+    {"neon", has_dot_products, &kNeonIntegers, &kNeonFloats, &kNeonOps, &kNeonFits, dequantize_generic},
 #endif
-    {"generic", [] { return true; }, &kGenericIntegers, &kGenericFloats, &kGenericOps, dequantize_generic},
+    {"generic", [] { return true; }, &kGenericIntegers, &kGenericFloats, &kGenericOps, &kGenericFits, dequantize_generic},
 };
 
 const std::vector<const Level*>& supported() {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "fit/fit.hpp"
 #include "kernels/kernels.hpp"
 #include "ops/ops.hpp"
 
@@ -16,6 +17,7 @@ struct Level {
   const IntegerKernels* integers;
   const FloatKernels* floats;
   const Ops* ops;
+  const Fits* fits;
   Dequantize dequantize;
 };
 

@@ -19,7 +19,7 @@ from mpo_exporter.measure.survey import Survey, survey
 from mpo_exporter.plan.budget import allocated_layers, file_bytes
 from mpo_exporter.plan.named import plan_layers
 from mpo_exporter.plan.options import Options, Target
-from mpo_exporter.quantize.gptq import Grid
+from mpo_exporter.quantize.grid import Grid
 from mpo_exporter.terms import stored_bytes
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, MpoFile, OutputError, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
@@ -240,6 +240,7 @@ class Listening(ReferenceOps):
         return result
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_drift_is_what_the_stream_has_lost(folder: Path, tmp_path: Path) -> None:
     """Only the embedding is changed, so at the first output projection the stream differs by the embedded tokens."""
     source = Checkpoint(folder)

@@ -38,22 +38,24 @@ def fisher_in_transformers(folder: Path, draws: int) -> dict[str, NDArray[np.flo
     return {name: (total / draws).numpy() for name, total in totals.items()}
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("tied", [True, False])
 def test_they_are_those_of_whole_model_backpropagation(tmp_path: Path, tied: bool) -> None:
     """Two means over different draws of the labels: close in every layer's sum, and over its outputs."""
     folder = write_folder(tmp_path, granite_config(tie_word_embeddings=tied))
-    wanted = fisher_in_transformers(folder, 40)
+    wanted = fisher_in_transformers(folder, 120)
     source = Checkpoint(folder)
-    draws = [output_fisher(source, WINDOWS, seed, batch=2) for seed in range(20)]
+    draws = [output_fisher(source, WINDOWS, seed, batch=2) for seed in range(120)]
     found = {name: np.mean([draw[name] for draw in draws], axis=0) for name in draws[0]}
     found_head = EMBEDDING if tied else HEAD
     assert set(found) == {found_head if name == HEAD else name for name in wanted} | {LOOKUP}
     for name, values in wanted.items():
         ours = found[found_head if name == HEAD else name]
-        assert ours.sum() == pytest.approx(values.sum(), rel=0.15), name
+        assert ours.sum() == pytest.approx(values.sum(), rel=0.3), name
         assert np.corrcoef(ours, values)[0, 1] > 0.8, name
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_the_head_has_the_exact_expectation(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -16,8 +16,8 @@ from mpo_exporter.calibrate.hessian import processing_order
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit.common import activation_error
 from mpo_exporter.quantize.descent import Problem, State, descend, errors, gradient_of
-from mpo_exporter.quantize.gptq import Grid, compensated, expected_residuals, sweep, target
-from mpo_exporter.quantize.grid import Levels, encode, half, inverse, search
+from mpo_exporter.quantize.gptq import compensated, expected_residuals, sweep, target
+from mpo_exporter.quantize.grid import Grid, Levels, encode, half, inverse, search
 from mpo_exporter.quantize.rounding import round_to_nearest
 from mpo_formats import ConfigError
 from mpo_formats.packing import dequantize

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from mpo_exporter.calibrate import moments
+from mpo_exporter.calibrate import moments, precision
 from mpo_exporter.calibrate.moments import Calibration, Moment, Sums
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import ConfigError, OutputError
@@ -44,6 +44,18 @@ def close(found: Array, wanted: Array) -> None:
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
+def test_fast_products_hardly_change_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "model")
+    found = []
+    for units in (True, False):
+        monkeypatch.setattr(precision, "has_units", lambda units=units: units)
+        found.append(list(Calibration(Checkpoint(folder), WINDOWS, tmp_path).dense()))
+    for (_, fast), (_, slow) in zip(*found, strict=True):
+        assert np.abs(fast.second - slow.second).max() < 0.02 * np.abs(slow.second).max()
+        assert np.linalg.norm(fast.second - slow.second) < 0.01 * np.linalg.norm(slow.second)
+
+
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("tied", [True, False])
 def test_dense_moments_are_those_of_transformers(tmp_path: Path, tied: bool) -> None:
     folder = write_folder(tmp_path / "model", granite_config(tie_word_embeddings=tied, attention_bias=not tied))
@@ -63,6 +75,7 @@ def test_dense_moments_are_those_of_transformers(tmp_path: Path, tied: bool) -> 
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_compressed_moments_are_those_of_the_compressed_model(tmp_path: Path) -> None:
     """The walk's moments, of matrices and a table that it was given, are those of a model that has them throughout."""
     config = granite_config()
@@ -92,6 +105,7 @@ def test_compressed_moments_are_those_of_the_compressed_model(tmp_path: Path) ->
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_an_unchanged_model_has_one_moment(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model")
     dense = {

@@ -227,6 +227,59 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
   return std::sqrt(difference / (size > 0 ? size : 1));
 }
 
+// Values to round, with a random symmetric Hessian that is far from singular.
+struct FitCase {
+  std::size_t group, columns;
+  Levels levels;
+  std::vector<float> values, hessian, feedback, weight, ones;
+  static constexpr float kFactors[3] = {0.7f, 0.85f, 1.0f};
+
+  FitCase(int bits, std::size_t group_, bool zeros)
+      : group(group_),
+        columns(group * static_cast<std::size_t>(1 + below(static_cast<int>(160 / group)))),
+        levels{bits, zeros, kFactors, 3, 1},
+        values(normals(columns * kFitRows)),
+        hessian(columns * columns, 0.0f),
+        feedback(columns * columns, 0.0f),
+        weight(columns),
+        ones(columns, 0.0f) {
+    const std::vector<float> upper = normals(columns * columns, 0.3f / std::sqrt(static_cast<float>(columns)));
+    for (std::size_t i = 0; i < columns; ++i)
+      for (std::size_t j = i; j < columns; ++j) feedback[i * columns + j] = i == j ? 1.0f : upper[i * columns + j];
+    for (std::size_t j = 0; j < columns; ++j) weight[j] = 0.5f + static_cast<float>(j % 7);
+    for (std::size_t i = 0; i < columns; ++i)
+      for (std::size_t j = 0; j < columns; ++j) {
+        for (std::size_t k = i > j ? i : j; k < columns; ++k)
+          hessian[i * columns + j] += feedback[i * columns + k] * weight[k] * feedback[j * columns + k];
+        if (i / group == j / group) ones[i] += hessian[i * columns + j];
+      }
+  }
+
+  // The errors of searched grids, and what compensated rounding with descent leaves of each row. Which of two nearly equal
+  // grids or codes is taken may differ between levels, so the codes themselves are not compared.
+  Results results() const {
+    const Fits& fits = *active_level().fits;
+    const std::size_t groups = columns / group;
+    std::vector<float> scale(groups * kFitRows), zero(scale), error(kFitRows), rest = values, codes(values);
+    fits.search({levels, values.data(), weight.data(), group, scale.data(), zero.data(), error.data()});
+    std::vector<float> work(round_work(columns, group));
+    fits.round({levels, columns, group, hessian.data(), feedback.data(), weight.data(), ones.data(), 3, 0.0f, rest.data(),
+                codes.data(), scale.data(), zero.data(), work.data()});
+    double total = 0;
+    for (std::size_t r = 0; r < kFitRows; ++r)
+      for (std::size_t i = 0; i < columns; ++i)
+        for (std::size_t j = 0; j < columns; ++j)
+          total += static_cast<double>(rest[i * kFitRows + r] * hessian[i * columns + j] * rest[j * kFitRows + r]);
+    std::vector<float> stored(values.size());  // what codes, scales and zeros stand for, and what is left, make the values
+    for (std::size_t j = 0; j < columns; ++j)
+      for (std::size_t r = 0; r < kFitRows; ++r) {
+        const std::size_t at = j / group * kFitRows + r, here = j * kFitRows + r;
+        stored[here] = scale[at] * (codes[here] - zero[at]) + rest[here];
+      }
+    return {error, {static_cast<float>(total)}, {static_cast<float>(distance(stored, values) < 1e-5)}};
+  }
+};
+
 // How many results of a level differ from the generic ones; prints them, each with `what`.
 template <class Any>
 int differences(const Any& test, const std::string& level, const Results& expected, double tolerance,
@@ -299,6 +352,18 @@ int main(int count, char** arguments) {
                                        test.queries, test.positions, test.size, static_cast<int>(test.type));
     for (const std::string& level : levels) failures += differences(test, level, expected, 1e-5, what);
   }
+  for (int round = 0; round < rounds; ++round)
+    for (const Width& width : kWidths)
+      for (const bool zeros : {false, true}) {
+        const auto group = static_cast<std::size_t>(16 << below(4));
+        const FitCase test(width.bits, group, zeros);
+        set_level("generic");
+        const Results expected = test.results();
+        ++cases;
+        const std::string what = described("rounding to %d bits, group %zu, columns %zu, zeros %d", width.bits, group,
+                                           test.columns, static_cast<int>(zeros));
+        for (const std::string& level : levels) failures += differences(test, level, expected, 5e-3, what);
+      }
   std::string names;
   for (const std::string& level : levels) names += " " + level;
   std::printf("%d cases, %d differences;%s\n", cases, failures, names.c_str());

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.upstream import RecordingOps, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
@@ -55,7 +56,7 @@ class Squares:
 
     def add(self, name: str, squares: Tensor) -> None:
         """Adds squares [..., O] to the sum of that name, over all axes but the last."""
-        total = squares.double().reshape(-1, squares.shape[-1]).sum(0)
+        total = squares.reshape(-1, squares.shape[-1]).sum(0, dtype=torch.float64)
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
 
@@ -64,7 +65,7 @@ def output_fisher(
     windows: NDArray[np.int64],
     seed: int = 0,
     *,
-    batch: int = 4,
+    batch: int = 8,
     progress: Progress | None = None,
 ) -> dict[str, Vector]:
     """F_o = E[(∂L/∂y_o)²] at the output of every layer, L the loss in nats of labels that are drawn from the model itself.
@@ -91,7 +92,8 @@ def output_fisher(
     squares = Squares()
     starts = range(0, windows.shape[0], batch)
     for number, start in enumerate(starts):
-        _add_batch(model, ops, squares, windows[start : start + batch], generator)
+        with fast_products():
+            _add_batch(model, ops, squares, windows[start : start + batch], generator)
         if progress:
             progress(number + 1, len(starts))
     order = [linear.name for linear in source.spec.linears] + [LOOKUP]
@@ -144,7 +146,9 @@ def head_gradient(model: Decoder, squares: Squares, x: Tensor, generator: torch.
         chances = scores.detach().exp()
         if not torch.isfinite(chances).all():
             raise ConfigError("the logits are not finite on the calibration text; check the source model")
-        labels = torch.multinomial(chances, 1, generator=generator)
+        # Inverse transform sampling: torch.multinomial would draw a random number for every token of the vocabulary.
+        drawn = torch.rand(len(part), 1, generator=generator, device=part.device)
+        labels = torch.searchsorted(chances.cumsum(-1), drawn).clamp_(max=chances.shape[-1] - 1)
         # The expectation over the drawn label: E[(p_o − [o = label])²] = p_o (1 − p_o).
         squares.add(name, chances * (1 - chances) / model.architecture.logits_scaling**2)
         gradients += torch.autograd.grad(-scores.gather(-1, labels).sum(), [part])

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, decompose
+from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_exporter.calibrate.upstream import Upstream, block_linears
 from mpo_formats import ConfigError
@@ -213,7 +214,7 @@ class Calibration:
                 del moment  # before the next one takes its memory
                 before = names
             for upstream in (dense, ours):
-                with upstream.ops.holding(before):
+                with upstream.ops.holding(before), fast_products():
                     for rows in upstream.batches:
                         upstream.step(rows, block, before)
                 for name in list(upstream.inputs):
@@ -234,13 +235,14 @@ class Calibration:
         return (EMBEDDING if self.architecture.tie_word_embeddings else HEAD,)
 
     def _head_moment(self, upstream: Upstream, dense: Upstream | None) -> Moment:
-        second, cross = Sums(), None if dense is None else Sums()
-        for rows in upstream.batches:
-            x = upstream.normed(rows)
-            second.add(x)
-            if cross is not None and dense is not None:
-                cross.add(dense.normed(rows), x)
-        return moment_of(self._head(), second, cross)
+        second, change = Sums(), None if dense is None else Sums()
+        with fast_products():
+            for rows in upstream.batches:
+                x = upstream.normed(rows)
+                second.add(x)
+                if change is not None and dense is not None:
+                    change.add(dense.normed(rows) - x, x)
+        return moment_of(self._head(), second, change)
 
 
 def dense_matrix(source: Weights, name: str) -> Matrix:
@@ -258,7 +260,7 @@ def input_groups(upstream: Upstream, block: int) -> list[tuple[str, ...]]:
 def measure_block(upstream: Upstream, block: int) -> dict[tuple[str, ...], Sums]:
     """Sums the moments of all layer inputs of a block, and replaces the residual stream by the block's output."""
     sums: dict[tuple[str, ...], Sums] = {}
-    with upstream.ops.holding(block_linears(upstream.model.architecture, block)):
+    with upstream.ops.holding(block_linears(upstream.model.architecture, block)), fast_products():
         for rows in upstream.batches:
             inputs, output = upstream.run(rows, block)
             for part in inputs:
@@ -273,37 +275,37 @@ def measure_input(
     """Sums the moments of the first layer input after the layers `before`, which are already compressed.
 
     Returns:
-        The sums of x̂ x̂ᵀ on the compressed upstream, of x x̂ᵀ across the two, and of the drift where the layers' output is
+        The sums of x̂ x̂ᵀ on the compressed upstream, of (x − x̂) x̂ᵀ across the two, and of the drift where the layers' output is
         added to the residual stream (see `Moment`).
     """
-    second, cross, drift = Sums(), Sums(), Sums()
+    second, change, drift = Sums(), Sums(), Sums()
     scale = ours.model.architecture.residual_multiplier
     residual = False
-    with dense.ops.holding(before), ours.ops.holding(before):
+    with dense.ops.holding(before), ours.ops.holding(before), fast_products():
         for rows in ours.batches:
             theirs, mine = (upstream.step(rows, block, before) for upstream in (dense, ours))
             if theirs is None or mine is None:
                 raise ConfigError(f"calibration: block {block} has no linears after {', '.join(before)}")
             second.add(mine.x)
-            cross.add(theirs.x, mine.x)
+            change.add(theirs.x - mine.x, mine.x)
             residual = mine.names[0].endswith(TO_STREAM)
             if residual and theirs.stream is not None and mine.stream is not None and scale:
                 drift.add((theirs.stream - mine.stream) / scale, mine.x)
-    return second, cross, drift if residual and scale else None
+    return second, change, drift if residual and scale else None
 
 
-def moment_of(names: tuple[str, ...], second: Sums, cross: Sums | None, drift: Sums | None = None) -> Moment:
-    """The moment from its sums.
+def moment_of(names: tuple[str, ...], second: Sums, change: Sums | None, drift: Sums | None = None) -> Moment:
+    """The moment from the sums of x̂ x̂ᵀ, (x − x̂) x̂ᵀ and the drift.
 
     Raises:
         ConfigError: naming the first layer, when the input was not finite.
     """
     tokens = second.tokens
     # Only the difference of `cross` and C is used, so single precision is enough, and it takes half the memory.
-    across, drifted = (
-        None if sums is None else sums.mean(symmetric=False).astype(np.float32) for sums in (cross, drift)
-    )
-    moment = Moment(second.mean(symmetric=True), across, tokens, drifted)
+    whole = second.mean(symmetric=True)
+    across = None if change is None else (change.mean(symmetric=False) + whole).astype(np.float32)
+    drifted = None if drift is None else drift.mean(symmetric=False).astype(np.float32)
+    moment = Moment(whole, across, tokens, drifted)
     for part in (moment.second, moment.cross, moment.drift):
         if part is not None and not np.isfinite(part).all():
             raise ConfigError(f"{names[0]}: its input is not finite on the calibration text; check the source model")

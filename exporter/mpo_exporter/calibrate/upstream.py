@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.calibrate.precision import small_products
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import ReferenceOps, TorchCache, TorchSpans
 from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.protocol import Weights
+
+# A layer's input that takes at most so many bytes is kept in memory: a new file's pages cost more than their use.
+HELD_BYTES = 1 << 28
 
 
 class Enough(Exception):
@@ -102,8 +108,16 @@ class RecordingOps(ReferenceOps):
         return x if self.skipping else super().layer_norm(x, weight, bias, eps)
 
     def attention(self, q: Tensor, cache: TorchCache | TorchSpans, block: int, scale: float, window: int) -> Tensor:
-        """Causal grouped-query attention of q over the cache."""
-        return q if self.skipping else super().attention(q, cache, block, scale, window)
+        """Causal grouped-query attention of q [B, H, S, D] over the cache, as [B, S, H·D]."""
+        if self.skipping:
+            return q
+        count = q.shape[2]
+        if not isinstance(cache, TorchCache) or any(cache.lengths) or count != cache.capacity or 0 < window < count:
+            return super().attention(q, cache, block, scale, window)
+        keys, values = cache.held[block].float()  # whole windows, which torch attends to in one operation
+        with small_products():
+            mixed = F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+        return mixed.transpose(1, 2).reshape(q.shape[0], count, -1)
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU."""
@@ -142,6 +156,7 @@ class Upstream:
         shape = (*windows.shape, self.model.architecture.hidden_size)
         self.states = mapped_file(file, shape)
         self.inputs: dict[str, NDArray[np.float32]] = {}
+        self.spare: list[NDArray[np.float32]] = []
         self.batches = [slice(start, start + batch) for start in range(0, windows.shape[0], batch)]
 
     @torch.no_grad()
@@ -200,13 +215,23 @@ class Upstream:
         return found
 
     def kept(self, name: str) -> NDArray[np.float32]:
-        """The input [N, W, I] of the layer `name` in a mapped file; a new file removes all others but the newest."""
+        """The input [N, W, I] of the layer `name`, in a mapped file if it is large; a new one removes all but the newest."""
         if name not in self.inputs:
             for other in list(self.inputs)[:-1]:
                 self.forget(other)
             sizes = {layer: columns for layer, _, columns, _ in self.model.architecture.linear_sizes()}
             shape = (*self.windows.shape, sizes[name])
-            self.inputs[name] = mapped_file(self.input_file(name), shape)
+            spare = [array for array in self.spare if array.shape == shape]
+            if spare:
+                self.spare = [array for array in self.spare if array is not spare[0]]
+            small = 4 * math.prod(shape) <= HELD_BYTES
+            self.inputs[name] = (
+                spare[0]
+                if spare
+                else np.empty(shape, np.float32)
+                if small
+                else mapped_file(self.input_file(name), shape)
+            )
         return self.inputs[name]
 
     def input_file(self, name: str) -> Path:
@@ -214,9 +239,12 @@ class Upstream:
         return self.file.with_name(f"{self.file.name}.{name}")
 
     def forget(self, name: str) -> None:
-        """Removes the file of a layer's input."""
-        del self.inputs[name]
-        self.input_file(name).unlink()
+        """Removes the file of a layer's input; its memory is kept for the next one, if it was in memory."""
+        array = self.inputs.pop(name)
+        if isinstance(array, np.memmap):
+            self.input_file(name).unlink()
+        else:
+            self.spare.append(array)
 
     @torch.no_grad()
     def normed(self, rows: slice) -> Tensor:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mpo_exporter.calibrate.moments import Moment, require_finite
 from mpo_exporter.fit.common import unfold
 from mpo_exporter.fit.search import EXACT_SIZE, whiten
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
-from mpo_exporter.quantize.gptq import Grid, expected_residuals
-from mpo_exporter.quantize.grid import LARGEST
-from mpo_exporter.terms import Candidate, fitting_group, operator, stored_bytes
-from mpo_formats import Dense, LinearSpec, Quantized, Term
+from mpo_exporter.quantize.gptq import expected_errors, expected_residuals
+from mpo_exporter.quantize.grid import LARGEST, Grid
+from mpo_exporter.terms import DEFAULT_CHI, Candidate, fitting_group, operator, stored_bytes
+from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.packing import implicit_zero
 
@@ -39,6 +41,8 @@ LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # model); FINER for all other widths.
 DESCENT = {2: 0.85, 3: 0.9}
 FINER = 0.91
+# Vectors and power iterations that find a largest singular value, and by how much its square may be underestimated.
+SKETCH, POWERS, SAFETY = 8, 4, 1.25
 # Rows sampled from a large matrix where no spectrum is needed.
 SAMPLED_ROWS = 1024
 
@@ -116,8 +120,13 @@ def candidates(
     sensitivity: Sensitivity,
     grids: Sequence[Grid] = GRIDS,
     chis: Sequence[int] = LADDER,
+    *,
+    every: bool = True,
 ) -> list[Candidate]:
     """The candidates of a layer with the loss that compensated rounding is expected to leave; the last is lossless.
+
+    Args:
+        every: gives cores' losses for each grid of CORED; else for χ up to DEFAULT_CHI, and only where they may pay.
 
     Raises:
         ConfigError: when the matrix is not finite.
@@ -133,22 +142,72 @@ def candidates(
     if not fitting:
         narrow = candidate(0.0, Dense("bf16"))
         return [lossless] if lossless.bytes <= narrow.bytes else [narrow, lossless]
-    with_cores = chis and linear.name not in (EMBEDDING, HEAD)
-    cored = set(fitted([grid for grid in grids if with_cores and grid in CORED], linear.in_features)) & set(fitting)
-    result = []
-    for part in (cored, set(fitting) - cored):
-        picked = [grid for grid in fitting if grid in part]
-        rows, counted = (matrix, sensitivity) if part is cored else sensitivity.sample(matrix)
-        residuals, weight = expected_residuals(rows, sensitivity.moment, picked, max(grid.group for grid in fitting))
-        for grid, residual in zip(picked, residuals, strict=True):
-            base = Quantized(grid.bits, grid.group, grid.zeros)
-            share = DESCENT.get(grid.bits, FINER)
-            result.append(candidate(share * counted.loss(residual, weight), base))
-            if grid in cored:
-                scale = np.sqrt(counted.rows * share / 2)[:, None]
-                for chi, loss in tails(scale * residual * np.sqrt(weight), chis):
-                    result.append(candidate(loss, base, operator(*low_rank_shape(*matrix.shape), chi, "int8")))
+    group = max(grid.group for grid in fitting)
+    rows, counted = sensitivity.sample(matrix)
+    losses = expected_errors(rows, sensitivity.moment, fitting, group) @ counted.rows / 2
+    result, bases = [], {}
+    for grid, loss in zip(fitting, map(float, losses), strict=True):
+        base, share = Quantized(grid.bits, grid.group, grid.zeros), DESCENT.get(grid.bits, FINER)
+        result.append(candidate(share * loss, base))
+        bases[grid] = base
+    if not chis or linear.name in (EMBEDDING, HEAD):
+        return [*result, lossless]
+    chis = [chi for chi in chis if every or chi <= DEFAULT_CHI]
+    cored = fitted([grid for grid in grids if grid in CORED], linear.in_features)
+    picked = [grid for grid in cored if grid in bases]
+    residuals, weight = expected_residuals(matrix, sensitivity.moment, picked, group)
+    rows_and_columns = np.sqrt(sensitivity.rows / 2)[:, None], np.sqrt(weight)
+    hull, shape = lower_hull([*result, lossless]), low_rank_shape(*matrix.shape)
+    for grid, residual in zip(picked, residuals, strict=True):
+        whitened = torch.from_numpy((rows_and_columns[0] * residual * rows_and_columns[1]).astype(np.float32))
+        share = DESCENT.get(grid.bits, FINER)
+        sizes = [candidate(0.0, bases[grid], operator(*shape, chi, "int8")) for chi in chis if chi < min(matrix.shape)]
+        if every or may_pay(whitened, share, sizes, hull):
+            curve = tails(whitened, chis)
+            result += [replace(one, loss=share * loss) for one, (_, loss) in zip(sizes, curve, strict=True)]
     return [*result, lossless]
+
+
+def lower_hull(row: Sequence[Candidate]) -> list[tuple[int, float]]:
+    """The corners (bytes, loss) of the lower convex hull of candidates, by rising bytes."""
+    hull: list[tuple[int, float]] = []
+    for size, loss in sorted((one.bytes, one.loss) for one in row):
+        if hull and loss >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (size - hull[-2][0]) >= (loss - hull[-2][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((size, loss))
+    return hull
+
+
+def may_pay(whitened: Tensor, share: float, sizes: Sequence[Candidate], hull: Sequence[tuple[int, float]]) -> bool:
+    """Whether cores of some χ could lower the loss more than as many bytes of integers do.
+
+    χ bonds take at most χ λ_max off the loss, and at most √(χ Σ λ²), with λ the squared singular values: neither needs all of
+    them.
+
+    Args:
+        whitened: the weighted residual [O, I] that cores would correct.
+        share: of it that descent leaves.
+        sizes: the candidates with cores, by rising χ.
+        hull: of the candidates without (`lower_hull`).
+    """
+    wide = whitened if whitened.shape[0] <= whitened.shape[1] else whitened.T
+    gram = wide @ wide.T
+    basis = torch.randn(len(gram), min(SKETCH, len(gram)), generator=torch.Generator().manual_seed(0))
+    for _ in range(POWERS):
+        basis = torch.linalg.qr(gram @ basis).Q
+    largest = SAFETY * float(torch.linalg.eigvalsh(basis.T @ gram @ basis)[-1])
+    total, squares = float(gram.trace()), float(gram.square().sum(dtype=torch.float64))
+    bytes_, losses = zip(*hull, strict=True)
+    for one in sizes:
+        chi = max(bond for term in one.terms if isinstance(term, Mpo) for bond in term.bonds)
+        most = min(chi * largest, math.sqrt(chi * squares))
+        if share * max(total - most, 0.0) < float(np.interp(one.bytes, bytes_, losses)):
+            return True
+    return False
 
 
 def fitted(grids: Sequence[Grid], columns: int) -> list[Grid]:
@@ -163,16 +222,16 @@ def alone(matrix: Matrix, sensitivity: Sensitivity, chis: Sequence[int] = LADDER
     For balanced factors the moment is approximated by its partial traces, and the sum is scaled to the moment's own.
     """
     rows = np.sqrt(sensitivity.rows / 2)[:, None]
-    low_rank = tails(rows * (matrix @ sensitivity.moment.root), chis)
+    low_rank = tails(torch.from_numpy(rows * (matrix @ sensitivity.moment.root)), chis)
     out_dims, in_dims = balanced_shape(matrix.shape[0], matrix.shape[1], 2)
     turned = unfold(whiten(rows * matrix, sensitivity.hessian, (in_dims[0], in_dims[1])), out_dims, in_dims)
     folded = turned.reshape(out_dims[0] * in_dims[0], -1)
     whole, sketched = sensitivity.total(matrix), max(float(np.vdot(folded, folded)), 1e-300)
-    balanced = tuple((chi, loss * whole / sketched) for chi, loss in tails(folded, chis))
+    balanced = tuple((chi, loss * whole / sketched) for chi, loss in tails(torch.from_numpy(folded), chis))
     return Alone(low_rank, balanced)
 
 
-def tails(matrix: Matrix, chis: Sequence[int]) -> Curve:
+def tails(matrix: Tensor, chis: Sequence[int]) -> Curve:
     """(χ, the sum of the squared singular values after the first χ) for every χ below the full rank.
 
     For matrices with both sides above 1,024 the leading values come from a sketch of the subspace.
@@ -181,7 +240,7 @@ def tails(matrix: Matrix, chis: Sequence[int]) -> Curve:
     ranks = [chi for chi in chis if chi < smallest]
     if not ranks:
         return ()
-    wide = torch.from_numpy(np.ascontiguousarray(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)).float()
+    wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).float()
     total = float(wide.square().sum(dtype=torch.float64))
     if smallest <= EXACT_SIZE:
         squares = torch.linalg.eigvalsh(wide @ wide.T).flip(0)

@@ -31,7 +31,7 @@ from mpo_exporter.measure.candidates import (
     table_sensitivity,
 )
 from mpo_exporter.progress import Log, Progress, no_log, silent
-from mpo_exporter.quantize.gptq import Grid
+from mpo_exporter.quantize.grid import Grid
 from mpo_exporter.terms import Candidate
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
@@ -40,7 +40,7 @@ from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import DenseWeights, Weights
 
 # To be raised whenever a survey of the same model and text would come out differently.
-VERSION = 3
+VERSION = 5
 # Windows whose gradients are taken: the Fisher information needs less text than the moments.
 FISHER_WINDOWS = 32
 
@@ -52,11 +52,13 @@ class Survey:
     Args:
         table: the second moment [E, E] that the embedding's rows are rounded with.
         alone: the losses of cores that replace a matrix, for the attention and MLP matrices.
+        complete: whether the losses of cores were measured for all layers; else only where cores may pay, and none alone.
     """
 
     candidates: dict[str, list[Candidate]]
     table: Matrix
     alone: dict[str, Alone] = field(default_factory=dict)
+    complete: bool = True
 
     def loss(self, linear: LinearSpec) -> float | None:
         """The expected loss of a layer's terms in nats per token; None for sums of terms that cannot be estimated.
@@ -145,6 +147,7 @@ def survey(
     grids: Sequence[Grid] = GRIDS,
     chis: Sequence[int] = LADDER,
     fisher_windows: int = FISHER_WINDOWS,
+    complete: bool = True,
     progress: Progress = silent,
 ) -> Survey:
     """Measures every layer's candidates on the dense upstream, one block at a time.
@@ -154,6 +157,7 @@ def survey(
 
     Args:
         chis: bond dimensions of cores, beside the integers and alone.
+        complete: measures cores everywhere; see `Survey`.
 
     Raises:
         ConfigError: naming the layer whose values are not finite.
@@ -164,8 +168,8 @@ def survey(
     for name, sensitivity in sensitivities(source, calibration, fisher_windows, progress):
         matrix = dense_matrix(source, name)
         try:
-            found[name] = candidates(source.spec.linear(name), matrix, sensitivity, grids, chis)
-            if name not in (EMBEDDING, HEAD):
+            found[name] = candidates(source.spec.linear(name), matrix, sensitivity, grids, chis, every=complete)
+            if complete and name not in (EMBEDDING, HEAD):
                 cores[name] = alone(matrix, sensitivity, chis)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
@@ -176,7 +180,8 @@ def survey(
     if table is None:
         raise ConfigError("survey: the embedding was not measured")
     names = [linear.name for linear in source.spec.linears]
-    return Survey({name: found[name] for name in names}, table, {name: cores[name] for name in names if name in cores})
+    alone_by_name = {name: cores[name] for name in names if name in cores}
+    return Survey({name: found[name] for name in names}, table, alone_by_name, complete)
 
 
 def sensitivities(
@@ -214,20 +219,31 @@ def survey_file(source: DenseWeights, walk: Calibration, text: TokenText) -> Cac
 
 
 def cached_survey(
-    source: DenseWeights, walk: Calibration, text: TokenText, *, progress: Progress = silent, log: Log = no_log
+    source: DenseWeights,
+    walk: Calibration,
+    text: TokenText,
+    *,
+    complete: bool = True,
+    progress: Progress = silent,
+    log: Log = no_log,
 ) -> Survey:
     """The survey of a model on a calibration text: from the cache, or measured now and cached.
+
+    Args:
+        complete: measures cores everywhere, which takes longer; a complete survey in the cache is always good enough.
 
     Raises:
         ConfigError: as `survey` does.
     """
     file = survey_file(source, walk, text)
     cached = file.read(log)
-    if cached is not None:
+    if cached is not None and (cached.content["complete"] or not complete):
         log(f"survey: measured before, read from {file.path.name}")
         return unpacked(cached)
+    if cached is not None:
+        log("survey: measured before, but cores only where they pay; measuring them everywhere")
     started = time.perf_counter()
-    found = survey(source, walk, progress=progress)
+    found = survey(source, walk, complete=complete, progress=progress)
     seconds = time.perf_counter() - started
     log(f"survey: every layer measured in {seconds:.0f} s, cached for other budgets")
     file.write(packed(found, seconds), log)
@@ -241,7 +257,8 @@ def packed(found: Survey, seconds: float) -> Cached:
         for name, row in found.candidates.items()
     }
     alone = {name: asdict(one) for name, one in found.alone.items()}
-    return Cached({"candidates": rows, "alone": alone, "seconds": seconds}, {"table": found.table.astype("float32")})
+    content = {"candidates": rows, "alone": alone, "complete": found.complete, "seconds": seconds}
+    return Cached(content, {"table": found.table.astype("float32")})
 
 
 def unpacked(cached: Cached) -> Survey:
@@ -254,7 +271,7 @@ def unpacked(cached: Cached) -> Survey:
         name: Alone(*(tuple((chi, loss) for chi, loss in one[kind]) for kind in ("low_rank", "balanced")))
         for name, one in cached.content["alone"].items()
     }
-    return Survey(rows, cached.arrays["table"].astype("float64"), alone)
+    return Survey(rows, cached.arrays["table"].astype("float64"), alone, cached.content["complete"])
 
 
 def term_of(data: dict[str, Any]) -> Term:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpo_exporter.measure.sensitivity import LEVELS
 from mpo_exporter.plan.named import AUTO, PLANS, Plan
+from mpo_exporter.terms import DEFAULT_CHI
 from mpo_formats import ConfigError, ModelSpec, PlanError, Term
 from mpo_formats.layout import content_tensors
 from mpo_formats.spec import CoreType
@@ -16,8 +17,6 @@ from mpo_formats.spec import CoreType
 if TYPE_CHECKING:
     from mpo_exporter.plan.file import PlanFile
 
-# The bond dimension where none is given.
-DEFAULT_CHI = 32
 # More bits than any weight has.
 MOST_BITS = 32
 # The number of bits that the factors of key projections may have, and the type that each is stored in.

@@ -43,19 +43,24 @@ class Planner:
     log: Log = no_log
     surveyed: Survey | None = None
 
-    def survey(self) -> Survey:
-        """The survey of the model, measured at most once.
+    def survey(self, *, complete: bool = True) -> Survey:
+        """The survey of the model, measured at most once; again if a complete one is asked for later.
+
+        Args:
+            complete: with cores everywhere, for plans that demand them; else only where they may pay.
 
         Raises:
             ConfigError: if there is no calibration text to measure on.
         """
-        if self.surveyed is None:
+        if self.surveyed is None or (complete and not self.surveyed.complete):
             if self.walk is None or self.text is None:
                 raise ConfigError(
                     "target, --top-k, --compression-ratio: such a plan is made on calibration text; "
                     "give one with --calib, and --calib-windows above 0"
                 )
-            self.surveyed = cached_survey(self.source, self.walk, self.text, progress=self.progress, log=self.log)
+            self.surveyed = cached_survey(
+                self.source, self.walk, self.text, complete=complete, progress=self.progress, log=self.log
+            )
         return self.surveyed
 
     def layers(self, spec: ModelSpec, options: Options) -> tuple[LinearSpec, ...]:
@@ -162,8 +167,9 @@ class Planner:
 
     def candidates(self, options: Options, planned: tuple[LinearSpec, ...]) -> dict[str, list[Candidate]]:
         """The candidates of every layer; only one for the layers of a plan file and those that the plan leaves alone."""
-        surveyed, source = self.survey(), self.source.spec
+        source = self.source.spec
         pinned, inside = options.pinned(source), acted_on(source, options)
+        surveyed = self.survey(complete=options.demands_cores or bool(pinned))
         factors = self.factors() if options.choice.sensitivity == "full" else {}
         rows = {}
         for linear in planned:
@@ -194,7 +200,7 @@ class Planner:
 
     def factors(self) -> dict[str, float]:
         """The measured loss over the expected one, for each layer in integers of 3 bits."""
-        surveyed = self.survey()
+        surveyed = self.survey(complete=False)
         probes = [
             replace(linear, terms=(integers(linear.in_features, PROBE_BITS, PROBE_GROUP),))
             for linear in self.source.spec.linears

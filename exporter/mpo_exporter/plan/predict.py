@@ -81,7 +81,10 @@ def predicted_kl(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float
     if planner.walk is None:
         reasons.append("KL: not predicted for a plan that is fitted to the weights alone; give --calib")
         return None
-    expected = planner.survey().total_loss(spec.linears)
+    surveyed = planner.survey(complete=False)
+    if not all(any(one.terms == linear.terms for one in surveyed.candidates[linear.name]) for linear in spec.linears):
+        surveyed = planner.survey()
+    expected = surveyed.total_loss(spec.linears)
     if expected is None:
         reasons.append("KL: not predicted: the plan has sums of terms that the survey did not measure")
         return None

@@ -3,13 +3,14 @@
 The error is E = tr[(W − Ŵ) C (W − Ŵ)ᵀ] with the second moment C of the inputs. Columns are rounded one after another, and
 the later columns are adjusted to compensate the rounding error of the earlier ones. Then scales and codes are improved in
 turns as long as that lowers E (descent.py). Rows do not depend on each other.
+
+This is the torch code, which runs where no native kernels were built; native.py has the same in C++.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from mpo_exporter.calibrate.hessian import DAMPING, Hessian
 from mpo_exporter.calibrate.moments import Moment, require_finite
+from mpo_exporter.quantize import native
 from mpo_exporter.quantize.descent import Problem, State, blocks, descend, gradient_of, inner_blocks
-from mpo_exporter.quantize.grid import Levels, encode, inverse, search
+from mpo_exporter.quantize.grid import Grid, Levels, encode, inverse, require_range, search
 from mpo_exporter.quantize.rounding import Integers
 from mpo_formats import ConfigError
 
@@ -56,15 +58,6 @@ def target(matrix: Matrix, moment: Moment, damping: float = DAMPING, group: int 
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """How a matrix is stored: bits, group size, and whether each group stores its zero."""
-
-    bits: int
-    group: int
-    zeros: bool = False
-
-
 def compensated(
     matrix: Matrix,
     moment: Moment,
@@ -87,6 +80,11 @@ def compensated(
     """
     check(matrix, moment, group)
     hessian = moment.hessian(group, damping)
+    if native.usable():
+        require_range(float(np.abs(matrix).max(initial=0.0)), Levels(bits, zeros))
+        grid = Grid(bits, group, zeros)
+        found = native.compensated(matrix.astype(np.float32), hessian, grid, turns, TOLERANCE)
+        return Integers(found[0], found[1], found[2] if zeros else None, bits, group)
     problem, order = Problem(hessian.matrix, group, Levels(bits, zeros)), hessian.order
     wanted = torch.from_numpy(matrix).float()
     parts = [
@@ -128,14 +126,38 @@ def expected_residuals(
     Raises:
         ConfigError: as `compensated` does.
     """
+    weight, scaled = _expected_weight(matrix, moment, grids, group)
+    single = matrix.astype(np.float32)
+    if native.usable():
+        return (native.residual(single, weight.numpy(), grid).astype(np.float64) for grid in grids), scaled
+    values = torch.from_numpy(single.T.copy())
+    return (_residual(values, weight, grid) for grid in grids), scaled
+
+
+def expected_errors(matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None = None) -> Matrix:
+    """Σ_j r_j² d_j of each row on each of several grids [grids, O], with r and d of `expected_residuals`.
+
+    Raises:
+        ConfigError: as `compensated` does.
+    """
+    if not native.usable():
+        residuals, scaled = expected_residuals(matrix, moment, grids, group)
+        return np.array([np.square(residual) @ scaled for residual in residuals])
+    weight, scaled = _expected_weight(matrix, moment, grids, group)
+    found = native.errors(matrix.astype(np.float32), weight.numpy(), grids).astype(np.float64)
+    result: Matrix = found * (scaled.sum() / max(float(weight.sum(dtype=torch.float64)), 1e-300))
+    return result
+
+
+def _expected_weight(matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None) -> tuple[Tensor, Vector]:
+    """The weights R_jj² of the columns [I] in their own order, and these times the mean of C's diagonal."""
     for grid in grids:
         check(matrix, moment, grid.group)
+        require_range(float(np.abs(matrix).max(initial=0.0)), Levels(grid.bits, grid.zeros))
     hessian = moment.hessian(group or max((grid.group for grid in grids), default=1))
     weight = torch.empty_like(hessian.weight)
     weight[hessian.order] = hessian.weight
-    values = torch.from_numpy(matrix.T.astype(np.float32))
-    residuals = (_residual(values, weight, grid) for grid in grids)
-    return residuals, weight.double().numpy() * float(np.trace(moment.second)) / len(moment.second)
+    return weight, weight.double().numpy() * float(np.trace(moment.second)) / len(moment.second)
 
 
 def _residual(values: Tensor, weight: Tensor, grid: Grid) -> Matrix:

@@ -19,6 +19,15 @@ LARGEST = float(torch.finfo(torch.float16).max)
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """How a matrix is stored: bits, group size, and whether each group stores its zero."""
+
+    bits: int
+    group: int
+    zeros: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Levels:
     """The range of the codes, 0 … 2^bits − 1, and whether each group stores its zero."""
 
@@ -34,6 +43,12 @@ class Levels:
     def middle(self) -> float:
         """The zero where none is stored."""
         return implicit_zero(self.bits)
+
+
+def require_range(peak: float, levels: Levels) -> None:
+    """Raises ConfigError where a largest magnitude `peak` needs a scale beyond half precision."""
+    if not peak / levels.middle <= LARGEST:
+        raise ConfigError("matrix: values exceed the range of half-precision scales; store this layer dense")
 
 
 def half(values: Tensor) -> Tensor:
@@ -72,8 +87,7 @@ def search(values: Tensor, weight: Tensor, levels: Levels) -> tuple[Tensor, Tens
 
 def _starts(values: Tensor, levels: Levels) -> list[tuple[Tensor, Tensor]]:
     low, high = values.amin(0), values.amax(0)
-    if not float(torch.maximum(high, -low).max()) / levels.middle <= LARGEST:
-        raise ConfigError("matrix: values exceed the range of half-precision scales; store this layer dense")
+    require_range(float(torch.maximum(high, -low).max()), levels)
     if levels.zeros:
         middle = (low + high) / 2
         steps = [half((high - low) * shrink / levels.top) for shrink in SHRINK]

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpo_exporter.quantize.grid import Levels, encode, inverse, search
+from mpo_exporter.quantize import native
+from mpo_exporter.quantize.grid import Grid, Levels, encode, inverse, require_range, search
 from mpo_formats import ConfigError
 from mpo_formats.packing import implicit_zero, pack
 
@@ -63,6 +64,8 @@ def round_to_nearest(
     """
     if not np.isfinite(matrix).all():
         raise ConfigError("matrix: has values that are not finite; check the source model")
+    if native.usable():
+        return _round_native(matrix, Grid(bits, group, zeros), weight)
     if zeros or weight is not None:
         return _round_searched(
             matrix, Levels(bits, zeros), group, np.ones(matrix.shape[1]) if weight is None else weight
@@ -93,6 +96,17 @@ def require_scales(matrix: Matrix, bits: int, group: int) -> None:
             f"matrix: values of at most {np.abs(matrix).max():.2g} are below the range of half-precision scales; "
             "store this layer dense"
         )
+
+
+def _round_native(matrix: Matrix, grid: Grid, weight: NDArray[np.float64] | None) -> Integers:
+    require_range(float(np.abs(matrix).max(initial=0.0)), Levels(grid.bits, grid.zeros))
+    single = matrix.astype(np.float32)
+    if grid.zeros or weight is not None:
+        given = None if weight is None else weight.astype(np.float32)
+        codes, scale, zero = native.nearest(single, grid, given)
+    else:
+        codes, scale, zero = native.nearest(single, grid, factors=SHRINK.tolist(), turns=0)
+    return Integers(codes, scale, zero if grid.zeros else None, grid.bits, grid.group)
 
 
 def _round_searched(matrix: Matrix, levels: Levels, group: int, weight: NDArray[np.float64]) -> Integers:

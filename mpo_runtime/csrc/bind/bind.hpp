@@ -24,6 +24,7 @@ template <class T, std::size_t Dimensions>
 using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 
 void bind_dequantize(nb::module_& module);
+void bind_fit(nb::module_& module);
 void bind_kernels(nb::module_& module);
 void bind_layers(nb::module_& module);
 void bind_programs(nb::module_& module);

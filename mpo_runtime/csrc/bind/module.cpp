@@ -24,6 +24,7 @@ NB_MODULE(_native, module) {
   namespace nb = nanobind;
   module.doc() = "Native kernels of mpo_runtime on numpy memory.";
   mpo::bind_dequantize(module);
+  mpo::bind_fit(module);
   mpo::bind_kernels(module);
   mpo::bind_layers(module);
   mpo::bind_programs(module);

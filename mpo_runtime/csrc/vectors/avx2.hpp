@@ -95,6 +95,9 @@ struct Avx2Floats {
   static MPO_INLINE Floats zero_below(Floats x, Floats bound, Floats value) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, bound, _CMP_LT_OQ), value);
   }
+  static MPO_INLINE Floats select_below(Floats x, Floats bound, Floats a, Floats b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, bound, _CMP_LT_OQ));
+  }
   static MPO_INLINE float total(Floats a) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));

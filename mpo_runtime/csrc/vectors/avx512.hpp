@@ -48,6 +48,9 @@ struct Avx512Floats {
   static MPO_INLINE Floats zero_below(Floats x, Floats bound, Floats value) {
     return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), _mm512_setzero_ps());
   }
+  static MPO_INLINE Floats select_below(Floats x, Floats bound, Floats a, Floats b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), b, a);
+  }
   static MPO_INLINE float total(Floats a) { return Avx2Floats::total(Avx2Floats::add(upper(a), lower(a))); }
   static MPO_INLINE float largest(Floats a) { return Avx2Floats::largest(_mm256_max_ps(upper(a), lower(a))); }
 

@@ -120,6 +120,9 @@ struct GenericFloats {
   static MPO_INLINE Floats zero_below(const Floats& x, const Floats& bound, const Floats& value) {  // x < bound ? 0 : value
     return map([&](int i) { return x.f[i] < bound.f[i] ? 0.0f : value.f[i]; });
   }
+  static MPO_INLINE Floats select_below(const Floats& x, const Floats& bound, const Floats& a, const Floats& b) {
+    return map([&](int i) { return x.f[i] < bound.f[i] ? a.f[i] : b.f[i]; });
+  }
   static MPO_INLINE float total(const Floats& a) { return (a.f[0] + a.f[1]) + (a.f[2] + a.f[3]); }
   static MPO_INLINE float largest(const Floats& a) {
     const float left = a.f[0] > a.f[1] ? a.f[0] : a.f[1], right = a.f[2] > a.f[3] ? a.f[2] : a.f[3];

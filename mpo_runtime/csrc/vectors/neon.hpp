@@ -86,6 +86,9 @@ struct NeonFloats {
     };
     return {kept(value.a, vcltq_f32(x.a, bound.a)), kept(value.b, vcltq_f32(x.b, bound.b))};
   }
+  static MPO_INLINE Floats select_below(Floats x, Floats bound, Floats a, Floats b) {
+    return {vbslq_f32(vcltq_f32(x.a, bound.a), a.a, b.a), vbslq_f32(vcltq_f32(x.b, bound.b), a.b, b.b)};
+  }
   static MPO_INLINE float total(Floats a) { return vaddvq_f32(vaddq_f32(a.a, a.b)); }
   static MPO_INLINE float largest(Floats a) { return vmaxnmvq_f32(vmaxnmq_f32(a.a, a.b)); }
 };
