@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -43,7 +44,7 @@ def expand_user(path: str) -> Path:
         return Path(path)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a file through a sibling that takes its place once it is complete and on the disk.
 
     A new file has the rights that the umask says, as any other program's files do; an existing one keeps its own.
@@ -54,7 +55,8 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(4)}.partial")
     try:
         with temporary.open("xb") as file:
-            file.write(content)
+            for part in [content] if isinstance(content, bytes) else content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():

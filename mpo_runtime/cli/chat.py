@@ -14,6 +14,7 @@ from mpo_runtime.cli.chat_commands import ALIASES, COMMANDS, Leave, run_command
 from mpo_runtime.cli.console import one_line
 from mpo_runtime.cli.conversation import Conversation, Settings
 from mpo_runtime.cli.generate import open_model, print_text, read_stdin
+from mpo_runtime.cli.prompt_cache import kept_prompt
 from mpo_runtime.filesystem import expand_user, user_folder
 from mpo_runtime.text.decode import decode_argument
 
@@ -29,7 +30,12 @@ PROMPT, CONTINUED = ">>> ", "... "
 
 
 def run_chat(
-    file: Path, load_options: dict[str, Any], prompt: str | None, system: str | None, settings: Settings
+    file: Path,
+    load_options: dict[str, Any],
+    prompt: str | None,
+    system: str | None,
+    settings: Settings,
+    prompt_cache: Path | None = None,
 ) -> None:
     """Answers one message, or talks until the user leaves."""
     text = None if prompt is None else decode_argument(prompt, "--prompt")
@@ -37,7 +43,7 @@ def run_chat(
         text = read_stdin()
     if text is not None and not text.strip():
         raise ConfigError("the message is empty; give one with --prompt or on standard input")
-    with open_model(file, load_options) as model:
+    with open_model(file, load_options) as model, kept_prompt(model, load_options, prompt_cache):
         if model.template is None:
             raise ConfigError(f"{file}: has no chat template; continue a plain text instead: mpo-run generate {file}")
         conversation = Conversation(model, settings, decode_argument(system or "", "--system") or None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mpo_formats.errors import ConfigError
 from mpo_runtime.cli.console import json_text
+from mpo_runtime.cli.prompt_cache import kept_prompt
 from mpo_runtime.loading import load
 from mpo_runtime.model import Model, Piece
 from mpo_runtime.models.decoder import Decoder
@@ -63,7 +64,12 @@ class Request:
 
 
 def run_generate(
-    file: Path, load_options: dict[str, Any], prompt: str | None, prompts: Path | None, request: Request
+    file: Path,
+    load_options: dict[str, Any],
+    prompt: str | None,
+    prompts: Path | None,
+    request: Request,
+    prompt_cache: Path | None = None,
 ) -> None:
     """Continues each prompt on standard output; all prompts are checked before the first is run."""
     if prompt is not None and prompts is not None:
@@ -72,7 +78,7 @@ def run_generate(
         texts = [read_stdin().rstrip("\n") if prompt is None else decode_argument(prompt, "--prompt")]
     else:
         texts = read_prompts(prompts)
-    with open_model(file, load_options) as model:
+    with open_model(file, load_options) as model, kept_prompt(model, load_options, prompt_cache):
         started = []
         for number, text in enumerate(texts, 1):
             try:

@@ -104,7 +104,7 @@ def generate(
         template=templating.options() if chat or templating.given() else None,
         system=system,
     )
-    run_generate(file, loading.arguments(), prompt, prompts, request)
+    run_generate(file, loading.arguments(), prompt, prompts, request, loading.prompt_cache)
 
 
 @app.command()
@@ -128,7 +128,7 @@ def chat(
     from mpo_runtime.cli.conversation import Settings
 
     settings = Settings(sampling.options(), max_tokens, tuple(sampling.stop or ()), verbose, templating.options())
-    run_chat(file, loading.arguments(), prompt, system, settings)
+    run_chat(file, loading.arguments(), prompt, system, settings, loading.prompt_cache)
 
 
 @app.command()

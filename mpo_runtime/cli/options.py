@@ -71,6 +71,13 @@ Speculate = Annotated[
         show_default="off",
     ),
 ]
+PromptCache = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file that keeps the KV cache of the last text from run to run; it is made where it is absent.",
+        show_default=False,
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", "-n", help="At most so many new tokens; never more than the context holds."),
@@ -147,10 +154,11 @@ class Loading:
     activations: Activations = "int8"
     engine: EngineName = "auto"
     speculate: Speculate = None
+    prompt_cache: PromptCache = None
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `mpo_runtime.load`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Keyword arguments of `mpo_runtime.load`; a file of --prompt-cache is read after it."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "prompt_cache"}
 
 
 @dataclass(frozen=True, slots=True)

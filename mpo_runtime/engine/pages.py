@@ -6,7 +6,7 @@ beginnings share it; each of them counts as one user. Only whole pages and copie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mpo_runtime.backends.ops import PAGE, Pages
@@ -166,13 +166,19 @@ class PrefixTree:
         self._clock += 1
         node.used = self._clock
 
+    def latest(self) -> list[Node]:
+        """The pages of the text that was used last, from its beginning; nothing where no text is kept."""
+        path: list[Node] = []
+        node: Node | None = max(self._nodes, key=lambda node: node.used, default=None)
+        while node is not None and node is not self._root:
+            path.append(node)
+            node = node.parent
+        return path[::-1]
+
     def clear(self) -> None:
         """Forgets everything."""
         for child in list(self._root.children.values()):
             self._drop(child)
-
-    def __iter__(self) -> Iterator[Node]:
-        return iter(self._nodes)
 
 
 def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import ConfigError, MpoError
 from mpo_runtime.backends.ops import PAGE
+from mpo_runtime.engine import prompt_cache
 from mpo_runtime.engine.generation import Figures, FinishReason, Generation, Request, Step
 from mpo_runtime.engine.job import Job, SchedulerStats
 from mpo_runtime.engine.pages import PagePool, PrefixTree
@@ -152,6 +154,20 @@ class Scheduler:
         """Continues a prompt; `submit` of a request with these fields."""
         ends = None if stop_ids is None else tuple(stop_ids)
         return self.submit(Request(tuple(ids), options, max_tokens, ends))
+
+    def save_prefix(self, path: Path, settings: Mapping[str, str]) -> int:
+        """Writes the KV cache of the text that was used last (prompt_cache.py); returns its tokens, 0 where there is none.
+
+        Args:
+            settings: what it depends on besides the tokens; a file is restored under the same settings only.
+        """
+        with self._turn:
+            return prompt_cache.save(path, self.tree, settings)
+
+    def restore_prefix(self, path: Path, settings: Mapping[str, str]) -> int:
+        """Keeps what `save_prefix` wrote for later prompts; returns its tokens. Raises ConfigError as prompt_cache.restore."""
+        with self._turn:
+            return prompt_cache.restore(path, self.tree, settings)
 
     def stats(self) -> SchedulerStats:
         """What it is doing, and totals."""
