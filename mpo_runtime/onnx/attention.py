@@ -55,6 +55,7 @@ class FusedAttention:
     total: str  # of the longest row; int32 scalar
 
     shares_buffer = True
+    takes_packed = True
 
     @classmethod
     def prepare(cls, graph: Graph, architecture: Architecture, mask: str) -> FusedAttention:
@@ -66,7 +67,10 @@ class FusedAttention:
         return cls(graph, architecture, Rotation.store(graph, architecture), lengths, longest)
 
     def apply(self, block: int, q: str, k: str, v: str) -> str:
-        """The mixed values [B, S, H·D] of queries [B, S, H·D], keys and values [B, S, K·D]."""
+        """The mixed values [B, S, H·D] of queries [B, S, H·D], keys and values [B, S, K·D].
+
+        With empty names for k and v, q is all three one after another.
+        """
         pasts, presents = past_and_present(self.graph, self.architecture, block)
         mixed = f"mixed_{block}"
         inputs = (q, k, v, *pasts, self.lengths, self.total, self.rotation.cosine, self.rotation.sine)
@@ -94,6 +98,7 @@ class PlainAttention:
     behind: str  # [S, total]: how many positions a key is behind a query
 
     shares_buffer = False
+    takes_packed = False
 
     @classmethod
     def prepare(cls, graph: Graph, architecture: Architecture, mask: str) -> PlainAttention:

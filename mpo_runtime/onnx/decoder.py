@@ -86,7 +86,9 @@ class Parts:
         """One block on the residual stream x and the branch that is not yet added to it; returns both after the block."""
         name, factor = f"model.layers.{index}", self.spec.architecture.residual_multiplier
         h, x = self.norm(f"{name}.input_layernorm", x, branch)
-        q, k, v = (self.linear(f"{name}.self_attn.{part}_proj", h) for part in "qkv")
+        projections = [self.spec.linear(f"{name}.self_attn.{part}_proj") for part in "qkv"]
+        packed = self.layers.together(projections, h) if self.mixer.takes_packed else ""
+        q, k, v = (packed, "", "") if packed else (self.layers.apply(layer, h) for layer in projections)
         mixed = self.linear(f"{name}.self_attn.o_proj", self.mixer.apply(index, q, k, v))
         h, x = self.norm(f"{name}.post_attention_layernorm", x, self.scaled(mixed, factor))
         gate, up = (self.linear(f"{name}.mlp.{part}_proj", h) for part in ("gate", "up"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,16 @@ from mpo_formats.layout import PLANES
 from mpo_formats.packing import bf16_to_f32, unpack
 from mpo_runtime.onnx.cores import Operator
 from mpo_runtime.onnx.graph import Graph
-from mpo_runtime.onnx.integers import Blocks, Integers, container, lay_out
+from mpo_runtime.onnx.integers import Blocks, Integers, container, joined, lay_out
 from mpo_runtime.weights.protocol import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Integers in the graph: the blocks with the names of their codes, scales and zeros, and the name of the offset."""
+
+    parts: list[tuple[Blocks, str, str, str]]
+    offset: str
 
 
 @dataclass(slots=True)
@@ -36,7 +44,7 @@ class Layers:
     tokens: str
     looked_up: frozenset[str]
     lookup_bits: frozenset[int]
-    _integers: dict[str, tuple[list[tuple[Blocks, str, str, str]], str]] = field(default_factory=dict)
+    _integers: dict[str, Stored] = field(default_factory=dict)
     _sums: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def apply(self, layer: LinearSpec, x: str) -> str:
@@ -47,11 +55,22 @@ class Layers:
             if isinstance(term, Dense):
                 y = self.graph.microsoft("FusedMatMul", x, self.floats(f"{prefix}.weight"), transB=1)
             elif isinstance(term, Quantized):
-                y = self._multiply(layer, prefix, term, x)
+                y = self._multiply(self._stored(layer, prefix, term), x)
             else:
                 y = self._operator(prefix, term).apply(self.graph, x, self.tokens)
             total = self.graph.add("Add", total, y) if total else y
         return self.graph.add("Add", total, self.floats(f"{layer.name}.bias")) if layer.bias else total
+
+    def together(self, layers: Sequence[LinearSpec], x: str) -> str:
+        """The outputs of layers that have the same input one after another [..., Σ out], as one product.
+
+        An empty name where that cannot be: for other layers than integers of one form without biases.
+        """
+        [term, *others] = layers[0].terms
+        if others or not isinstance(term, Quantized) or any(one.terms != (term,) or one.bias for one in layers):
+            return ""
+        found = joined([self._laid_out(layer, f"{layer.name}.0", term) for layer in layers])
+        return "" if found is None else self._multiply(self._store(f"{layers[0].name}.0", found), x)
 
     def rows(self, layer: LinearSpec, ids: str) -> str:
         """The rows of a layer's matrix [B, S, in] for token ids [B, S]."""
@@ -78,20 +97,20 @@ class Layers:
         kept = term if self.chi is None else term.truncated(self.chi)
         return Operator(self.weights, prefix, term, kept)
 
-    def _stored(
-        self, layer: LinearSpec, prefix: str, term: Quantized
-    ) -> tuple[list[tuple[Blocks, str, str, str]], str]:
-        """The blocks of an integer term with the names of their codes, scales and zeros, and the name of the offset."""
+    def _stored(self, layer: LinearSpec, prefix: str, term: Quantized) -> Stored:
         if prefix not in self._integers:
-            integers = self._laid_out(layer, prefix, term)
-            parts = []
-            for index, block in enumerate(integers.blocks):
-                name = f"{prefix}.part{index}"
-                zeros = "" if block.zeros is None else self.graph.tensor(f"{name}.zeros", block.zeros)
-                codes = self.graph.tensor(f"{name}.codes", block.codes)
-                parts.append((block, codes, self.graph.floats(f"{name}.scale", block.scale), zeros))
-            offset = "" if integers.offset is None else self.graph.floats(f"{prefix}.offset", integers.offset)
-            self._integers[prefix] = parts, offset
+            self._store(prefix, self._laid_out(layer, prefix, term))
+        return self._integers[prefix]
+
+    def _store(self, prefix: str, integers: Integers) -> Stored:
+        parts = []
+        for index, block in enumerate(integers.blocks):
+            name = f"{prefix}.part{index}"
+            zeros = "" if block.zeros is None else self.graph.tensor(f"{name}.zeros", block.zeros)
+            codes = self.graph.tensor(f"{name}.codes", block.codes)
+            parts.append((block, codes, self.graph.floats(f"{name}.scale", block.scale), zeros))
+        offset = "" if integers.offset is None else self.graph.floats(f"{prefix}.offset", integers.offset)
+        self._integers[prefix] = Stored(parts, offset)
         return self._integers[prefix]
 
     def _laid_out(self, layer: LinearSpec, prefix: str, term: Quantized) -> Integers:
@@ -101,23 +120,18 @@ class Layers:
         whole = layer.name not in self.looked_up
         return lay_out(unpack(planes, term.bits), term.bits, term.group, scale, zero, level=self.level, whole=whole)
 
-    def _multiply(self, layer: LinearSpec, prefix: str, term: Quantized, x: str) -> str:
-        parts, offset = self._stored(layer, prefix, term)
+    def _multiply(self, stored: Stored, x: str) -> str:
         total = ""
-        for block, codes, scale, zeros in parts:
-            attributes: dict[str, Any] = {
-                "K": layer.in_features,
-                "N": layer.out_features,
-                "bits": block.bits,
-                "block_size": block.group,
-            }
+        for block, codes, scale, zeros in stored.parts:
+            rows, groups = block.scale.shape
+            columns = groups * block.group
+            attributes: dict[str, Any] = {"K": columns, "N": rows, "bits": block.bits, "block_size": block.group}
             inputs = (x, codes, scale, *([zeros] if zeros else []))
             y = self.graph.microsoft("MatMulNBits", *inputs, accuracy_level=self.level, **attributes)
             total = self.graph.add("Add", total, y) if total else y
-        if offset:
-            y = self.graph.microsoft(
-                "FusedMatMul", self._group_sums(x, layer.in_features, term.group), offset, transB=1
-            )
+        if stored.offset:
+            sums = self._group_sums(x, columns, block.group)
+            y = self.graph.microsoft("FusedMatMul", sums, stored.offset, transB=1)
             total = self.graph.add("Add", total, y)
         return total
 
@@ -133,10 +147,10 @@ class Layers:
         if container(term.bits, term.group, self.level) not in self.lookup_bits:
             table = self._once(f"{prefix}.table", lambda: self._laid_out(layer, prefix, term).matrix())
             return self.graph.add("Gather", table, ids)
-        parts, offset = self._stored(layer, prefix, term)
+        stored = self._stored(layer, prefix, term)
         last = self.graph.constant([-1])
         total = ""
-        for block, codes, scale, _ in parts:
+        for block, codes, scale, _ in stored.parts:
             # The blocks [N, G, bytes] serve the product too; the lookup wants their scales as [N, G, 1].
             inputs = (codes, ids, self.graph.add("Unsqueeze", scale, last))
             attributes: dict[str, Any] = {
@@ -147,8 +161,8 @@ class Layers:
             }
             y = self.graph.microsoft("GatherBlockQuantized", *inputs, **attributes)  # [B, S, G, group]
             total = self.graph.add("Add", total, y) if total else y
-        if offset:
-            shift = self.graph.add("Unsqueeze", self.graph.add("Gather", offset, ids), last)
+        if stored.offset:
+            shift = self.graph.add("Unsqueeze", self.graph.add("Gather", stored.offset, ids), last)
             total = self.graph.add("Add", total, shift)
         return self.graph.add("Reshape", total, self.graph.constant([0, 0, layer.in_features]))
 

@@ -52,20 +52,30 @@ class Session:
         except Exception as error:
             version = onnxruntime.__version__
             raise ConfigError(f"{folder}: onnxruntime {version} does not take the graph ({one_line(error)})") from None
-        self._binding = self._session.io_binding()
-        self._prefill = onnxruntime.RunOptions()
-        self._prefill.only_execute_path_to_fetches = True  # leaves the head out where no logits are wanted
-        names = [f"{block}.{part}" for block in range(self.architecture.num_hidden_layers) for part in ("key", "value")]
-        self._names = [(f"past_key_values.{name}", f"present.{name}") for name in names]
+        self._only_cache = onnxruntime.RunOptions()
+        self._only_cache.only_execute_path_to_fetches = True  # leaves the head out where no logits are wanted
+        parts = [f"{block}.{part}" for block in range(self.architecture.num_hidden_layers) for part in ("key", "value")]
+        self._names = [(f"past_key_values.{part}", f"present.{part}") for part in parts]
         dtype = np.float32 if self.manifest.dtype == "fp32" else np.float16
         heads, size = self.architecture.num_key_value_heads, self.architecture.head_dim
         held = capacity if self.manifest.shares_buffer else 0
-        self._cache = [self._value(np.zeros((1, heads, held, size), dtype)) for _ in names]
+        self._cache = [self._value(np.zeros((1, heads, held, size), dtype)) for _ in parts]
         self._mask = np.ones((1, capacity), np.int64)
-        if self.manifest.shares_buffer:
-            for (past, present), value in zip(self._names, self._cache, strict=True):
-                self._binding.bind_ortvalue_input(past, value)
-                self._binding.bind_ortvalue_output(present, value)
+        # One binding for one token, whose logits have a place of their own, one for several, and one without logits.
+        self._logits = self._value(np.zeros((1, 1, self.architecture.vocab_size), dtype))
+        self._one, self._several, self._none = (self._bound() for _ in range(3))
+        self._one.bind_ortvalue_output("logits", self._logits)
+
+    def _bound(self) -> Any:
+        """A binding of the cache; the logits come after it."""
+        binding = self._session.io_binding()
+        for (past, present), value in zip(self._names, self._cache, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            if self.manifest.shares_buffer:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present, "cpu")
+        return binding
 
     def rewind(self, length: int) -> None:
         """Forgets all tokens from position `length` on."""
@@ -94,26 +104,24 @@ class Session:
         total = self.length + len(ids)
         if total > self.capacity:
             raise ConfigError(f"{total} tokens do not fit into a context of {self.capacity}")
-        binding = self._binding
+        binding = (self._one if len(ids) == 1 else self._several) if logits else self._none
         binding.bind_ortvalue_input("input_ids", self._value(np.array([ids], np.int64)))
         binding.bind_ortvalue_input("attention_mask", self._value(self._mask[:, :total]))
-        binding.clear_binding_outputs()
-        for (past, present), value in zip(self._names, self._cache, strict=True):
-            if self.manifest.shares_buffer:
-                binding.bind_ortvalue_output(present, value)
-            else:
+        if not self.manifest.shares_buffer:  # an output keeps its place and shape until it is bound again
+            for (past, present), value in zip(self._names, self._cache, strict=True):
                 binding.bind_ortvalue_input(past, value)
                 binding.bind_output(present, "cpu")
-        if logits:
+        if logits and len(ids) > 1:
             binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(binding, None if logits else self._prefill)
-        outputs = binding.get_outputs()
-        if not self.manifest.shares_buffer:
-            self._cache = list(outputs[: len(self._names)])
+        self._session.run_with_iobinding(binding, None if logits else self._only_cache)
         self.length = total
+        if not self.manifest.shares_buffer:
+            self._cache = list(binding.get_outputs()[: len(self._names)])
         if not logits:
             return np.empty((0, self.architecture.vocab_size), np.float32)
-        found: Logits = outputs[-1].numpy()[0].astype(np.float32, copy=False)
+        result = self._logits if len(ids) == 1 else binding.get_outputs()[-1]
+        # A copy: the place of one token's logits is written again by the next run.
+        found: Logits = result.numpy()[0].astype(np.float32)
         return found
 
 

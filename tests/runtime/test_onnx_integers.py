@@ -7,7 +7,7 @@ import pytest
 
 from mpo_formats.packing import dequantize, pack
 from mpo_formats.spec import BITS, GROUPS
-from mpo_runtime.onnx.integers import LEVELS, TWO_BIT_GROUPS, container, lay_out, pack_zeros
+from mpo_runtime.onnx.integers import LEVELS, TWO_BIT_GROUPS, container, joined, lay_out, pack_zeros
 
 ROWS, GROUPED = 5, 3
 
@@ -51,3 +51,19 @@ def test_zeros_are_packed_low_bits_first() -> None:
     assert pack_zeros(np.array([[1, 2, 3]], np.uint8), 4).tolist() == [[0x21, 0x03]]
     assert pack_zeros(np.array([[1, 2, 3]], np.uint8), 2).tolist() == [[0b111001]]
     assert pack_zeros(np.array([[1, 200]], np.uint8), 8).tolist() == [[1, 200]]
+
+
+def test_matrices_of_one_form_are_joined() -> None:
+    random = np.random.default_rng(0)
+    codes = random.integers(0, 16, (ROWS, 64)).astype(np.uint8)
+    scale = (random.integers(1, 64, (ROWS, 2)) / 64).astype(np.float16)
+    whole = random.integers(0, 16, scale.shape).astype(np.float16)
+    plain, zeros, fractions = (
+        lay_out(codes, 4, 32, scale, zero, level=4) for zero in (None, whole, whole + np.float16(0.5))
+    )
+    eight = lay_out(codes, 8, 32, scale, None, level=4)
+    for part in (plain, zeros, fractions):
+        both = joined([part, part])
+        assert both is not None
+        np.testing.assert_array_equal(both.matrix(), np.concatenate([part.matrix()] * 2))
+    assert joined([plain, zeros]) is None and joined([plain, fractions]) is None and joined([plain, eight]) is None

@@ -181,13 +181,14 @@ def test_the_commands_work_without_torch(files: Files, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("onnxruntime_genai") is None, reason="the extra genai is not installed")
-@pytest.mark.parametrize("kind", ["int4", "beside"])
+@pytest.mark.parametrize("kind", ["dense", "int4"])
 def test_onnxruntime_genai_writes_the_same_text(kind: str, files: Files, tmp_path: Path) -> None:
     import onnxruntime_genai as genai
 
     folder = folder_of(files[kind], tmp_path / "out")
     model = genai.Model(str(folder))
     tokenizer = genai.Tokenizer(model)
+    # The dense model goes on for 100 tokens; int4, coarsely rounded, may end earlier.
     with load(files[kind], backend="reference") as ours:
         for prompt in ("The history of", "Dear customer, "):  # 100 tokens without an end
             ids = ours.encode(prompt)
@@ -200,4 +201,6 @@ def test_onnxruntime_genai_writes_the_same_text(kind: str, files: Files, tmp_pat
                 generator.generate_next_token()
             wanted = [piece.token for piece in ours.generate(ids, temperature=0, max_tokens=100)]
             found = [int(token) for token in generator.get_sequence(0)[len(ids) :]]
-            assert found == wanted and len(wanted) == 100
+            if wanted[-1] in ours.end_ids:  # which genai leaves out
+                wanted.pop()
+            assert found == wanted
