@@ -34,8 +34,7 @@ def native(path: Path, context: int, threads: int) -> tuple[Callable[[list[int]]
     from mpo_runtime.loading import load_network, open_weights
 
     engine = Engine(load_network(open_weights(path), threads=threads), context=context)
-    step = getattr(engine, "advance", None) or engine._advance
-    return engine.prefill, lambda token: int(step([token]).argmax())
+    return engine.prefill, lambda token: int(engine.advance([token]).argmax())
 
 
 def session(path: Path, context: int, threads: int) -> tuple[Callable[[list[int]], Any], Callable[[int], int]]:
