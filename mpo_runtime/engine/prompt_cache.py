@@ -116,12 +116,20 @@ def _header(path: Path, file: BinaryIO, digest: Any, settings: Mapping[str, str]
     if not isinstance(header, dict) or header.get("version") != VERSION:
         found = header.get("version") if isinstance(header, dict) else None
         raise ConfigError(f"{path}: has version {found!r}, expected {VERSION}")
-    ids, exact, stored = header.get("ids"), header.get("exact"), header.get("settings")
-    good = set(header) == KEYS and isinstance(ids, list) and bool(ids) and isinstance(stored, dict)
-    good = good and all(type(token) is int and token >= 0 for token in ids) and type(header["page_bytes"]) is int
-    if not good or type(exact) is not int or not 0 <= exact <= len(ids):
+    if not _has_form(header):
         raise ConfigError(f"{path}: its header has another form than version {VERSION} says")
+    stored: dict[str, Any] = header["settings"]
     for name in sorted({*settings, *stored}):
         if stored.get(name) != settings.get(name):
             raise ConfigError(f"{path}: was made with {name} {stored.get(name)}, this is {name} {settings.get(name)}")
     return header
+
+
+def _has_form(header: dict[str, Any]) -> bool:
+    """Whether a header has exactly the keys of this version, each of its type and within its range."""
+    if set(header) != KEYS or type(header["exact"]) is not int or type(header["page_bytes"]) is not int:
+        return False
+    ids, settings = header["ids"], header["settings"]
+    if not isinstance(settings, dict) or not isinstance(ids, list) or not 0 <= header["exact"] <= len(ids):
+        return False
+    return bool(ids) and all(type(token) is int and token >= 0 for token in ids)
