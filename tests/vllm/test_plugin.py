@@ -23,7 +23,7 @@ from mpo_exporter.source import embedded_model
 from mpo_formats import ConfigError, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING
 from mpo_formats.layout import linear_tensors
-from mpo_runtime.engine import Engine
+from mpo_runtime.engine import Scheduler
 from mpo_runtime.layers.linear import load_linear
 from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.measure import log_softmax, window_logits
@@ -211,7 +211,7 @@ def ours(file: Path) -> Decoder:
 
 def greedy(model: Decoder, prompt: list[int], count: int) -> list[int]:
     """Our tokens after a prompt."""
-    steps = Engine(model).generate(prompt, SamplingOptions(temperature=0), max_tokens=count, stop_ids=())
+    steps = Scheduler(model).generate(prompt, SamplingOptions(temperature=0), max_tokens=count, stop_ids=())
     return [step.token for step in steps]
 
 
