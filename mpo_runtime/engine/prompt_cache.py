@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,20 +25,24 @@ KEYS = {"version", "settings", "page_bytes", "ids", "exact"}
 DIGEST = hashlib.sha256().digest_size
 
 
-def save(path: Path, tree: PrefixTree, settings: Mapping[str, str]) -> int:
+def save(path: Path, tree: PrefixTree, settings: Mapping[str, str], wanted: Sequence[int] | None = None) -> int:
     """Writes the beginning that was used last, and returns the number of its tokens; 0, and no file, where none is kept.
+
+    Args:
+        wanted: the ids of a text, of which as much is written as is kept.
 
     Raises:
         ConfigError: where the file cannot be written.
     """
-    nodes = tree.latest()
-    ids = [token for node in nodes for token in node.tokens]
+    found = [(node, len(node.tokens)) for node in tree.latest()] if wanted is None else tree.match(wanted, exact=False)
+    nodes = [node for node, _ in found]
+    ids = [token for node, count in found for token in node.tokens[:count]]
     if not ids:
         return 0
     exact = 0
-    for index, node in enumerate(nodes):
+    for index, (node, count) in enumerate(found):
         if exact == index * PAGE:
-            exact += node.exact
+            exact += min(node.exact, count)
     header = {"version": VERSION, "settings": dict(settings), "page_bytes": tree.pool.store.page_bytes}
     encoded = json.dumps({**header, "ids": ids, "exact": exact}).encode()
 
@@ -60,8 +64,8 @@ def save(path: Path, tree: PrefixTree, settings: Mapping[str, str]) -> int:
     return len(ids)
 
 
-def restore(path: Path, tree: PrefixTree, settings: Mapping[str, str]) -> int:
-    """Lets the tree keep what a file holds, and returns the number of tokens.
+def restore(path: Path, tree: PrefixTree, settings: Mapping[str, str]) -> list[int]:
+    """Lets the tree keep what a file holds, and returns its ids.
 
     Raises:
         ConfigError: where the file cannot be read, is damaged or of another version, or belongs to another model or settings;
@@ -74,7 +78,7 @@ def restore(path: Path, tree: PrefixTree, settings: Mapping[str, str]) -> int:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _restore(path: Path, file: BinaryIO, tree: PrefixTree, settings: Mapping[str, str]) -> int:
+def _restore(path: Path, file: BinaryIO, tree: PrefixTree, settings: Mapping[str, str]) -> list[int]:
     digest = hashlib.sha256()
     header = _header(path, file, digest, settings)
     ids, size = header["ids"], tree.pool.store.page_bytes
@@ -98,7 +102,7 @@ def _restore(path: Path, file: BinaryIO, tree: PrefixTree, settings: Mapping[str
     finally:
         for page in pages:
             tree.pool.release(page)
-    return len(ids)
+    return list(ids)
 
 
 def _header(path: Path, file: BinaryIO, digest: Any, settings: Mapping[str, str]) -> dict[str, Any]:

@@ -155,17 +155,18 @@ class Scheduler:
         ends = None if stop_ids is None else tuple(stop_ids)
         return self.submit(Request(tuple(ids), options, max_tokens, ends))
 
-    def save_prefix(self, path: Path, settings: Mapping[str, str]) -> int:
+    def save_prefix(self, path: Path, settings: Mapping[str, str], ids: Sequence[int] | None = None) -> int:
         """Writes the KV cache of the text that was used last (prompt_cache.py); returns its tokens, 0 where there is none.
 
         Args:
             settings: what it depends on besides the tokens; a file is restored under the same settings only.
+            ids: writes what is kept of the beginning of these instead.
         """
         with self._turn:
-            return prompt_cache.save(path, self.tree, settings)
+            return prompt_cache.save(path, self.tree, settings, ids)
 
-    def restore_prefix(self, path: Path, settings: Mapping[str, str]) -> int:
-        """Keeps what `save_prefix` wrote for later prompts; returns its tokens. Raises ConfigError as prompt_cache.restore."""
+    def restore_prefix(self, path: Path, settings: Mapping[str, str]) -> list[int]:
+        """Keeps what `save_prefix` wrote for later prompts; returns its ids. Raises ConfigError as prompt_cache.restore."""
         with self._turn:
             return prompt_cache.restore(path, self.tree, settings)
 

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from mpo_formats import ConfigError, MpoError
-from mpo_server import chat, completions, facts, openapi, responses, texts
+from mpo_server import chat, completions, facts, openapi, responses, slots, texts
 from mpo_server.errors import ApiError, internal, json_response
 from mpo_server.http import log_failure
 from mpo_server.security import Guard
@@ -36,6 +36,8 @@ def build(service: Service) -> ASGIApp:
         Route("/health", facts.health, methods=["GET"]),
         Route("/metrics", facts.metrics, methods=["GET"]),
         Route("/props", facts.props, methods=["GET"]),
+        Route("/slots", slots.slots, methods=["GET"]),
+        Route("/slots/{number}", slots.change, methods=["POST"]),
         Route("/openapi.json", openapi.endpoint, methods=["GET"]),
         Route("/v1/models", facts.models, methods=["GET"]),
         Route("/v1/models/{name:path}", facts.one_model, methods=["GET"]),

@@ -67,6 +67,7 @@ class Answer:
         self._logprobs = drawing.logprobs
         self._nothing = drawing.max_tokens == 0
         self.completion_tokens = 0
+        self.ids = list(ids)  # of the prompt and the text
         self.first_token: float | None = None
         self.finished = False
 
@@ -90,6 +91,7 @@ class Answer:
             piece.finish = "length"
             return
         self.completion_tokens += 1
+        self.ids.append(step.token)
         ended = step.finish == "stop"
         text, special = self._text.push(step.token, ended=ended, last=step.finish is not None)
         piece.parts += [(text, False)] if text else []

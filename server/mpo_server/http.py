@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from mpo_runtime.model import Model
-from mpo_server.errors import ApiError, internal, json_bytes, json_response
+from mpo_server.errors import ApiError, internal, invalid, json_bytes, json_response
 from mpo_server.fields import parse_json
 from mpo_server.generation import Answers, Piece, check_length
 from mpo_server.sampling import Drawing
@@ -148,6 +148,8 @@ class Generating:
         service, deadline = self._service, self._service.deadline()
         with service.place(self._count):
             job = await self._prepare(service, service.model)
+            if job.drawing.slot >= len(service.slots):
+                raise invalid("id_slot", f"expected -1 to {len(service.slots) - 1}", "out_of_range")
             for ids in job.prompts:
                 check_length(ids, service.model.engine.context, job.param)
             if service.settings.verbose:
@@ -161,6 +163,7 @@ class Generating:
                     await self._whole(job, answers, send)
             finally:
                 answers.close()
+                service.remember(job.drawing.slot, answers.answers[0].ids)
                 service.metrics.generation(answers, time.monotonic())
 
     async def _whole(self, job: Job, answers: Answers, send: Send) -> None:

@@ -27,6 +27,9 @@ from mpo_server.settings import LARGEST_HEAD, Settings
 
 log = logging.getLogger("mpo_server")
 BACKLOG = 1024
+SWITCH_SECONDS = (
+    0.0005  # for which Python lets the engine's thread keep the others waiting; 0.005 delays answers under load
+)
 
 
 def run(settings: Settings) -> None:
@@ -35,6 +38,7 @@ def run(settings: Settings) -> None:
     Raises:
         MpoError: for an address in use, or a file that is no model; nothing is left running then.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
     store.resolve(settings.file)  # the plainest mistake, before anything is started
     listener = bind(settings)
     try:

@@ -49,6 +49,7 @@ SAMPLING: Table = {
     "ignore_eos": flag(False, "Go on after the model's end of text."),
     "stream": flag(False),
     "stream_options": Field(("object",)),
+    "id_slot": whole(-1, 63, -1, "The slot that remembers this text (/slots); -1 takes them in turn."),
     "timings_per_token": flag(False, "Every chunk of a stream carries timings."),
 }
 # Fields that would change the answer and that this server lacks, with the values that leave them off.
@@ -92,6 +93,7 @@ class Drawing:
     stream: bool
     include_usage: bool
     timings_per_token: bool
+    slot: int = -1
     grammar: Grammar | None = None
 
     def of_choice(self, index: int) -> SamplingOptions:
@@ -130,6 +132,7 @@ def read_drawing(model: Model, data: Mapping[str, Any], max_tokens: int | None, 
         stream=values["stream"],
         include_usage=include_usage(values["stream_options"], values["stream"]),
         timings_per_token=values["timings_per_token"],
+        slot=values["id_slot"],
     )
 
 

@@ -35,6 +35,8 @@ class Service:
         self._model: Model | None = None
         self._compiler: Compiler | None = None
         self.props: dict[str, Any] | None = None  # what /props tells, once it was asked
+        self.slots: list[list[int]] = [[] for _ in range(settings.parallel)]  # ids of the last text of each
+        self._next_slot = 0
         self._taken = 0  # texts that are generated or wait
         self._seconds = 0.0  # a running mean of how long a request takes
 
@@ -79,6 +81,12 @@ class Service:
         finally:
             self._taken -= count
             self._seconds += 0.2 * (time.monotonic() - start - self._seconds)
+
+    def remember(self, slot: int, ids: list[int]) -> None:
+        """Notes the ids of a text that ended as a slot's; -1 takes the slots in turn."""
+        if slot < 0:
+            slot, self._next_slot = self._next_slot, (self._next_slot + 1) % len(self.slots)
+        self.slots[slot] = ids
 
     def deadline(self) -> float:
         """When a request that begins now must have ended, on the event loop's clock."""

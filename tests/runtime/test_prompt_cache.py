@@ -51,7 +51,7 @@ def saved(model: Decoder, tmp_path: Path) -> Path:
 
 def test_a_restored_beginning_changes_no_text(model: Decoder, saved: Path) -> None:
     fresh, engine = Scheduler(model, chunk=40), Scheduler(model, chunk=40)
-    assert engine.restore_prefix(saved, SETTINGS) == 109
+    assert len(engine.restore_prefix(saved, SETTINGS)) == 109
     longer = [*PROMPT, *some_ids(30, 2)]
     (found, cached), (expected, none) = run(engine, longer), run(fresh, longer)
     assert (found, none) == (expected, 0) and cached == (100 if model.ops.row_exact else 80)
@@ -125,4 +125,4 @@ def test_the_program_keeps_the_prompt(folder: Path, tmp_path: Path, capsys: pyte
     run_generate(other, {}, prompt, None, asked, path)
     assert "this is model" in capsys.readouterr().err
     with load(other) as opened:
-        assert opened.engine.restore_prefix(path, cache_settings(opened, {})) > 80
+        assert len(opened.engine.restore_prefix(path, cache_settings(opened, {}))) > 80

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -142,13 +143,25 @@ def test_a_quiet_stream_is_kept_alive() -> None:
     assert {message["body"] for message in sent} == {b": keep-alive\n\n"}
 
 
+# In a process of its own: two hundred clients in this one would delay the measurement, not the answer.
+WATCH = """
+import sys, time, urllib.request
+end, slowest = time.monotonic() + 60, 0.0
+while time.monotonic() < end:
+    began = time.monotonic()
+    urllib.request.urlopen(sys.argv[1] + "/health", timeout=60).close()
+    slowest = max(slowest, time.monotonic() - began)
+    time.sleep(0.25)
+print(slowest)
+"""
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_two_hundred_clients_for_a_minute(start: Start) -> None:
     server = start("--parallel", 2, "--max-queue", 16)
     end = time.monotonic() + 60
     statuses: list[int] = []
-    slowest: list[float] = []
 
     def ask(number: int) -> None:
         while time.monotonic() < end:
@@ -163,16 +176,10 @@ def test_two_hundred_clients_for_a_minute(start: Start) -> None:
             time.sleep(0.01 if index % 4 < 2 else 0.3)
             connection.close()
 
-    def watch() -> None:
-        while time.monotonic() < end:
-            began = time.monotonic()
-            assert server.get("/health").status == 200
-            slowest.append(time.monotonic() - began)
-            time.sleep(0.25)
-
     server.chat(max_tokens=2)
+    watcher = subprocess.Popen([sys.executable, "-c", WATCH, server.url], stdout=subprocess.PIPE)
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(200)]
-    threads += [threading.Thread(target=leave), threading.Thread(target=watch)]
+    threads.append(threading.Thread(target=leave))
     for thread in threads:
         thread.start()
     time.sleep(15)
@@ -181,7 +188,8 @@ def test_two_hundred_clients_for_a_minute(start: Start) -> None:
         thread.join(180)
     assert not any(thread.is_alive() for thread in threads), "a request hangs"
     assert set(statuses) <= {200, 503} and statuses.count(200) > 20
-    assert max(slowest) < 1, "seconds until /health answers"
+    assert watcher.stdout is not None
+    assert float(watcher.communicate(timeout=60)[0]) < 1, "seconds until /health answers, at most"
     assert memory(server) < 1.1 * early
     assert eventually(lambda: figure(server, "mpo_running") + figure(server, "mpo_waiting") == 0)
     assert server.chat().status == 200
