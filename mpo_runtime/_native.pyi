@@ -165,8 +165,11 @@ def set_threads(threads: int) -> None:
 def default_threads() -> int:
     """MPO_THREADS, or the number of cores that this process may run on."""
 
-def read_bandwidth(data: NDArray[np.uint64]) -> float:
-    """Bytes per second of reading `data` once, in order, with all threads; releases the GIL."""
+def read_bandwidth(data: NDArray[np.uint64], evict: bool = False) -> float:
+    """Bytes per second of reading `data` once, in order, with all threads; releases the GIL.
+
+    With `evict`, the CPU's caches are first rid of it, where the CPU has an instruction for that.
+    """
 
 # -- instruction sets (csrc/bind/module.cpp)
 

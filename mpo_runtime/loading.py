@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpo_formats import ConfigError
-from mpo_runtime import native
+from mpo_runtime import native, residence
 from mpo_runtime.backends.ops import check_activations
 from mpo_runtime.engine import Speculation
 from mpo_runtime.engine.scheduler import PARALLEL
@@ -40,6 +41,7 @@ def load(
     context: int | None = None,
     kv_type: str = "auto",
     activations: str = "int8",
+    load: str = "auto",
     verify: bool = False,
     engine: str = "auto",
     parallel: int = PARALLEL,
@@ -60,6 +62,8 @@ def load(
         kv_type: element type of the KV cache: f32, f16, bf16, or int8 with the native backend only. `auto` is f16 where the
             native backend multiplies integer weights with int8 activations, whose rounding is far coarser, and f32 elsewhere.
         activations: what the native backend multiplies integer weights with: `int8` or `float`.
+        load: where the native backend reads weights from: `map`, the mapped file; `copy`, memory of its own, into which they
+            are moved in the background; `auto`, the faster of the two by a short measurement.
         verify: checks the file's checksums first.
         engine: `mpo`, this runtime; `onnx`, ONNX Runtime, for a folder of `mpo-run export-onnx`; `auto`, what fits the path.
         parallel, prefix_bytes, speculate, deterministic: how many texts are generated at a time, what is kept of the KV cache
@@ -71,17 +75,13 @@ def load(
     """
     if engine not in ENGINES:
         raise ConfigError(f"engine {engine}: expected one of {', '.join(ENGINES)}")
+    options: dict[str, Any] = {"chi": chi, "kv_type": kv_type, "activations": activations}
+    options |= {"backend": backend, "device": device, "load": load}
     if engine == "onnx" or (engine == "auto" and is_exported(Path(path))):
-        decided = {"chi": chi, "kv_type": None if kv_type == "auto" else kv_type}
-        decided |= {"activations": None if activations == "int8" else activations}
-        decided |= {"speculate": speculate}
-        decided |= {"backend": None if backend == "auto" else backend, "device": None if device == "cpu" else device}
-        return load_onnx(Path(path), decided, context=context, threads=threads)
+        return load_onnx(Path(path), {**options, "speculate": speculate}, context=context, threads=threads)
     weights = open_weights(path, verify=verify)
     try:
-        network = load_network(
-            weights, chi=chi, device=device, backend=backend, threads=threads, kv_type=kv_type, activations=activations
-        )
+        network = load_network(weights, threads=threads, **options)
         text = read_text_files(weights)
         more: dict[str, Any] = {"parallel": parallel, "prefix_bytes": prefix_bytes, "speculate": speculate}
         more |= {"context": context, "deterministic": deterministic}
@@ -91,17 +91,17 @@ def load(
         raise
 
 
-def load_onnx(path: Path, decided: Mapping[str, Any], *, context: int | None, threads: int | None) -> Model:
+def load_onnx(path: Path, options: Mapping[str, Any], *, context: int | None, threads: int | None) -> Model:
     """Loads a folder of `export-onnx`.
 
     Args:
-        decided: options of this runtime, which were asked for where they are not None.
+        options: those of this runtime, all of which must have their defaults.
 
     Raises:
-        ConfigError: for such an option.
+        ConfigError: for one that has not.
     """
-    for name, value in decided.items():
-        if value is not None:
+    for name, value in options.items():
+        if value != inspect.signature(load).parameters[name].default:
             raise ConfigError(f"{name} {value}: has no meaning for ONNX Runtime; leave it out, or load the .mpo file")
     from mpo_runtime.onnx.running import load_folder
 
@@ -130,6 +130,7 @@ def load_network(
     threads: int | None = None,
     kv_type: str = "auto",
     activations: str = "int8",
+    load: str = "auto",
 ) -> Decoder:
     """Loads the weights into a backend and returns the forward pass over it; the options are those of `load`.
 
@@ -139,6 +140,7 @@ def load_network(
     if chi is not None and chi < 1:
         raise ConfigError(f"chi: expected at least 1, found {chi}")
     check_activations(activations)
+    residence.check_load(load)
     ops: Ops
     if choose_backend(backend, device) == "native":
         from mpo_runtime.backends.native import NativeOps
@@ -148,6 +150,7 @@ def load_network(
         if kv_type == "auto":
             kv_type = "f16" if activations == "int8" and has_integers(weights) else "f32"
         ops = NativeOps(weights, chi=chi, kv_type=kv_type, activations=activations)
+        ops.load, ops.residence = residence.start(weights, load)
     else:
         from mpo_runtime.backends.reference import ReferenceOps
 

@@ -70,16 +70,18 @@ def set_threads(threads: int | None) -> None:
         _native.set_threads(threads)
 
 
-def read_bandwidth(data: NDArray[np.uint64], threads: int) -> float:
-    """GB/s of reading `data` once, in order, with `threads` threads: no kernel can be faster.
+def read_bandwidth(data: NDArray[np.uint64], threads: int | None, *, evict: bool = False) -> float:
+    """GB/s of reading `data` once, in order, with `threads` threads (None: as many as are set): no kernel can be faster.
+
+    With `evict`, what the CPU's caches hold of it is dropped first.
 
     Raises:
         RuntimeError: where no native kernels were built.
     """
     if not _HAS_NATIVE:
         raise RuntimeError(f"read_bandwidth: needs the native kernels ({_WHY_NOT_NATIVE})")
-    _native.set_threads(threads)
-    return _native.read_bandwidth(data) / 1e9
+    set_threads(threads)
+    return _native.read_bandwidth(data, evict) / 1e9
 
 
 def timed_pass(layers: Sequence[Linear], *, tokens: int = 1, exact: bool = False) -> Callable[[], float]:

@@ -22,6 +22,7 @@ import mpo_runtime._native as _native
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.backends.ops import Array, Ops, Span, check_activations
 from mpo_runtime.layers.native import float_vector, load_linear
+from mpo_runtime.residence import Choice, Residence
 from mpo_runtime.rope import rotations
 from mpo_runtime.weights.protocol import Weights
 
@@ -102,6 +103,8 @@ class NativeOps(Ops):
         self.kv_type = kv_type
         self.exact = activations == "float"
         self._specs = spec.linears
+        self.load = Choice("map", "as asked")
+        self.residence: Residence | None = None  # moves the weights, see loading.py
         self._linears = {linear.name: load_linear(weights, linear, chi=chi) for linear in spec.linears}
         self._vectors = {vector.name: float_vector(weights, f"{vector.name}.weight") for vector in spec.vectors}
         self.head_dim = spec.architecture.head_dim

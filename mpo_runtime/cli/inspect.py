@@ -11,7 +11,7 @@ from typing import Any
 from mpo_formats import Dense, LinearSpec, ModelSpec, MpoFile, Quantized, Term
 from mpo_formats.errors import ConfigError
 from mpo_formats.layout import content_tensors, linear_bytes
-from mpo_runtime import __version__, native
+from mpo_runtime import __version__, native, residence
 from mpo_runtime.cli.console import json_text, size_text
 from mpo_runtime.loading import choose_backend, open_weights
 from mpo_runtime.machine import cpu_name, cpu_quota, system_name, usable_cpus
@@ -64,6 +64,7 @@ def describe(file: Path) -> dict[str, Any]:
         "provenance": asdict(spec.provenance),
         "quality": [asdict(entry) for entry in measured],
         "backend": {"name": choose_backend("auto", "cpu"), **native.active()},
+        "load": asdict(residence.choose(weights, "auto")),
     }
 
 
@@ -104,6 +105,7 @@ def show_info(file: Path, layers: bool, as_json: bool) -> None:
             f"(dense {quality['dense_perplexity']:.3f}), KL {quality['kl_mean']:.5f}, "
             f"same top token {100 * quality['same_top1']:.1f} %, {quality['tokens']} tokens of {quality['text']}"
         )
+    print(f"load auto     {facts['load']['load']}: {facts['load']['reason']}")
     print("runs on       " + ", ".join(f"{key} {value}" for key, value in facts["backend"].items()))
 
 

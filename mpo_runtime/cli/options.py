@@ -78,6 +78,13 @@ PromptCache = Annotated[
         show_default=False,
     ),
 ]
+Load = Annotated[
+    str,
+    typer.Option(
+        envvar="MPO_LOAD",
+        help="Where the native backend reads weights: map (the file), copy (memory of its own), auto (the faster).",
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", "-n", help="At most so many new tokens; never more than the context holds."),
@@ -155,6 +162,7 @@ class Loading:
     engine: EngineName = "auto"
     speculate: Speculate = None
     prompt_cache: PromptCache = None
+    load: Load = "auto"
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `mpo_runtime.load`; a file of --prompt-cache is read after it."""
@@ -170,6 +178,7 @@ class Running:
     device: Device = "cpu"
     backend: Backend = "auto"
     activations: Activations = "float"  # figures should not depend on rounded activations
+    load: Load = "auto"
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `mpo_runtime.loading.load_network`."""

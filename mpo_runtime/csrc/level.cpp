@@ -61,8 +61,9 @@ Cpu look() {
   const bool f = has(b, 16), dq = has(b, 17), bw = has(b, 30), vl = has(b, 31), vnni = has(c, 11);
   cpu.avx512 = cpu.avx2 && f && dq && bw && vl && vnni && (states & kZmm) == kZmm;
   cpu.vbmi = cpu.avx512 && has(c, 1);
-  const bool tile = has(d, 24), int8 = has(d, 25);
-  cpu.amx = cpu.vbmi && tile && int8 && (states & kTile) == kTile && tiles_permitted();
+  const bool bf16_tiles = has(d, 22), tile = has(d, 24), int8 = has(d, 25);
+  const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
+  cpu.amx = cpu.vbmi && bf16 && tile && int8 && bf16_tiles && (states & kTile) == kTile && tiles_permitted();
   return cpu;
 }
 #endif
@@ -89,15 +90,15 @@ bool has_dot_products() {
 // Best first. Features of each: MPO_AVX2 and its neighbours in target.hpp.
 const Level kLevels[] = {
 #if MPO_X86
-    {"amx", [] { return cpu().amx; }, &kAmxIntegers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2},
-    {"vbmi", [] { return cpu().vbmi; }, &kVbmiIntegers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2},
-    {"avx512", [] { return cpu().avx512; }, &kAvx512Integers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2},
-    {"avx2", [] { return cpu().avx2; }, &kAvx2Integers, &kAvx2Floats, &kAvx2Ops, &kAvx2Fits, dequantize_avx2},
+    {"amx", [] { return cpu().amx; }, &kVbmiIntegers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2, &kAmxPanels},
+    {"vbmi", [] { return cpu().vbmi; }, &kVbmiIntegers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2, nullptr},
+    {"avx512", [] { return cpu().avx512; }, &kAvx512Integers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2, nullptr},
+    {"avx2", [] { return cpu().avx2; }, &kAvx2Integers, &kAvx2Floats, &kAvx2Ops, &kAvx2Fits, dequantize_avx2, nullptr},
 #endif
 #if MPO_ARM
-    {"neon", has_dot_products, &kNeonIntegers, &kNeonFloats, &kNeonOps, &kNeonFits, dequantize_generic},
+    {"neon", has_dot_products, &kNeonIntegers, &kNeonFloats, &kNeonOps, &kNeonFits, dequantize_generic, nullptr},
 #endif
-    {"generic", [] { return true; }, &kGenericIntegers, &kGenericFloats, &kGenericOps, &kGenericFits, dequantize_generic},
+    {"generic", [] { return true; }, &kGenericIntegers, &kGenericFloats, &kGenericOps, &kGenericFits, dequantize_generic, nullptr},
 };
 
 const std::vector<const Level*>& supported() {

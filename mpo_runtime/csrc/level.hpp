@@ -7,6 +7,7 @@
 
 #include "fit/fit.hpp"
 #include "kernels/kernels.hpp"
+#include "kernels/panels.hpp"
 #include "ops/ops.hpp"
 
 namespace mpo {
@@ -19,6 +20,7 @@ struct Level {
   const Ops* ops;
   const Fits* fits;
   Dequantize dequantize;
+  const PanelKernels* panels;  // or null
 };
 
 // The names of the levels that this CPU runs, best first; the last one is always `generic`.

@@ -49,16 +49,24 @@ inline void store(int tile, void* to, std::size_t stride) {
     std::memcpy(static_cast<std::uint8_t*>(to) + r * stride, tiles[tile].bytes[r], widths[tile]);
 }
 
-// Intel's TDPBUSD: unsigned bytes of `a` times signed bytes of `b`, four by four.
+// Intel's TDPBF16PS: bf16 numbers of `a` times those of `b`, two by two.
 inline void multiply(int out, int a, int b) {
   require(configured && heights[out] == heights[a] && widths[out] == widths[b] && widths[a] / 4 == heights[b]);
+  const auto value = [](const std::uint8_t* from) {
+    std::uint16_t half;
+    std::memcpy(&half, from, 2);
+    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+  };
   for (int m = 0; m < heights[out]; ++m)
     for (int n = 0; n < widths[out] / 4; ++n) {
-      std::int32_t sum;
+      float sum;
       std::memcpy(&sum, &tiles[out].bytes[m][4 * n], 4);
       for (int k = 0; k < widths[a] / 4; ++k)
-        for (int i = 0; i < 4; ++i)
-          sum += tiles[a].bytes[m][4 * k + i] * static_cast<std::int8_t>(tiles[b].bytes[k][4 * n + i]);
+        for (int i = 0; i < 2; ++i)
+          sum += value(&tiles[a].bytes[m][4 * k + 2 * i]) * value(&tiles[b].bytes[k][4 * n + 2 * i]);
       std::memcpy(&tiles[out].bytes[m][4 * n], &sum, 4);
     }
 }
@@ -71,13 +79,13 @@ inline void multiply(int out, int a, int b) {
 #undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
-#undef _tile_dpbusd
+#undef _tile_dpbf16ps
 #define _tile_loadconfig(from) emulated::load_config(from)
 #define _tile_release() (emulated::configured = false)
 #define _tile_zero(tile) std::memset(&emulated::tiles[tile], 0, sizeof emulated::tiles[tile])
 #define _tile_loadd(tile, from, stride) emulated::load(tile, from, stride)
 #define _tile_stored(tile, to, stride) emulated::store(tile, to, stride)
-#define _tile_dpbusd(out, a, b) emulated::multiply(out, a, b)
+#define _tile_dpbf16ps(out, a, b) emulated::multiply(out, a, b)
 
 // Missing in SIMDe 0.7, and an alias of it that takes the arguments of another function.
 namespace emulated {

@@ -1,5 +1,6 @@
 // The products and operations of every instruction set that this build can run, against the generic ones on random shapes:
 // prints what differs, and a summary. Runs without Python, so that emulated builds and those for other CPUs can be tested.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "half.hpp"
+#include "kernels/panels.hpp"
 #include "kernels/products.hpp"
 #include "level.hpp"
 
@@ -218,6 +220,77 @@ struct OpsCase {
   }
 };
 
+float rounded(float value) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(float_to_bf16(value)) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// Products in panels of bf16, of integers, of rows of floats, and of stored bf16 numbers with x kept exact; by plain loops at
+// levels without panels.
+struct PanelCase {
+  Case of;
+  std::vector<std::uint16_t> stored;  // bf16 [rows, columns]
+  std::vector<float> floats;
+
+  PanelCase(int bits, std::size_t group, std::size_t rows, std::size_t columns, std::size_t batch, bool zeros, bool exact)
+      : of(bits, group, rows, columns, batch, zeros, exact), floats(normals(rows * columns)) {
+    for (const float value : floats) stored.push_back(float_to_bf16(value));
+  }
+
+  DenseMatrix dense() const { return {Type::bf16, of.rows, of.columns, stored.data()}; }
+
+  Results results() const {
+    const PanelKernels* kernels = active_level().panels;
+    Results all;
+    for (const int kind : {0, 1, 2}) {
+      std::vector<float> y(of.batch * of.rows, 3.0f);
+      if (kernels) in_panels(*kernels, kind, y);
+      else plainly(kind, y);
+      all.push_back(y);
+    }
+    return all;
+  }
+
+  void plainly(int kind, std::vector<float>& y) const {
+    std::vector<float> weights(of.rows * of.columns);
+    if (kind == 0) active_level().dequantize(of.w, 0, weights.size() / of.group, weights.data());
+    else weights = floats;
+    for (std::size_t t = 0; t < of.batch; ++t)
+      for (std::size_t r = 0; r < of.rows; ++r) {
+        double sum = 0;
+        for (std::size_t c = 0; c < of.columns; ++c) {
+          const float x = of.x[t * of.columns + c];
+          sum += static_cast<double>(rounded(weights[r * of.columns + c])) * (kind == 2 ? x : rounded(x));
+        }
+        y[t * of.rows + r] += static_cast<float>(sum);
+      }
+  }
+
+  void in_panels(const PanelKernels& kernels, int kind, std::vector<float>& y) const {
+    const std::size_t groups = panel_count(of.batch), panels = panel_count(of.rows);
+    std::vector<float> sums(panels * groups * kPanelRows * kPanelRows);
+    for (std::size_t c = 0; c < of.columns; c += kPanelChunk) {
+      const std::size_t wide = std::min(kPanelChunk, of.columns - c), steps = panel_steps(wide), size = steps * kStepValues;
+      std::vector<std::uint16_t> w(panels * size), high(groups * size), low(groups * size);
+      for (std::size_t g = 0; g < groups; ++g)
+        kernels.arrange({of.x.data() + g * kPanelRows * of.columns + c, of.columns}, std::min(kPanelRows, of.batch - g * kPanelRows),
+                        wide, high.data() + g * size, low.data() + g * size);
+      for (std::size_t p = 0; p < panels; ++p) {
+        const std::size_t row = p * kPanelRows;
+        const PanelRows to{std::min(kPanelRows, of.rows - row), wide, w.data() + p * size};
+        if (kind == 0) kernels.unpack(of.w, row, c, to);
+        else if (kind == 1) kernels.round({floats.data() + row * of.columns + c, of.columns}, to);
+        else kernels.copy(dense(), row, c, to);
+      }
+      kernels.multiply({w.data(), high.data(), panels, groups, steps, sums.data(), c == 0});
+      if (kind == 2) kernels.multiply({w.data(), low.data(), panels, groups, steps, sums.data(), false});
+    }
+    kernels.add(sums.data(), groups, {0, of.batch, 0, of.rows, {y.data(), of.rows}, true});
+  }
+};
+
 double distance(const std::vector<float>& a, const std::vector<float>& b) {
   double difference = 0, size = 0;
   for (std::size_t i = 0; i < a.size(); ++i) {
@@ -343,6 +416,20 @@ int main(int count, char** arguments) {
             for (const std::string& level : levels)
               failures += differences(test, level, expected, exact ? 0.0 : 1e-5, what);
           }
+  for (const Width& width : kWidths)
+    for (const int size : kGroups) {
+      const auto group = static_cast<std::size_t>(size);
+      const std::size_t columns = group * static_cast<std::size_t>(1 + below(1100 / size));
+      const bool zeros = below(2) == 1, exact = below(2) == 1;
+      const PanelCase test(width.bits, group, static_cast<std::size_t>(1 + below(70)), columns,
+                           static_cast<std::size_t>(1 + below(70)), zeros, exact);
+      set_level("generic");
+      const Results expected = test.results();
+      ++cases;
+      const std::string what = described("panels of bits %d group %d rows %zu columns %zu batch %zu", width.bits, size,
+                                         test.of.rows, columns, test.of.batch);
+      for (const std::string& level : levels) failures += differences(test, level, expected, 1e-5, what);
+    }
   for (int round = 0; round < 60 * rounds; ++round) {
     const OpsCase test;
     set_level("generic");

@@ -106,6 +106,24 @@ def test_products_of_quantised_weights(bits: int, group: int, zeros: bool, level
         assert relative(sums, 1 + s @ matrix.weights) < 1e-5
 
 
+@pytest.mark.parametrize("level", [level for level in LEVELS if level not in ("avx2", "neon")])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(bits: int, level: str) -> None:
+    """Each row of a batch is what it is alone, bit for bit: groups, zeros, rests of two chunks, batches up to 40."""
+    assert native.set_isa(level)
+    generator = np.random.default_rng(bits)
+    for group in GROUPS:
+        for zeros, batch, columns in ((False, 7, 1024), (True, 3, 512 + group), (False, 40, 3 * group)):
+            matrix = random_matrix(bits, group, 11, columns, zeros, generator)
+            x = generator.normal(size=(batch, columns)).astype(np.float32)
+            together, alone = np.zeros((batch, 11), np.float32), np.zeros((batch, 11), np.float32)
+            native.multiply(matrix.handle, native.quantize_activations(x), together, 0, 11)
+            for row in range(batch):
+                codes = native.quantize_activations(x[row : row + 1])
+                native.multiply(matrix.handle, codes, alone[row : row + 1], 0, 11)
+            np.testing.assert_array_equal(together, alone)
+
+
 @given(
     bits=st.sampled_from(WIDTHS),
     group=st.sampled_from(GROUPS),

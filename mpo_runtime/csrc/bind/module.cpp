@@ -12,8 +12,9 @@ void set_threads(int threads) {
   pool().resize(threads);
 }
 
-double bandwidth(const Array<const std::uint64_t, 1>& data) {
+double bandwidth(const Array<const std::uint64_t, 1>& data, bool evicted) {
   const nb::gil_scoped_release release;
+  if (evicted) evict(data.data(), data.size());
   return read_bandwidth(data.data(), data.size());
 }
 
@@ -34,5 +35,5 @@ NB_MODULE(_native, module) {
   module.def("threads", [] { return mpo::pool().threads(); });
   module.def("set_threads", &mpo::set_threads, nb::arg("threads"));
   module.def("default_threads", &mpo::default_threads);
-  module.def("read_bandwidth", &mpo::bandwidth, nb::arg("data").noconvert());
+  module.def("read_bandwidth", &mpo::bandwidth, nb::arg("data").noconvert(), nb::arg("evict") = false);
 }

@@ -5,15 +5,9 @@
 #include "check.hpp"
 
 namespace mpo {
-namespace {
-
-constexpr std::size_t kTileRows = 16;  // rows of x in an AMX tile
-
-}  // namespace
-
 void Activations::allocate(std::size_t batch, std::size_t columns) {
   const Layout& layout = level_->integers->layout;
-  const bool tiles = layout.tiles && batch >= kTileBatch, pairs = layout.pairs && batch == 1;
+  const bool pairs = layout.pairs;
   const std::size_t unit = pairs ? 2 * kChunk : kChunk, padded = (columns + unit - 1) / unit * unit;
   view_ = {};
   view_.batch = batch;
@@ -31,11 +25,6 @@ void Activations::allocate(std::size_t batch, std::size_t columns) {
     view_.pair_scales[p] = next + (4 + 2 * p) * blocks;
     view_.pair_sums[p] = view_.pair_scales[p] + blocks;
   }
-  if (!tiles) return;
-  const std::size_t scales = (batch + kTileRows - 1) / kTileRows * (padded / kScaleBlock) * kTileRows;
-  view_.tiles = tiles_.reserve<std::int8_t>(scales * (kScaleBlock + 2 * sizeof(float)));
-  view_.tile_scales = reinterpret_cast<const float*>(view_.tiles + scales * kScaleBlock);
-  view_.tile_sums = view_.tile_scales + scales;
 }
 
 void Activations::prepare(const float* x, std::size_t batch, std::size_t columns, unsigned planes) {
@@ -44,7 +33,6 @@ void Activations::prepare(const float* x, std::size_t batch, std::size_t columns
   allocate(batch, columns);
   const IntegerKernels& kernels = *level_->integers;
   for (std::size_t r = 0; r < batch; ++r) kernels.arrange(row(x, r), kernels.layout, planes, view_.padded / kChunk);
-  if (view_.tiles) arrange_tiles();
   if (view_.pair_sums[0]) arrange_pairs(planes);
 }
 
@@ -67,35 +55,12 @@ void Activations::arrange_pairs(unsigned planes) {
     if (!(planes >> p & 1)) continue;
     auto* scales = const_cast<float*>(view_.pair_scales[p]);
     auto* sums = const_cast<float*>(view_.pair_sums[p]);
-    for (std::size_t start = 0; start < view_.padded / kScaleBlock; start += kPairBlocks)
+    for (std::size_t start = 0; start < view_.batch * view_.padded / kScaleBlock; start += kPairBlocks)
       for (std::size_t lane = 0; lane < kPairBlocks; ++lane) {
         const auto block = start + static_cast<std::size_t>(paired_block(kPlaneBits[p], static_cast<int>(lane)));
         scales[start + lane] = view_.scales[block];
         sums[start + lane] = view_.sums[block];
       }
-  }
-}
-
-// Blocks of 32 columns as AMX wants its second operand: [8 quads of columns, 16 rows of x, 4 columns].
-void Activations::arrange_tiles() {
-  const std::size_t blocks = view_.padded / kScaleBlock, groups = (view_.batch + kTileRows - 1) / kTileRows;
-  auto* codes = const_cast<std::int8_t*>(view_.tiles);
-  auto* scales = const_cast<float*>(view_.tile_scales);
-  auto* sums = const_cast<float*>(view_.tile_sums);
-  for (std::size_t i = 0; i < groups * blocks; ++i) {
-    const std::size_t block = i % blocks;
-    for (std::size_t t = 0; t < kTileRows; ++t) {
-      const std::size_t row = i / blocks * kTileRows + t;
-      std::int8_t* to = codes + i * kTileRows * kScaleBlock + t * 4;
-      const bool present = row < view_.batch;
-      scales[i * kTileRows + t] = present ? view_.scales[row * blocks + block] : 0.0f;
-      sums[i * kTileRows + t] = present ? view_.sums[row * blocks + block] : 0.0f;
-      for (std::size_t quad = 0; quad < kScaleBlock / 4; ++quad) {
-        std::int8_t* place = to + quad * kTileRows * 4;
-        if (present) std::memcpy(place, view_.codes[0] + row * view_.padded + block * kScaleBlock + quad * 4, 4);
-        else std::memset(place, 0, 4);
-      }
-    }
   }
 }
 

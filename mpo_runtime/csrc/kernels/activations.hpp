@@ -31,12 +31,11 @@ class Activations {
  private:
   void allocate(std::size_t batch, std::size_t columns);
   ActivationRow row(const float* x, std::size_t row) const;
-  void arrange_tiles();
   void arrange_pairs(unsigned planes);
 
   const Level* level_ = nullptr;
   ActivationView view_{};
-  Memory codes_, floats_, tiles_;
+  Memory codes_, floats_;
 };
 
 }  // namespace mpo

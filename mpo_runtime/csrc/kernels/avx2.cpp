@@ -279,7 +279,7 @@ struct Avx2 : Avx2Scales {
 }  // namespace
 
 extern const IntegerKernels kAvx2Integers = {
-    {{32, 32, 32, 32}, false, false, false},
+    {{32, 32, 32, 32}, false, false},
     arrange_avx2,
     IntegerBody<Avx2, 4>::multiply,
 };

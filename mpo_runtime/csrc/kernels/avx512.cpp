@@ -16,7 +16,7 @@ namespace mpo {
 namespace {
 
 void multiply(const QuantizedMatrix& w, const ActivationView& x, const Task& task) {
-  if (PairedChunks<false>::takes(w, x)) PairedChunks<false>::multiply(w, x, task);
+  if (PairedChunks<false>::takes(w)) PairedChunks<false>::multiply(w, x, task);
   else IntegerBody<Avx512>::multiply(w, x, task);
 }
 

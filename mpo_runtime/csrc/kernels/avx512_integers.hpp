@@ -7,7 +7,7 @@
 namespace mpo {
 namespace {
 
-constexpr Layout kAvx512Layout = {{64, 64, 64, 32}, true, false, true};
+constexpr Layout kAvx512Layout = {{64, 64, 64, 32}, true, true};
 
 struct Avx512 : Avx2Scales {
   static constexpr int kBias8 = 0;  // dpbusd takes unsigned codes of all 8 bits

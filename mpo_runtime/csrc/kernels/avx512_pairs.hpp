@@ -1,9 +1,11 @@
-// One row of x on AVX-512: a row of w is read from its first byte to its last, two chunks (512 columns) at a time, so that
-// the 16 lanes of a vector hold the sums of its 16 blocks and the scales are applied once for all of them.
+// The int8 product on AVX-512: a row of w is read from its first byte to its last, two chunks (512 columns) at a time, so
+// that the 16 lanes of a vector hold the sums of its 16 blocks and the scales are applied once for all of them.
 //
-// R rows are computed side by side and share the loads of x, of which a core does one a cycle. They lie far apart, so that
-// the hardware prefetcher sees R sequential streams: it follows these at the full speed of the memory, but not rows that are
-// next to each other, and prefetch instructions are limited by the outstanding misses of the first-level cache.
+// With one row of x, R rows of w are computed side by side and share the loads of x, of which a core does one a cycle. They
+// lie far apart, so that the hardware prefetcher sees R sequential streams: it follows these at the full speed of the memory,
+// but not rows that are next to each other, and prefetch instructions are limited by the outstanding misses of the
+// first-level cache. With several rows of x, T of them share the unpacked codes of a row of w. Every result is computed by the
+// same operations in the same order whatever R and T are, so that it does not depend on the rows beside it.
 // Included after the target is set (see target.hpp).
 //
 // `Bytes` is true where the CPU moves bits between bytes (VBMI): then a vector of high bits is one instruction.
@@ -67,25 +69,52 @@ struct PairedChunks {
     MPO_INLINE Plane at(std::size_t byte) const { return {first + byte, step}; }
   };
 
+  // Vector k of each of T rows of x; a single row is kept in registers for all rows of w.
+  template <int T, int Vectors>
+  struct Codes {
+    const std::int8_t* from;
+    std::size_t step;
+    V kept[T == 1 ? Vectors : 1];
+
+    MPO_INLINE Codes(const std::int8_t* from_, std::size_t step_) : from(from_), step(step_) {
+      if constexpr (T == 1)
+        for (int k = 0; k < Vectors; ++k) kept[k] = load(from + 64 * k);
+    }
+    MPO_INLINE V at(std::size_t t, int k) const {
+      if constexpr (T == 1) return kept[k];
+      else return _mm512_loadu_si512(from + t * step + 64 * k);
+    }
+  };
+
+  // The sums of R rows of w with T rows of x: sums[r * T + t].
+  template <int T, int Vectors>
+  static MPO_INLINE void add_all(const V* codes, const Codes<T, Vectors>& x, V* sums) {
+#pragma GCC unroll 4
+    for (std::size_t t = 0; t < T; ++t) {
+      sums[t] = zero();
+#pragma GCC unroll 4
+      for (int k = 0; k < Vectors; ++k) sums[t] = add_products(sums[t], codes[k], x.at(t, k));
+    }
+  }
+
   // 256 codes of 2 bits in each of R rows.
-  template <std::size_t R>
-  static MPO_INLINE void two(Plane w, const std::int8_t* from, V* sums) {
-    const V mask = every(3), x[4] = {load(from), load(from + 64), load(from + 128), load(from + 192)};
+  template <std::size_t R, int T>
+  static MPO_INLINE void two(Plane w, const std::int8_t* from, std::size_t step, V* sums) {
+    const V mask = every(3);
+    const Codes<T, 4> x(from, step);
 #pragma GCC unroll 4
     for (std::size_t r = 0; r < R; ++r) {
       const V raw = load(w.row(r));
-      sums[r] = add_products(zero(), both(raw, mask), x[0]);
-      sums[r] = add_products(sums[r], both(right<2>(raw), mask), x[1]);
-      sums[r] = add_products(sums[r], both(right<4>(raw), mask), x[2]);
-      sums[r] = add_products(sums[r], both(right<6>(raw), mask), x[3]);
+      const V codes[4] = {both(raw, mask), both(right<2>(raw), mask), both(right<4>(raw), mask), both(right<6>(raw), mask)};
+      add_all<T, 4>(codes, x, sums + r * T);
     }
   }
 
   // 256 codes of 2 + 1 bits: the high bits of each four codes are looked up into the places above the low ones.
-  template <std::size_t R>
-  static MPO_INLINE void three(Plane low, Plane high, const std::int8_t* from, V* sums) {
+  template <std::size_t R, int T>
+  static MPO_INLINE void three(Plane low, Plane high, const std::int8_t* from, std::size_t step, V* sums) {
     const V mask = every(7), fields = every(0x33);
-    const V x[4] = {load(from), load(from + 64), load(from + 128), load(from + 192)};
+    const Codes<T, 4> x(from, step);
     const V even_bits = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68));
     const V odd_bits = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68));
 #pragma GCC unroll 4
@@ -103,10 +132,8 @@ struct PairedChunks {
         above_odd = _mm512_shuffle_epi8(odd_bits, nibbles);
       }
       const V even = choose(fields, raw, above_even), odd = choose(fields, right<2>(raw), above_odd);
-      sums[r] = add_products(zero(), both(even, mask), x[0]);
-      sums[r] = add_products(sums[r], both(odd, mask), x[1]);
-      sums[r] = add_products(sums[r], both(right<4>(even), mask), x[2]);
-      sums[r] = add_products(sums[r], both(right<4>(odd), mask), x[3]);
+      const V codes[4] = {both(even, mask), both(odd, mask), both(right<4>(even), mask), both(right<4>(odd), mask)};
+      add_all<T, 4>(codes, x, sums + r * T);
     }
   }
 
@@ -132,74 +159,81 @@ struct PairedChunks {
   }
 
   // 128 codes of 4 bits and those above.
-  template <int High, std::size_t R>
-  static MPO_INLINE void four(Plane low, Plane high, const std::int8_t* from, V* sums) {
-    const V nibble = every(15), mask = every(High == 1 ? 31 : 63), first = load(from), second = load(from + 64);
+  template <int High, std::size_t R, int T>
+  static MPO_INLINE void four(Plane low, Plane high, const std::int8_t* from, std::size_t step, V* sums) {
+    const V nibble = every(15), mask = every(High == 1 ? 31 : 63);
+    const Codes<T, 2> x(from, step);
 #pragma GCC unroll 4
     for (std::size_t r = 0; r < R; ++r) {
       const V raw = load(low.row(r));
-      V even = raw, odd = right<4>(raw);
+      V codes[2] = {raw, right<4>(raw)};
       if constexpr (High > 0) {
         V above_even, above_odd;
         above<High>(high.row(r), &above_even, &above_odd);
-        even = both(choose(nibble, even, above_even), mask);
-        odd = both(choose(nibble, odd, above_odd), mask);
+        codes[0] = both(choose(nibble, codes[0], above_even), mask);
+        codes[1] = both(choose(nibble, codes[1], above_odd), mask);
       } else {
-        even = both(even, nibble);
-        odd = both(odd, nibble);
+        codes[0] = both(codes[0], nibble);
+        codes[1] = both(codes[1], nibble);
       }
-      sums[r] = add_products(add_products(zero(), even, first), odd, second);
+      add_all<T, 2>(codes, x, sums + r * T);
     }
   }
 
   // 256 codes of 8 bits, in quarters of 16 columns.
-  template <std::size_t R>
-  static MPO_INLINE void eight(Plane w, const std::int8_t* from, V* sums) {
-    const V x[4] = {load(from), load(from + 64), load(from + 128), load(from + 192)};
+  template <std::size_t R, int T>
+  static MPO_INLINE void eight(Plane w, const std::int8_t* from, std::size_t step, V* sums) {
+    const Codes<T, 4> x(from, step);
 #pragma GCC unroll 4
     for (std::size_t r = 0; r < R; ++r) {
-      const auto part = [&](int v) { return add_products(zero(), _mm512_loadu_si512(w.row(r) + 64 * v), x[v]); };
-      sums[r] = join(join(part(0), part(1)), join(part(2), part(3)));
+      V codes[4];
+      for (int v = 0; v < 4; ++v) codes[v] = _mm512_loadu_si512(w.row(r) + 64 * v);
+#pragma GCC unroll 4
+      for (std::size_t t = 0; t < T; ++t) {
+        const auto part = [&](int v) { return add_products(zero(), codes[v], x.at(t, v)); };
+        sums[r * T + t] = join(join(part(0), part(1)), join(part(2), part(3)));
+      }
     }
   }
 
-  // The dot products of the 16 blocks of two chunks, in the order of paired_block().
-  template <int Low, int High, std::size_t R>
-  static MPO_INLINE void dots(Plane low, Plane high, const std::int8_t* x, V* out) {
+  // The dot products of the 16 blocks of two chunks, in the order of paired_block(): out[r * T + t].
+  template <int Low, int High, std::size_t R, int T>
+  static MPO_INLINE void dots(Plane low, Plane high, const std::int8_t* x, std::size_t step, V* out) {
+    constexpr std::size_t kAll = R * T;
     if constexpr (Low == 4) {
-      V sums[4][R];
+      V sums[4][kAll];
 #pragma GCC unroll 4
       for (std::size_t v = 0; v < 4; ++v) {
-        four<High, R>(low.at(64 * v), high.at(16 * High * v), x + 128 * v, sums[v]);
+        four<High, R, T>(low.at(64 * v), high.at(16 * High * v), x + 128 * v, step, sums[v]);
         if (v % 2 == 0) continue;
         // A lane holds 8 codes: at most 8 * 31 * 127 < 2^15 with 5 bits, and the next sum twice that.
 #pragma GCC unroll 4
-        for (std::size_t r = 0; r < R; ++r)
+        for (std::size_t r = 0; r < kAll; ++r)
           sums[v][r] = High == 2 ? join(sums[v - 1][r], sums[v][r]) : join_short(sums[v - 1][r], sums[v][r]);
       }
 #pragma GCC unroll 4
-      for (std::size_t r = 0; r < R; ++r)
+      for (std::size_t r = 0; r < kAll; ++r)
         out[r] = High ? join(sums[1][r], sums[3][r]) : join_short(sums[1][r], sums[3][r]);
       return;
     }
-    V first[R], second[R];
+    V first[kAll], second[kAll];
     if constexpr (Low == 8) {
-      eight<R>(low, x, first);
-      eight<R>(low.at(256), x + kChunk, second);
+      eight<R, T>(low, x, step, first);
+      eight<R, T>(low.at(256), x + kChunk, step, second);
 #pragma GCC unroll 4
-      for (std::size_t r = 0; r < R; ++r)
+      for (std::size_t r = 0; r < kAll; ++r)
         out[r] = _mm512_add_epi32(_mm512_shuffle_i32x4(first[r], second[r], 0x88),
                                   _mm512_shuffle_i32x4(first[r], second[r], 0xdd));
     } else {
       if constexpr (High == 1) {
-        three<R>(low, high, x, first);
-        three<R>(low.at(64), high.at(32), x + kChunk, second);
+        three<R, T>(low, high, x, step, first);
+        three<R, T>(low.at(64), high.at(32), x + kChunk, step, second);
       } else {
-        two<R>(low, x, first);
-        two<R>(low.at(64), x + kChunk, second);
+        two<R, T>(low, x, step, first);
+        two<R, T>(low.at(64), x + kChunk, step, second);
       }
 #pragma GCC unroll 4
-      for (std::size_t r = 0; r < R; ++r) out[r] = join_short(first[r], second[r]);
+      for (std::size_t r = 0; r < kAll; ++r) out[r] = join_short(first[r], second[r]);
     }
   }
 
@@ -226,47 +260,61 @@ struct PairedChunks {
     const std::uint16_t *scale, *zero;
     std::size_t groups;  // from one row's scales to the next one's
   };
+  // Rows of x, `step` columns apart.
   struct Input {
     const std::int8_t* codes;
     const float *scales, *sums;
+    std::size_t step;
+
+    MPO_INLINE Input from(std::size_t t) const {
+      const std::size_t blocks = step / kScaleBlock;
+      return {codes + t * step, scales + t * blocks, sums + t * blocks, step};
+    }
   };
 
   // Adds the products of two chunks of each row to the lanes of its total.
-  template <int Low, int High, int G, bool Zeros, std::size_t R>
+  template <int Low, int High, int G, bool Zeros, std::size_t R, int T>
   static MPO_INLINE void pair(const Place& w, const Input& x, __m512 middle, __m512* totals) {
-    V products[R];
-    dots<Low, High, R>(w.low, w.high, x.codes, products);
-    const __m512 x_scales = _mm512_loadu_ps(x.scales), x_sums = _mm512_loadu_ps(x.sums);
-    const __m512 offsets = _mm512_mul_ps(middle, x_sums);
+    V products[R * T];
+    dots<Low, High, R, T>(w.low, w.high, x.codes, x.step, products);
+    __m512 x_scales[T], x_sums[T];
+#pragma GCC unroll 4
+    for (std::size_t t = 0; t < T; ++t) {
+      x_scales[t] = _mm512_loadu_ps(x.scales + t * (x.step / kScaleBlock));
+      x_sums[t] = _mm512_loadu_ps(x.sums + t * (x.step / kScaleBlock));
+      if constexpr (!Zeros) x_sums[t] = _mm512_mul_ps(middle, x_sums[t]);
+    }
 #pragma GCC unroll 4
     for (std::size_t r = 0; r < R; ++r) {
       const __m512 factor = scales<Low, G>(w.scale + r * w.groups);
-      __m512 own = offsets;
-      if constexpr (Zeros) {
-        const __m512 zeros = scales<Low, G>(w.zero + r * w.groups);
-        own = _mm512_mul_ps(zeros, x_sums);
+      __m512 zeros = middle;
+      if constexpr (Zeros) zeros = scales<Low, G>(w.zero + r * w.groups);
+#pragma GCC unroll 4
+      for (std::size_t t = 0; t < T; ++t) {
+        __m512 own = x_sums[t];
+        if constexpr (Zeros) own = _mm512_mul_ps(zeros, own);
+        const __m512 sums = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[r * T + t]), x_scales[t], own);
+        totals[r * T + t] = _mm512_fmadd_ps(factor, sums, totals[r * T + t]);
       }
-      const __m512 sums = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[r]), x_scales, own);
-      totals[r] = _mm512_fmadd_ps(factor, sums, totals[r]);
     }
   }
 
   // The last columns of a row, less than two chunks: nothing beyond the end of a tensor may be read.
   template <int Low, int High, int G, bool Zeros>
-  __attribute__((noinline)) static __m512 rest(const Place& at, std::size_t r, const Input& x, std::size_t left,
-                                               __m512 middle, __m512 total) {
+  __attribute__((noinline)) static __m512 rest(const Place& at, std::size_t r, Input x, std::size_t left, __m512 middle,
+                                               __m512 total) {
     std::uint8_t low[64 * Low] = {}, high[64 * (High ? High : 1)] = {};
     std::uint16_t scale[2 * kChunk / G] = {}, zero[2 * kChunk / G] = {};
     std::memcpy(low, at.low.row(r), left * Low / 8);
     if constexpr (High > 0) std::memcpy(high, at.high.row(r), left * High / 8);
     std::memcpy(scale, at.scale + r * at.groups, left / G * 2);
     if constexpr (Zeros) std::memcpy(zero, at.zero + r * at.groups, left / G * 2);
-    pair<Low, High, G, Zeros, 1>({{low, 0}, {high, 0}, scale, zero, 0}, x, middle, &total);
+    pair<Low, High, G, Zeros, 1, 1>({{low, 0}, {high, 0}, scale, zero, 0}, x, middle, &total);
     return total;
   }
 
-  // The totals of the rows r, r + apart, r + 2 * apart ... in 16 lanes each.
-  template <int Low, int High, int G, bool Zeros, std::size_t R>
+  // The totals of the rows r, r + apart, r + 2 * apart ... with T rows of x, in 16 lanes each: totals[i * T + t].
+  template <int Low, int High, int G, bool Zeros, std::size_t R, int T>
   static MPO_INLINE void some(const QuantizedMatrix& w, Input x, std::size_t r, std::size_t apart, __m512* totals) {
     constexpr std::size_t kPair = 2 * kChunk;
     const std::size_t pairs = w.columns / kPair, left = w.columns % kPair, groups = w.columns / G;
@@ -274,9 +322,14 @@ struct PairedChunks {
     const std::size_t low = w.columns / 8 * Low, high = w.columns / 8 * High;  // bytes of a row
     Place at{{w.low + r * low, apart * low}, {High ? w.high + r * high : nullptr, apart * high},
              w.scale + r * groups, Zeros ? w.zero + r * groups : nullptr, apart * groups};
-    for (std::size_t i = 0; i < R; ++i) totals[i] = _mm512_setzero_ps();
+    for (std::size_t i = 0; i < R * T; ++i) totals[i] = _mm512_setzero_ps();
     for (std::size_t p = 0; p < pairs; ++p) {
-      pair<Low, High, G, Zeros, R>(at, x, middle, totals);
+      if constexpr (R == 1 && T > 1) {  // a single stream of weights
+        for (std::size_t line = 0; line < 64 * Low; line += 64) Avx512::prefetch(at.low.first + line);
+        if constexpr (High > 0)
+          for (std::size_t line = 0; line < 64 * High; line += 64) Avx512::prefetch(at.high.first + line);
+      }
+      pair<Low, High, G, Zeros, R, T>(at, x, middle, totals);
       at.low.first += 64 * Low;
       if constexpr (High > 0) at.high.first += 64 * High;
       at.scale += kPair / G;
@@ -284,32 +337,53 @@ struct PairedChunks {
       x.codes += kPair, x.scales += 16, x.sums += 16;
     }
     if (left)
-      for (std::size_t i = 0; i < R; ++i) totals[i] = rest<Low, High, G, Zeros>(at, i, x, left, middle, totals[i]);
+      for (std::size_t i = 0; i < R * T; ++i)
+        totals[i] = rest<Low, High, G, Zeros>(at, i / T, x.from(i % T), left, middle, totals[i]);
+  }
+
+  // Rows of w with the rows of x [first, first + T) of the task.
+  template <int Low, int High, int G, bool Zeros, std::size_t R, int T>
+  static MPO_INLINE void put(const QuantizedMatrix& w, const Input& x, const Task& task, std::size_t first, std::size_t r,
+                             std::size_t apart) {
+    __m512 totals[R * T];
+    some<Low, High, G, Zeros, R, T>(w, x.from(first), r, apart, totals);
+#pragma GCC unroll 4
+    for (std::size_t i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (std::size_t t = 0; t < T; ++t) {
+        float* y = task.y.row(first + t) + r + i * apart;
+        *y = (task.accumulate ? *y : 0.0f) + Avx512Floats::total(totals[i * T + t]);
+      }
+  }
+
+  // All rows of the task with T rows of x, R rows of w at a time.
+  template <int Low, int High, int G, bool Zeros, std::size_t R, int T>
+  static MPO_INLINE void all_rows(const QuantizedMatrix& w, const Input& x, const Task& task, std::size_t first) {
+    const std::size_t begin = task.begin, end = task.end, apart = (end - begin) / R;
+    for (std::size_t r = begin; r < begin + apart; ++r) put<Low, High, G, Zeros, R, T>(w, x, task, first, r, apart);
+    if constexpr (R > 1)
+      for (std::size_t r = begin + R * apart; r < end; ++r) put<Low, High, G, Zeros, 1, T>(w, x, task, first, r, 0);
   }
 
   template <int Low, int High, int G, bool Zeros>
   static void rows(const QuantizedMatrix& w, const ActivationView& view, const Task& task) {
     constexpr int p = plane_index(Low);
-    const Input x{view.codes[p], view.pair_scales[p], view.pair_sums[p]};
-    constexpr std::size_t kRows = High ? 2 : 4;  // as many as the registers hold
-    const std::size_t begin = task.begin, end = task.end, apart = (end - begin) / kRows;
-    float* y = task.y.row(task.first);
-    const bool accumulate = task.accumulate;
-    const auto put = [&](std::size_t r, __m512 lanes) { y[r] = (accumulate ? y[r] : 0.0f) + Avx512Floats::total(lanes); };
-    for (std::size_t r = begin; r < begin + apart; ++r) {
-      __m512 totals[kRows];
-      some<Low, High, G, Zeros, kRows>(w, x, r, apart, totals);
-#pragma GCC unroll 4
-      for (std::size_t i = 0; i < kRows; ++i) put(r + i * apart, totals[i]);
-    }
-    for (std::size_t r = begin + kRows * apart; r < end; ++r) {
-      __m512 last;
-      some<Low, High, G, Zeros, 1>(w, x, r, 0, &last);
-      put(r, last);
+    constexpr std::size_t kBlock = 8;  // rows of w that stay in the first-level cache while the rows of x pass
+    const Input x{view.codes[p], view.pair_scales[p], view.pair_sums[p], view.padded};
+    const std::size_t stop = task.first + task.count;
+    if (task.count == 1) return all_rows<Low, High, G, Zeros, High ? 2 : 4, 1>(w, x, task, task.first);  // R: registers
+    for (std::size_t begin = task.begin; begin < task.end; begin += kBlock) {
+      Task part = task;
+      part.begin = begin;
+      part.end = begin + kBlock < task.end ? begin + kBlock : task.end;
+      std::size_t t = task.first;
+      for (; t + 4 <= stop; t += 4) all_rows<Low, High, G, Zeros, 1, 4>(w, x, part, t);
+      if (t + 2 <= stop) all_rows<Low, High, G, Zeros, 1, 2>(w, x, part, t), t += 2;
+      if (t < stop) all_rows<Low, High, G, Zeros, 1, 1>(w, x, part, t);
     }
   }
 
-  static bool takes(const QuantizedMatrix& w, const ActivationView& x) { return x.batch == 1 && w.group != 16; }
+  static bool takes(const QuantizedMatrix& w) { return w.group != 16; }
 
   static void multiply(const QuantizedMatrix& w, const ActivationView& x, const Task& task) {
     with_planes(w.bits, [&](auto planes) {

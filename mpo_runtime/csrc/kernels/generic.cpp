@@ -54,7 +54,7 @@ void multiply(const QuantizedMatrix& w, const ActivationView& x, const Task& tas
 }  // namespace
 
 extern const IntegerKernels kGenericIntegers = {
-    {{16, 16, 16, 16}, false, false, false},
+    {{16, 16, 16, 16}, false, false},
     ActivationsBody<PlainRows>::arrange,
     multiply,
 };

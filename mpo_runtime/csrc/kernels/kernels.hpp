@@ -35,8 +35,7 @@ constexpr std::size_t scales_per_chunk(std::size_t group) { return group == 16 ?
 struct Layout {
   std::size_t width[4];  // bytes of a vector of each plane, by plane_index
   bool split_ones;       // a 1-bit vector (32 bytes) is used twice side by side: k = 0, 4, 1, 5, 2, 6, 3, 7
-  bool tiles;            // AMX: also as tiles, see ActivationView
-  bool pairs;            // a single row is multiplied two chunks at a time, see paired_block()
+  bool pairs;            // rows are multiplied two chunks at a time, see paired_block()
 };
 
 // The block of two chunks (16 blocks) whose sum of products stands in `lane`, where the low plane has `low` bits.
@@ -54,15 +53,9 @@ struct ActivationView {
   const float* scales;          // [batch, padded / 32]
   const float* sums;            // of scale * code over a block, [batch, padded / 32]
   const float* half_sums;       // and over half a block, [batch, padded / 16]
-  const float* pair_scales[3];  // Layout::pairs, for a single row: scales and sums in the order of paired_block(), by
+  const float* pair_scales[3];  // Layout::pairs: scales and sums in the order of paired_block(), [batch, padded / 32], by
   const float* pair_sums[3];    // plane_index of the low plane; else null
-  // Layout::tiles, for batch >= kTileBatch: blocks of 32 columns, [batch / 16, padded / 32, 8, 16, 4], the scale of each
-  // block [batch / 16, padded / 32, 16], and sums as above but with 16 rows of x innermost; else null.
-  const std::int8_t* tiles;
-  const float *tile_scales, *tile_sums;
 };
-
-constexpr std::size_t kTileBatch = 8;  // fewer rows of x than this do not fill an AMX tile well
 
 // Where a row of x [columns] goes: the members of an ActivationView that belong to it.
 struct ActivationRow {
@@ -112,7 +105,7 @@ extern const IntegerKernels kGenericIntegers;
 extern const FloatKernels kGenericFloats;
 void dequantize_generic(const QuantizedMatrix&, std::size_t first, std::size_t count, float* out);
 #if MPO_X86
-extern const IntegerKernels kAvx2Integers, kAvx512Integers, kVbmiIntegers, kAmxIntegers;
+extern const IntegerKernels kAvx2Integers, kAvx512Integers, kVbmiIntegers;
 extern const FloatKernels kAvx2Floats, kAvx512Floats;
 void arrange_avx2(const ActivationRow&, const Layout&, unsigned planes, std::size_t chunks);
 void dequantize_avx2(const QuantizedMatrix&, std::size_t first, std::size_t count, float* out);

@@ -174,7 +174,7 @@ struct Neon : NeonFloats {
 }  // namespace
 
 extern const IntegerKernels kNeonIntegers = {
-    {{16, 16, 16, 16}, false, false, false},
+    {{16, 16, 16, 16}, false, false},
     ActivationsBody<PlainRows>::arrange,
     IntegerBody<Neon>::multiply,
 };

@@ -13,7 +13,7 @@ namespace mpo {
 namespace {
 
 void multiply(const QuantizedMatrix& w, const ActivationView& x, const Task& task) {
-  if (PairedChunks<true>::takes(w, x)) PairedChunks<true>::multiply(w, x, task);
+  if (PairedChunks<true>::takes(w)) PairedChunks<true>::multiply(w, x, task);
   else kAvx512Integers.multiply(w, x, task);
 }
 

@@ -4,8 +4,36 @@
 #include <chrono>
 
 #include "program/pool.hpp"
+#include "target.hpp"
+
+#if MPO_X86
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
 
 namespace mpo {
+namespace {
+
+#if MPO_X86
+__attribute__((target("clflushopt"))) void evict_range(const std::uint64_t* data, std::size_t begin, std::size_t end) {
+  constexpr std::size_t kLine = 8;
+  for (std::size_t i = begin; i < end; i += kLine) _mm_clflushopt(const_cast<std::uint64_t*>(data + i));
+}
+
+bool can_evict() {
+  std::uint32_t a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 23 & 1u);
+}
+#endif
+
+}  // namespace
+
+void evict([[maybe_unused]] const std::uint64_t* data, [[maybe_unused]] std::size_t words) {
+#if MPO_X86
+  if (!can_evict()) return;
+  pool().run(words, std::size_t{1} << 17, [&](std::size_t begin, std::size_t end) { evict_range(data, begin, end); });
+#endif
+}
 
 double read_bandwidth(const std::uint64_t* data, std::size_t words) {
   constexpr std::size_t kPiece = std::size_t{1} << 17;  // a mebibyte: as large as what a kernel is handed at a time

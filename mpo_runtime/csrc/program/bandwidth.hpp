@@ -9,4 +9,7 @@ namespace mpo {
 // Bytes per second of summing `words` 64-bit words once with the pool's threads.
 double read_bandwidth(const std::uint64_t* data, std::size_t words);
 
+// Drops what the CPU's caches hold of so many words, where it has an instruction for that.
+void evict(const std::uint64_t* data, std::size_t words);
+
 }  // namespace mpo

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "check.hpp"
+#include "level.hpp"
 
 namespace mpo {
 namespace {
@@ -14,6 +15,7 @@ constexpr std::size_t kChunkBytes = 48 << 10;  // weights of a chunk: read from 
 constexpr std::size_t kSmallestChunk = 16;     // rows; a cache line of y
 constexpr std::size_t kMiddleChunk = 8;
 constexpr std::size_t kBatch = 16;             // tokens from which float arithmetic goes through whole blocks of weights
+constexpr std::size_t kPanelJob = 128;         // rows whose panels, sums and x stay in the second-level cache
 
 std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
 
@@ -65,28 +67,42 @@ Activations& Workspace::codes(std::size_t tile) {
   return *codes_[tile];
 }
 
+PanelInput& Workspace::panels(std::size_t input) {
+  while (panels_.size() <= input) panels_.push_back(std::make_unique<PanelInput>());
+  return *panels_[input];
+}
+
 namespace {
 
 // A call of apply(). Tokens are taken in tiles of kTileTokens.
 class Application {
  public:
-  Application(const std::vector<Product>& products, const float* x, std::size_t tokens, bool exact, Workspace& work,
-              Pool& pool)
-      : products_(products), x_{x, products[0].layer->columns}, tokens_(tokens), exact_(exact), work_(work), pool_(pool) {}
+  Application(const std::vector<Product>& products, const float* x, std::size_t tokens, Arithmetic arithmetic,
+              Workspace& work, Pool& pool)
+      : products_(products),
+        x_{x, products[0].layer->columns},
+        tokens_(tokens),
+        exact_(arithmetic == Arithmetic::floats),
+        panels_(arithmetic == Arithmetic::prompt ? active_level().panels : nullptr),
+        work_(work),
+        pool_(pool) {}
 
   void run() const {
-    prepare_codes();
+    if (panels_) prepare_panels();
+    else prepare_codes();
     compute_middles();
     compute_products();
     for (const Product& product : products_)
       for (const Operator& term : product.layer->operators)
-        if (!term.is_low_rank()) term.add(x_.data, tokens_, product.y, work_.state, pool_);
+        if (!term.is_low_rank() && !in_panels(term)) term.add(x_.data, tokens_, product.y, work_.state, pool_);
   }
 
  private:
   std::size_t tiles() const { return (tokens_ + kTileTokens - 1) / kTileTokens; }
   std::size_t tile_size(std::size_t tile) const { return std::min(kTileTokens, tokens_ - tile * kTileTokens); }
   bool in_floats(const Matrix& matrix) const { return exact_ || !matrix.is_integer(); }
+  bool in_panels(const Matrix& matrix) const { return panels_ && matrix.fits_panels(); }
+  bool in_panels(const Operator& term) const { return panels_ && term.fits_panels(tokens_); }
 
   void prepare_codes() const {
     unsigned planes = 0;
@@ -99,6 +115,15 @@ class Application {
     });
   }
 
+  void prepare_panels() const {
+    bool exact = false;
+    for (const Product& product : products_) {
+      for (const Matrix& matrix : product.layer->matrices) exact = exact || matrix.is_bf16();
+      for (const Operator& term : product.layer->operators) exact = exact || (term.is_low_rank() && term.second().is_bf16());
+    }
+    work_.panels(0).prepare(*panels_, x_, tokens_, x_.stride, exact, pool_);
+  }
+
   // Rows [begin, end) of a matrix times a tile of tokens, into y [tokens, stride].
   void multiply_tile(const Matrix& matrix, std::size_t tile, const Workspace::Job& job, Rows<float> y,
                      bool accumulate) const {
@@ -107,13 +132,15 @@ class Application {
     matrix.multiply(in_floats(matrix) ? nullptr : &work_.codes(tile), x_.from(start), task);
   }
 
-  // The inner vectors second x of all low-rank terms, one after the other in work_.middle, each [tokens, chi].
+  // An inner vector second x [tokens, chi] of a low-rank term, in work_.middle.
+  struct Middle {
+    const Operator* term;
+    float* at;
+  };
+
+  // Those of all low-rank terms, one after the other.
   void compute_middles() const {
-    struct Part {
-      const Matrix* matrix;
-      float* at;
-    };
-    std::vector<Part> parts;
+    std::vector<Middle> parts;
     std::size_t total = 0;
     for (const Product& product : products_)
       for (const Operator& term : product.layer->operators)
@@ -125,29 +152,60 @@ class Application {
     for (const Product& product : products_)
       for (const Operator& term : product.layer->operators) {
         if (!term.is_low_rank()) continue;
-        const std::size_t chi = term.second().rows();
-        for (std::size_t begin = 0; begin < chi; begin += kMiddleChunk)
-          work_.jobs.push_back({parts.size(), begin, std::min(begin + kMiddleChunk, chi)});
-        parts.push_back({&term.second(), at});
+        const std::size_t chi = term.second().rows(), step = in_panels(term.second()) ? kPanelRows : kMiddleChunk;
+        for (std::size_t begin = 0; begin < chi; begin += step)
+          work_.jobs.push_back({parts.size(), begin, std::min(begin + step, chi)});
+        parts.push_back({&term, at});
         at += chi * tokens_;
       }
     pool_.run(work_.jobs.size(), 1, [&](std::size_t first, std::size_t last) {
       for (std::size_t j = first; j < last; ++j) {
         const Workspace::Job& job = work_.jobs[j];
-        const Part& part = parts[job.product];
+        const Middle& part = parts[job.product];
+        const Matrix& matrix = part.term->second();
+        if (in_panels(matrix)) {
+          multiply_panels(matrix, job, {part.at, matrix.rows()});
+          continue;
+        }
         for (std::size_t tile = 0; tile < tiles(); ++tile)
-          multiply_tile(*part.matrix, tile, job, {part.at, part.matrix->rows()}, false);
+          multiply_tile(matrix, tile, job, {part.at, matrix.rows()}, false);
       }
+    });
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      const Matrix& first = parts[i].term->first();
+      if (!in_panels(first)) continue;
+      work_.panels(1 + i).prepare(*panels_, {parts[i].at, first.rows()}, tokens_, first.rows(), first.is_bf16(), pool_);
+    }
+  }
+
+  // Rows [begin, end) of a matrix times all tokens, in panels, into y [tokens, stride].
+  void multiply_panels(const Matrix& matrix, const Workspace::Job& job, Rows<float> y) const {
+    const PanelInput& x = work_.panels(0);
+    for (std::size_t slab = 0; slab < x.slabs(); ++slab) {
+      PanelSums sums(*panels_, job.end - job.begin, x.groups(slab));
+      add_matrix(matrix, slab, job, sums);
+      sums.put({slab * kSlabTokens, x.tokens(slab), job.begin, job.end, y, false});
+    }
+  }
+
+  void add_matrix(const Matrix& matrix, std::size_t slab, const Workspace::Job& job, PanelSums& sums) const {
+    sums.add(work_.panels(0), slab, matrix.is_bf16(), [&](std::size_t row, std::size_t column, const PanelRows& to) {
+      matrix.panel(*panels_, job.begin + row, column, to);
     });
   }
 
   // Bias, matrices and low-rank terms of all layers, in jobs of rows.
   void compute_products() const {
     work_.jobs.clear();
-    std::vector<std::size_t> middles(products_.size());
-    std::size_t offset = 0, left = 0;
+    std::vector<MiddlePlace> middles(products_.size());
+    MiddlePlace next{work_.middle.data(), 1};
+    std::size_t left = 0, rows = 0;
     const std::size_t shares = 2 * static_cast<std::size_t>(pool_.threads());
-    for (const Product& product : products_) left += product.layer->rows * product.layer->row_bytes;
+    for (const Product& product : products_) {
+      left += product.layer->rows * product.layer->row_bytes;
+      rows += product.layer->rows;
+    }
+    const std::size_t panel_job = rows < 2 * kPanelJob * shares ? kPanelJob / 2 : kPanelJob;
     for (std::size_t p = 0; p < products_.size(); ++p) {
       const Linear& layer = *products_[p].layer;
       const std::size_t row_bytes = std::max<std::size_t>(layer.row_bytes, 1);
@@ -156,60 +214,135 @@ class Application {
         // A single row of x reads each weight once, so chunks are as long as can be: the memory is fast in long streams
         // only. They grow shorter toward the end, so that all threads end together.
         const std::size_t bytes = tokens_ > 1 ? kChunkBytes : std::max(kChunkBytes, left / shares);
-        const std::size_t end = std::min(begin + round_up(std::max(kSmallestChunk, bytes / row_bytes), step), layer.rows);
+        const std::size_t wanted = panels_ ? panel_job : std::max(kSmallestChunk, bytes / row_bytes);
+        const std::size_t end = std::min(begin + round_up(wanted, step), layer.rows);
         work_.jobs.push_back({p, begin, end});
         left -= (end - begin) * layer.row_bytes;
         begin = end;
       }
-      middles[p] = offset;
+      middles[p] = next;
       for (const Operator& term : layer.operators)
-        if (term.is_low_rank()) offset += term.first().rows() * tokens_;
+        if (term.is_low_rank()) next = {next.at + term.first().rows() * tokens_, next.input + 1};
     }
     pool_.run(work_.jobs.size(), 1, [&](std::size_t first, std::size_t last) {
       for (std::size_t j = first; j < last; ++j) {
         const Workspace::Job& job = work_.jobs[j];
-        compute_rows(products_[job.product], work_.middle.data() + middles[job.product], job);
+        compute_rows(products_[job.product], middles[job.product], job);
       }
     });
   }
 
+  // Where the inner vectors of a layer's low-rank terms begin: in memory, and among the inputs in panels.
+  struct MiddlePlace {
+    const float* at;
+    std::size_t input;
+  };
+
   // The rows of a job for all tokens.
-  void compute_rows(const Product& product, const float* middle, const Workspace::Job& job) const {
+  void compute_rows(const Product& product, const MiddlePlace& middle, const Workspace::Job& job) const {
     const Linear& layer = *product.layer;
     const Rows<float> y{product.y, layer.rows};
     const Task all{0, tokens_, job.begin, job.end, y, true};
     const bool batched = tokens_ >= kBatch;
-    for (std::size_t t = 0; t < tokens_; ++t) {
+    const bool fresh = only_panels(layer);
+    for (std::size_t t = 0; t < tokens_ && !fresh; ++t) {
       float* to = y.row(t) + job.begin;
       if (layer.bias.empty()) std::memset(to, 0, (job.end - job.begin) * sizeof(float));
       else std::memcpy(to, layer.bias.data() + job.begin, (job.end - job.begin) * sizeof(float));
     }
     for (std::size_t tile = 0; tile < tiles(); ++tile)
       for (const Matrix& matrix : layer.matrices)
-        if (!batched || !in_floats(matrix)) multiply_tile(matrix, tile, job, y, true);
+        if (!in_panels(matrix) && (!batched || !in_floats(matrix))) multiply_tile(matrix, tile, job, y, true);
     for (const Matrix& matrix : layer.matrices)
-      if (batched && in_floats(matrix)) matrix.add_batch(x_, all);
+      if (!in_panels(matrix) && batched && in_floats(matrix)) matrix.add_batch(x_, all);
+    const float* inner = middle.at;
     for (const Operator& term : layer.operators) {
       if (!term.is_low_rank()) continue;
       const std::size_t chi = term.first().rows();
-      term.first().add_transposed({middle, chi}, all);
-      middle += chi * tokens_;
+      if (!in_panels(term.first())) term.first().add_transposed({inner, chi}, all);
+      inner += chi * tokens_;
     }
+    if (panels_) add_panels(product, middle.input, job, !fresh);
+  }
+
+  // Whether nothing but products in panels belongs to a layer's result.
+  bool only_panels(const Linear& layer) const {
+    if (!panels_ || !layer.bias.empty()) return false;
+    bool all = true, any = false;
+    for (const Matrix& matrix : layer.matrices) (in_panels(matrix) ? any : all) = in_panels(matrix);
+    for (const Operator& term : layer.operators) {
+      const bool panels = term.is_low_rank() ? in_panels(term.first()) : in_panels(term);
+      (panels ? any : all) = panels;
+    }
+    return all && any;
+  }
+
+  // Computes the terms of a layer that are computed in panels, for the rows of a job.
+  void add_panels(const Product& product, std::size_t input, const Workspace::Job& job, bool accumulate) const {
+    const Linear& layer = *product.layer;
+    const std::size_t rows = job.end - job.begin;
+    const PanelInput& x = work_.panels(0);
+    std::vector<Built> built;  // terms whose rows are made here
+    for (const Operator& term : layer.operators) {
+      if (term.is_low_rank()) {
+        if (in_panels(term.first())) built.push_back(turned(term.first(), work_.panels(input), job));
+        ++input;
+      } else if (in_panels(term)) {
+        built.push_back({&x, false, std::vector<float>(rows * x.columns())});
+        term.rows(job.begin, rows, built.back().rows.data());
+      }
+    }
+    for (std::size_t slab = 0; slab < x.slabs(); ++slab) {
+      PanelSums sums(*panels_, rows, x.groups(slab));
+      bool any = false;
+      for (const Matrix& matrix : layer.matrices) {
+        if (!in_panels(matrix)) continue;
+        add_matrix(matrix, slab, job, sums);
+        any = true;
+      }
+      for (const Built& term : built) {
+        const std::size_t wide = term.x->columns();
+        sums.add(*term.x, slab, term.is_bf16, [&](std::size_t row, std::size_t column, const PanelRows& to) {
+          panels_->round({term.rows.data() + row * wide + column, wide}, to);
+        });
+        any = true;
+      }
+      if (any) sums.put({slab * kSlabTokens, x.tokens(slab), job.begin, job.end, {product.y, layer.rows}, accumulate});
+    }
+  }
+
+  // The rows of a job of a matrix that is not stored row by row, as float32 [rows, x->columns()].
+  struct Built {
+    const PanelInput* x;
+    bool is_bf16;
+    std::vector<float> rows;
+  };
+
+  static Built turned(const Matrix& first, const PanelInput& x, const Workspace::Job& job) {
+    const std::size_t rows = job.end - job.begin, chi = first.rows();
+    Built result{&x, first.is_bf16(), std::vector<float>(rows * chi)};
+    std::vector<float> part(rows);
+    for (std::size_t k = 0; k < chi; ++k) {
+      first.part(k, job.begin, rows, part.data());
+      for (std::size_t r = 0; r < rows; ++r) result.rows[r * chi + k] = part[r];
+    }
+    return result;
   }
 
   const std::vector<Product>& products_;
   Rows<const float> x_;  // [tokens, columns]
   std::size_t tokens_;
   bool exact_;
+  const PanelKernels* panels_;  // for prompts, where the CPU has them
   Workspace& work_;
   Pool& pool_;
 };
 
 }  // namespace
 
-void apply(const std::vector<Product>& products, const float* x, std::size_t tokens, bool exact, Workspace& work,
-           Pool& pool) {
-  Application(products, x, tokens, exact, work, pool).run();
+void apply(const std::vector<Product>& products, const float* x, std::size_t tokens, Arithmetic arithmetic,
+           Workspace& work, Pool& pool) {
+  Application(products, x, tokens, arithmetic, work, pool).run();
 }
 
 }  // namespace mpo

@@ -10,6 +10,7 @@
 #include "kernels/activations.hpp"
 #include "program/matrix.hpp"
 #include "program/operator.hpp"
+#include "program/panels.hpp"
 #include "program/pool.hpp"
 
 namespace mpo {
@@ -41,6 +42,7 @@ struct Product {
 class Workspace {
  public:
   Activations& codes(std::size_t tile);
+  PanelInput& panels(std::size_t input);  // 0: x; then the inner vectors of low-rank terms
 
   struct Job {
     std::size_t product, begin, end;
@@ -51,10 +53,15 @@ class Workspace {
 
  private:
   std::vector<std::unique_ptr<Activations>> codes_;
+  std::vector<std::unique_ptr<PanelInput>> panels_;
 };
 
-// Computes all the products with x [tokens, columns], with int8 copies of x unless `exact`.
-void apply(const std::vector<Product>& products, const float* x, std::size_t tokens, bool exact, Workspace& work,
+// What x is multiplied as. Floats: float32 throughout. Codes: int8 with integer weights. Prompt: as codes, or where the CPU
+// has matrix units for bf16, in panels of these.
+enum class Arithmetic { floats, codes, prompt };
+
+// Computes all the products with x [tokens, columns].
+void apply(const std::vector<Product>& products, const float* x, std::size_t tokens, Arithmetic arithmetic, Workspace& work,
            Pool& pool);
 
 }  // namespace mpo

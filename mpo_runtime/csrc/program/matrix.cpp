@@ -106,6 +106,11 @@ void Matrix::part(std::size_t r, std::size_t begin, std::size_t count, float* ou
   std::memcpy(out, whole.data() + (begin - first * group), count * sizeof(float));
 }
 
+void Matrix::panel(const PanelKernels& kernels, std::size_t row, std::size_t column, const PanelRows& to) const {
+  if (integer_) kernels.unpack(quantized_, row, column, to);
+  else kernels.copy(dense_, row, column, to);
+}
+
 void Matrix::add_batch(Rows<const float> x, const Task& task) const {
   const Ops& ops = *active_level().ops;
   float* turned = scratch_floats(kBlockRows * (2 * kBlockColumns));

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/panels.hpp"
 #include "kernels/products.hpp"
 
 namespace mpo {
@@ -42,6 +43,11 @@ class Matrix {
   void add_transposed(Rows<const float> s, const Task& task) const;
   // Adds W x like multiply(), in float32, for many rows of x: each block of weights is widened once for all of them.
   void add_batch(Rows<const float> x, const Task& task) const;
+  // Whether panels of bf16 hold the matrix as it is, or as close as it is worth: see kernels/panels.hpp.
+  bool is_bf16() const { return !integer_ && dense_.type == Type::bf16; }
+  bool fits_panels() const { return integer_ || is_bf16(); }
+  // A panel of its rows from `row` on.
+  void panel(const PanelKernels& kernels, std::size_t row, std::size_t column, const PanelRows& to) const;
   // The elements [begin, begin + count) of row r as float32.
   void part(std::size_t r, std::size_t begin, std::size_t count, float* out) const;
   void row(std::size_t r, float* out) const { part(r, 0, columns(), out); }

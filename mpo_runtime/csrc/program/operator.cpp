@@ -219,18 +219,26 @@ class Operator::RowBuilder {
 void Operator::add_dense(const float* x, std::size_t tokens, float* y, Pool& pool) const {
   const Ops& ops = *active_level().ops;
   pool.run(rows_, kTileRows, [&](std::size_t begin, std::size_t end) {
-    RowBuilder builder(*this);
     const std::size_t height = end - begin;
-    std::vector<float> rows(height * columns_), turned(kTileColumns * height);
-    for (std::size_t r = begin; r < end; ++r)
-      std::memcpy(rows.data() + (r - begin) * columns_, builder.row(r).data(), columns_ * sizeof(float));
+    std::vector<float> built(height * columns_), turned(kTileColumns * height);
+    rows(begin, height, built.data());
     for (std::size_t c = 0; c < columns_; c += kTileColumns) {
       const std::size_t wide = std::min(kTileColumns, columns_ - c);
       for (std::size_t i = 0; i < height; ++i)
-        for (std::size_t j = 0; j < wide; ++j) turned[j * height + i] = rows[i * columns_ + c + j];
+        for (std::size_t j = 0; j < wide; ++j) turned[j * height + i] = built[i * columns_ + c + j];
       ops.add_product({tokens, height, wide, {x + c, columns_}, {turned.data(), height}, {y + begin, rows_}});
     }
   });
+}
+
+bool Operator::fits_panels(std::size_t tokens) const {
+  if (low_rank_ || !densify_from_ || tokens < densify_from_) return false;
+  return std::all_of(cores_.begin(), cores_.end(), [](const Core& core) { return core.matrix.is_integer(); });
+}
+
+void Operator::rows(std::size_t r, std::size_t count, float* out) const {
+  RowBuilder builder(*this);
+  for (std::size_t i = 0; i < count; ++i) std::memcpy(out + i * columns_, builder.row(r + i).data(), columns_ * sizeof(float));
 }
 
 void Operator::add_row(std::size_t r, float* out) const {

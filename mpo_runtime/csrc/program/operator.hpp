@@ -33,6 +33,10 @@ class Operator {
 
   // y [tokens, rows] += W x; `state` is memory to work in.
   void add(const float* x, std::size_t tokens, float* y, std::vector<float>& state, Pool& pool) const;
+  // Whether the matrix is built for so many tokens, and could as well be multiplied in panels: its cores are integers.
+  bool fits_panels(std::size_t tokens) const;
+  // out [count, columns] = the rows of W from r on.
+  void rows(std::size_t r, std::size_t count, float* out) const;
   // out [columns] += row r of W
   void add_row(std::size_t r, float* out) const;
   std::size_t row_bytes() const { return low_rank_ ? first_.row_bytes() * first_.rows() / rows_ : 0; }

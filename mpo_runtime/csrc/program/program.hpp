@@ -72,7 +72,10 @@ class Program {
   void check(const Call& call) const;
   std::unique_ptr<State> take() const;
   void execute(const Instruction& step, const Call& call, State& state) const;
-  void multiply(const Instruction& step, std::size_t first, std::size_t tokens, State& state) const;
+  struct TokenRange {
+    std::size_t begin, end;
+  };
+  void multiply(const Instruction& step, TokenRange range, Arithmetic arithmetic, State& state) const;
   void rope(const Instruction& step, const Call& call, State& state) const;
   void attend(const Instruction& step, const Call& call, State& state) const;
 

@@ -69,9 +69,11 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
       });
     }
     case Kind::linear:
-      // Generated tokens and prompts may be computed in different ways, so they are not in one product.
-      if (state.few) multiply(step, 0, state.few, state);
-      if (state.few < tokens) multiply(step, state.few, tokens - state.few, state);
+      // Generated tokens and prompts are computed in different ways, so they are not in one product; then no row's result
+      // depends on what else is in the step.
+      if (state.few) multiply(step, {0, state.few}, exact_ ? Arithmetic::floats : Arithmetic::codes, state);
+      if (state.few < tokens)
+        multiply(step, {state.few, tokens}, exact_ ? Arithmetic::floats : Arithmetic::prompt, state);
       return;
     case Kind::rope: return rope(step, call, state);
     case Kind::attention: return attend(step, call, state);
@@ -94,12 +96,12 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
   }
 }
 
-void Program::multiply(const Instruction& step, std::size_t first, std::size_t tokens, State& state) const {
+void Program::multiply(const Instruction& step, TokenRange range, Arithmetic arithmetic, State& state) const {
   state.products.clear();
   for (std::size_t i = 0; i < step.layers.size(); ++i)
-    state.products.push_back({step.layers[i].get(), state.places[step.to[i]] + first * step.layers[i]->rows});
-  const float* x = state.places[step.from[0]] + first * widths_[step.from[0]];
-  apply(state.products, x, tokens, exact_, state.work, pool());
+    state.products.push_back({step.layers[i].get(), state.places[step.to[i]] + range.begin * step.layers[i]->rows});
+  const float* x = state.places[step.from[0]] + range.begin * widths_[step.from[0]];
+  apply(state.products, x, range.end - range.begin, arithmetic, state.work, pool());
 }
 
 void Program::rope(const Instruction& step, const Call& call, State& state) const {

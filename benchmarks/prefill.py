@@ -1,0 +1,164 @@
+"""Speed of prompts, side by side in one run: our files, llama.cpp, transformers in bf16.
+
+    python benchmarks/prefill.py --size 2b --plans 4,2,3+4,dense --lengths 512,8192 --work /tmp/prefill
+    python benchmarks/prefill.py --work /tmp/prefill --llama-bench BIN --gguf a.gguf --transformers --out results.json
+
+Weights are random (benchmarks/synthetic.py). Every round times each contestant once at each length, so that a busy moment hits
+all of them; figures are medians over rounds, and the best round is given too. The table has the ratios to llama.cpp's best
+type, to transformers, to our 4 bits, and of the longest prompt to the shortest. Peers run the shortest length only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from decode import llama_cpp, transformers_bf16
+from parts.machine import command_line, describe_machine
+from synthetic import SyntheticPlan, write_synthetic
+
+from mpo_runtime import native
+from mpo_runtime.engine import Engine
+from mpo_runtime.loading import load_network, open_weights
+
+
+@dataclass
+class Entrant:
+    """One file under one engine; `run(length)` gives tokens per second of one prompt."""
+
+    name: str
+    bytes: int
+    run: Callable[[int], float]
+    rounds: dict[int, list[float]] = field(default_factory=dict)
+
+
+def ours(path: Path, name: str, arguments: argparse.Namespace) -> Entrant:
+    """A `.mpo` file in this runtime, with the chunks that it cuts prompts into."""
+    network = load_network(open_weights(path), threads=arguments.threads, load="map")
+    engine = Engine(network, context=max(arguments.lengths) + 8)
+    random = np.random.default_rng(0)
+
+    def run(length: int) -> float:
+        ids = [int(token) for token in random.integers(0, network.architecture.vocab_size, length)]
+        start = time.perf_counter()
+        engine.prefill(ids)
+        return length / (time.perf_counter() - start)
+
+    return Entrant(name, path.stat().st_size, run)
+
+
+def peers(arguments: argparse.Namespace) -> list[Entrant]:
+    """llama.cpp's types and transformers, at the shortest length."""
+    arguments.prompt, arguments.tokens = min(arguments.lengths), 0
+    found = [llama_cpp(path, arguments) for path in arguments.gguf] if arguments.llama_bench else []
+    if arguments.transformers:
+        found.append(transformers_bf16(arguments))
+    result = []
+    for peer in found:
+        assert peer.prompt is not None
+        result.append(Entrant(peer.name, peer.bytes, lambda length, prompt=peer.prompt: prompt()))
+    return result
+
+
+def entrants(arguments: argparse.Namespace) -> list[Entrant]:
+    """All of them; files that are missing are made."""
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    result = []
+    for text in arguments.plans.split(",") if arguments.plans else []:
+        path = arguments.work / f"{arguments.size}-{text.replace('/', '-')}.mpo"
+        if not path.exists():
+            write_synthetic(arguments.size, SyntheticPlan.parse(text.replace("+", ",").replace("/", "+")), path)
+        result.append(ours(path, f"mpo {text}", arguments))
+    return result + peers(arguments)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs all rounds; returns their figures."""
+    found, shortest = entrants(arguments), min(arguments.lengths)
+    for entrant in found:
+        entrant.run(shortest)  # warms the page cache
+    for index in range(arguments.rounds):
+        for entrant in found:
+            for length in arguments.lengths if entrant.name.startswith("mpo") else [shortest]:
+                entrant.rounds.setdefault(length, []).append(entrant.run(length))
+            gc.collect()
+        print(f"round {index + 1} of {arguments.rounds}", flush=True)
+    rows = [
+        {
+            "name": entrant.name,
+            "bytes": entrant.bytes,
+            "rounds": entrant.rounds,
+            "tokens_per_second": {length: statistics.median(speeds) for length, speeds in entrant.rounds.items()},
+            "best": {length: max(speeds) for length, speeds in entrant.rounds.items()},
+        }
+        for entrant in found
+    ]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": command_line(),
+        "machine": asdict(describe_machine()),
+        "threads": arguments.threads,
+        "size": arguments.size,
+        "kernels": native.active(),
+        "rows": rows,
+    }
+
+
+def ratio(speed: float, other: float | None) -> str:
+    """One over the other, or nothing."""
+    return f"{speed / other:.2f}" if other else ""
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The rows as a table with their ratios."""
+    rows = result["rows"]
+    lengths = sorted({length for row in rows for length in row["tokens_per_second"]})
+    shortest, longest = lengths[0], lengths[-1]
+    speeds = {row["name"]: row["tokens_per_second"][shortest] for row in rows}
+    best = max((speed for name, speed in speeds.items() if name.startswith("llama.cpp")), default=None)
+    head = ["file", "GB", *(f"{length} tokens: tok/s" for length in lengths)]
+    head += ["over llama.cpp's best", "over transformers bf16", "over 4 bits", f"{longest} over {shortest}"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        found = row["tokens_per_second"]
+        cells = [row["name"], f"{row['bytes'] / 1e9:.3f}"]
+        cells += [f"{found[length]:.1f}" if length in found else "" for length in lengths]
+        cells += [
+            ratio(found[shortest], other) for other in (best, speeds.get("transformers bf16"), speeds.get("mpo 4"))
+        ]
+        cells += [ratio(found[longest], found[shortest]) if longest in found and longest != shortest else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("8b", "2b", "tiny"), default="2b")
+    parser.add_argument("--plans", default="4,2,3+4,4/chi32,dense")
+    parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], default=[512])
+    parser.add_argument("--work", type=Path, required=True, help="folder for the synthetic files")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program")
+    parser.add_argument("--gguf", type=Path, action="append", default=[])
+    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON")
+    arguments = parser.parse_args()
+    result = run(arguments)
+    print(f"\nkernels {result['kernels']}\n")
+    print(markdown(result))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+// AMX-BF16: products of 16 rows of weights with 16 rows of x, 32 columns at a time (see panels.hpp).
+#include "kernels/panels.hpp"
+
+#if MPO_X86
+
+#include "vectors/intrinsics.hpp"
+
+MPO_BEGIN_TARGET(MPO_AMX)
+
+#include "vectors/avx512.hpp"
+
+namespace mpo {
+namespace {
+
+constexpr std::size_t kTile = kPanelRows * kPanelRows;  // sums of a tile
+
+// -- bf16
+
+MPO_INLINE __m256i to_bf16(__m512 values) {
+#if defined(MPO_EMULATED_INTRINSICS)
+  float from[16];
+  std::uint16_t to[16];
+  std::memcpy(from, &values, sizeof from);
+  for (int i = 0; i < 16; ++i) to[i] = float_to_bf16(from[i]);
+  __m256i out;
+  std::memcpy(&out, to, sizeof out);
+  return out;
+#else
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+#endif
+}
+
+MPO_INLINE __m512 from_bf16(__m256i values) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+MPO_INLINE void put_half(std::uint16_t* to, __m256i values) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), values); }
+
+// The rows of a 16 by 16 matrix of 32-bit values become its columns.
+MPO_INLINE void transpose(__m512i* rows) {
+  __m512i pairs[16], quads[16];
+  for (std::size_t i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (std::size_t i = 0; i < 16; i += 4)
+    for (std::size_t j = 0; j < 2; ++j) {
+      quads[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      quads[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+  // quads[4 * i + j]: in its 128-bit part p the values of rows 4i ... 4i + 3 in column 4p + j
+  for (std::size_t j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0x88), b = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0xdd), d = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0xdd);
+    rows[j] = _mm512_shuffle_i32x4(a, b, 0x88);
+    rows[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    rows[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88);
+    rows[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+}
+
+// -- x
+
+void arrange(Rows<const float> x, std::size_t count, std::size_t columns, std::uint16_t* high, std::uint16_t* low) {
+  for (std::size_t c = 0; c < columns; c += kPanelStep, high += kStepValues) {
+    __m512i highs[kPanelRows], lows[kPanelRows];
+    for (std::size_t t = 0; t < kPanelRows; ++t) {
+      highs[t] = lows[t] = _mm512_setzero_si512();
+      if (t >= count) continue;
+      alignas(64) float rest[kPanelStep];
+      const float* from = x.row(t) + c;
+      if (columns - c < kPanelStep) {
+        std::memset(rest, 0, sizeof rest);
+        std::memcpy(rest, from, (columns - c) * sizeof(float));
+        from = rest;
+      }
+      const __m512 values[2] = {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
+      const __m256i near[2] = {to_bf16(values[0]), to_bf16(values[1])};
+      highs[t] = _mm512_inserti64x4(_mm512_castsi256_si512(near[0]), near[1], 1);
+      if (!low) continue;
+      const __m256i left[2] = {to_bf16(_mm512_sub_ps(values[0], from_bf16(near[0]))),
+                               to_bf16(_mm512_sub_ps(values[1], from_bf16(near[1])))};
+      lows[t] = _mm512_inserti64x4(_mm512_castsi256_si512(left[0]), left[1], 1);
+    }
+    transpose(highs);
+    for (std::size_t j = 0; j < kPanelRows; ++j) _mm512_storeu_si512(high + j * kPanelStep, highs[j]);
+    if (!low) continue;
+    transpose(lows);
+    for (std::size_t j = 0; j < kPanelRows; ++j) _mm512_storeu_si512(low + j * kPanelStep, lows[j]);
+    low += kStepValues;
+  }
+}
+
+// -- weights
+
+MPO_INLINE void clear_missing(const PanelRows& to) {
+  if (to.count == kPanelRows && to.columns % kPanelStep == 0) return;
+  std::memset(to.out, 0, panel_steps(to.columns) * kStepValues * sizeof(std::uint16_t));
+}
+
+// 16 codes as scale * (code - zero).
+MPO_INLINE __m256i scaled(const std::uint8_t* codes, __m512 scale, __m512 zero) {
+  const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+  return to_bf16(_mm512_mul_ps(_mm512_sub_ps(values, zero), scale));
+}
+
+// What the codes of a group stand for, as bf16: looked up by codes of up to 6 bits.
+template <int Bits>
+struct Table {
+  __m512i first, second;
+
+  MPO_INLINE Table(__m512 scale, __m512 zero) {
+    first = half(0, scale, zero);
+    second = Bits > 5 ? half(32, scale, zero) : first;
+  }
+  // 32 numbers from a code on; up to 4 bits twice the same 16, so that a fifth bit of a code may be anything.
+  static MPO_INLINE __m512i half(int begin, __m512 scale, __m512 zero) {
+    const __m512 steps = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 low = _mm512_add_ps(steps, _mm512_set1_ps(static_cast<float>(begin)));
+    const __m512 high = Bits > 4 ? _mm512_add_ps(low, _mm512_set1_ps(16.0f)) : low;
+    const __m256i parts[2] = {to_bf16(_mm512_mul_ps(_mm512_sub_ps(low, zero), scale)),
+                              to_bf16(_mm512_mul_ps(_mm512_sub_ps(high, zero), scale))};
+    return _mm512_inserti64x4(_mm512_castsi256_si512(parts[0]), parts[1], 1);
+  }
+  MPO_INLINE __m512i at(__m512i codes) const {
+    if constexpr (Bits > 5) return _mm512_permutex2var_epi16(first, codes, second);
+    else return _mm512_permutexvar_epi16(codes, first);
+  }
+};
+
+// Rows whose groups are whole steps.
+template <int Low, int High>
+void look_up_rows(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to) {
+  constexpr bool kNibbles = Low == 4 && High == 0;
+  alignas(64) std::uint8_t codes[kPanelChunk];
+  for (std::size_t i = 0; i < to.count; ++i) {
+    const std::size_t at = (row + i) * w.columns + column;
+    const std::uint8_t* low = w.low + at / 8 * Low;
+    if constexpr (!kNibbles) Avx2Floats::spread<Low, High>(low, High ? w.high + at / 8 * High : nullptr, to.columns, codes);
+    std::uint16_t* out = to.out + i * kPanelStep;
+    for (std::size_t c = 0; c < to.columns;) {
+      const std::size_t group = (at + c) / w.group, end = c + w.group < to.columns ? c + w.group : to.columns;
+      const Table<Low + High> table(
+          _mm512_set1_ps(Avx2Floats::half(w.scale + group)),
+          _mm512_set1_ps(w.zero ? Avx2Floats::half(w.zero + group) : implicit_zero(Low + High)));
+      for (; c < end; c += kPanelStep, out += kStepValues) {
+        __m512i index;
+        if constexpr (kNibbles) {
+          index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low + c / 2)));
+          index = _mm512_or_si512(index, _mm512_slli_epi32(index, 12));
+        } else {
+          index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + c)));
+        }
+        _mm512_storeu_si512(out, table.at(index));
+      }
+    }
+  }
+}
+
+template <int Low, int High>
+void unpack_rows(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to) {
+  alignas(64) std::uint8_t codes[kPanelChunk];
+  for (std::size_t i = 0; i < to.count; ++i) {
+    const std::size_t at = (row + i) * w.columns + column;
+    Avx2Floats::spread<Low, High>(w.low + at / 8 * Low, High ? w.high + at / 8 * High : nullptr, to.columns, codes);
+    std::uint16_t* out = to.out + i * kPanelStep;
+    for (std::size_t c = 0; c < to.columns; c += w.group) {
+      const std::size_t group = (at + c) / w.group, end = c + w.group < to.columns ? c + w.group : to.columns;
+      const __m512 scale = _mm512_set1_ps(Avx2Floats::half(w.scale + group));
+      const __m512 zero = _mm512_set1_ps(w.zero ? Avx2Floats::half(w.zero + group) : implicit_zero(Low + High));
+      for (std::size_t k = c; k < end; k += 16)
+        put_half(out + k / kPanelStep * kStepValues + k % kPanelStep, scaled(codes + k, scale, zero));
+    }
+  }
+}
+
+void unpack(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to) {
+  clear_missing(to);
+  with_planes(w.bits, [&](auto planes) {
+    if constexpr (planes.low != 8)
+      if (w.group >= kPanelStep) return look_up_rows<planes.low, planes.high>(w, row, column, to);
+    unpack_rows<planes.low, planes.high>(w, row, column, to);
+  });
+}
+
+void copy(const DenseMatrix& w, std::size_t row, std::size_t column, const PanelRows& to) {
+  clear_missing(to);
+  for (std::size_t i = 0; i < to.count; ++i) {
+    const std::uint8_t* from = static_cast<const std::uint8_t*>(w.data) + ((row + i) * w.columns + column) * 2;
+    std::uint16_t* out = to.out + i * kPanelStep;
+    std::size_t c = 0;
+    for (; c + kPanelStep <= to.columns; c += kPanelStep, out += kStepValues) std::memcpy(out, from + c * 2, kPanelStep * 2);
+    if (c < to.columns) std::memcpy(out, from + c * 2, (to.columns - c) * 2);
+  }
+}
+
+void round(Rows<const float> rows, const PanelRows& to) {
+  clear_missing(to);
+  for (std::size_t i = 0; i < to.count; ++i) {
+    std::uint16_t* out = to.out + i * kPanelStep;
+    const float* from = rows.row(i);
+    std::size_t c = 0;
+    for (; c + 16 <= to.columns; c += 16)
+      put_half(out + c / kPanelStep * kStepValues + c % kPanelStep, to_bf16(_mm512_loadu_ps(from + c)));
+    for (; c < to.columns; ++c) out[c / kPanelStep * kStepValues + c % kPanelStep] = float_to_bf16(from[c]);
+  }
+}
+
+// -- products
+
+// Bytes of a row and rows of each of the 8 tiles, as the CPU reads them.
+struct alignas(64) TileShapes {
+  std::uint8_t palette = 1, start = 0, reserved[14] = {};
+  std::uint16_t bytes[16] = {};
+  std::uint8_t rows[16] = {};
+};
+
+// Tiles are configured as long as it lives.
+class Tiles {
+ public:
+  explicit Tiles(const TileShapes& shapes) : shapes_(shapes) {
+    __asm__ volatile("" : : "r"(&shapes_) : "memory");  // gcc 12 drops the stores to shapes_ without it
+    _tile_loadconfig(&shapes_);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  TileShapes shapes_;
+};
+
+constexpr TileShapes all_full() {
+  TileShapes shapes;
+  for (int i = 0; i < 8; ++i) shapes.bytes[i] = 64, shapes.rows[i] = 16;
+  return shapes;
+}
+
+// P panels of weights times G groups of x: tiles 0 to 3 hold their sums, 4 and 5 the weights, 6 and 7 x.
+template <int P, int G>
+MPO_INLINE void multiply_block(const PanelProduct& product, std::size_t p, std::size_t g) {
+  const std::size_t steps = product.steps, size = steps * kStepValues;
+  const std::uint16_t *w0 = product.w + p * size, *w1 = w0 + size, *x0 = product.x + g * size, *x1 = x0 + size;
+  float *sums0 = product.sums + (p * product.groups + g) * kTile, *sums1 = sums0 + product.groups * kTile;
+  if (product.fresh) {
+    _tile_zero(0);
+    if (G > 1) _tile_zero(1);
+    if (P > 1) _tile_zero(2);
+    if (P > 1 && G > 1) _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums0, 64);
+    if (G > 1) _tile_loadd(1, sums0 + kTile, 64);
+    if (P > 1) _tile_loadd(2, sums1, 64);
+    if (P > 1 && G > 1) _tile_loadd(3, sums1 + kTile, 64);
+  }
+  for (std::size_t at = 0; at < size; at += kStepValues) {
+    _tile_loadd(4, w0 + at, 64);
+    _tile_loadd(6, x0 + at, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (G > 1) {
+      _tile_loadd(7, x1 + at, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (P > 1) {
+      _tile_loadd(5, w1 + at, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if (G > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums0, 64);
+  if (G > 1) _tile_stored(1, sums0 + kTile, 64);
+  if (P > 1) _tile_stored(2, sums1, 64);
+  if (P > 1 && G > 1) _tile_stored(3, sums1 + kTile, 64);
+}
+
+template <int P>
+MPO_INLINE void multiply_panels(const PanelProduct& product, std::size_t p) {
+  std::size_t g = 0;
+  for (; g + 2 <= product.groups; g += 2) multiply_block<P, 2>(product, p, g);
+  if (g < product.groups) multiply_block<P, 1>(product, p, g);
+}
+
+void multiply(const PanelProduct& product) {
+  const Tiles configured(all_full());
+  std::size_t p = 0;
+  for (; p + 2 <= product.panels; p += 2) multiply_panels<2>(product, p);
+  if (p < product.panels) multiply_panels<1>(product, p);
+}
+
+void add(const float* sums, std::size_t groups, const Task& task) {
+  for (std::size_t r = task.begin; r < task.end; r += kPanelRows) {
+    const std::size_t height = task.end - r < kPanelRows ? task.end - r : kPanelRows;
+    for (std::size_t g = 0; g < groups; ++g, sums += kTile) {
+      __m512i rows[kPanelRows];
+      for (std::size_t i = 0; i < kPanelRows; ++i) rows[i] = _mm512_loadu_si512(sums + i * kPanelRows);
+      transpose(rows);
+      for (std::size_t t = 0; t < kPanelRows && g * kPanelRows + t < task.count; ++t) {
+        float* y = task.y.row(task.first + g * kPanelRows + t) + r;
+        const __m512 total = _mm512_castsi512_ps(rows[t]);
+        if (height == kPanelRows) {
+          _mm512_storeu_ps(y, task.accumulate ? _mm512_add_ps(_mm512_loadu_ps(y), total) : total);
+          continue;
+        }
+        float values[kPanelRows];
+        _mm512_storeu_ps(values, total);
+        for (std::size_t i = 0; i < height; ++i) y[i] = task.accumulate ? y[i] + values[i] : values[i];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const PanelKernels kAmxPanels = {arrange, unpack, copy, round, multiply, add};
+
+}  // namespace mpo
+
+MPO_END_TARGET
+
+#endif  // MPO_X86
