@@ -267,15 +267,19 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def key_of(path: str, arguments: argparse.Namespace) -> str:
-    """What a kept row belongs to: the file's content, the tasks and the settings."""
+def content_digest(path: Path) -> str:
+    """The SHA-256 of a model's file, or of the digests of a folder's weights."""
     digest = hashlib.sha256()
-    place = Path(path)
-    for file in sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]:
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def key_of(path: str, arguments: argparse.Namespace) -> str:
+    """What a kept row belongs to: the file's content, the tasks and the settings."""
     settings = [arguments.names, arguments.limit, str(arguments.text and arguments.text.name), arguments.text_tokens]
-    return f"{digest.hexdigest()} {json.dumps(settings)}"
+    return f"{content_digest(Path(path))} {json.dumps(settings)}"
 
 
 def main() -> None:

@@ -297,6 +297,13 @@ class HealSettings:
         bool, typer.Option("--assistant-only", help="Only the assistant's messages count in the loss.")
     ] = False
     chi_dropout: Annotated[float, typer.Option(help="Probability that a step uses a random prefix of the bonds.")] = 0.0
+    cores_first: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training in which integers and scales stay as they are.",
+            show_default="0.1 where every matrix has cores beside integers, else 0",
+        ),
+    ] = None
     seed: Annotated[int, typer.Option(help="Seed of the order of the text and of χ-dropout.")] = 0
 
     def record(self, bounds: HealBounds) -> Settings:
@@ -318,5 +325,6 @@ class HealSettings:
             cross_entropy=self.cross_entropy,
             assistant_only=self.assistant_only,
             chi_dropout=self.chi_dropout,
+            cores_first=self.cores_first,
             seed=self.seed,
         ).faster(self.rate)

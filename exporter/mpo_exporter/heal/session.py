@@ -240,7 +240,8 @@ class Session:
         everything.load_state_dict(self.learned, strict=False)
         everything.to(self.workers.device)
         student = self._student(everything, lesson.fisher)
-        trainer = Trainer(student, everything, settings, self.workers, fixed=not student.recompute)
+        frozen = settings.frozen_share(self.file.spec)
+        trainer = Trainer(student, everything, settings, self.workers, fixed=not student.recompute, frozen=frozen)
         if record.step:
             trainer.set_rates(record.rates)
             restore_optimizer(trainer.optimizer, self.saved)
@@ -329,4 +330,6 @@ class Session:
         }
         if settings.chi_dropout:
             facts["healed_chi_dropout"] = str(settings.chi_dropout)
+        if frozen := settings.frozen_share(self.file.spec):
+            facts["healed_cores_first"] = str(frozen)
         return facts

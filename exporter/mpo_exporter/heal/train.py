@@ -143,12 +143,20 @@ class Trainer:
 
     Args:
         fixed: all steps run the same operations, so that on a GPU one recorded step can be replayed for all.
+        frozen: share of the training in which integers and scales stay as they are.
     """
 
     def __init__(
-        self, student: nn.Module, trainables: Trainables, settings: Settings, workers: Workers, *, fixed: bool = True
+        self,
+        student: nn.Module,
+        trainables: Trainables,
+        settings: Settings,
+        workers: Workers,
+        *,
+        fixed: bool = True,
+        frozen: float = 0.0,
     ) -> None:
-        self.settings, self.workers = settings, workers
+        self.settings, self.workers, self.frozen = settings, workers, frozen
         self.trainables = trainables
         self.module = workers.wrap(student)
         alike = fixed and settings.chi_dropout == 0 and settings.batch <= settings.micro_batch
@@ -207,7 +215,8 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(length):
             self.optimizer.zero_grad()
             raise NotFinite(f"healing: the loss is not finite at {where}")
-        factor, walking = learning_rate(done, steps), walking_rate(steps)
+        factor = learning_rate(done, steps)
+        walking = walking_rate(steps) if done >= self.frozen else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor * (walking if group["kind"] in WALKING else 1.0)
         self.optimizer.step()

@@ -1,0 +1,302 @@
+"""Every plan beside llama.cpp's types on a model that others trained: size, KL, perplexity, accuracy, before and after healing.
+
+    python benchmarks/trained_model.py MODEL --llama-bin DIR --calibration C4.txt --text WIKITEXT --tasks FOLDER --out FILE.json
+
+MODEL is a GGUF file, such as the one of `mpo-export smollm2`, or a Hugging Face folder. --llama-bin holds llama-imatrix and
+llama-quantize; without it the rows of llama.cpp are left out. Its importance matrix and our fits see the same text. All files,
+theirs too, are opened by this project and run through the reference backend in float32 (accuracy: bf16 products with --bf16), so
+that only the weights differ. Beside
+each type of llama.cpp stand a file of ours with at most as many bytes, and one with the type's nominal bits per weight. Files in
+--work and rows in --rows are kept: a run that was stopped goes on when the command is repeated. Healing trains on the first
+part of --heal-text, the calibration text where it is not given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import accuracy
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from parts.machine import command_line, describe_machine
+from quality import Kept
+
+from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.loading import load, open_weights, read_text_files
+from mpo_runtime.measure import Logits, compare, cut_windows, window_logits
+from mpo_runtime.models.registry import decoder_for
+
+# llama.cpp's types, with the bits per weight that they have where rows are a multiple of 256.
+TYPES = {"Q4_K_M": 4.5, "Q3_K_M": 3.4375, "IQ3_XXS": 3.0625, "Q2_K": 2.625, "IQ2_XS": 2.3125}
+SIZES = (4.25, 3.5, 3.0, 2.5)
+PLANS = ("int4", "paper", "k-proj")
+WINDOW = 256
+PROMPTS = ("What is the capital of France?", "Write two sentences about the sea.", "Why is the sky blue?")
+EXPECTED = re.compile(r"predicted KL: ([0-9.e-]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A file to make and measure: whose, its name, the options of mpo-export, and whether it is healed too."""
+
+    family: str
+    name: str
+    options: tuple[str, ...] = ()
+    heal: bool = False
+
+    @property
+    def file_name(self) -> str:
+        """The name of the file in the work folder."""
+        return f"{self.family} {self.name}".replace(" ", "-").replace("/", "-")
+
+
+def call(*words: object) -> str:
+    """Runs a program and returns what it printed; shows it only when the program fails."""
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{words[0]} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def program(name: str) -> Path:
+    """One of this project's programs, beside the interpreter in use."""
+    return Path(sys.executable).parent / name
+
+
+def write_float_gguf(model: Path, target: Path) -> None:
+    """Copies a GGUF file with all tensors as float32 (norms too), for llama-quantize to start from."""
+    import gguf
+
+    reader = gguf.GGUFReader(model)
+    architecture = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
+    writer = gguf.GGUFWriter(target, architecture)
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key in (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE):
+            continue
+        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        shape = [int(length) for length in tensor.shape[::-1]]
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def make_peers(arguments: argparse.Namespace) -> dict[str, Path]:
+    """llama.cpp's files of the model, made where they are missing."""
+    work, threads = arguments.work, arguments.threads
+    dense, matrix = work / "dense-f32.gguf", work / "importance.gguf"
+    if not dense.exists():
+        write_float_gguf(arguments.model, work / "part.gguf")
+        (work / "part.gguf").replace(dense)
+    if not matrix.exists():
+        words = ["-m", dense, "-f", arguments.calibration, "-o", work / "part.gguf", "-c", WINDOW, "--process-output"]
+        chunks = arguments.calib_windows
+        call(arguments.llama_bin / "llama-imatrix", *words, "--chunks", chunks, "-t", threads)
+        (work / "part.gguf").replace(matrix)
+    files = {}
+    for kind in TYPES:
+        files[kind] = work / f"{kind}.gguf"
+        if not files[kind].exists():
+            part = work / "part.gguf"
+            call(arguments.llama_bin / "llama-quantize", "--imatrix", matrix, dense, part, kind, threads)
+            part.replace(files[kind])
+    return files
+
+
+def planned(peers: dict[str, Path]) -> Iterator[Row]:
+    """All rows, the dense model first."""
+    yield Row("dense", "")
+    for kind, nominal in TYPES.items():
+        if kind in peers:
+            yield Row("llama.cpp", kind)
+            yield Row("auto", f"bytes of {kind}", ("--target-size", str(peers[kind].stat().st_size)))
+            yield Row("auto", f"{nominal} bits, as {kind}", ("--target-bpw", str(nominal)))
+    for bits in SIZES:
+        yield Row("auto", f"{bits} bits", ("--target-bpw", str(bits)), heal=True)
+    for plan in PLANS:
+        yield Row(plan, "", ("--plan", plan, *(("--chi", "32") if plan == "paper" else ())), heal=True)
+
+
+def make_ours(row: Row, arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The file of a row of ours, and what its export said and cost; both are kept."""
+    path = arguments.work / f"{row.file_name}.mpo"
+    facts = path.with_suffix(".json")
+    if not (path.exists() and facts.exists()):
+        words = [program("mpo-export"), arguments.model, *row.options, "--calib", arguments.calibration]
+        words += ["--calib-windows", arguments.calib_windows, "--threads", arguments.threads]
+        predicted = EXPECTED.search(call(*words, "--dry-run"))
+        start = time.perf_counter()
+        call(*words, "--measure-tokens", 0, "--force", "--out", path)
+        seconds = time.perf_counter() - start
+        found = {"expected_kl": float(predicted[1]) if predicted else None, "export_seconds": round(seconds, 1)}
+        facts.write_text(json.dumps(found), encoding="utf-8")
+    return path, json.loads(facts.read_text(encoding="utf-8"))
+
+
+def healed(row: Row, path: Path, arguments: argparse.Namespace) -> Path:
+    """The healed file of a row."""
+    target = path.with_name(f"{row.file_name}-healed.mpo")
+    if not target.exists():
+        words = [program("mpo-export"), "heal", path, "--teacher", arguments.model, "--threads", arguments.threads]
+        words += ["--heal-tokens", arguments.heal_tokens, "--text", arguments.heal_text or arguments.calibration]
+        call(*words, "--measure-tokens", 0, "--out", target)
+    return target
+
+
+class Judge:
+    """Compares models with the dense one, whose logits are computed once and kept in memory."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        with closing(open_weights(arguments.model)) as dense:
+            tokenizer, _ = read_text_files(dense)
+            if tokenizer is None:
+                raise SystemExit(f"{arguments.model}: has no tokenizer")
+            self.parameters = dense.spec.architecture.parameters()
+            text = arguments.text.read_text(encoding="utf-8")
+            self.ids = np.array(tokenizer.encode(text), np.int64)[: arguments.text_tokens]
+        self.logits: dict[bytes, Logits] = {}
+
+    def dense_logits(self, window: NDArray[np.int64]) -> Logits:
+        """The dense model's logits [S − 1, vocabulary] of a window [S]."""
+        if not self.logits:
+            with closing(open_weights(self.arguments.model)) as dense, torch.inference_mode():
+                model = decoder_for(dense.spec.architecture, ReferenceOps(dense, held=True))
+                for part in cut_windows(self.ids, model, WINDOW):
+                    self.logits[part.tobytes()] = window_logits(model, part).copy()
+        return self.logits[window.tobytes()]
+
+    def measure(self, path: Path) -> dict[str, Any]:
+        """KL and perplexity on the text, accuracy on the tasks, and samples of one model."""
+        arguments = self.arguments
+        with closing(open_weights(path)) as weights, torch.inference_mode():
+            model = decoder_for(weights.spec.architecture, ReferenceOps(weights, held=True))
+            found = compare(model, self.dense_logits, self.ids, WINDOW)
+        tasks = [arguments.tasks / f"{name}.jsonl" for name in accuracy.PROMPTS]
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if arguments.bf16 else "ieee"
+        figures = accuracy.measure(str(path), tasks, arguments.limit, None, 0)
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        return {
+            "kl_mean": found.kl_mean,
+            "kl_999": found.kl_999,
+            "same_top1": found.same_top1,
+            "perplexity": found.model.perplexity,
+            "perplexity_error": found.model.error,
+            "accuracy": {name: task[accuracy.MAIN[name]] for name, task in figures["tasks"].items()},
+            "accuracy_mean": figures["mean"],
+            "right": {name: task["right"][accuracy.MAIN[name]] for name, task in figures["tasks"].items()},
+            "samples": samples(path, arguments),
+        }
+
+
+def samples(path: Path, arguments: argparse.Namespace) -> dict[str, str]:
+    """The answers to the prompts, most likely token by token."""
+    with load(path, threads=arguments.threads) as model:
+        return {
+            prompt: "".join(
+                piece.text for piece in model.chat([{"role": "user", "content": prompt}], temperature=0, max_tokens=48)
+            )
+            for prompt in PROMPTS
+        }
+
+
+def measured(row: Row, path: Path, kept: Kept, judge: Judge, **facts: Any) -> dict[str, Any]:
+    """The row with its figures, measured or kept."""
+    arguments = judge.arguments
+    setting = [arguments.limit, arguments.text.name, arguments.text_tokens, arguments.bf16]
+    key = f"{accuracy.content_digest(path)} {json.dumps(setting)}"
+    if key not in kept.rows:
+        kept.add(key, judge.measure(path))
+    size = path.stat().st_size
+    names = {"family": row.family, "name": row.name, "file_bytes": size, "bits_per_weight": 8 * size / judge.parameters}
+    return names | facts | kept.rows[key]
+
+
+def measure_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Makes and measures all rows until the time is up."""
+    until = time.monotonic() + 60 * arguments.minutes
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    peers = make_peers(arguments) if arguments.llama_bin else {}
+    kept, judge = Kept(arguments.rows), Judge(arguments)
+    rows: list[dict[str, Any]] = []
+    for row in planned(peers):
+        if time.monotonic() > until:
+            print(f"{row.family} {row.name}: not begun in time; repeat the command")
+            continue
+        if row.family in ("dense", "llama.cpp"):
+            path = arguments.model if row.family == "dense" else peers[row.name]
+            rows.append(measured(row, path, kept, judge))
+        else:
+            path, facts = make_ours(row, arguments)
+            rows.append(measured(row, path, kept, judge, healed=False, **facts))
+            if row.heal and arguments.heal_tokens != "0":
+                rows.append(measured(row, healed(row, path, arguments), kept, judge, healed=True))
+        print(line(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    name = f"{row['family']} {row['name']}".strip() + (", healed" if row.get("healed") else "")
+    expected = row.get("expected_kl")
+    cells = [f"{100 * row['accuracy'][task]:.1f}" for task in accuracy.PROMPTS]
+    return (
+        f"| {name} | {row['file_bytes'] / 1e6:.2f} | {row['bits_per_weight']:.2f} | {row['kl_mean']:.4f} | "
+        f"{'' if expected is None else f'{expected:.4f}'} | {100 * row['same_top1']:.1f} | {row['perplexity']:.2f} | "
+        + " | ".join(cells)
+        + f" | {100 * row['accuracy_mean']:.2f} |"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows as a Markdown table."""
+    heads = ["file", "MB", "bits", "KL", "expected", "same top %", "perplexity", *accuracy.PROMPTS, "mean"]
+    return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *map(line, rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("--llama-bin", type=Path, help="folder of llama-imatrix and llama-quantize")
+    parser.add_argument("--calibration", type=Path, required=True, help="text that all fits are calibrated on")
+    parser.add_argument("--calib-windows", type=int, default=64, help="windows of 256 tokens of it")
+    parser.add_argument("--text", type=Path, required=True, help="text to measure KL and perplexity on")
+    parser.add_argument("--text-tokens", type=int, default=6_144)
+    parser.add_argument("--tasks", type=Path, required=True, help="folder of the tasks' JSONL files")
+    parser.add_argument("--limit", type=int, default=100, help="questions of each task; 0: all")
+    parser.add_argument("--heal-tokens", default="200k", help="tokens to heal on; 0: no healing")
+    parser.add_argument("--heal-text", type=Path, help="the calibration text where it is not given")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no row after this time")
+    parser.add_argument("--bf16", action="store_true", help="accuracy from bf16 products: faster on a CPU with AMX")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("build/trained-model"), help="folder of the files, kept")
+    parser.add_argument("--rows", type=Path, default=Path("build/trained-model/rows.jsonl"), help="rows, kept")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = measure_rows(arguments)
+    print(table(rows))
+    if arguments.out:
+        facts = {"date": datetime.date.today().isoformat(), "command": command_line()}
+        facts |= {"machine": asdict(describe_machine()), "model": arguments.model.name, "rows": rows}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
