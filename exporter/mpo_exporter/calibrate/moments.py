@@ -33,7 +33,9 @@ Single = NDArray[np.float32]
 # Layers whose output is added to the residual stream.
 TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
 # Rows of a product that are computed at once, so that its single-precision result takes little memory beside the sums.
-PANEL = 1024
+PANEL = 768
+# Batches that are summed in single precision, for sums of at most so many entries.
+BATCHES, MOST_PART = 4, 1 << 24
 # From a layer's name, its matrix [O, I] and its input's moment to the compressed matrix [O, I].
 Build = Callable[[str, Matrix, "Moment"], NDArray[np.float32]]
 
@@ -85,11 +87,12 @@ def require_finite(matrix: Matrix, name: str) -> None:
 
 
 class Sums:
-    """Running sums of x x̂ᵀ over tokens: the products of a batch in single precision, their sum in double precision."""
+    """Running sums of x x̂ᵀ over tokens: those of a few batches in single precision, the sum of these in double precision."""
 
     def __init__(self) -> None:
         self.total: Matrix | None = None
-        self.tokens = 0
+        self.part: Tensor | None = None
+        self.batches = self.tokens = 0
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
         """Adds Σ_t left_t right_tᵀ of inputs [..., I]; without `right`, Σ_t left_t left_tᵀ, of which the upper half is summed."""
@@ -98,17 +101,33 @@ class Sums:
         size = left.shape[1]
         if self.total is None:
             self.total = np.zeros((size, right_.shape[1]))
+            # Where the sums are large, memory counts for more than time.
+            self.part = left.new_zeros(size, right_.shape[1]) if self.total.size <= MOST_PART else None
         for start in range(0, size, PANEL):
             first = start if right is None else 0
             rows = slice(start, start + PANEL)
-            self.total[rows, first:] += (left[:, rows].T @ right_[:, first:]).cpu().numpy()
+            product = left[:, rows].T @ right_[:, first:]
+            if self.part is None:
+                self.total[rows, first:] += product.cpu().numpy()
+            else:
+                self.part[rows, first:] += product
         self.tokens += left.shape[0]
+        self.batches += 1
+        if self.batches % BATCHES == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Adds the sums in single precision to those in double precision."""
+        if self.total is not None and self.part is not None:
+            self.total += self.part.cpu().numpy()
+            self.part.zero_()
 
     def mean(self, symmetric: bool) -> Matrix:
         """The sums divided by the number of tokens; `symmetric` fills the lower half in where only the upper was summed."""
         if self.total is None:
             raise ConfigError("calibration: no tokens were seen; give a longer text with --calib")
-        total, self.total = self.total, None
+        self._flush()
+        total, self.total, self.part = self.total, None, None
         total /= self.tokens
         if symmetric:
             for start in range(0, total.shape[0], PANEL):
