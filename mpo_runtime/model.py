@@ -72,6 +72,8 @@ class Model:
         self.network = network
         self.engine = engine or Scheduler(network, **options)
         self.tokenizer, self.template = tokenizer, template
+        if tokenizer is not None:
+            self.engine.unused_ids = np.array(tokenizer.unused_ids(network.architecture.vocab_size), np.int64)
         self.end_ids = end_ids(network.architecture.eos_token_ids, network.architecture.vocab_size, tokenizer)
         self._closed = False
 

@@ -124,6 +124,15 @@ class Sampler:
         return int(tokens[min(index, int(np.flatnonzero(probabilities)[-1]))])
 
 
+def without(logits: npt.NDArray[np.float32], unused: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Logits [vocabulary] in which ids that stand for no token are impossible: models pad their tables."""
+    if not unused.size:
+        return logits
+    kept = logits.copy()
+    kept[unused] = -np.inf
+    return kept
+
+
 def top_logprobs(logits: npt.ArrayLike, count: int) -> list[Choice]:
     """The `count` most probable tokens of logits [vocab], most probable first, of equal ones the lower token id first.
 

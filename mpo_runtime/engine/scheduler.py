@@ -35,7 +35,7 @@ from mpo_runtime.engine.sequence import Sequence as Tokens
 from mpo_runtime.engine.speculation import MOST_SEQUENCES, NgramDrafter, Speculation
 from mpo_runtime.forks import renew_in_children
 from mpo_runtime.models.decoder import Decoder
-from mpo_runtime.sampler import Sampler, SamplingOptions, logprob
+from mpo_runtime.sampler import Sampler, SamplingOptions, logprob, without
 
 # Texts in a step, where nothing else is said, and at most.
 PARALLEL, MOST_PARALLEL = 16, 64
@@ -83,6 +83,7 @@ class Scheduler:
         self.pool = PagePool(model.ops.new_pages(model.architecture))
         whole = -(-self.context // PAGE) * self.pool.store.page_bytes
         self.tree = PrefixTree(self.pool, whole if prefix_bytes is None else prefix_bytes)
+        self.unused_ids = np.zeros(0, np.int64)  # rows of the model's output that stand for no token
         self._jobs: list[Job] = []
         self._changed = threading.Condition()  # guards _jobs, _worker and _closed
         self._turn = threading.Lock()  # held during a step: guards pool, tree and sequences
@@ -350,6 +351,7 @@ class Scheduler:
     def _draw(self, job: Job, logits: NDArray[np.float32]) -> Step:
         """The next token of a text."""
         request, asked = job.request, len(job.request.ids)
+        logits = without(logits, self.unused_ids)
         allowed = logits
         if request.logits_hook is not None:
             allowed = logits.copy()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from mpo_formats import Architecture, ConfigError
 from mpo_runtime.engine import (
     Figures,
@@ -25,7 +27,7 @@ from mpo_runtime.model import Model, Score
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.onnx.manifest import is_exported, read_manifest
 from mpo_runtime.onnx.session import Session
-from mpo_runtime.sampler import Sampler, logprob
+from mpo_runtime.sampler import Sampler, logprob, without
 from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.files import TextFiles
 from mpo_runtime.text.tokenizer import Tokenizer
@@ -79,6 +81,7 @@ class OnnxEngine:
     def __init__(self, session: Session) -> None:
         self.session, self.context = session, session.capacity
         self.held: list[int] = []  # the ids in the cache
+        self.unused_ids = np.zeros(0, np.int64)  # rows of the model's output that stand for no token
         self.lock = threading.Lock()
         self._reader: int | None = None
 
@@ -128,7 +131,7 @@ class OnnxEngine:
             self.session.rewind(shared)
             new = list(ids[shared:])
             for index in range(limit):
-                logits = self.session.run(new)
+                logits = without(self.session.run(new), self.unused_ids)
                 self.held += new
                 figures.prompt_done, figures.tokens = len(ids), index + 1
                 allowed = logits

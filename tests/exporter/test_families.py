@@ -50,11 +50,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 @needs_native
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_gives_a_file_that_both_backends_run_alike(
-    folder: Path, text: Path, plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    text: Path,
+    plan: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     target = tmp_path / "model.mpo"
     fixed = ["--calib", str(text), "--calib-windows", "2", "--eval-text", str(text), "--measure-tokens", "200"]
     run(monkeypatch, str(folder), "--plan", plan, "--out", str(target), *fixed, *OPTIONS.get(plan, []))
+    assert ("logits, cosine" in (printed := capsys.readouterr().out)) == (plan == "k-proj"), printed
     rows = [some_ids(30)]
     expected, source = forward(network(target), rows), forward(network(folder), rows)
     found = forward(network(target, backend="native", activations="float"), rows)

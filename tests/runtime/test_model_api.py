@@ -22,7 +22,17 @@ from mpo_runtime.engine import Generation, Request, Scheduler, Step
 from mpo_runtime.model import end_ids
 from mpo_runtime.text.chat_template import TemplateOptions
 from mpo_runtime.text.tokenizer import Tokenizer
-from tests.helpers import BOS, EOS, VOCABULARY, byte_tokenizer, granite_config, some_ids, write_folder
+from tests.helpers import (
+    BOS,
+    EOS,
+    VOCABULARY,
+    byte_tokenizer,
+    granite_config,
+    random_tensors,
+    some_ids,
+    write_folder,
+    write_weights,
+)
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -420,3 +430,19 @@ def test_a_stream_may_be_read_by_one_thread_after_another(model: Model) -> None:
     other = list(model.generate([5, 6, 7], max_tokens=6, temperature=0))  # waits for the other thread, not for itself
     reader.join()
     assert [piece.token for piece in pieces] == [piece.token for piece in other]
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path: Path, backend: str) -> None:
+    """A table that is padded with rows whose logits are the largest: they are no tokens, however the text is drawn."""
+    config = granite_config(vocab_size=VOCABULARY + 40)
+    folder = write_folder(tmp_path / "model", config)
+    tensors = random_tensors(config, 0, torch.float32)
+    tensors["model.embed_tokens.weight"][VOCABULARY:] *= 50
+    write_weights(folder, tensors)
+    with load(folder, backend=backend) as model:
+        assert model.score([BOS, *some_ids(5)]).logprobs
+        for options in ({"temperature": 0.0}, {"temperature": 2.0, "seed": 1}, {"logit_bias": {VOCABULARY + 1: 100}}):
+            pieces = list(model.generate("x", max_tokens=30, top_logprobs=3, **options))
+            assert all(piece.token < VOCABULARY for piece in pieces)
+            assert all(choice.token < VOCABULARY for piece in pieces for choice in piece.top)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpo_exporter.export import Result
+from mpo_exporter.plan.named import K_PROJ
 from mpo_exporter.report.facts import Measured, Memory, Report, Sizes, Speed, Texts, WithoutCores
 from mpo_exporter.report.job import JSON, PAGE
 from mpo_exporter.report.sizes import sizes_of
@@ -36,6 +37,7 @@ class Rows:
     plain: WithoutCores | None = None
     healed: bool = False
     healed_quality: Measured | None = None
+    logits: bool = False  # shows what the logits differ by, which is shown beside speed or texts in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,13 @@ def print_report(
         plain=plain,
         healed=healed is not None,
         healed_quality=again,
+        logits=result.spec.provenance.options.get("plan") == K_PROJ.name,
     )
     console = console_for_tables()
     console.print(table(rows))
     say(console, measured_on(quality, reason))
+    if rows.logits:
+        say(console, "memory and tokens/s, before and after: --report DIR")
     for note in healed.notes if healed else ():
         say(console, note)
 
@@ -164,7 +169,7 @@ def table(rows: Rows) -> Table:
         rate, dense_rate = rows.speed.median, rows.speed.dense_median
         add("decoding, tokens/s", f"{dense_rate:.1f}", f"{rate:.1f}", change(rate, dense_rate))
     if rows.quality:
-        quality_rows(add, rows.quality, rows.healed_quality, full=rows.speed is not None or rows.texts is not None)
+        quality_rows(add, rows.quality, rows.healed_quality, full=bool(rows.speed or rows.texts or rows.logits))
     if rows.texts:
         texts = rows.texts
         share = "" if texts.dense_repeated is None else f"{100 * texts.dense_repeated:.1f} %"
