@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from parts.machine import command_line, describe_machine
-from quality import Kept
 
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.evaluation.kept import Kept, weights_digest
 from mpo_runtime.loading import load, open_weights, read_text_files
 from mpo_runtime.measure import Logits, compare, cut_windows, window_logits
 from mpo_runtime.models.registry import decoder_for
@@ -219,7 +219,7 @@ def measured(row: Row, path: Path, kept: Kept, judge: Judge, **facts: Any) -> di
     """The row with its figures, measured or kept."""
     arguments = judge.arguments
     setting = [arguments.limit, arguments.text.name, arguments.text_tokens, arguments.bf16]
-    key = f"{accuracy.content_digest(path)} {json.dumps(setting)}"
+    key = f"{weights_digest(path)} {json.dumps(setting)}"
     if key not in kept.rows:
         kept.add(key, judge.measure(path))
     size = path.stat().st_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -12,13 +13,16 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from mpo_exporter.cli.main import app as export_app
 from mpo_runtime.cli.main import app
+from tests import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     ROOT / "formats" / "SPEC.md",
+    ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 PACKAGES = [
@@ -96,6 +100,52 @@ def test_every_option_of_talking_is_told(command: str) -> None:
     assert [name for name in sorted(options - {"--help"}) if not re.search(rf"{name}(?![\w-])", page)] == []
 
 
+def test_the_page_of_commands_is_what_help_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPO_CHI", raising=False)
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "run python tests/reference.py"
+    for name in ("mpo-run bench", "mpo-run eval", "mpo-export export", "mpo-run chat"):
+        assert f"## {name}\n" in reference.page()
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The commands of mpo-run and mpo-export in a document's blocks of code, as words; what follows a pipe is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        text = line.strip().removeprefix("$ ").removesuffix("\\").strip()
+        if not text.startswith(("mpo-run ", "mpo-export ")) or not line.startswith(("    ", "$ ", "mpo-")):
+            continue
+        words = shlex.split(re.split(r"\s(?:[|>&]|&&)\s|\s#\s", text)[0], comments=True)
+        if "…" not in words:
+            found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name not in HISTORY], ids=lambda path: path.name)
+def test_every_command_in_a_document_is_understood(path: Path) -> None:
+    programs = {"mpo-run": typer.main.get_command(app), "mpo-export": typer.main.get_command(export_app)}
+    for program, *words in commands_of(path):
+        command = programs[program]
+        known = getattr(command, "commands", {})
+        if words and words[0] in reference.ELSEWHERE:
+            continue
+        if words and words[0] in known:
+            command, words = known[words[0]], words[1:]
+        elif program == "mpo-export":
+            command = known["export"]
+        # Parses the words and checks their values, without running the command.
+        with command.make_context(program, list(words)) as context:
+            assert context.params, (program, words)
+
+
+def test_commands_are_found_in_documents(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Run mpo-run x.\n\n    mpo-run chat a.mpo --seed 1   # talks\n    mpo-run list | head\n    make x\n"
+    )
+    assert commands_of(page) == [["mpo-run", "chat", "a.mpo", "--seed", "1"], ["mpo-run", "list"]]
+    assert sum(len(commands_of(path)) for path in DOCUMENTS) > 20
+
+
 def test_the_readme_is_for_a_stranger() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= LONGEST_README
@@ -139,6 +189,37 @@ def test_the_file_map_is_complete() -> None:
     wanted = [*(path for package in PACKAGES for path in modules(package)), *native, *scripts, *tests]
     missing = [str(path.relative_to(ROOT)) for path in wanted if path not in mapped]
     assert missing == [], 'each needs a line in docs/architecture.md under "## File map"'
+
+
+def sections(text: str) -> dict[str, str]:
+    """The sections of a document by their headings, up to the next heading of any level."""
+    parts = re.split(r"^#{2,} (.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def unbacked(text: str, results: Path) -> list[str]:
+    """The sections that have a table but name no file of results that exists."""
+    return [
+        title
+        for title, body in sections(text).items()
+        if re.search(r"^\|---", body, re.MULTILINE)
+        and not any((results / name).exists() for name in re.findall(r"results/([\w.-]+\.json)\)", body))
+    ]
+
+
+def test_every_table_of_results_is_backed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert tables.written(text) == text, "run python benchmarks/tables.py"
+    assert len(tables.MARKER.findall(text)) == len(tables.TABLES)
+    assert unbacked(text, ROOT / "benchmarks" / "results") == []
+    made_up = "## A\n\n| x |\n|---|\n| 1 |\n\n## B\n\n| x |\n|---|\n\n[b](results/b.json)\n"
+    assert unbacked(made_up, tmp_path) == ["A", "B"]
+    (tmp_path / "b.json").write_text("{}")
+    assert unbacked(made_up, tmp_path) == ["A"]
+    assert tables.written("<!-- table: plans -->\n\n| made | up |\n") == "<!-- table: plans -->\n\n" + tables.plans()
 
 
 def test_every_file_of_results_has_its_place() -> None:
