@@ -1,49 +1,46 @@
 """Accuracy on multiple-choice and last-word tasks, as lm-eval counts it, and perplexity on a text.
 
     python benchmarks/accuracy.py MODEL [MODEL ...] --tasks ../shared/text/tasks --limit 500 --out results.json
-    python benchmarks/accuracy.py FOLDER --tasks ../shared/text/tasks --limit 200 --check-lm-eval
+    python benchmarks/accuracy.py MODEL --tasks ../shared/text/tasks --limit 40 --check-lm-eval
 
 A MODEL is a `.mpo` file, a Hugging Face folder, a GGUF file or a name in the store. All run through the reference backend in
 float32, so that only the weights differ. --tasks is a folder of JSONL files: rows of {query, choices, gold}, or of {context,
 continuation} (the last word is to be predicted greedily). Of each task the first --limit rows are asked (all: 0). A choice's
 score is the sum of the log-probabilities of its tokens; `acc` takes the best score, `acc_norm` the best score divided by the
-choice's number of characters. What was asked is kept in --rows: a run that was stopped goes on when it is repeated.
---check-lm-eval asks the same questions through lm-eval's own model of a Hugging Face folder (`pip install lm-eval`) and ends
-with status 1 where a figure differs by 0.001 or more.
+choice's number of characters. What was asked is kept in --rows: a run that was stopped goes on when it is repeated. Questions
+are scored by the code of `mpo-run eval` (mpo_runtime/evaluation) and counted here, without lm-eval.
+--check-lm-eval asks the first MODEL the same through lm-eval twice: as `mpo-run eval` does, and through lm-eval's own model of
+transformers, on a Hugging Face folder of the same weights in float32. It ends with status 1 where a figure differs by 0.001
+or more.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from quality import Kept
+from parts.hf_folder import write_hf_folder
+from parts.results import write_results
 
 from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.cli.evaluate import EvalRequest, evaluate
+from mpo_runtime.evaluation.kept import Kept, weights_digest
+from mpo_runtime.evaluation.scoring import Score, Scorer
+from mpo_runtime.evaluation.tasks import PROMPTS, jsonl_task
 from mpo_runtime.loading import open_weights, read_text_files
 from mpo_runtime.measure import perplexity
-from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.tokenizer import Tokenizer
 
-# How a row's query becomes a prompt, as lm-eval's tasks of these names have it; the choice follows after a blank.
-PROMPTS = {
-    "arc_easy": "{query}\nAnswer:",
-    "arc_challenge": "{query}\nAnswer:",
-    "piqa": "{query}\nAnswer:",
-    "boolq": "{query}\nAnswer:",
-    "copa": "{query}",
-    "lambada_openai": "{context}",
-}
 # The figure by which a task is judged.
 MAIN = {
     "arc_easy": "acc_norm",
@@ -53,7 +50,6 @@ MAIN = {
     "copa": "acc",
     "lambada_openai": "acc",
 }
-BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +59,6 @@ class Question:
     prompt: str
     choices: tuple[str, ...]
     gold: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The log-probability of a continuation in nats, and whether greedy decoding gives it."""
-
-    nats: float
-    greedy: bool
 
 
 def read_task(path: Path, limit: int) -> list[Question]:
@@ -98,51 +86,14 @@ def split_tokens(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[i
     return whole[: len(start)], whole[len(start) :]
 
 
-def score_all(model: Decoder, pairs: Sequence[tuple[list[int], list[int]]], lead: list[int]) -> list[Score]:
+def score_all(scorer: Scorer, pairs: Sequence[tuple[list[int], list[int]]], lead: list[int]) -> list[Score]:
     """The scores of (prompt, continuation) pairs of token ids; `lead` stands in front of every prompt."""
-    longest = model.architecture.max_position_embeddings
-    inputs = [tuple((lead + prompt + following)[-(longest + 1) :][:-1]) for prompt, following in pairs]
-    by_input: dict[tuple[int, ...], list[int]] = {}
-    for index, row in enumerate(inputs):
-        by_input.setdefault(row, []).append(index)
     found: dict[int, Score] = {}
-    for batch in batches(sorted(by_input, key=len)):
-        for row, hidden in zip(batch, run(model, batch), strict=True):
-            for index in by_input[row]:
-                found[index] = score(model, hidden[: len(row)], pairs[index][1])
+    for index, score in scorer.scores([(lead + prompt, following) for prompt, following in pairs]):
+        found[index] = score
         print(f"\r{len(found)}/{len(pairs)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return [found[index] for index in range(len(pairs))]
-
-
-def batches(rows: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Rows in order of length, cut so that no batch holds more than BATCH_TOKENS with its padding."""
-    batch: list[tuple[int, ...]] = []
-    for row in rows:
-        if batch and (len(batch) + 1) * len(row) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-@torch.inference_mode()
-def run(model: Decoder, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """The hidden states [B, S, E] of rows that are padded at their ends."""
-    length = max(map(len, batch))
-    padded = [[*row, *[0] * (length - len(row))] for row in batch]
-    cache = model.ops.new_cache(model.architecture, len(batch), length)
-    return model.hidden(model.ops.ids(padded), cache, [len(row) for row in batch])
-
-
-@torch.inference_mode()
-def score(model: Decoder, hidden: torch.Tensor, following: list[int]) -> Score:
-    """The score of the tokens that follow, from the hidden states [S, E] of all but the last of them."""
-    scores = model.logits(hidden[-len(following) :]).log_softmax(-1)
-    ids = torch.tensor(following)
-    nats = float(scores.gather(-1, ids[:, None]).double().sum())
-    return Score(nats, bool((scores.argmax(-1) == ids).all()))
 
 
 def answers(questions: Sequence[Question], scores: Sequence[Score]) -> dict[str, Any]:
@@ -179,13 +130,14 @@ def measure(path: str, tasks: Sequence[Path], limit: int, text: Path | None, tok
         if tokenizer is None:
             raise SystemExit(f"{path}: has no tokenizer")
         model = decoder_for(weights.spec.architecture, ReferenceOps(weights, held=True))
-        lead = tokenizer.encode("", add_special_tokens=True)[:1]
+        scorer, lead = Scorer(model), tokenizer.encode("", add_special_tokens=True)[:1]
         result: dict[str, Any] = {"tasks": {}}
         for task in tasks:
             questions = read_task(task, limit)
             pairs = [split_tokens(tokenizer, asked.prompt, choice) for asked in questions for choice in asked.choices]
             print(f"{path}: {task.stem}", file=sys.stderr)
-            result["tasks"][task.stem] = answers(questions, score_all(model, pairs, lead))
+            with torch.inference_mode():
+                result["tasks"][task.stem] = answers(questions, score_all(scorer, pairs, lead))
         result["mean"] = sum(row[MAIN[name]] for name, row in result["tasks"].items()) / max(len(result["tasks"]), 1)
         if text is not None:
             ids = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int64)[:tokens]
@@ -201,59 +153,42 @@ def measure(path: str, tasks: Sequence[Path], limit: int, text: Path | None, tok
         weights.close()
 
 
-def lm_eval_figures(folder: str, tasks: Sequence[Path], limit: int) -> dict[str, dict[str, float]]:
-    """The same questions through lm-eval's model of a Hugging Face folder and its own evaluator, in float32."""
+def lm_eval_figures(path: str, tasks: Sequence[Path], limit: int, folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The same questions through lm-eval: by our model, and by its own one of a Hugging Face folder, in float32."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    model = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=8)
-    configs = [lm_eval_task(path) for path in tasks]
-    found = simple_evaluate(
+    configs = [jsonl_task(task) for task in tasks]
+    request = EvalRequest(",".join(map(str, tasks)), limit=limit or None)
+    ours = evaluate(Path(path), list(configs), request, {"backend": "auto", "activations": "float"})
+    weights = open_weights(path)
+    try:
+        write_hf_folder(weights, folder)
+    finally:
+        weights.close()
+    model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=8)
+    theirs = simple_evaluate(
         model=model, tasks=configs, limit=limit or None, task_manager=TaskManager(), bootstrap_iters=0
     )
-    return {name: dict(row) for name, row in found["results"].items()}
+    return {"mpo-run eval": ours["results"], "transformers": theirs["results"]}
 
 
-def lm_eval_task(path: Path) -> dict[str, Any]:
-    """A task of lm-eval over a local JSONL file."""
-    common = {
-        "task": path.stem,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
-        "test_split": "test",
-        "num_fewshot": 0,
-        "metadata": {"version": 1},
-    }
-    if path.stem == "lambada_openai":
-        return common | {
-            "output_type": "loglikelihood",
-            "doc_to_text": "{{context}}",
-            "doc_to_target": " {{continuation}}",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        }
-    return common | {
-        "output_type": "multiple_choice",
-        "doc_to_text": PROMPTS[path.stem].replace("{query}", "{{query.rstrip()}}"),
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "metric_list": [
-            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
-        ],
-    }
-
-
-def check(folder: str, tasks: Sequence[Path], limit: int, ours: dict[str, Any]) -> int:
-    """Prints our figures beside lm-eval's; returns the number of figures that differ by 0.001 or more."""
-    theirs, differ = lm_eval_figures(folder, tasks, limit), 0
+def check(path: str, tasks: Sequence[Path], limit: int, ours: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """Prints our figures beside lm-eval's; returns them, and the number that differ by 0.001 or more."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = lm_eval_figures(path, tasks, limit, Path(folder) / "model")
+    rows: list[dict[str, Any]] = []
     for name, row in ours["tasks"].items():
         for figure in ("acc", "acc_norm"):
-            if figure in row:
-                other = theirs[name][f"{figure},none"]
-                same = abs(row[figure] - other) < 0.001
-                differ += not same
-                print(f"{name} {figure}: {row[figure]:.4f}, lm-eval {other:.4f}{'' if same else '  DIFFERS'}")
-    return differ
+            if figure not in row:
+                continue
+            by = {who: results[name][f"{figure},none"] for who, results in found.items()}
+            same = all(abs(row[figure] - other) < 0.001 for other in by.values())
+            rows.append({"task": name, "figure": figure, "accuracy.py": row[figure], **by, "agree": same})
+            others = ", ".join(f"{who} {value:.4f}" for who, value in by.items())
+            print(f"{name} {figure}: {row[figure]:.4f}, {others}{'' if same else '  DIFFERS'}")
+    return rows, sum(not row["agree"] for row in rows)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -269,13 +204,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def key_of(path: str, arguments: argparse.Namespace) -> str:
     """What a kept row belongs to: the file's content, the tasks and the settings."""
-    digest = hashlib.sha256()
-    place = Path(path)
-    for file in sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
     settings = [arguments.names, arguments.limit, str(arguments.text and arguments.text.name), arguments.text_tokens]
-    return f"{digest.hexdigest()} {json.dumps(settings)}"
+    return f"{weights_digest(Path(path))} {json.dumps(settings)}"
 
 
 def main() -> None:
@@ -289,7 +219,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=Path, default=Path("build/accuracy-rows.json"), help="rows that are kept")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--check-lm-eval", action="store_true", help="compare the first MODEL, a folder, with lm-eval")
+    parser.add_argument("--check-lm-eval", action="store_true", help="compare the first MODEL with lm-eval")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tasks = [arguments.tasks / f"{name}.jsonl" for name in arguments.names]
@@ -302,12 +232,14 @@ def main() -> None:
             key, measure(path, tasks, arguments.limit, arguments.text, arguments.text_tokens)
         )
     print(table(rows))
-    if arguments.out:
-        command = f"python benchmarks/accuracy.py {' '.join(sys.argv[1:])}"
-        content = {"command": command, "rows": [{"model": Path(path).name} | row for path, row in rows.items()]}
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if arguments.check_lm_eval:
-        sys.exit(1 if check(arguments.models[0], tasks, arguments.limit, rows[arguments.models[0]]) else 0)
+    compared, differing = (
+        check(arguments.models[0], tasks, arguments.limit, rows[arguments.models[0]])
+        if arguments.check_lm_eval
+        else ([], 0)
+    )
+    models = [{"model": Path(path).name} | row for path, row in rows.items()]
+    write_results(arguments.out, models, limit=arguments.limit, lm_eval=compared)
+    sys.exit(1 if differing else 0)
 
 
 if __name__ == "__main__":

@@ -37,31 +37,9 @@ from mpo_exporter.plan.options import Options
 from mpo_exporter.source import find_source, open_source
 from mpo_exporter.terms import stored_bytes
 from mpo_formats import MpoFile, PlanError
+from mpo_runtime.evaluation.kept import Kept
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.checkpoint import Checkpoint
-
-
-class Kept:
-    """Measured rows by key, in a file of JSON lines; a line that was cut short is measured again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        for line in text.split("\n"):
-            try:
-                found = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            self.rows[found.pop("key")] = found
-
-    def add(self, key: str, entry: dict[str, Any]) -> dict[str, Any]:
-        """Appends a row, on a new line even if the last one was cut short."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * (file.tell() > 0) + json.dumps({"key": key, **entry}))
-        self.rows[key] = entry
-        return entry
 
 
 @dataclass(slots=True)

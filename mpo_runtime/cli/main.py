@@ -9,6 +9,7 @@ import typer
 
 from mpo_runtime.cli import console
 from mpo_runtime.cli.options import (
+    Context,
     Device,
     File,
     Json,
@@ -273,6 +274,49 @@ def bench(
         repetitions=repetitions,
     )
     run_bench(files, dense, baseline, settings, timing.arguments(), form)
+
+
+@app.command("eval")
+@grouped
+def eval_command(
+    file: File,
+    *,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Names that lm-eval knows, .yaml files of its form, or .jsonl files, separated by commas.",
+            show_default=False,
+        ),
+    ],
+    limit: Annotated[
+        float | None, typer.Option(help="Questions of each task; below 1 a share of them.", show_default="all")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", help="Examples before each question.", show_default="the task's")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat, the system message.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results as lm-eval's JSON.", show_default=False)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Keep answers in this file; a run that was stopped goes on.", show_default=False),
+    ] = None,
+    samples: Annotated[
+        bool, typer.Option("--log-samples", help="Put every question and answer into the results.")
+    ] = False,
+    context: Context = None,
+    running: Running,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy on tasks.
+
+    Through lm-eval (pip install 'mpo-runtime[eval]'). Tasks by name are downloaded; JSONL files are asked offline: rows of
+    query, choices, gold, or context, continuation, or question, answer.
+    """
+    from mpo_runtime.cli.evaluate import EvalRequest, run_eval
+
+    request = EvalRequest(tasks, limit, fewshot, chat, system, out, resume, samples)
+    run_eval(file, request, {**running.arguments(), "context": context}, as_json)
 
 
 @app.command()

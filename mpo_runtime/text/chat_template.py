@@ -235,12 +235,12 @@ def encode_chat(
         message if message["role"] in trusted_roles else disguise.apply(message) for message in data["messages"]
     ]
     text = template._render(
-        {**_named_tokens(tokenizer), **prepared, "add_generation_prompt": bool(add_generation_prompt)}
+        {**named_tokens(tokenizer), **prepared, "add_generation_prompt": bool(add_generation_prompt)}
     )
     return tokenizer.encode_disguised(text, disguise)
 
 
-def _named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+def named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """The tokens that tokenizer_config.json names, as transformers gives them to a template (`bos_token`, …)."""
     named: dict[str, str] = {}
     for key, token in tokenizer.config.items():
