@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from mpo_exporter.cli.main import app as export_app
 from mpo_runtime.cli.main import app
+from tests import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -94,6 +97,50 @@ def test_every_option_of_talking_is_told(command: str) -> None:
     options = {name for one in parameters for name in (*one.opts, *one.secondary_opts) if name.startswith("--")}
     assert len(options) > 15
     assert [name for name in sorted(options - {"--help"}) if not re.search(rf"{name}(?![\w-])", page)] == []
+
+
+def test_the_page_of_commands_is_what_help_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPO_CHI", raising=False)
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "run python tests/reference.py"
+    for name in ("mpo-run bench", "mpo-run eval", "mpo-export export", "mpo-run chat"):
+        assert f"## {name}\n" in reference.page()
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """The commands of mpo-run and mpo-export in a document's blocks of code, as words; what follows a pipe is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        text = line.strip().removeprefix("$ ").removesuffix("\\").strip()
+        if not text.startswith(("mpo-run ", "mpo-export ")) or not line.startswith(("    ", "$ ", "mpo-")):
+            continue
+        words = shlex.split(re.split(r"\s[|>&]\s|\s{2,}#|\s#\s", text)[0], comments=True)
+        if "…" not in words:
+            found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name not in HISTORY], ids=lambda path: path.name)
+def test_every_command_in_a_document_is_understood(path: Path) -> None:
+    programs = {"mpo-run": typer.main.get_command(app), "mpo-export": typer.main.get_command(export_app)}
+    for program, *words in commands_of(path):
+        command = programs[program]
+        known = getattr(command, "commands", {})
+        if words and words[0] in known:
+            command, words = known[words[0]], words[1:]
+        elif program == "mpo-export":
+            command = known["export"]
+        # Parses the words and checks their values, without running the command.
+        with command.make_context(program, list(words)) as context:
+            assert context.params, (program, words)
+
+
+def test_commands_are_found_in_documents(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Run mpo-run x.\n\n    mpo-run chat a.mpo --seed 1   # talks\n    mpo-run list | head\n    make x\n"
+    )
+    assert commands_of(page) == [["mpo-run", "chat", "a.mpo", "--seed", "1"], ["mpo-run", "list"]]
+    assert sum(len(commands_of(path)) for path in DOCUMENTS) > 20
 
 
 def test_the_readme_is_for_a_stranger() -> None:
