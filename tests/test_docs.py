@@ -22,6 +22,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     ROOT / "formats" / "SPEC.md",
+    ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 PACKAGES = [
@@ -186,6 +187,37 @@ def test_the_file_map_is_complete() -> None:
     wanted = [*(path for package in PACKAGES for path in modules(package)), *native, *scripts, *tests]
     missing = [str(path.relative_to(ROOT)) for path in wanted if path not in mapped]
     assert missing == [], 'each needs a line in docs/architecture.md under "## File map"'
+
+
+def sections(text: str) -> dict[str, str]:
+    """The sections of a document by their headings, up to the next heading of any level."""
+    parts = re.split(r"^#{2,} (.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def unbacked(text: str, results: Path) -> list[str]:
+    """The sections that have a table but name no file of results that exists."""
+    return [
+        title
+        for title, body in sections(text).items()
+        if re.search(r"^\|---", body, re.MULTILINE)
+        and not any((results / name).exists() for name in re.findall(r"results/([\w.-]+\.json)\)", body))
+    ]
+
+
+def test_every_table_of_results_is_backed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert tables.written(text) == text, "run python benchmarks/tables.py"
+    assert len(tables.MARKER.findall(text)) == len(tables.TABLES)
+    assert unbacked(text, ROOT / "benchmarks" / "results") == []
+    made_up = "## A\n\n| x |\n|---|\n| 1 |\n\n## B\n\n| x |\n|---|\n\n[b](results/b.json)\n"
+    assert unbacked(made_up, tmp_path) == ["A", "B"]
+    (tmp_path / "b.json").write_text("{}")
+    assert unbacked(made_up, tmp_path) == ["A"]
+    assert tables.written("<!-- table: plans -->\n\n| made | up |\n") == "<!-- table: plans -->\n\n" + tables.plans()
 
 
 def test_every_file_of_results_has_its_place() -> None:

@@ -118,6 +118,7 @@ def test_generated_answers_and_resuming(run: Run, folder: Path, tmp_path: Path, 
     kept = (tmp_path / "kept.jsonl").read_text()
     assert len(kept.splitlines()) == 7
     second = run("mpo-run", "eval", folder, "--tasks", listed, "--limit", "2", "--resume", "kept.jsonl", "--json")
+    assert second.code == 0, second.err
     assert json.loads(second.out)["results"] == document["results"]
     assert (tmp_path / "kept.jsonl").read_text() == kept
 
