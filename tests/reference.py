@@ -18,7 +18,8 @@ PAGE = ROOT / "docs" / "commands.md"
 HEAD = """# Commands and options
 
 Every command of `mpo-run` and `mpo-export`, as `--help` lists them. This page is written by `python tests/reference.py`, and a
-test keeps it so. `--debug` adds a traceback to any command. Options with a variable in brackets can be set by it.
+test keeps it so. `--debug` adds a traceback to any command. Options with a variable in brackets can be set by it. The commands `serve`
+and `export-onnx` have pages of their own ([server.md](server.md), [onnx.md](onnx.md)).
 """
 
 
