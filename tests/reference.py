@@ -15,18 +15,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "commands.md"
+# Brought by other packages of the project, where their libraries are installed; they have pages of their own.
+ELSEWHERE = ("serve", "export-onnx")
 HEAD = """# Commands and options
 
 Every command of `mpo-run` and `mpo-export`, as `--help` lists them. This page is written by `python tests/reference.py`, and a
-test keeps it so. `--debug` adds a traceback to any command. Options with a variable in brackets can be set by it. The commands `serve`
-and `export-onnx` have pages of their own ([server.md](server.md), [onnx.md](onnx.md)).
+test keeps it so. `--debug` adds a traceback to any command. Options with a variable in brackets can be set by it. The commands
+`serve` and `export-onnx` have pages of their own ([server.md](server.md), [onnx.md](onnx.md)).
 """
 
 
 def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
     """The commands of a program with their full names, those of groups too."""
     for word, inner in sorted(getattr(command, "commands", {}).items()):
-        if not inner.hidden:
+        if not inner.hidden and word not in ELSEWHERE:
             yield from commands(inner, f"{name} {word}")
     if not getattr(command, "commands", {}) or command.params:
         yield name, command
