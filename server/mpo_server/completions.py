@@ -102,6 +102,12 @@ def _ids(given: list[Any], where: str, vocabulary: int) -> tuple[int, ...]:
     return tuple(given)
 
 
+def beginning(model: Model) -> list[int]:
+    """The prompt in place of an empty one: the token that begins a text, or that ends the one before."""
+    tokenizer = model.text_tokenizer()
+    return [token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None][:1]
+
+
 class CompletionJob(Job):
     """Texts to be continued; the result in the form of completions."""
 
@@ -134,7 +140,8 @@ class CompletionJob(Job):
 
         def encode() -> list[list[int]]:
             return [
-                model.encode(one, parse_special=True) if isinstance(one, str) else list(one) for one in request.prompts
+                model.encode(one, parse_special=True) or beginning(model) if isinstance(one, str) else list(one)
+                for one in request.prompts
             ]
 
         try:

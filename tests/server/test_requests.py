@@ -235,6 +235,7 @@ def test_completions_take_texts_and_ids(server: Server) -> None:
     assert several[0]["text"] == several[4]["text"] != several[1]["text"] == several[5]["text"]
     events = server.complete("I want to", stream=True).events()
     assert "".join(event["choices"][0]["text"] for event in events) == text
+    assert server.complete("", max_tokens=2).json["usage"]["prompt_tokens"] == 1
     assert server.complete([ids, ids], max_tokens=None).json["usage"]["completion_tokens"] <= 32
 
 
