@@ -57,7 +57,7 @@ def write_decoder(
     check_architecture(architecture)
     ids = graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
     mask = graph.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
-    layers = Layers(graph, weights, level, chi, graph.add("Size", ids), frozenset([EMBEDDING]), lookup_bits)
+    layers = Layers(graph, weights, level, chi, frozenset([EMBEDDING]), lookup_bits)
     mixer = attention(graph, architecture, mask, plain=plain)
     parts = Parts(weights.spec, graph, layers, mixer)
     # The first norm has no branch to add: half of the embedding is added to the other half, which is exact.

@@ -31,31 +31,7 @@ ELEMENTS: dict[Any, int] = {
 }
 
 
-class Nodes:
-    """A list of nodes, the graph's or those of a branch; names of values are unique in the whole graph."""
-
-    def __init__(self, counter: list[int]) -> None:
-        self.list: list[Any] = []
-        self._counter = counter
-
-    def add(
-        self, kind: str, *inputs: str, domain: str = "", outputs: Sequence[str] | None = None, **attributes: Any
-    ) -> str:
-        """Appends a node and returns the name of its first output; an empty name leaves out an optional input."""
-        self._counter[0] += 1
-        names = list(outputs) if outputs else [f"{kind}_{self._counter[0]}"]
-        node = helper.make_node(
-            kind, list(inputs), names, name=f"{kind}_{self._counter[0]}", domain=domain, **attributes
-        )
-        self.list.append(node)
-        return names[0]
-
-    def microsoft(self, kind: str, *inputs: str, outputs: Sequence[str] | None = None, **attributes: Any) -> str:
-        """The same for an operator of ONNX Runtime's own domain."""
-        return self.add(kind, *inputs, domain=MICROSOFT, outputs=outputs, **attributes)
-
-
-class Graph(Nodes):
+class Graph:
     """The graph of a model.
 
     Args:
@@ -64,7 +40,7 @@ class Graph(Nodes):
     """
 
     def __init__(self, folder: Path, dtype: type[np.floating[Any]]) -> None:
-        super().__init__([0])
+        self.nodes: list[Any] = []
         self.folder, self.dtype = folder, np.dtype(dtype)
         self.element = ELEMENTS[self.dtype]
         self.inputs: list[Any] = []
@@ -73,9 +49,19 @@ class Graph(Nodes):
         self.shared: dict[Any, str] = {}
         self._data = (folder / DATA).open("xb")
 
-    def branch(self) -> Nodes:
-        """A list of nodes for one side of an `If`; it sees the values of the graph."""
-        return Nodes(self._counter)
+    def add(
+        self, kind: str, *inputs: str, domain: str = "", outputs: Sequence[str] | None = None, **attributes: Any
+    ) -> str:
+        """Appends a node and returns the name of its first output; an empty name leaves out an optional input."""
+        name = f"{kind}_{len(self.nodes)}"
+        names = list(outputs) if outputs else [name]
+        node = helper.make_node(kind, list(inputs), names, name=name, domain=domain, **attributes)
+        self.nodes.append(node)
+        return names[0]
+
+    def microsoft(self, kind: str, *inputs: str, outputs: Sequence[str] | None = None, **attributes: Any) -> str:
+        """The same for an operator of ONNX Runtime's own domain."""
+        return self.add(kind, *inputs, domain=MICROSOFT, outputs=outputs, **attributes)
 
     def input(self, name: str, element: int, shape: Sequence[int | str]) -> str:
         """Declares an input; a text in the shape stands for a length that may change."""
@@ -135,7 +121,7 @@ class Graph(Nodes):
 
     def write(self) -> None:
         """Writes model.onnx and ends the file of tensors; both are on the disk afterwards."""
-        graph = helper.make_graph(self.list, "decoder", self.inputs, self.outputs, list(self.initializers.values()))
+        graph = helper.make_graph(self.nodes, "decoder", self.inputs, self.outputs, list(self.initializers.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="mpo-runtime")
         self.close()

@@ -32,7 +32,6 @@ class Layers:
 
     level: accuracy level of the integer products: 0 (float activations) or 4 (int8 activations).
     chi: cuts every bond to its first `chi` values; None keeps them.
-    tokens: the value that holds the number of tokens of a call, which decides the order of some contractions.
     looked_up: names of layers whose rows are looked up: their zeros are stored apart from the codes.
     lookup_bits: bit widths in which the runtime looks up rows; other tables are stored as floats besides.
     """
@@ -41,7 +40,6 @@ class Layers:
     weights: Weights
     level: int
     chi: int | None
-    tokens: str
     looked_up: frozenset[str]
     lookup_bits: frozenset[int]
     _integers: dict[str, Stored] = field(default_factory=dict)
@@ -57,7 +55,7 @@ class Layers:
             elif isinstance(term, Quantized):
                 y = self._multiply(self._stored(layer, prefix, term), x)
             else:
-                y = self._operator(prefix, term).apply(self.graph, x, self.tokens)
+                y = self._operator(prefix, term).apply(self.graph, x)
             total = self.graph.add("Add", total, y) if total else y
         return self.graph.add("Add", total, self.floats(f"{layer.name}.bias")) if layer.bias else total
 

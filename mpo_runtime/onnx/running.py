@@ -90,13 +90,16 @@ class OnnxEngine:
         """A text that is made while it is read, after those of other threads; as Scheduler.submit else.
 
         Raises:
-            ConfigError: for a prompt that cannot be run, and where its log-probabilities are asked for.
+            ConfigError: for a prompt that cannot be run, where its log-probabilities are asked for, and with `notify`: nothing
+                is made before it is read, so a server would wait forever.
         """
+        if notify is not None:
+            raise ConfigError("serve: not with ONNX Runtime; serve the .mpo file that the folder was made from")
         check_prompt(request.ids, self.context, self.session.architecture.vocab_size)
         if request.prompt_logprobs:
             raise ConfigError("prompt_logprobs: not with ONNX Runtime; load the .mpo file")
         figures = Figures(len(request.ids))
-        return OnnxGeneration(self._steps(request, figures, notify), figures)
+        return OnnxGeneration(self._steps(request, figures), figures)
 
     def close(self) -> None:
         """Does nothing: the session ends with the model."""
@@ -113,9 +116,7 @@ class OnnxEngine:
             finally:
                 self._reader = None
 
-    def _steps(
-        self, request: Request, figures: Figures, notify: Callable[[], None] | None
-    ) -> Generator[Step, None, None]:
+    def _steps(self, request: Request, figures: Figures) -> Generator[Step, None, None]:
         ids, options = request.ids, request.sampling
         ends = self.session.architecture.eos_token_ids if request.stop_ids is None else request.stop_ids
         room = self.context - len(ids)
@@ -141,8 +142,6 @@ class OnnxEngine:
                     finish = "length"
                 yield Step(choice.token, logprob(logits, choice.token), logits, finish)
                 self._reader = threading.get_ident()  # another thread may read on from here
-                if notify:
-                    notify()
                 if finish:
                     return
                 new = [choice.token]

@@ -37,7 +37,7 @@ def beside(layer: LinearSpec) -> tuple[Term, ...]:
 
 
 def alone(layer: LinearSpec) -> tuple[Term, ...]:
-    """Cores in the place of a few matrices: low rank, and balanced ones with so many bonds that long prompts are densified."""
+    """Cores in the place of a few matrices: of low rank, and balanced ones, in both orders of contraction."""
     if layer.name == "model.layers.1.self_attn.q_proj":
         return (cores(layer, 128, "f16", balanced=False),)
     if layer.name == "model.layers.1.self_attn.k_proj":

@@ -17,6 +17,7 @@ pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 from mpo_formats import ConfigError
+from mpo_runtime.engine import Request
 from mpo_runtime.loading import load
 from mpo_runtime.onnx import export as export_module
 from mpo_runtime.onnx.session import Session
@@ -118,6 +119,8 @@ def test_generated_text_is_the_references(files: Files, tmp_path: Path) -> None:
         assert isinstance(drawn, str)
         with pytest.raises(ConfigError, match="score: not with ONNX Runtime"):
             ours.score(PROMPT)
+        with pytest.raises(ConfigError, match="serve: not with ONNX Runtime"):
+            ours.engine.submit(Request((1, 2)), notify=lambda: None)
 
 
 def test_a_prompt_that_goes_on_reuses_the_cache(files: Files, tmp_path: Path) -> None:
