@@ -12,9 +12,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mpo_exporter.terms import Candidate
 from mpo_formats import PlanError
 
+Indices = NDArray[np.int64]
+Losses = NDArray[np.float64]
 # How many of the choices with the largest layer set beforehand are improved to the end.
 TRIED = 2
 
@@ -111,31 +116,56 @@ def descend_hulls(fronts: Mapping[str, Sequence[Candidate]], budget: int) -> dic
 
 def use_leftover(fronts: Mapping[str, Sequence[Candidate]], chosen: dict[str, Candidate], budget: int) -> None:
     """Changes one layer, or exchanges bytes between two, as long as that lowers the loss within the budget; edits `chosen`."""
+    names, options = list(fronts), [candidate for row in fronts.values() for candidate in row]
+    layer = np.repeat(np.arange(len(names)), [len(row) for row in fronts.values()])
+    sizes = np.array([one.bytes for one in options], np.int64)
+    losses = np.array([one.loss for one in options])
     left = budget - sum(candidate.bytes for candidate in chosen.values())
     while True:
-        best: tuple[float, tuple[tuple[str, Candidate], ...]] = (0.0, ())
-        moves = [
-            (name, new, new.bytes - chosen[name].bytes, chosen[name].loss - new.loss)
-            for name, row in fronts.items()
-            for new in row
-            if new is not chosen[name]
-        ]
-        # For a move that does not fit: the other layers' moves that free bytes, the cheapest in loss first.
-        gives = sorted((move for move in moves if move[2] < 0), key=lambda move: -move[3])
-        for name, new, cost, gain in moves:
-            if gain <= best[0]:
-                continue
-            if cost <= left:
-                best = gain, ((name, new),)
-                continue
-            for giver, smaller, saved, lost in gives:
-                if gain + lost <= best[0]:
-                    break
-                if giver != name and cost + saved <= left:
-                    best = gain + lost, ((name, new), (giver, smaller))
-                    break
-        if not best[1]:
+        now = [chosen[name] for name in names]
+        costs = sizes - np.array([one.bytes for one in now], np.int64)[layer]
+        gains = np.array([one.loss for one in now])[layer] - losses
+        change = best_change(layer, costs, gains, left)
+        if not change:
             return
-        for name, new in best[1]:
-            left -= new.bytes - chosen[name].bytes
-            chosen[name] = new
+        for move in change:
+            left -= int(costs[move])
+            chosen[names[layer[move]]] = options[move]
+
+
+def best_change(layer: Indices, costs: Indices, gains: Losses, left: int) -> tuple[int, ...]:
+    """The move, or the move and the one that frees bytes for it, that together gain most; empty where none gains.
+
+    Args:
+        layer: of every move; costs: in bytes, negative where it frees some; gains: in loss. One entry for each move.
+        left: bytes that may be spent.
+    """
+    best = 0.0
+    found: tuple[int, ...] = ()
+    alone = np.flatnonzero((costs <= left) & (gains > 0))
+    if alone.size:
+        found = (int(alone[gains[alone].argmax()]),)
+        best = float(gains[found[0]])
+    gives = np.flatnonzero(costs < 0)
+    takes = np.flatnonzero((costs > left) & (gains > best))
+    if not gives.size or not takes.size:
+        return found
+    # Those that free most first. After each, the cheapest so far, and the cheapest of any other layer.
+    gives = gives[np.argsort(costs[gives], kind="stable")]
+    first, second = np.empty_like(gives), np.full_like(gives, -1)
+    one, other = int(gives[0]), -1
+    for place, give in enumerate(gives.tolist()):
+        if gains[give] > gains[one]:
+            one, other = give, one if layer[one] != layer[give] else other
+        elif layer[give] != layer[one] and (other < 0 or gains[give] > gains[other]):
+            other = give
+        first[place], second[place] = one, other
+    enough = np.searchsorted(costs[gives], left - costs[takes], side="right") - 1
+    takes, enough = takes[enough >= 0], enough[enough >= 0]
+    partner = np.where(layer[first[enough]] != layer[takes], first[enough], second[enough])
+    takes, partner = takes[partner >= 0], partner[partner >= 0]
+    together = gains[takes] + gains[partner]
+    if together.size and together.max() > best:
+        pick = int(together.argmax())
+        return int(takes[pick]), int(partner[pick])
+    return found
