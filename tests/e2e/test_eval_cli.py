@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +120,17 @@ def test_generated_answers_and_resuming(run: Run, folder: Path, tmp_path: Path, 
     assert document["n-samples"]["choices"]["effective"] == 2
     kept = (tmp_path / "kept.jsonl").read_text()
     assert len(kept.splitlines()) == 7
-    second = run("mpo-run", "eval", folder, "--tasks", listed, "--limit", "2", "--resume", "kept.jsonl", "--json")
-    assert second.code == 0, second.err
-    assert json.loads(second.out)["results"] == document["results"]
+    words = [str(folder), "--tasks", listed, "--limit", "2", "--resume", "kept.jsonl", "--json"]
+    second = subprocess.run(
+        [sys.executable, "-c", "from mpo_runtime.cli.main import main; main()", "eval", *words],
+        cwd=tmp_path,
+        env=os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert second.returncode == 0, second.stderr
+    assert json.loads(second.stdout)["results"] == document["results"]
     assert (tmp_path / "kept.jsonl").read_text() == kept
 
 
