@@ -298,12 +298,8 @@ class HealSettings:
     ] = False
     chi_dropout: Annotated[float, typer.Option(help="Probability that a step uses a random prefix of the bonds.")] = 0.0
     cores_first: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the training in which integers and scales stay as they are.",
-            show_default="0.1 where every matrix has cores beside integers, else 0",
-        ),
-    ] = None
+        float, typer.Option(help="Share of the training in which integers and scales stay as they are.")
+    ] = 0.0
     seed: Annotated[int, typer.Option(help="Seed of the order of the text and of χ-dropout.")] = 0
 
     def record(self, bounds: HealBounds) -> Settings:

@@ -240,8 +240,7 @@ class Session:
         everything.load_state_dict(self.learned, strict=False)
         everything.to(self.workers.device)
         student = self._student(everything, lesson.fisher)
-        frozen = settings.frozen_share(self.file.spec)
-        trainer = Trainer(student, everything, settings, self.workers, fixed=not student.recompute, frozen=frozen)
+        trainer = Trainer(student, everything, settings, self.workers, fixed=not student.recompute)
         if record.step:
             trainer.set_rates(record.rates)
             restore_optimizer(trainer.optimizer, self.saved)
@@ -330,6 +329,6 @@ class Session:
         }
         if settings.chi_dropout:
             facts["healed_chi_dropout"] = str(settings.chi_dropout)
-        if frozen := settings.frozen_share(self.file.spec):
-            facts["healed_cores_first"] = str(frozen)
+        if settings.cores_first:
+            facts["healed_cores_first"] = str(settings.cores_first)
         return facts

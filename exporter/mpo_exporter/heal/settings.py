@@ -9,16 +9,13 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from mpo_formats import ConfigError, ModelSpec
-from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_formats import ConfigError
 from mpo_runtime.text.token_text import TokenText
 
 # Tokens to train on where neither tokens, epochs nor minutes are given.
 DEFAULT_TOKENS = 1_000_000
 # The most weights of a model whose integers are trained where `train_codes` is None.
 CODES_UP_TO = 500_000_000
-# The share of the training that cores are trained alone where `cores_first` is None.
-CORES_FIRST = 0.1
 # The largest weight of the block-matching loss where `match_weight` is None.
 MOST_MATCHING = 20.0
 POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -63,7 +60,7 @@ class Settings:
         assistant_only: only the tokens of the assistant's messages count in the loss.
         chi_dropout: probability that a step uses only a random prefix of the bonds.
         cores_first: share of the whole model's training in which integers and scales stay as they are, so that the cores
-            correct them first; None: CORES_FIRST where every matrix of the blocks has cores beside its integers, else 0.
+            correct them first. It was no better than training everything from the start (docs/log.md).
         checkpoint_steps: optimizer steps between two checkpoints.
         recompute: gradient checkpointing: run each block again in the backward pass instead of keeping its
             intermediate results, with the same outcome; None: only where keeping them would take too much memory.
@@ -88,7 +85,7 @@ class Settings:
     cross_entropy: float = 0.0
     assistant_only: bool = False
     chi_dropout: float = 0.0
-    cores_first: float | None = None
+    cores_first: float = 0.0
     checkpoint_steps: int = 100
     recompute: bool | None = None
     seed: int = 0
@@ -109,7 +106,7 @@ class Settings:
             if getattr(self, name) < 0:
                 raise ConfigError(f"healing: {name}: expected at least 0, found {getattr(self, name)}")
         for name in ("block_share", "chi_dropout", "cores_first"):
-            if not 0 <= (getattr(self, name) or 0.0) <= 1:
+            if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"healing: {name}: expected 0 to 1, found {getattr(self, name)}")
 
     def check_processes(self, count: int) -> None:
@@ -124,14 +121,6 @@ class Settings:
     def matching(self, parameters: int, tokens: int) -> float:
         """The weight of the block-matching loss for a model of `parameters` weights and a text of `tokens` tokens."""
         return min(parameters / tokens, MOST_MATCHING) if self.match_weight is None else self.match_weight
-
-    def frozen_share(self, spec: ModelSpec) -> float:
-        """The share of the whole model's training in which integers and scales of a file stay as they are."""
-        if self.cores_first is not None:
-            return self.cores_first
-        blocks = [linear.terms for linear in spec.linears if linear.name not in (EMBEDDING, HEAD)]
-        corrected = all({term.kind for term in terms} == {"quantized", "mpo"} for terms in blocks)
-        return CORES_FIRST if corrected else 0.0
 
     def faster(self, factor: float) -> Settings:
         """The same settings with all learning rates multiplied by `factor`."""

@@ -143,20 +143,12 @@ class Trainer:
 
     Args:
         fixed: all steps run the same operations, so that on a GPU one recorded step can be replayed for all.
-        frozen: share of the training in which integers and scales stay as they are.
     """
 
     def __init__(
-        self,
-        student: nn.Module,
-        trainables: Trainables,
-        settings: Settings,
-        workers: Workers,
-        *,
-        fixed: bool = True,
-        frozen: float = 0.0,
+        self, student: nn.Module, trainables: Trainables, settings: Settings, workers: Workers, *, fixed: bool = True
     ) -> None:
-        self.settings, self.workers, self.frozen = settings, workers, frozen
+        self.settings, self.workers = settings, workers
         self.trainables = trainables
         self.module = workers.wrap(student)
         alike = fixed and settings.chi_dropout == 0 and settings.batch <= settings.micro_batch
@@ -216,7 +208,7 @@ class Trainer:
             self.optimizer.zero_grad()
             raise NotFinite(f"healing: the loss is not finite at {where}")
         factor = learning_rate(done, steps)
-        walking = walking_rate(steps) if done >= self.frozen else 0.0
+        walking = walking_rate(steps) if done >= self.settings.cores_first else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor * (walking if group["kind"] in WALKING else 1.0)
         self.optimizer.step()
