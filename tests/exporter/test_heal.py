@@ -26,6 +26,7 @@ from mpo_exporter.heal.student import fits
 from mpo_exporter.heal.train import Trainer as RealTrainer
 from mpo_exporter.plan.options import Options
 from mpo_formats import CheckpointError, ConfigError, LinearSpec, Mpo, MpoFile, OutputError, Quantized
+from mpo_formats.layout import file_tensors
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import compare
 from mpo_runtime.models.registry import decoder_for
@@ -133,6 +134,21 @@ def test_codes_move_where_asked(file: Path, teacher: Path, text: Path, tmp_path:
     name = "model.layers.0.self_attn.q_proj.0.q2"
     with MpoFile(file) as old, MpoFile(target, verify=True) as new:
         assert (new.array(name) != old.array(name)).any()
+
+
+def test_cores_first_leaves_integers_and_scales(file: Path, teacher: Path, text: Path, tmp_path: Path) -> None:
+    """With the whole training as the first share, only cores and norms move."""
+    target = tmp_path / "healed.mpo"
+    settings = replace(SETTINGS, train_codes=True, code_rate=3.0, cores_first=1.0)
+    healed(file, teacher, text, target, settings=settings)
+    with MpoFile(file) as old, MpoFile(target, verify=True) as new:
+        assert new.spec.provenance.options["healed_cores_first"] == "1.0"
+        for part in ("self_attn.q_proj.0.q2", "self_attn.q_proj.0.scale", "mlp.up_proj.0.q2", "mlp.up_proj.0.scale"):
+            name = f"model.layers.0.{part}"
+            np.testing.assert_array_equal(new.array(name), old.array(name))
+        names = [tensor.name for tensor in file_tensors(old.spec)]
+        cores = [name for name in names if name.startswith("model.layers.0.mlp.up_proj.1.")]
+        assert cores and any((new.array(name) != old.array(name)).any() for name in cores)
 
 
 class Killed(BaseException):

@@ -59,8 +59,8 @@ class Settings:
         cross_entropy: λ, the weight of the text's cross entropy relative to the KL.
         assistant_only: only the tokens of the assistant's messages count in the loss.
         chi_dropout: probability that a step uses only a random prefix of the bonds.
-        cores_first: share of the whole model's training in which integers and scales stay as they are, so that the cores
-            correct them first. It was no better than training everything from the start (docs/log.md).
+        cores_first: share of each training, of single blocks and of the whole model, in which integers and scales stay as
+            they are, so that the cores correct them first. It was no better than training everything at once (docs/log.md).
         checkpoint_steps: optimizer steps between two checkpoints.
         recompute: gradient checkpointing: run each block again in the backward pass instead of keeping its
             intermediate results, with the same outcome; None: only where keeping them would take too much memory.
