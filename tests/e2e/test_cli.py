@@ -195,9 +195,9 @@ SOURCES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         change_config(model_type="mamba"),
         ("model_type 'mamba'", "expected one of granite, llama"),
     ),
-    "yarn": (
-        change_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
-        ("RoPE scaling 'yarn' is not supported", "expected default, linear or llama3"),
+    "longrope": (
+        change_config(rope_scaling={"rope_type": "longrope", "factor": 4.0}),
+        ("RoPE scaling 'longrope' is not supported", "expected one of default, "),
     ),
 }
 

@@ -194,7 +194,8 @@ def test_logits_are_those_of_transformers(tmp_path: Path, kind: Kind, tied: bool
     rows = [some_ids(12, seed) for seed in range(2)]
     for backend in ("reference", "native"):
         ours = forward(network(path, backend=backend), rows)
-        assert np.abs(ours - theirs(path, rows)).max() < 1e-4
+        # With matrix units for bf16, native multiplies bf16 weights with activations as sums of two bf16 numbers.
+        assert np.abs(ours - theirs(path, rows)).max() < (1e-4 if backend == "reference" else 5e-4)
 
 
 @pytest.mark.parametrize("kind", SCALES_AT, ids=lambda kind: kind.name)
