@@ -50,6 +50,7 @@ LONG_FUNCTION = 60
 REVIEWED = {
     "mpo_runtime/csrc/kernels/avx512_pairs.hpp": "one kernel: unpacking, dot products and scales share their order of lanes",
     "mpo_runtime/evaluation/harness.py:harness_class": "a class whose base is lm-eval's can only be made where lm-eval is",
+    "server/mpo_server/openapi.py:document": "one record that is read from top to bottom: the OpenAPI document",
     "mpo_runtime/text/tokenizer.py": "encoding, decoding and the disguise of special tokens know one another's rules",
 }
 

@@ -105,16 +105,18 @@ def test_the_first_signal_lets_answers_end(start: Start) -> None:
 
 def test_the_second_signal_ends(start: Start) -> None:
     server = start("--parallel", 1)
-    connection = begin(server, stream=True)
-    assert connection.recv(20).startswith(b"HTTP/1.1 200")
-    server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    server.process.send_signal(signal.SIGINT)
+    connections = [begin(server, stream=True) for _ in range(8)]  # one after another: far longer than the signals take
     try:
+        assert connections[0].recv(20).startswith(b"HTTP/1.1 200")
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) != 0
     except subprocess.TimeoutExpired:
         pytest.fail("a second signal did not end the server")
-    connection.close()
+    finally:
+        for connection in connections:
+            connection.close()
 
 
 def test_a_quiet_stream_is_kept_alive() -> None:
