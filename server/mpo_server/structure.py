@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 LARGEST_SCHEMA = 1 << 16  # characters of its JSON
 DEEPEST_SCHEMA = 32
-COMPILE_SECONDS = 5.0
 WHITE_SPACE = r"[ \n]{0,2}"
 _OPTIONS = "x-guidance"  # a member by which a schema would change the compiler's options
 
