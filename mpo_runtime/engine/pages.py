@@ -69,7 +69,7 @@ class Node:
 
 
 class PrefixTree:
-    """Kept beginnings of texts, page by page; the ones not used for longest go first where they exceed `budget` bytes."""
+    """Kept beginnings of texts, page by page; above `budget` bytes the least recently used are dropped."""
 
     def __init__(self, pool: PagePool, budget: int) -> None:
         self.pool, self.budget = pool, budget
@@ -150,7 +150,7 @@ class PrefixTree:
                 self._drop(other)
 
     def trim(self) -> None:
-        """Drops the leaves that were not used for longest until the kept bytes are within the budget."""
+        """Drops the least recently used leaves until the kept bytes are within the budget."""
         while self._nodes and self.kept_bytes > self.budget:
             self._drop(min((node for node in self._nodes if not node.children), key=lambda node: node.used))
 

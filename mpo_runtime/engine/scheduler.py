@@ -99,7 +99,7 @@ class Scheduler:
         return not self.deterministic or self.model.ops.row_exact
 
     def renew_after_fork(self) -> None:
-        """Makes a forked child ready to generate; the texts that were in the making are the parent's."""
+        """Prepares a forked child to generate; texts that the parent was generating stay with the parent."""
         self._changed, self._turn, self._worker = threading.Condition(), threading.Lock(), None
         for job in self._jobs:
             job.steps = queue.SimpleQueue()

@@ -39,7 +39,7 @@ def run(settings: Settings) -> None:
         MpoError: for an address in use, or a file that is no model; nothing is left running then.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    store.resolve(settings.file)  # the plainest mistake, before anything is started
+    store.resolve(settings.file)  # the most common mistake, checked before anything is started
     listener = bind(settings)
     try:
         asyncio.run(serve(settings, listener))
