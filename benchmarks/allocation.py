@@ -13,8 +13,6 @@ one is missed.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import tempfile
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.judge import Judge, calibration_tokens, domain_texts
-from parts.machine import command_line, describe_machine
+from parts.results import write_results
 
 from mpo_exporter.export import ExportTask, Listener, export, planned_spec, planner_for
 from mpo_exporter.plan.budget import default_bytes, file_bytes
@@ -212,16 +210,7 @@ def main() -> None:
             print(f"{bits} bits: auto / uniform {rows[-1]['uniform']['kl_ratio']:.3f}", flush=True)
         default = default_row(bench)
     print("\n" + markdown(rows, default))
-    if arguments.out:
-        facts = {
-            "date": datetime.date.today().isoformat(),
-            "command": command_line(),
-            "machine": asdict(describe_machine()),
-            "kernels": native.active(),
-            "rows": rows,
-            **default,
-        }
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, rows, kernels=native.active(), **default)
     sys.exit(not (default["holds"] and all(row["holds"] for row in rows)))
 
 

@@ -11,16 +11,13 @@ size · positions · bytes of an element.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts.machine import command_line, describe_machine
+from parts.results import write_results
 
 from mpo_runtime import native
 from mpo_runtime.engine.pages import PagePool
@@ -102,9 +99,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for size, seconds in medians.items()
     ]
     return {
-        "date": datetime.date.today().isoformat(),
-        "command": command_line(),
-        "machine": asdict(describe_machine()),
         "threads": arguments.threads,
         "kernels": native.active(),
         "row_exact": network.ops.row_exact,
@@ -142,8 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = run(arguments)
     print(markdown(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, **result)
 
 
 if __name__ == "__main__":

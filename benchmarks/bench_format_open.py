@@ -1,6 +1,6 @@
 """Measures how long it takes, and how much memory, to open a `.mpo` file of the size of Granite 3.3 8B.
 
-    python benchmarks/bench_format_open.py [--runs 20] [--json FILE]
+    python benchmarks/bench_format_open.py [--runs 20] [--out FILE]
 
 The header is real, with a Quantized and an Mpo term in each of 281 layers; the tensors are a hole in a sparse file,
 which opening never reads. Peak memory is Python's own (tracemalloc); growth of the process is its largest resident size
@@ -10,14 +10,14 @@ after the first opening less that before. Runs on Linux.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 import tracemalloc
 from pathlib import Path
+
+from parts.results import write_results
 
 from mpo_formats import (
     Architecture,
@@ -131,7 +131,7 @@ def main() -> None:
     """Prints one row per measured quantity, and writes them as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--out", type=Path, help="JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "large.mpo"
@@ -139,9 +139,7 @@ def main() -> None:
         result = {"tensors": tensors, "header_bytes": header, "file_bytes": size, **measure(path, options.runs)}
     for name, value in result.items():
         print(f"{name:22} {value:,.1f}" if isinstance(value, float) else f"{name:22} {value:,}")
-    if options.json:
-        machine = {"processor": platform.machine(), "python": platform.python_version(), "load": os.getloadavg()[0]}
-        options.json.write_text(json.dumps({**result, **machine}, indent=1) + "\n", encoding="utf-8")
+    write_results(options.out, [result], load=os.getloadavg()[0])
 
 
 if __name__ == "__main__":

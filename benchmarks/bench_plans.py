@@ -8,14 +8,12 @@ Held-out text of three domains (the embedded evaluation slice). Nothing is heale
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from parts.results import write_results
 
 from mpo_exporter.export import ExportTask, Result, export
 from mpo_exporter.plan.options import Options, Target
@@ -92,19 +90,8 @@ def main() -> None:
             rows.append(row(options, calibrated, result))
             print(f"measured {options.plan}", flush=True)
     print(markdown(sorted(rows, key=lambda item: -float(str(item["bits_per_weight"])))))
-    if arguments.out:
-        machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        facts = {
-            "date": datetime.date.today().isoformat(),
-            "version": __version__,
-            "command": f"python benchmarks/bench_plans.py --tokens {arguments.tokens}",
-            "text_sha256": text.sha256,
-            "tokens": int(text.ids.size),
-            "machine": machine,
-            "rows": rows,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts = {"text_sha256": text.sha256, "tokens": int(text.ids.size), "threads": torch.get_num_threads()}
+    write_results(arguments.out, rows, version=__version__, torch=torch.__version__, **facts)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ without its embedding where that is not the head. Afterwards each of our files i
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import statistics
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from launch import launch
-from parts.machine import describe_machine
+from parts.results import write_results
 from synthetic import SyntheticPlan, granite, write_synthetic
 
 from mpo_runtime.bench.meters import read_bandwidth
@@ -179,8 +178,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             }
         )
     return {
-        "date": datetime.date.today().isoformat(),
-        "machine": asdict(describe_machine()),
         "threads": arguments.threads,
         "size": arguments.size,
         "tokens": arguments.tokens,
@@ -232,8 +229,7 @@ def main() -> None:
     result = run(arguments)
     print(f"\nread bandwidth {result['read_bandwidth']:.1f} GB/s; kernels {result['kernels']}\n")
     print(markdown(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, **result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the fits on synthetic matrices, each in a process of its own, and gives its peak
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -20,12 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from parts.machine import command_line, describe_machine
+from parts.results import write_results
 
 from mpo_exporter.calibrate.moments import Moment, dense_matrix
 from mpo_exporter.calibrate.windows import COUNT
@@ -98,7 +97,7 @@ def fit_matrix(name: str, matrix: Matrix, moment: Moment, share: float) -> dict[
     return {"name": name, "rows": rows, "columns": columns, "errors": errors, "search_shape": shape_found}
 
 
-def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
+def measure_model(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fits all matrices of a model and prints the medians."""
     results = []
     with open_source(arguments.model) as source, tempfile.TemporaryDirectory() as folder:
@@ -133,7 +132,7 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, object]:
         "windows": list(walk.windows.shape),
         "share": arguments.share,
         "median_ratio": statistics.median(ratios),
-        "matrices": results,
+        "rows": results,
     }
 
 
@@ -181,7 +180,7 @@ def run_one(name: str, rows: int, columns: int, chi: int, cap: float) -> dict[st
     return found
 
 
-def measure_sizes(arguments: argparse.Namespace) -> dict[str, object]:
+def measure_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times every fit and quantiser on every size; names those that are left out because of the cap or the budget."""
     results, until = [], time.monotonic() + arguments.budget
     given_up: set[tuple[str, int]] = set()
@@ -206,7 +205,7 @@ def measure_sizes(arguments: argparse.Namespace) -> dict[str, object]:
                     flush=True,
                 )
                 results.append({"fit": name, "rows": rows, "columns": columns, "chi": words, **row})
-    return {"cap": arguments.cap, "budget": arguments.budget, "runs": results}
+    return {"cap": arguments.cap, "budget": arguments.budget, "rows": results}
 
 
 def main() -> None:
@@ -226,17 +225,8 @@ def main() -> None:
         print(json.dumps(time_one(name, *(int(number) for number in numbers), arguments.cap)))
         return
     result = measure_sizes(arguments) if arguments.sizes else measure_model(arguments)
-    if arguments.out:
-        facts = {
-            "date": datetime.date.today().isoformat(),
-            "command": command_line(),
-            "machine": asdict(describe_machine()),
-            "numpy": np.__version__,
-            "threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
-            **result,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    threads = os.environ.get("OPENBLAS_NUM_THREADS", "all")
+    write_results(arguments.out, **result, numpy=np.__version__, threads=threads)
 
 
 if __name__ == "__main__":

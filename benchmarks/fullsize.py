@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts.machine import command_line, describe_machine
+from parts.results import write_results
 
 from mpo_formats import Architecture
 from mpo_runtime.weights.config import architecture_from_config
@@ -186,16 +186,13 @@ def main() -> None:
     steps = journey(folder, file, arguments.options, tuple(arguments.timed))
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     result = {
-        "command": command_line(),
-        "machine": asdict(describe_machine()),
         "size": arguments.size,
         "checkpoint_bytes": weights,
         "file_bytes": file.stat().st_size,
-        "steps": [asdict(step) | {"command": [Path(word).name for word in step.command]} for step in steps],
+        "rows": [asdict(step) | {"command": [Path(word).name for word in step.command]} for step in steps],
     }
     print(f"checkpoint {weights / 1e9:.2f} GB, file {result['file_bytes'] / 1e9:.2f} GB")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, **result)
 
 
 if __name__ == "__main__":

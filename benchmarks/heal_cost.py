@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from parts.heal_rows import of_parameters, uniform
-from parts.machine import describe_machine, device_name
+from parts.machine import device_name
+from parts.results import write_results
 from quality import Bench, Kept
 from synthetic import SyntheticPlan, write_layers, write_synthetic
 from torch import Tensor, nn
@@ -173,19 +174,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(markdown(rows))
     if arguments.size:
         dense.unlink()
-    if arguments.out:
-        facts = {
-            "machine": vars_of(describe_machine()),
-            "device": device_name(arguments.device),
-            "asked": asked | {"file": dense.name},
-            "rows": rows,
-        }
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def vars_of(machine: Any) -> dict[str, Any]:
-    """A slotted dataclass as a dictionary."""
-    return {name: getattr(machine, name) for name in machine.__slots__}
+    named = [{"trained_part": name, **row} for name, row in rows.items()]
+    write_results(arguments.out, named, device=device_name(arguments.device), asked=asked | {"file": dense.name})
 
 
 def start(asked: dict[str, Any]) -> dict[str, float]:

@@ -16,7 +16,6 @@ embedded one, or the corpus's train split with --corpus.
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import time
@@ -31,7 +30,8 @@ import torch
 from numpy.typing import NDArray
 from parts.heal_rows import PAPER_BITS, Row, auto, based, cored, of_bytes, of_parameters, planned, smallest
 from parts.judge import DOMAINS, domain_texts, figures
-from parts.machine import command_line, describe_machine, device_name
+from parts.machine import device_name
+from parts.results import write_results
 from quality import Bench, add_options, open_bench
 
 from mpo_exporter.export import ExportTask, export
@@ -288,18 +288,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def save(arguments: argparse.Namespace, bench: Bench, text: TokenText, rows: list[dict[str, Any]]) -> None:
     """Writes the rows and what they were measured with."""
     facts = {
-        "date": datetime.date.today().isoformat(),
-        "command": command_line(),
-        "machine": asdict(describe_machine()),
         "torch": torch.__version__,
         "source_sha256": bench.source.sha256(),
         "healing_text": {"name": text.name, "sha256": text.sha256, "tokens": int(text.ids.size)},
         "texts": {name: {"sha256": one.sha256, "tokens": int(one.ids.size)} for name, one in bench.judge.texts.items()},
         "split": arguments.split,
-        "rows": [{key: value for key, value in row.items() if key != "key"} for row in rows],
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, [{key: value for key, value in row.items() if key != "key"} for row in rows], **facts)
 
 
 def main() -> None:

@@ -10,18 +10,16 @@ over rounds of kernel over read. Codes are random. Where torch is installed, its
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts.machine import describe_machine
+from parts.results import write_results
 
 from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.layout import linear_bytes, linear_tensors
@@ -129,11 +127,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     shape = {"rows": arguments.rows, "columns": arguments.columns, "batch": arguments.batch}
     settings = {"threads": arguments.threads, "activations": arguments.activations, "rounds": arguments.rounds}
-    machine = asdict(describe_machine())
     read = statistics.median(reads)
-    today = datetime.date.today().isoformat()
     active = native.active()
-    return {"date": today, **shape, **settings, "machine": machine, "kernels": active, "read": read, "results": rows}
+    return {"matrix": shape, **settings, "kernels": active, "read": read, "rows": rows}
 
 
 def main() -> None:
@@ -150,10 +146,9 @@ def main() -> None:
     result = measure(arguments)
     print(f"reads at {result['read']:.1f} GB/s; kernels {result['kernels']}\n")
     print("| kernel | GB/s | of the read bandwidth |\n|---|---|---|")
-    for row in result["results"]:
+    for row in result["rows"]:
         print(f"| {row['kernel']} | {row['gigabytes_per_second']:.1f} | {row['share_of_bandwidth']:.2f} |")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, **result)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from parts.results import write_results
+
 PROMPT, TOKENS, CONTEXT, ROUNDS = 16, 64, 512, 5
 # Runs in the child; argv: file, threads.
 CHILD = f"""
@@ -88,10 +90,7 @@ def main() -> None:
             f"| {path.name} | {path.stat().st_size / 1e6:.1f} | {row.open_ms:.0f} | {row.first_token_s:.2f} | "
             f"{row.peak_bytes / 1e6:.0f} | {row.over_file_and_cache / 1e6:.0f} |"
         )
-    if arguments.out:
-        arguments.out.write_text(
-            json.dumps({name: asdict(row) for name, row in rows.items()}, indent=1) + "\n", "utf-8"
-        )
+    write_results(arguments.out, [{"file": name} | asdict(row) for name, row in rows.items()])
 
 
 if __name__ == "__main__":

@@ -11,18 +11,16 @@ More windows take more time and disk, not memory. Exits with 1 where the peak is
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from parts.machine import describe_machine
+from parts.results import write_results
 from safetensors.torch import save_file
 
 from mpo_exporter.calibrate.moments import Calibration, Moment
@@ -117,16 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         layers = walk(write_checkpoint(Path(folder) / "model"), arguments.windows)
-    if arguments.out:
-        facts = {
-            "date": datetime.date.today().isoformat(),
-            "command": f"python memory.py --windows {arguments.windows}",
-            "machine": asdict(describe_machine()),
-            "peak_bytes": peak_memory(),
-            "layers": layers,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, layers, peak_bytes=peak_memory())
     sys.exit(peak_memory() > LIMIT)
 
 

@@ -11,19 +11,17 @@ own folder that name would hide the package.)
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts.machine import describe_machine
+from parts.results import write_results
 
 PROMPT, SEED = 256, 0
 
@@ -159,8 +157,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         row |= {key: statistics.median(one[key] for one in rounds) for key in ("decode", "prompt", "peak_bytes")}
         rows.append(row)
     return {
-        "date": datetime.date.today().isoformat(),
-        "machine": asdict(describe_machine()),
         "versions": {"onnxruntime": onnxruntime.__version__, "onnxruntime-genai": onnxruntime_genai.__version__},
         "model": arguments.file.name,
         "threads": arguments.threads,
@@ -192,8 +188,7 @@ def main() -> None:
         print(
             f"{row['name']}: {row['decode']:.1f} tokens/s, prompt {row['prompt']:.0f}, {row['peak_bytes'] / 1e6:.0f} MB"
         )
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, **result)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from parts.judge import Judge
 from parts.rows import COMPENSATED, Row, allocated, allocated_bytes
 from parts.verdict import markdown
-from quality import Bench, add_options, open_bench, write_results
+from quality import Bench, add_options, open_bench, save
 
 from mpo_formats import LinearSpec, PlanError
 from mpo_formats.architecture import EMBEDDING, HEAD
@@ -264,7 +264,7 @@ def main() -> None:
     )
     print("\n".join(summary))
     if arguments.out:
-        write_results(arguments, bench, rows)
+        save(arguments, bench, rows)
 
 
 if __name__ == "__main__":

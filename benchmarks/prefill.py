@@ -11,19 +11,17 @@ type, to transformers, to our 4 bits, and of the longest prompt to the shortest.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from decode import llama_cpp, transformers_bf16
-from parts.machine import command_line, describe_machine
+from parts.results import write_results
 from synthetic import SyntheticPlan, write_synthetic
 
 from mpo_runtime import native
@@ -103,9 +101,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for entrant in found
     ]
     return {
-        "date": datetime.date.today().isoformat(),
-        "command": command_line(),
-        "machine": asdict(describe_machine()),
         "threads": arguments.threads,
         "size": arguments.size,
         "kernels": native.active(),
@@ -156,8 +151,7 @@ def main() -> None:
     result = run(arguments)
     print(f"\nkernels {result['kernels']}\n")
     print(markdown(result))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, **result)
 
 
 if __name__ == "__main__":

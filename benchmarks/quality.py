@@ -15,7 +15,6 @@ parts. Rows of llama.cpp's types come from benchmarks/peers.py: give its result 
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from parts.judge import DOMAINS, Judge, calibration_tokens, domain_texts
-from parts.machine import command_line, describe_machine
+from parts.results import write_results
 from parts.rows import Row, make_row, planned_rows, vector_bytes
 from parts.verdict import divergence, markdown, where_cores_help
 
@@ -151,23 +150,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="the JSON to write")
 
 
-def write_results(arguments: argparse.Namespace, bench: Bench, rows: list[dict[str, Any]], **more: Any) -> None:
+def save(arguments: argparse.Namespace, bench: Bench, rows: list[dict[str, Any]], **more: Any) -> None:
     """Writes the rows and what they were measured with."""
     texts = {name: {"sha256": text.sha256, "tokens": int(text.ids.size)} for name, text in bench.judge.texts.items()}
     facts = {
-        "date": datetime.date.today().isoformat(),
-        "command": command_line(),
-        "machine": asdict(describe_machine()),
         "source_sha256": bench.source.sha256(),
         "parameters": bench.source.architecture.parameters(),
         "calibration": {"text": bench.calibration.name, "sha256": bench.calibration.sha256, "windows": bench.windows},
         "split": arguments.split,
         "texts": texts,
         **more,
-        "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.out, rows, **facts)
 
 
 def measure_rows(bench: Bench, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
@@ -210,7 +204,7 @@ def main() -> None:
     if missing:
         print(f"\nNo such file is that small: {'; '.join(missing)}.")
     if arguments.out:
-        write_results(arguments, bench, rows, no_such_file=missing, verdict=where_cores_help(rows))
+        save(arguments, bench, rows, no_such_file=missing, verdict=where_cores_help(rows))
 
 
 if __name__ == "__main__":

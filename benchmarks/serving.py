@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parts.machine import command_line, describe_machine
+from parts.results import write_results
 
 PROMPT, TOKENS, REQUESTS = 64, 64, 2
 
@@ -122,12 +122,7 @@ def main() -> None:
     if arguments.out:
         known = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
         kept = [row for row in known if row["server"] != arguments.name]
-        content = {
-            "command": command_line(),
-            "machine": asdict(describe_machine()),
-            "rows": [*kept, *(asdict(row) for row in rows)],
-        }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_results(arguments.out, [*kept, *(asdict(row) for row in rows)])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ part of --heal-text, the calibration text where it is not given.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import re
 import subprocess
@@ -22,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import accuracy
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from parts.machine import command_line, describe_machine
+from parts.results import write_results
 
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.evaluation.kept import Kept, weights_digest
@@ -235,6 +234,8 @@ def measure_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     kept, judge = Kept(arguments.rows), Judge(arguments)
     rows: list[dict[str, Any]] = []
     for row in planned(peers):
+        if arguments.only and row.family not in arguments.only:
+            continue
         if time.monotonic() > until:
             print(f"{row.family} {row.name}: not begun in time; repeat the command")
             continue
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="questions of each task; 0: all")
     parser.add_argument("--heal-tokens", default="200k", help="tokens to heal on; 0: no healing")
     parser.add_argument("--heal-text", type=Path, help="the calibration text where it is not given")
+    parser.add_argument("--only", nargs="*", default=[], help="rows of these families: dense, llama.cpp, auto, int4, …")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no row after this time")
     parser.add_argument("--bf16", action="store_true", help="accuracy from bf16 products: faster on a CPU with AMX")
     parser.add_argument("--threads", type=int, default=2)
@@ -291,11 +293,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = measure_rows(arguments)
     print(table(rows))
-    if arguments.out:
-        facts = {"date": datetime.date.today().isoformat(), "command": command_line()}
-        facts |= {"machine": asdict(describe_machine()), "model": arguments.model.name, "rows": rows}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_results(arguments.out, rows, model=arguments.model.name)
 
 
 if __name__ == "__main__":
