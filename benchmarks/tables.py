@@ -1,10 +1,10 @@
-"""Writes the tables of docs/results.md that follow a line `<!-- table: NAME -->` from the files of results.
+"""Writes the tables of docs/results.md and docs/paper.md that follow a line `<!-- table: NAME -->` from the files of results.
 
     python benchmarks/tables.py            # writes them
     python benchmarks/tables.py --check    # ends with status 1 where one is not what the results say
 
-A test checks them too, and demands that every other section with a table names a file of results. To add a table, write a
-function that returns its lines, name it in TABLES, and put the line into the document.
+A test checks them too, and demands that docs/results.md has no other tables of figures. To add a table, write a function that
+returns its lines, name it in TABLES, and put the line into the document.
 """
 
 from __future__ import annotations
@@ -12,29 +12,122 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "results.md"
+PAGES = (ROOT / "docs" / "results.md",)
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"^(<!-- table: ([\w-]+) -->\n\n)((?:\|.*\n)*)", re.MULTILINE)
+HEALED = "2026-11-27-healing-h200.json"
+Row = dict[str, Any]
 
 
-def rows_of(name: str) -> list[dict[str, Any]]:
+def rows_of(name: str) -> list[Row]:
     """The rows of a file of results."""
     return list(json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"])
 
 
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(line) + " |" for line in (head, *body)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
 
 
-def plan_name(row: dict[str, Any]) -> str:
+def digits(value: float, count: int = 2) -> str:
+    """A figure with `count` digits that count, and none behind the point from 10 on where two are enough."""
+    if value == 0:
+        return "0"
+    whole = len(str(int(abs(value))))
+    behind = count - whole if abs(value) >= 1 else count - 1 - int(f"{value:e}".split("e")[1])
+    return f"{value:.{max(behind, 0)}f}"
+
+
+def kl(value: float) -> str:
+    """A divergence with as many places as count."""
+    places = 4 if value < 0.2 else 3 if value < 2 else 2 if value < 10 else 1
+    return f"{value:.{5 if 0 < value < 1e-4 else places}f}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage."""
+    return f"{100 * share:.1f} %"
+
+
+def peers() -> str:
+    """granite-nano: llama.cpp's types, and ours with as many bytes of tensors."""
+    rows = rows_of("2026-11-25-peers.json")
+    body = []
+    for row in rows:
+        if row["family"] == "llama.cpp":
+            their, our = row["measured"]["all"], ours_at(rows, row["size"])
+            ratio = f"{our['kl_mean'] / their['kl_mean']:.2f}"
+            cells = [row["size"], f"{row['tensor_bytes'] / 1e6:.2f}", kl(their["kl_mean"]), kl(our["kl_mean"]), ratio]
+            body.append([*cells, f"{their['perplexity']:.2f}", f"{our['perplexity']:.2f}"])
+    return table(("llama.cpp", "MB", "KL theirs", "KL ours", "ours / theirs", "perplexity theirs", "ours"), body)
+
+
+def ours_at(rows: Iterable[Row], kind: str) -> Row:
+    """What was measured of our file with as many bytes of tensors as a type of llama.cpp."""
+    found: Row = next(row["measured"]["all"] for row in rows if row["size"] == f"tensor bytes of {kind}")
+    return found
+
+
+def smollm2_by_hand() -> str:
+    """SmolLM2: llama.cpp's types, and ours at the same bytes, measured by hand."""
+    rows = rows_of("2026-11-29-smollm2-by-hand.json")
+    ours = {row["megabytes"]: row["kl_mean"] for row in rows if row["family"] == "auto"}
+    body = [
+        (f"{row['megabytes']:g}", row["size"], f"{row['kl_mean']:g}", f"{ours[row['megabytes']]:g}", f"{ratio:.2f}")
+        for row in rows
+        if row["family"] == "llama.cpp" and row["megabytes"] in ours
+        for ratio in (ours[row["megabytes"]] / row["kl_mean"],)
+    ]
+    return table(("MB", "llama.cpp", "KL theirs", "KL ours (`auto`)", "ours / theirs"), body)
+
+
+def cores() -> str:
+    """granite-nano: integers, cores beside them, and cores alone, by bits per weight of the whole file."""
+    rows = [row for row in rows_of("2026-11-26-quality.json") if isinstance(row["size"], float)]
+    sizes = sorted({row["size"] for row in rows})
+    names = {"nearest": "rounded to nearest", "compensated": "error-compensated"}
+    body = []
+    for family in ("nearest", "compensated", "plain SVD", "whitened SVD", "naive MPO", "ALS MPO"):
+        for chi in sorted({row["chi"] for row in rows if row["family"] == family}):
+            found = {
+                row["size"]: row["measured"]["all"]["kl_mean"]
+                for row in rows
+                if (row["family"], row["chi"]) == (family, chi)
+            }
+            name = f"… + cores χ = {chi}" if chi else names.get(family, f"{family} alone")
+            body.append([name, *(kl(found[size]) if size in found else "–" for size in sizes)])
+    return table(("bits per weight", *(f"{size:g}" for size in sizes)), body)
+
+
+def calibration_domain() -> str:
+    """Calibrated on one domain or on all three: KL by domain."""
+    alone = {row["size"]: row for row in rows_of("2026-11-26-quality-calibrated-on-chat.json")}
+    every = {
+        row["size"]: row
+        for row in rows_of("2026-11-26-quality.json")
+        if (row["family"], row["chi"]) == ("compensated", 0)
+    }
+    body = []
+    for size, row in alone.items():
+        sides = (row["measured"], every[size]["measured"])
+        body.append(
+            [
+                f"{size:g}",
+                *(" / ".join(kl(side[name]["kl_mean"]) for name in ("stories", "web", "chat")) for side in sides),
+            ]
+        )
+    return table(("bits per weight", "calibrated on chat", "calibrated on all three"), body)
+
+
+def plan_name(row: Row) -> str:
     """What a row of bench_plans.py is called."""
     if row["plan"] == "auto":
         return f"`auto`, {row['bits_per_weight']:.2f} bits"
@@ -53,11 +146,199 @@ def plans() -> str:
             str(row["layers_with_cores"]),
             f"{row['model']['perplexity']:.2f} ± {row['model']['error']:.2f}",
             f"{row['kl_mean']:.4f}",
-            f"{100 * row['same_top1']:.1f} %",
+            percent(row["same_top1"]),
         )
         for row in rows
     ]
     return table(("plan", "MB", "bits per weight", "layers with cores", "perplexity", "KL", "same top token"), body)
+
+
+def allocation() -> str:
+    """Bits chosen layer by layer, against the better of the files with one width for all."""
+    body = []
+    for row in rows_of("2026-11-25-allocation.json"):
+        pair = row["uniform"]
+        sides = (pair["other"], pair["auto"])
+        body.append([f"{row['bits']:g}", *(kl(side["kl_mean"]) for side in sides), f"{pair['kl_ratio']:.2f}"])
+    return table(("bits per weight", "KL, one width for all", "KL, `auto`", "ratio"), body)
+
+
+def fits() -> str:
+    """The median error of each fit over all matrices of granite-nano."""
+    rows = rows_of("2026-11-26-fits.json")
+    names = {
+        "sequential SVD, balanced": "sequential SVD, balanced factors",
+        "ALS, balanced": "ALS, same shapes",
+        "plain SVD": "plain SVD",
+        "whitened SVD": "whitened SVD",
+        "search": "search over shapes",
+    }
+    medians = [f"{statistics.median(row['errors'][name] for row in rows):.3f}" for name in names]
+    return table(list(names.values()), [medians])
+
+
+def fit_costs() -> str:
+    """Seconds and MB of single fits, by the size of the matrix."""
+    rows = rows_of("2026-11-26-fits-sizes.json")
+    sizes = list(dict.fromkeys((row["rows"], row["columns"]) for row in rows))
+    found: dict[str, dict[tuple[int, int], str]] = {}
+    for row in rows:
+        name = row["fit"].rsplit(" g", 1)[0]
+        name += {"": "", "half": ", half"}.get(row["chi"], f", χ = {row['chi']}")
+        cell = f"{digits(row['seconds'])}{' (by the clock)' if row['clock'] else ''}, {row['peak_bytes'] / 1e6:.0f}"
+        found.setdefault(name.replace("sweeps, 3 cores", "sweeps of 3 cores"), {})[row["rows"], row["columns"]] = cell
+    body = [[name, *(cells.get(size, "") for size in sizes)] for name, cells in found.items()]
+    return table(("", *(f"{rows}×{columns}" for rows, columns in sizes)), body)
+
+
+def healed_line(row: Row, name: str) -> list[str]:
+    """A row of a table of healing."""
+    before, after = row["before"]["full"], row["after"]["full"]
+    left = after["kl_mean"] / before["kl_mean"]
+    return [
+        name,
+        f"{row['bits_per_weight']:.2f}",
+        f"{kl(before['kl_mean'])} → {kl(after['kl_mean'])} ({left:.2f})",
+        f"{before['perplexity']:.1f} → {after['perplexity']:.1f}",
+        f"{100 * before['accuracy']:.1f} → {percent(after['accuracy'])}",
+        f"{row['minutes']:.1f}",
+    ]
+
+
+HEALED_NAMES = {
+    "auto, 4.25 bits": "`auto`, 4.25 bits",
+    "auto, 3.3 bits": "`auto`, 3.3 bits",
+    "auto, 3.0 bits": "`auto`, 3 bits",
+    "auto, 3.0 bits, cores of χ = 8 among them": "… with cores of χ = 8 among them",
+    "auto, 2.5 bits": "`auto`, 2.5 bits",
+    "auto, 2.5 bits, cores of χ = 4 among them": "… with cores of χ = 4 among them",
+    "integers and int4 cores, 2.0 bits": "integers and int4 cores, 2 bits over everything",
+    "paper, 30 % of the parameters": "`paper`, 30 % of the attention and MLP parameters",
+    "whitened SVD, 30 % of the parameters": "whitened SVD, as many parameters",
+    "paper, file 93 % below fp32": "`paper`, file 93 % below fp32",
+    "whitened SVD, file 93 % below fp32": "whitened SVD, file 93 % below fp32",
+    "k-proj": "`k-proj`, key projections alone",
+}
+HEALED_HEAD = ("plan", "bits per weight", "KL before → healed (left)", "perplexity", "next token", "minutes")
+
+
+def healing(suffix: str = "") -> str:
+    """Plans before and after healing; `suffix` chooses the rows with more text."""
+    found = {row["plan"]: row for row in rows_of(HEALED)}
+    named = [(found[key + suffix], name) for key, name in HEALED_NAMES.items() if key + suffix in found]
+    return table(HEALED_HEAD, [healed_line(row, name) for row, name in named])
+
+
+def healing_corpus() -> str:
+    """Plans before and after healing on more text."""
+    return healing(", healed and measured on the corpus")
+
+
+def healing_lengths() -> str:
+    """KL by χ and by the tokens of healing."""
+    body = []
+    for chi in (0, 8, 32):
+        found = {row["plan"]: row for row in rows_of(HEALED)}
+        named = [
+            found[f"2 bits g64, χ = {chi}, healed on {count}"]
+            for count in ("100,000", "500,000", "1,000,000", "4,000,000")
+        ]
+        left = [kl(row["after"]["full"]["kl_mean"]) for row in named]
+        body.append([str(chi), f"{named[0]['bits_per_weight']:.2f}", kl(named[0]["before"]["full"]["kl_mean"]), *left])
+    return table(("χ", "bits per weight", "not healed", "100k", "500k", "1M", "4M"), body)
+
+
+def healing_prefixes() -> str:
+    """KL of prefixes of χ, healed with and without χ-dropout."""
+    found = {row["plan"]: row for row in rows_of(HEALED)}
+    plain, dropped = (
+        found["2 bits g64, χ = 32, healed on 1,000,000"],
+        found["2 bits g64, χ = 32, healed with χ-dropout"],
+    )
+    sides = {"before healing": plain["before"], "healed without": plain["after"], "healed with": dropped["after"]}
+    parts = ("full", "half", "quarter")
+    body = [[name, *(kl(side[part]["kl_mean"]) for part in parts)] for name, side in sides.items()]
+    return table(("", "full χ", "half", "quarter"), body)
+
+
+def heal_cost() -> str:
+    """Time and memory of a healing step over a dense one: medians of the runs."""
+    names = {
+        "fp16 cores (O,1)×(1,I), 30 % of the parameters": "cores (O,1)×(1,I), 30 % of the parameters",
+        "fp16 cores (balanced), 30 % of the parameters": "balanced cores, 30 %",
+        "3 bits, codes too": "integers of 3 bits, with codes",
+        "3 bits, scales and norms": "integers of 3 bits, scales alone",
+    }
+    body = []
+    for part, name in names.items():
+        cells = [name]
+        for file in ("2026-11-26-heal-cost-matching.json", "2026-11-27-heal-cost-2b-h200.json"):
+            rows = rows_of(file)
+            runs = sorted({row.get("run", 0) for row in rows})
+            by = {(row.get("run", 0), row["trained_part"]): row for row in rows}
+            ratios = [
+                statistics.median(by[run, part][key] / by[run, "dense training"][key] for run in runs)
+                for key in ("seconds", "peak_bytes")
+            ]
+            cells.append(" / ".join(f"{ratio:.2f}" for ratio in ratios))
+        body.append(cells)
+    return table(("what is trained", "granite-nano, 2 CPU threads", "2B sizes, H200"), body)
+
+
+FILES = {
+    "mpo 4": "4 bits",
+    "mpo 4/chi32": "4 bits + χ = 32 int8 cores",
+    "mpo 3+4": "3 and 4 bits in turns",
+    "mpo 2+3": "2 and 3 bits in turns",
+    "mpo 2": "2 bits",
+    "mpo dense": "dense bf16",
+}
+
+
+def decoding(file: str, beside: dict[str, tuple[str, ...]]) -> str:
+    """Decoding speeds; `beside` names the peers that each row is compared with, at equal bytes."""
+    rows = {row["name"]: row for row in rows_of(file)}
+    dense = rows.get("mpo dense")
+    body = []
+    for key, name in FILES.items():
+        if key not in rows:
+            continue
+        row = rows[key]
+        speed = row["decode_tokens_per_second"]
+        cells = [name, f"{row['bytes'] / 1e9:.2f}", f"{speed:.1f}", f"{row['share_of_bandwidth']:.2f}"]
+        cells += [f"{speed / dense['decode_tokens_per_second']:.1f}"] if dense else []
+        other = []
+        for peer in beside.get(key, ()):
+            their = rows[f"llama.cpp {peer}"]
+            ratio = row["gigabytes_per_second"] / their["gigabytes_per_second"]
+            sizes = f"{their['bytes'] / 1e9:.2f}, {their['decode_tokens_per_second']:.1f}"
+            other.append(f"{ratio:.2f} × {peer.removeprefix('8b-')} ({sizes})")
+        body.append([*cells, ", ".join(other)])
+    head = ["file", "GB", "tokens/s", "of the read bandwidth", *(["over dense bf16 here"] if dense else [])]
+    return table([*head, "beside llama.cpp (GB, tokens/s), at equal bytes"], body)
+
+
+def decoding_2b() -> str:
+    """Decoding at 2B beside llama.cpp on a CPU with AVX2."""
+    beside = {"mpo 4": ("Q4_0", "Q4_K_M"), "mpo 3+4": ("Q3_K_M",), "mpo 2+3": ("Q2_K",), "mpo 2": ("IQ2_XS",)}
+    return decoding("2026-11-26-decode-2b.json", beside)
+
+
+def decoding_8b() -> str:
+    """Decoding at 8B beside llama.cpp on a CPU with AVX2."""
+    return decoding("2026-11-26-decode-8b.json", {"mpo 4": ("8b-Q4_0",), "mpo 2+3": ("8b-Q2_K",)})
+
+
+def decoding_transformers() -> str:
+    """Decoding at 2B beside transformers in bf16."""
+    rows = rows_of("2026-11-26-decode-2b-transformers.json")
+    theirs = next(row for row in rows if row["name"] == "transformers bf16")["decode_tokens_per_second"]
+    body = [
+        (FILES.get(row["name"], row["name"]), f"{row['bytes'] / 1e9:.2f}", f"{speed:.1f}", f"{speed / theirs:.1f}")
+        for row in rows
+        for speed in (row["decode_tokens_per_second"],)
+    ]
+    return table(("file", "GB", "tokens/s", "over transformers bf16"), body)
 
 
 def amx() -> str:
@@ -68,7 +349,48 @@ def amx() -> str:
     return table(("file", "GB", "decode tokens/s", "of the bandwidth", "prompt tokens/s"), body)
 
 
-TABLES: dict[str, Callable[[], str]] = {"plans": plans, "amx": amx}
+def starting() -> str:
+    """What starting a 2B or 8B file costs."""
+    body = []
+    for file, size in (("2026-11-26-decode-2b.json", "2B"), ("2026-11-26-decode-8b.json", "8B")):
+        for row in rows_of(file):
+            if started := row["launch"]:
+                cells = [f"{size}, {FILES[row['name']]}", f"{row['bytes'] / 1e9:.2f}", f"{started['open_ms']:.0f}"]
+                body.append([*cells, f"{started['first_token_s']:.2f}", f"{started['peak_bytes'] / 1e9:.2f}"])
+    return table(("file", "GB", "opens in ms", "first token after s", "peak GB"), body)
+
+
+def onnx_runtime() -> str:
+    """granite-nano in ONNX Runtime."""
+    body = []
+    for row in rows_of("2026-11-29-ort-granite-nano.json"):
+        rounds = f"{min(row['decode_rounds']):.0f} to {max(row['decode_rounds']):.0f}"
+        cells = (row["name"], f"{row['decode']:.0f} ({rounds})", f"{row['prompt']:.0f}")
+        body.append([*cells, f"{row['peak_bytes'] / 1e6:.0f}"])
+    return table(("row", "decode tokens/s (rounds)", "prompt tokens/s", "peak MB"), body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "peers": peers,
+    "smollm2-by-hand": smollm2_by_hand,
+    "cores": cores,
+    "calibration-domain": calibration_domain,
+    "plans": plans,
+    "allocation": allocation,
+    "fits": fits,
+    "fit-costs": fit_costs,
+    "healing": healing,
+    "healing-corpus": healing_corpus,
+    "healing-lengths": healing_lengths,
+    "healing-prefixes": healing_prefixes,
+    "heal-cost": heal_cost,
+    "decoding-2b": decoding_2b,
+    "decoding-8b": decoding_8b,
+    "decoding-transformers": decoding_transformers,
+    "amx": amx,
+    "starting": starting,
+    "onnx-runtime": onnx_runtime,
+}
 
 
 def written(text: str) -> str:
@@ -80,12 +402,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    before = PAGE.read_text(encoding="utf-8")
-    after = written(before)
-    if not arguments.check:
-        PAGE.write_text(after, encoding="utf-8")
-    elif after != before:
-        sys.exit(f"{PAGE}: a table is not what the results say; run python benchmarks/tables.py")
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = written(before)
+        if not arguments.check:
+            page.write_text(after, encoding="utf-8")
+        elif after != before:
+            sys.exit(f"{page}: a table is not what the results say; run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

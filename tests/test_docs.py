@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -207,13 +208,27 @@ def unbacked(text: str, results: Path) -> list[str]:
     ]
 
 
+def handwritten(text: str) -> list[str]:
+    """The first lines of tables with figures that follow no line `<!-- table: NAME -->`."""
+    marked = re.sub(r"^<!-- table: [\w-]+ -->\n\n(?:\|.*\n)*", "", text, flags=re.MULTILINE)
+    tables = re.findall(r"(?:^\|.*\n)+", marked, re.MULTILINE)
+    return [table.splitlines()[0] for table in tables if re.search(r"\| *[\d.]+[ %]*\|", table)]
+
+
 def test_every_table_of_results_is_backed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import tables
 
+    found = []
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert tables.written(text) == text, "run python benchmarks/tables.py"
+        assert handwritten(text) == [], "a table of figures follows a line <!-- table: NAME --> (benchmarks/tables.py)"
+        found += [name for _, name, _ in tables.MARKER.findall(text)]
+    assert sorted(found) == sorted(tables.TABLES)
+    assert handwritten("<!-- table: a -->\n\n| x |\n|---|\n| 1 |\n") == []
+    assert handwritten("| x |\n|---|\n| 1 |\n") == ["| x |"]
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert tables.written(text) == text, "run python benchmarks/tables.py"
-    assert len(tables.MARKER.findall(text)) == len(tables.TABLES)
     assert unbacked(text, ROOT / "benchmarks" / "results") == []
     made_up = "## A\n\n| x |\n|---|\n| 1 |\n\n## B\n\n| x |\n|---|\n\n[b](results/b.json)\n"
     assert unbacked(made_up, tmp_path) == ["A", "B"]
@@ -226,6 +241,16 @@ def test_every_file_of_results_has_its_place() -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     files = sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.json"))
     assert files and [name for name in files if name not in text] == []
+
+
+def test_every_file_of_results_has_the_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from parts.results import faults
+
+    files = (ROOT / "benchmarks" / "results").glob("*.json")
+    found = {path.name: faults(json.loads(path.read_text(encoding="utf-8"))) for path in files}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+    assert faults({"rows": [1]}) != []
 
 
 def test_the_picture_is_drawn_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
