@@ -7,31 +7,26 @@ allocation ends the process. So templates run in a helper process whose memory a
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
 from mpo_formats.errors import CheckpointError, ConfigError
 from mpo_runtime.forks import renew_in_children
+from mpo_runtime.helper_process import HelperProcess
 from mpo_runtime.text.decode import decode_json, decode_text
 from mpo_runtime.text.files import CONFIG, DEFAULT, REMEDY, TEMPLATE, default_template, named_templates
-from mpo_runtime.text.template_helper import MEMORY, TemplateFailure, compile_template, read_frame, write_frame
+from mpo_runtime.text.template_helper import MEMORY, TemplateFailure, compile_template
 from mpo_runtime.text.tokenizer import Disguise, Tokenizer
 
 SECONDS = 5.0  # for one rendering in the helper process
-SECONDS_TO_START = 60.0  # for starting it, on a slow machine
 LONGEST_TEMPLATE = 1 << 20  # characters
 _DEEPEST = 64  # levels of lists and objects in a message
 TOOL_USE = "tool_use"  # the name of the template that is taken where a request has tools
-_BOOT = "import sys; sys.path[:] = sys.argv[1:]; from mpo_runtime.text import template_helper; template_helper.serve()"
 # A template that tests the type of a message's content, or loops over it, handles contents that are lists of parts.
 _TAKES_PARTS = re.compile(
     r"content['\"\])]*\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)"
@@ -322,21 +317,10 @@ class _Helper:
     """The parent's end of a helper process that renders one template."""
 
     def __init__(self, source: str) -> None:
-        command = [sys.executable, "-I", "-c", _BOOT, *map(str, sys.path)]
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        self._owner = os.getpid()
-        self._expired = False
-        unable = ConfigError(
-            f"chat template: the helper process ({sys.executable}) does not start; "
-            "ChatTemplate(…, isolated=False) renders without one"
-        )
+        remedy = "; ChatTemplate(…, isolated=False) renders without one"
+        self._process = HelperProcess("mpo_runtime.text.template_helper", "chat template", remedy)
+        self.stop = self._process.stop
         try:
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null)
-        except OSError:
-            raise unable from None
-        try:
-            if self._exchange(None, SECONDS_TO_START) is None:
-                raise unable
             self._answer(source.encode())
         except BaseException:
             self.stop()
@@ -346,44 +330,11 @@ class _Helper:
         """Renders in the helper; raises TemplateFailure where the template fails or ends the helper."""
         return self._answer(json.dumps(data).encode())
 
-    def stop(self) -> None:
-        """Ends the process and closes its pipes; does nothing in a forked child, which did not start it."""
-        if self._owner == os.getpid():
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError):  # what could not be written any more
-                    _open(stream).close()
-
     def _answer(self, request: bytes) -> str:
-        answer = self._exchange(request, SECONDS)
+        answer = self._process.ask(request, SECONDS)
         if answer is None:
             limits = f"needs more than {MEMORY >> 20} MiB of memory, or crashed its helper process"
-            raise _HelperEnded(f"takes longer than {SECONDS:g} seconds" if self._expired else limits)
+            raise _HelperEnded(f"takes longer than {SECONDS:g} seconds" if self._process.expired else limits)
         if answer[:1] != b"+":
             raise TemplateFailure(answer[1:].decode())
         return answer[1:].decode()
-
-    def _exchange(self, request: bytes | None, seconds: float) -> bytes | None:
-        """Sends a request (none for the greeting) and returns the answer, or None where the helper ended."""
-        timer = threading.Timer(seconds, self._expire)
-        timer.daemon = True
-        timer.start()
-        try:
-            if request is not None:
-                write_frame(_open(self._process.stdin), request)
-            return read_frame(_open(self._process.stdout))
-        except OSError:
-            return None
-        finally:
-            timer.cancel()
-
-    def _expire(self) -> None:
-        self._expired = True
-        self._process.kill()
-
-
-def _open(stream: IO[bytes] | None) -> IO[bytes]:
-    if stream is None:
-        raise OSError("the helper process has no pipe")
-    return stream

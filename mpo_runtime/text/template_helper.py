@@ -1,19 +1,18 @@
 """Runs a chat template with minijinja, and is the helper process in which `ChatTemplate` has that done.
 
-The helper starts with every program that chats, so this module imports nothing of the project, nor numpy.
+The helper starts with every program that chats, so this module imports as little as it can, and not numpy.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import IO, Any
+from typing import Any
 
+from mpo_runtime.helper_process import confine, read_frame, write_frame
 from mpo_runtime.text.template_syntax import CONTAINER, FLOAT, JSON, translate
 
 FUEL = 10_000_000  # minijinja instructions; a conversation of 10,000 messages takes about a tenth
@@ -74,10 +73,9 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
 def serve() -> None:
     """The helper process: reads the template, then one set of variables at a time, and answers each on stdout.
 
-    A frame is its length in 4 bytes, big-endian, and that many bytes; an answer starts with + (text) or - (error).
+    An answer starts with + (text) or - (error).
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that the helper belongs to
-    _limit_memory()
+    confine(MEMORY)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     write_frame(answers, b"+")
     render: Callable[[dict[str, Any]], str] | None = None
@@ -96,31 +94,6 @@ def serve() -> None:
         except MemoryError:
             answer = f"-needs more than {MEMORY >> 20} MiB of memory".encode()
         write_frame(answers, answer)
-
-
-def write_frame(stream: IO[bytes], data: bytes) -> None:
-    """Writes one frame; raises OSError where the other end is gone."""
-    stream.write(len(data).to_bytes(4, "big") + data)
-    stream.flush()
-
-
-def read_frame(stream: IO[bytes]) -> bytes | None:
-    """Reads one frame, or returns None where the stream ends."""
-    head = stream.read(4)
-    size = int.from_bytes(head, "big")
-    data = stream.read(size) if len(head) == 4 else b""
-    return data if len(head) == 4 and len(data) == size else None
-
-
-def _limit_memory() -> None:
-    """Limits this process's address space and keeps it from writing core files, where the system can."""
-    try:
-        import resource
-    except ImportError:  # Windows; time is still limited
-        return
-    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(kind, (limit, limit))
 
 
 def _python_float(text: str) -> str:

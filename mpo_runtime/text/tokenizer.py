@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_LONG = 10_000  # characters from which on encoding lets other threads run
 _HELD_AT_MOST = 8  # tokens; only where the decoder's kind does not say which tokens are parts of a character
 
 
@@ -152,7 +153,7 @@ class Tokenizer:
         """
         _check_text(text)
         if parse_special or not self._mentions(text, self.special_tokens):
-            return self._raw.encode(text, add_special_tokens=add_special_tokens).ids
+            return _ids(self._raw, text, add_special_tokens)
         ids = self._encode_plain(text, self.special_tokens, continued=False)
         if not add_special_tokens:
             return ids
@@ -170,12 +171,16 @@ class Tokenizer:
         _check_text(text)
         table = str.maketrans(disguise.meaning)
         spelling = {index: token for token, index in disguise.control.items()}
-        encoding = self._raw.encode(text, add_special_tokens=False)
+        if len(text) < _LONG:
+            encoding = self._raw.encode(text, add_special_tokens=False)
+        else:
+            encoding = self._raw.encode_batch([text], add_special_tokens=False)[0]
         ids: list[int] = []
         start = 0
-        for index, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
+        for place, index in [item for item in enumerate(encoding.ids) if item[1] in spelling]:
+            left, right = encoding.token_to_chars(place) or (0, 0)
             # An unknown character may give a special id as well (<unk>), so the spelling decides.
-            if index in spelling and text[left:right].strip() == spelling[index].strip():
+            if text[left:right].strip() == spelling[index].strip():
                 ids += self._encode_plain(text[start:left].translate(table), disguise.control, continued=start > 0)
                 ids.append(index)
                 start = right
@@ -186,7 +191,10 @@ class Tokenizer:
 
         Raises ConfigError where an id is negative or no integer.
         """
-        return self._raw.decode([_token_id(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        plain = [_token_id(token) for token in ids]
+        if len(plain) < _LONG:
+            return self._raw.decode(plain, skip_special_tokens=skip_special_tokens)
+        return self._raw.decode_batch([plain], skip_special_tokens=skip_special_tokens)[0]
 
     def _configured(self, key: str) -> tuple[str | None, int | None]:
         """The text and id of a token that tokenizer_config.json names (as a string or as an object with `content`)."""
@@ -214,17 +222,17 @@ class Tokenizer:
             return []
         continued = continued and "prepend_scheme=first" in repr(self._raw.pre_tokenizer).replace('"', "")
         if not continued and not self._mentions(text, control):
-            return self._raw.encode(text, add_special_tokens=False).ids
+            return _ids(self._raw, text)
         raw, unknown = self._variant(frozenset(control), continued)
         forbidden = frozenset(control.values()) - {unknown}
-        ids = raw.encode(text, add_special_tokens=False).ids
+        ids = _ids(raw, text)
         if forbidden.isdisjoint(ids):
             return ids
         # The model's own vocabulary spells it (as unigram models may): cut each spelling after its first character.
         pattern = "|".join(re.escape(token[0]) + f"(?={re.escape(token[1:])})" for token in control)
         cuts = [0, *(match.end() for match in re.finditer(pattern, text)), len(text)]
         pieces = [text[start:end] for start, end in pairwise(cuts)]
-        ids = [index for piece in pieces for index in raw.encode(piece, add_special_tokens=False).ids]
+        ids = [index for piece in pieces for index in _ids(raw, piece)]
         if not forbidden.isdisjoint(ids):
             token = self._raw.id_to_token(next(i for i in ids if i in forbidden))
             raise ConfigError(f"the text spells {token!r}, which {self._name} cannot encode as plain text; remove it")
@@ -390,6 +398,16 @@ class StreamDecoder:
         text = self._text_of_pending()
         self._anchor, self._pending = self._pending[-1:], []
         return text
+
+
+def _ids(raw: tokenizers.Tokenizer, text: str, around: bool = False) -> list[int]:
+    """The ids of a text, with `around` those that the tokenizer puts around it.
+
+    The library lets other threads run only while it encodes a batch; a batch of one long text costs nothing more.
+    """
+    if len(text) < _LONG:
+        return raw.encode(text, add_special_tokens=around).ids
+    return raw.encode_batch_fast([text], add_special_tokens=around)[0].ids
 
 
 def _adopt_tokens(raw: tokenizers.Tokenizer, config: Mapping[str, Any], name: str) -> None:

@@ -17,7 +17,7 @@ from mpo_runtime.text.chat_template import TemplateOptions, encode_chat
 from mpo_server.errors import ApiError, invalid
 from mpo_server.fields import Field, Table, flag, read, required, text_field, whole
 from mpo_server.generation import Answers, Piece, TokenFacts
-from mpo_server.http import DONE, Event, Generating, Job, read_object
+from mpo_server.http import DONE, Event, Generating, Job, understood
 from mpo_server.logprobs import chat_logprobs
 from mpo_server.messages import Message, read_messages, split_prefill, template_data
 from mpo_server.reader import THINK, Found, MessageReader
@@ -179,32 +179,27 @@ def reading_of(
     )
 
 
-def grammar_of(service: Service, request: ChatRequest, dialect: Dialect) -> Grammar | None:
-    """The grammar of the answer, from its schema and from calls that are demanded. Takes long; runs in a thread."""
-    tools, compiler = request.conversation.tools, service.compiler
+def grammar_of(model: Model, request: ChatRequest, dialect: Dialect) -> tuple[str, str] | None:
+    """The grammar of the answer, from its schema and from calls that are demanded, and the field that it comes from."""
+    tools = request.conversation.tools
     if tools.usable and (tools.forced or request.schema is not None):
-        special = dialect.open in service.model.text_tokenizer().special_tokens
+        special = dialect.open in model.text_tokenizer().special_tokens
         rules = forced_calls(tools, dialect, special)
         if tools.forced:
-            return compiler.compile(lark_grammar(f"start: calls\n{rules}"), "tools")
+            return lark_grammar(f"start: calls\n{rules}"), "tools"
         answer = json.dumps(with_options(request.schema or {}))
-        return compiler.compile(lark_grammar(f"start: calls | answer\nanswer: %json {answer}\n{rules}"), "tools")
-    if request.schema is None:
-        return None
-    return compiler.compile(json_grammar(request.schema), "response_format")
+        return lark_grammar(f"start: calls | answer\nanswer: %json {answer}\n{rules}"), "tools"
+    return None if request.schema is None else (json_grammar(request.schema), "response_format")
 
 
 async def prepare_chat(
     service: Service, model: Model, request: ChatRequest
 ) -> tuple[list[int], Reading, Grammar | None]:
     """The prompt's token ids, how answers are read, and their grammar."""
-
-    def work() -> tuple[list[int], Reading, Grammar | None]:
-        ids, dialect, source = render(model, request.conversation)
-        grammar = grammar_of(service, request, dialect)
-        return ids, reading_of(model, ids, source, dialect, request, grammar is not None), grammar
-
-    return await service.work(work)
+    ids, dialect, source = await service.work(lambda: render(model, request.conversation))
+    found = grammar_of(model, request, dialect)
+    grammar = None if found is None else await service.compile(*found)
+    return ids, reading_of(model, ids, source, dialect, request, grammar is not None), grammar
 
 
 class ChatJob(Job):
@@ -330,7 +325,7 @@ def call_data(call: Call) -> dict[str, Any]:
 async def chat_completions(request: Request) -> Generating:
     """Answers a conversation."""
     service: Service = request.app.state.service
-    chat = read_chat(service.model, await read_object(request))
+    chat = await understood(request, read_chat)
 
     async def prepare(service: Service, model: Model) -> ChatJob:
         return await ChatJob.prepare(chat, service, model)

@@ -16,7 +16,7 @@ from mpo_runtime.model import Model
 from mpo_server.errors import invalid
 from mpo_server.fields import Field, Table, flag, read, required, whole
 from mpo_server.generation import Answers, Piece, TokenFacts, check_length
-from mpo_server.http import DONE, Event, Generating, Job, read_object
+from mpo_server.http import DONE, Event, Generating, Job, understood
 from mpo_server.logprobs import completion_logprobs, prompt_facts
 from mpo_server.sampling import (
     LONGEST_PROMPT,
@@ -149,8 +149,7 @@ class CompletionJob(Job):
         except ConfigError as error:
             raise invalid("prompt", str(error)) from None
         if request.schema is not None:
-            source = json_grammar(request.schema)
-            grammar = await service.work(lambda: service.compiler.compile(source, "response_format"))
+            grammar = await service.compile(json_grammar(request.schema), "response_format")
             request = replace(request, drawing=replace(drawing, grammar=grammar))
         known: list[list[TokenFacts]] = []
         for ids in prompts:
@@ -237,7 +236,7 @@ class CompletionJob(Job):
 async def completions(request: Request) -> Generating:
     """Continues texts."""
     service: Service = request.app.state.service
-    asked = read_completion(service.model, await read_object(request))
+    asked = await understood(request, read_completion)
 
     async def prepare(service: Service, model: Model) -> CompletionJob:
         return await CompletionJob.prepare(asked, service, model)

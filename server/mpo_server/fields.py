@@ -6,6 +6,7 @@ are meant for others. Fields that would change the answer and that this server d
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -150,10 +151,13 @@ def schema(table: Table, needed: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def parse_json(body: bytes) -> dict[str, Any]:
     """The object in a request's body; raises ApiError for anything else, NaN and text that is no Unicode among it."""
+    gc.disable()  # it would look at millions of new objects again and again, and keep all threads waiting meanwhile
     try:
         data = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {_reason(error)}", code="invalid_json") from None
+    finally:
+        gc.enable()
     if not isinstance(data, dict):
         raise ApiError(400, f"the body is {_shown(data)}, expected an object", code="invalid_json")
     _check_plain(data)

@@ -9,7 +9,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
@@ -24,8 +24,11 @@ from mpo_server.settings import LARGEST_BODY
 
 log = logging.getLogger("mpo_server")
 KEEP_ALIVE = 15.0  # seconds without an event after which a stream sends a comment
+GRACE_SECONDS = 10.0  # that a client has to read its answer to the end, after the time of its request
+LARGE_BODY = 1 << 16  # bytes from which on a body is understood in a thread
 BODY_SECONDS = 60.0  # in which a client must send its request
 DONE = "[DONE]"
+Asked = TypeVar("Asked")
 
 
 class Event(NamedTuple):
@@ -82,8 +85,23 @@ class Job(ABC):
 Prepare = Callable[[Service, Model], Awaitable[Job]]
 
 
-async def read_object(request: Request) -> dict[str, Any]:
-    """The JSON object in a request's body; raises ApiError for a body that is too long, too slow or something else."""
+async def understood(request: Request, reader: Callable[[Model, dict[str, Any]], Asked]) -> Asked:
+    """What a function makes of the model and the request's JSON object, in a thread where that takes long.
+
+    Raises ApiError while the model is loaded, for a body that is too long, too slow or no object, and as the function.
+    """
+    service: Service = request.app.state.service
+    model = service.model
+    body = await read_body(request)
+
+    def understand() -> Asked:
+        return reader(model, parse_json(body))
+
+    return understand() if len(body) < LARGE_BODY else await service.work(understand)
+
+
+async def read_body(request: Request) -> bytes:
+    """The bytes of a request's JSON; raises ApiError for a body that is too long, too slow or of another kind."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "expected a body of Content-Type: application/json", code="unsupported_media_type")
@@ -102,7 +120,7 @@ async def read_object(request: Request) -> dict[str, Any]:
                     raise too_large
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} seconds", code="timeout") from None
-    return parse_json(bytes(body))
+    return bytes(body)
 
 
 class Generating:
@@ -118,8 +136,9 @@ class Generating:
         work = asyncio.create_task(self._run(scope, receive, send))
         leaving = asyncio.create_task(_departure(receive))
         try:
-            await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            most = self._service.settings.timeout + GRACE_SECONDS
+            await asyncio.wait({work, leaving}, timeout=most, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():  # the client has left, or does not read
                 self._service.metrics.departed.inc()
         finally:
             for task in (work, leaving):
@@ -172,7 +191,10 @@ class Generating:
                 pass
             if job.stops_early(index):
                 answers.stop(index)
-        response = json_response(job.result(answers))
+        if job.drawing.logprobs is None:
+            response = json_response(job.result(answers))
+        else:  # thousands of numbers, those of the prompt among them
+            response = await self._service.work(lambda: json_response(job.result(answers)))
         headers = response.raw_headers
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": response.body})

@@ -10,7 +10,7 @@ from mpo_server.errors import invalid
 from mpo_server.fields import Table, read, text_field
 
 MOST_MESSAGES = 4096
-LONGEST_CONTENT = 1 << 22  # characters
+LONGEST_CONTENT = 1 << 21  # characters
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
 _FIELDS: Table = {"role": text_field(32), "name": text_field(256), "tool_call_id": text_field(256)}
@@ -24,6 +24,8 @@ def read_messages(given: Any, param: str = "messages") -> list[Message]:
     if not isinstance(given, list) or not 1 <= len(given) <= MOST_MESSAGES:
         raise invalid(param, f"expected a list of 1 to {MOST_MESSAGES} messages", "invalid_type")
     messages = [_message(message, f"{param}[{index}]") for index, message in enumerate(given)]
+    if sum(len(message["content"]) for message in messages) > LONGEST_CONTENT:
+        raise invalid(param, f"expected at most {LONGEST_CONTENT} characters in all messages together", "out_of_range")
     ending = [message["role"] for message in messages[-2:]]
     if ending == ["assistant", "assistant"]:
         raise invalid(f"{param}[{len(messages) - 1}]", "the last two messages are both the assistant's; join them")

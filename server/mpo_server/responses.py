@@ -15,7 +15,7 @@ from mpo_server.chat import ChatRequest, Conversation, prepare_chat
 from mpo_server.errors import ApiError, invalid
 from mpo_server.fields import Field, Table, flag, number, read, required, text_field, whole
 from mpo_server.generation import Answers, Piece
-from mpo_server.http import Event, Generating, Job, read_object
+from mpo_server.http import Event, Generating, Job, understood
 from mpo_server.messages import LONGEST_CONTENT, MOST_MESSAGES, Message, read_messages, split_prefill, template_data
 from mpo_server.reader import Found
 from mpo_server.sampling import MOST_TOKENS, SAMPLING, read_drawing
@@ -286,7 +286,7 @@ def _extra(kind: str) -> dict[str, Any]:
 async def responses(request: Request) -> Generating:
     """Answers a conversation."""
     service: Service = request.app.state.service
-    asked, repeated = read_response(service.model, await read_object(request))
+    asked, repeated = await understood(request, read_response)
 
     async def prepare(service: Service, model: Model) -> ResponseJob:
         return await ResponseJob.prepare(asked, repeated, service, model)

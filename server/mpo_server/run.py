@@ -15,7 +15,9 @@ from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mpo_formats import ConfigError
 from mpo_runtime import load
@@ -27,6 +29,7 @@ from mpo_server.settings import LARGEST_HEAD, Settings
 
 log = logging.getLogger("mpo_server")
 BACKLOG = 1024
+HEAD_SECONDS = 15.0  # in which a client must send the head of a request
 SWITCH_SECONDS = (
     0.0005  # for which Python lets the engine's thread keep the others waiting; 0.005 delays answers under load
 )
@@ -55,7 +58,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         build(service),
         log_config=None,
         access_log=False,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         server_header=False,
@@ -81,6 +84,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         service.open(model)
         announce(settings, listener)
         await serving
+        service.close()
         if server.force_exit:
             end_now(1)
 
@@ -102,6 +106,38 @@ def check_model(model: Model, settings: Settings) -> None:
     """Raises ConfigError for a model without a tokenizer."""
     if model.tokenizer is None:
         raise ConfigError(f"{settings.file}: has no tokenizer, which a server needs")
+
+
+class Connection(H11Protocol):
+    """A connection whose client must send the head of a request in time, so that slow ones do not pile up."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins to wait for the first request."""
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes a part of a request; the time counts from the first part of its head on."""
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Waits for nothing more."""
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:  # the head is complete
+            self._stop_watching()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 class Server(uvicorn.Server):

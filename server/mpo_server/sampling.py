@@ -19,7 +19,7 @@ LONGEST_STOP = 256
 MOST_LOGPROBS = 20
 MOST_TOKENS = 1 << 24
 MOST_BIASES = 1024
-LONGEST_PROMPT = 1 << 22  # characters
+LONGEST_PROMPT = 1 << 21  # characters
 
 SAMPLING: Table = {
     "model": text_field(256, "Any name; the server has one model."),

@@ -17,7 +17,7 @@ from mpo_server.settings import Settings
 
 if TYPE_CHECKING:
     from mpo_runtime.model import Model
-    from mpo_server.structure import Compiler
+    from mpo_server.structure import Compiler, Grammar
 
 Result = TypeVar("Result")
 BUSY_SECONDS = 2  # what Retry-After says where nothing is known yet
@@ -34,6 +34,7 @@ class Service:
         self.fingerprint = f"mpo-runtime-{__version__}"
         self._model: Model | None = None
         self._compiler: Compiler | None = None
+        self._compiling = asyncio.Lock()
         self.props: dict[str, Any] | None = None  # what /props tells, once it was asked
         self.slots: list[list[int]] = [[] for _ in range(settings.parallel)]  # ids of the last text of each
         self._next_slot = 0
@@ -60,6 +61,11 @@ class Service:
         """Takes the loaded model."""
         self._model = model
         self.metrics.watch(model)
+
+    def close(self) -> None:
+        """Ends what was started for the model."""
+        if self._compiler is not None:
+            self._compiler.close()
 
     @property
     def taken(self) -> int:
@@ -91,6 +97,12 @@ class Service:
     def deadline(self) -> float:
         """When a request that begins now must have ended, on the event loop's clock."""
         return asyncio.get_running_loop().time() + self.settings.timeout
+
+    async def compile(self, source: str, param: str) -> Grammar:
+        """Compiles a grammar in a thread, one at a time; raises ApiError where that fails (Compiler.compile)."""
+        compiler = self.compiler
+        async with self._compiling:
+            return await run_in_threadpool(lambda: compiler.compile(source, param))
 
     async def work(self, function: Callable[[], Result]) -> Result:
         """Runs what takes long (templates, tokenising, compiling) in a thread."""

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from mpo_formats import ConfigError
 
-LARGEST_BODY = 16 << 20  # bytes
+LARGEST_BODY = 8 << 20  # bytes
 LARGEST_HEAD = 32 << 10  # bytes of a request's path and headers
 LONGEST_KEY = 512
 _MOST_KEYS = 10_000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from starlette.responses import Response
 from mpo_formats import ConfigError
 from mpo_runtime.cli.prompt_cache import cache_settings
 from mpo_runtime.engine import Scheduler
+from mpo_runtime.model import Model
 from mpo_server.errors import ApiError, invalid, json_response
 from mpo_server.fields import Table, read, required, text_field
-from mpo_server.http import read_object
+from mpo_server.http import understood
 from mpo_server.service import Service
 
 SLOT: Table = {"filename": text_field(128, "The name of a file in the folder of --slot-save-path.", least=1)}
@@ -47,8 +49,7 @@ async def change(request: Request) -> Response:
         raise invalid("action", "expected save, restore or erase")
     if service.settings.slot_path is None:
         raise ApiError(501, "this server saves no prompt caches; start it with --slot-save-path", code="not_supported")
-    values = read(SLOT, await read_object(request))
-    required(values, "filename")
+    values = await understood(request, read_slot)
     if not _NAME.fullmatch(values["filename"]):
         raise invalid("filename", "expected a plain name of letters, digits, dots, _ and -")
     path = service.settings.slot_path / values["filename"]
@@ -58,6 +59,13 @@ async def change(request: Request) -> Response:
     )
     timings = {f"{action}_ms": (time.monotonic() - began) * 1e3}
     return json_response({"id_slot": number, "filename": values["filename"], **facts, "timings": timings})
+
+
+def read_slot(model: Model, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The request; raises ApiError naming the field that is wrong."""
+    values = read(SLOT, data)
+    required(values, "filename")
+    return values
 
 
 def _number(text: str, count: int) -> int:

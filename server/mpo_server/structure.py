@@ -1,7 +1,7 @@
 """Structured output: a JSON schema becomes a mask over the vocabulary before each draw, by llguidance.
 
-A schema that cannot be compiled is an error of the request, never dropped. White space in the JSON is bounded, so that a
-model cannot fill its answer with it.
+A schema that cannot be compiled, or not in time, is an error of the request, never dropped. White space in the JSON is
+bounded, so that a model cannot fill its answer with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import MpoError
+from mpo_runtime.helper_process import SECONDS_TO_START, HelperProcess
 from mpo_server.errors import ApiError, invalid
+from mpo_server.grammar_helper import GrammarFailure, make_matcher, make_tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 LARGEST_SCHEMA = 1 << 16  # characters of its JSON
 DEEPEST_SCHEMA = 32
+SECONDS = 5.0  # for compiling one schema
+KEPT_GRAMMARS = 32
 WHITE_SPACE = r"[ \n]{0,2}"
 _OPTIONS = "x-guidance"  # a member by which a schema would change the compiler's options
 
@@ -34,12 +38,12 @@ _OPTIONS = "x-guidance"  # a member by which a schema would change the compiler'
 class Grammar:
     """A grammar that compiled; `hook` gives the mask of one generation."""
 
-    compiler: Compiler
-    source: str
+    matcher: LLMatcher
+    vocabulary: int
 
     def hook(self) -> GrammarHook:
         """A new mask, at the beginning of the grammar."""
-        return GrammarHook(self.compiler.matcher(self.source), self.compiler.vocabulary)
+        return GrammarHook(self.matcher.deep_copy(), self.vocabulary)
 
 
 class GrammarHook:
@@ -64,54 +68,75 @@ class GrammarHook:
 
 
 class Compiler:
-    """Compiles grammars for one model's tokenizer, which is prepared when it is first needed."""
+    """Compiles grammars for one model's tokenizer, which is prepared when it is first needed; safe from several threads.
+
+    Grammars of earlier requests are kept, so that the same schema costs nothing again.
+    """
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._lock = threading.Lock()
+        self._helper: HelperProcess | None = None
+        self._kept: dict[str, Grammar] = {}
         self.vocabulary = model.network.architecture.vocab_size
 
-    @cached_property
-    def _tokenizer(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
-
-        raw = self._model.text_tokenizer().to_json()
-        return LLTokenizer(raw, n_vocab=self.vocabulary, eos_token=list(self._model.end_ids))
-
-    def tokenizer(self) -> LLTokenizer:
-        """The tokenizer as llguidance needs it."""
-        with self._lock:
-            return self._tokenizer
-
-    def matcher(self, source: str) -> LLMatcher:
-        """A matcher at the beginning of a grammar; raises MpoError where it does not compile."""
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
-        matcher = LLMatcher(self.tokenizer(), source, limits=limits, log_level=0)
-        if matcher.is_error():
-            raise MpoError(" ".join(matcher.get_error().split()))
-        return matcher
-
     def compile(self, source: str, param: str) -> Grammar:
-        """A checked grammar; raises ApiError where it does not compile or warns that it would not honour something."""
-        from llguidance import LLMatcher
+        """A grammar; raises ApiError where it does not compile in time or would not be honoured. Takes long.
 
+        Args:
+            param: the field of the request that it comes from.
+        """
         if not self._model.end_ids:
             raise invalid(param, "the model has no end-of-text token, which structured output needs")
-        wrong, messages = LLMatcher.validate_grammar_with_warnings(source, self.tokenizer())
-        try:
-            if wrong or messages:
-                raise MpoError(" ".join(" ".join(messages).split()))
-            # Also the first mask: a grammar may compile and yet allow nothing.
-            GrammarHook(self.matcher(source), self.vocabulary)([], np.zeros(self.vocabulary, np.float32))
-        except MpoError as error:
-            raise invalid(param, f"the schema cannot be compiled: {str(error)[:300]}", "invalid_schema") from None
-        return Grammar(self, source)
+        with self._lock:
+            try:
+                grammar = self._kept.pop(source, None) or self._new(source)
+            except GrammarFailure as error:
+                raise invalid(param, f"the schema cannot be compiled: {str(error)[:300]}", "invalid_schema") from None
+            self._kept[source] = grammar  # the last one used is the last one to go
+            if len(self._kept) > KEPT_GRAMMARS:
+                del self._kept[next(iter(self._kept))]
+        return grammar
 
     def schema(self, schema: Any, param: str) -> Grammar:
         """The grammar of a JSON schema."""
         return self.compile(json_grammar(check_schema(schema, param)), param)
+
+    def close(self) -> None:
+        """Ends the helper process, if there is one."""
+        with self._lock:
+            self._stop()
+
+    def _new(self, source: str) -> Grammar:
+        """Compiles in the helper process, which is ended where that takes too long, then here."""
+        try:
+            if self._helper is None:
+                self._helper = HelperProcess("mpo_server.grammar_helper", "structured output")
+                self._helper.ask(json.dumps(self._arguments).encode(), SECONDS_TO_START)
+            answer = self._helper.ask(source.encode(), SECONDS)
+        except BaseException:
+            self._stop()
+            raise
+        if answer is None:
+            limit = f"it takes longer than {SECONDS:g} seconds" if self._helper.expired else "it needs too much memory"
+            self._stop()
+            raise GrammarFailure(limit)
+        if answer != b"+":
+            raise GrammarFailure(answer[1:].decode())
+        return Grammar(make_matcher(self._tokenizer, source), self.vocabulary)
+
+    def _stop(self) -> None:
+        if self._helper is not None:
+            self._helper.stop()
+            self._helper = None
+
+    @cached_property
+    def _arguments(self) -> tuple[str, int, tuple[int, ...]]:
+        return self._model.text_tokenizer().to_json(), self.vocabulary, tuple(self._model.end_ids)
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        return make_tokenizer(*self._arguments)
 
 
 def read_format(given: Mapping[str, Any] | None, param: str = "response_format") -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mpo_formats import ConfigError
+from mpo_runtime.model import Model
 from mpo_server.chat import read_chat, render
 from mpo_server.errors import invalid, json_response
 from mpo_server.fields import Field, Table, flag, read, required, text_field
-from mpo_server.http import read_object
+from mpo_server.http import understood
 from mpo_server.sampling import LONGEST_PROMPT
 from mpo_server.service import Service
 
@@ -24,19 +26,39 @@ TOKENIZE: Table = {
 DETOKENIZE: Table = {"tokens": Field(("array",), 0, 1 << 20, items={"type": "integer"}, text="Token ids.")}
 
 
+def read_tokenize(model: Model, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The request; raises ApiError naming the field that is wrong."""
+    values = read(TOKENIZE, data)
+    required(values, "content")
+    return values
+
+
+def read_detokenize(model: Model, data: Mapping[str, Any]) -> list[int]:
+    """The token ids; raises ApiError for anything else."""
+    vocabulary = model.network.architecture.vocab_size
+    values = read(DETOKENIZE, data)
+    required(values, "tokens")
+    for index, token in enumerate(values["tokens"]):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
+            raise invalid(f"tokens[{index}]", f"expected a token id from 0 to {vocabulary - 1}")
+    return list(values["tokens"])
+
+
 async def tokenize(request: Request) -> Response:
     """The token ids of a text."""
     service: Service = request.app.state.service
+    values = await understood(request, read_tokenize)
     tokenizer = service.model.text_tokenizer()
-    values = read(TOKENIZE, await read_object(request))
-    required(values, "content")
+
+    def work() -> Response:
+        ids = tokenizer.encode(values["content"], values["add_special"], values["parse_special"])
+        if not values["with_pieces"]:
+            return json_response({"tokens": ids})
+        pieces = {token: _piece(tokenizer.token_bytes(token)) for token in set(ids)}
+        return json_response({"tokens": [{"id": token, "piece": pieces[token]} for token in ids]})
+
     with service.place(1):
-        ids = await service.work(
-            lambda: tokenizer.encode(values["content"], values["add_special"], values["parse_special"])
-        )
-    if not values["with_pieces"]:
-        return json_response({"tokens": ids})
-    return json_response({"tokens": [{"id": token, "piece": _piece(tokenizer.token_bytes(token))} for token in ids]})
+        return await service.work(work)
 
 
 def _piece(content: bytes) -> str | list[int]:
@@ -50,24 +72,25 @@ def _piece(content: bytes) -> str | list[int]:
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     service: Service = request.app.state.service
-    tokenizer, vocabulary = service.model.text_tokenizer(), service.model.network.architecture.vocab_size
-    values = read(DETOKENIZE, await read_object(request))
-    required(values, "tokens")
-    for index, token in enumerate(values["tokens"]):
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
-            raise invalid(f"tokens[{index}]", f"expected a token id from 0 to {vocabulary - 1}")
-    return json_response({"content": tokenizer.decode(values["tokens"], skip_special_tokens=False)})
+    ids = await understood(request, read_detokenize)
+    tokenizer = service.model.text_tokenizer()
+    with service.place(1):
+        return await service.work(lambda: json_response({"content": tokenizer.decode(ids, skip_special_tokens=False)}))
 
 
 async def apply_template(request: Request) -> Response:
     """The text that the chat template makes of a conversation."""
     service: Service = request.app.state.service
     model = service.model
-    chat = read_chat(model, await read_object(request))
+    chat = await understood(request, read_chat)
+
+    def work() -> Response:
+        ids, _, _ = render(model, chat.conversation)
+        try:
+            prompt: Any = model.text_tokenizer().decode(ids, skip_special_tokens=False)
+        except ConfigError as error:
+            raise invalid("messages", str(error)) from None
+        return json_response({"prompt": prompt, "n_tokens": len(ids)})
+
     with service.place(1):
-        ids, _, _ = await service.work(lambda: render(model, chat.conversation))
-    try:
-        prompt: Any = model.text_tokenizer().decode(ids, skip_special_tokens=False)
-    except ConfigError as error:
-        raise invalid("messages", str(error)) from None
-    return json_response({"prompt": prompt, "n_tokens": len(ids)})
+        return await service.work(work)

@@ -227,7 +227,7 @@ def test_a_rendering_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_helper_ends_with_its_template() -> None:
     template = ChatTemplate("{{ messages[0].content }}")
     assert template.render([USER]) == "Hi"
-    helper = template._renderer.__self__._process
+    helper = template._renderer.__self__._process._process
     assert helper.poll() is None
     del template
     gc.collect()

@@ -14,9 +14,11 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from mpo_formats.errors import CheckpointError, ConfigError
-from mpo_runtime.text.tokenizer import StreamDecoder, Tokenizer
+from mpo_runtime.text import tokenizer as tokenizer_module
+from mpo_runtime.text.tokenizer import Disguise, StreamDecoder, Tokenizer
 
 CONFIG = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
+FLAGS = [(around, special) for around in (False, True) for special in (False, True)]
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -385,3 +387,22 @@ def test_shared_tokenizers(shared: Path, folder: str) -> None:
     for step in (1, 7, 101):
         check_stream(tokenizer, [(index * step * 31) % tokenizer.vocab_size for index in range(400)], True)
         check_stream(tokenizer, [(index * step * 17) % tokenizer.vocab_size for index in range(400)], False)
+
+
+@pytest.mark.parametrize("raw", [byte_level_raw, sentencepiece_raw])
+def test_long_texts_are_encoded_as_short_ones(raw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts go through the library's calls for batches, which let other threads run."""
+    tokenizer = Tokenizer(raw(), CONFIG)
+    disguise = Disguise(tokenizer.special_tokens, "")
+    disguised = disguise.apply("a</s>b")
+    texts = ["", "a b", "ab</s> é a<s>", f"<s>a {disguised}</s> é{disguised}<s>"]
+
+    def results() -> list[Any]:
+        found: list[Any] = [tokenizer.encode(text, *flags) for text in texts for flags in FLAGS]
+        ids = tokenizer.encode_disguised(texts[-1], disguise)
+        assert {tokenizer.special_tokens["<s>"], tokenizer.special_tokens["</s>"]} <= set(ids)
+        return [*found, ids, *(tokenizer.decode(found[-1], skip_special_tokens=skip) for skip in (False, True))]
+
+    short = results()
+    monkeypatch.setattr(tokenizer_module, "_LONG", 0)
+    assert results() == short

@@ -88,6 +88,54 @@ def test_a_request_that_takes_too_long(start: Start) -> None:
         assert events[-1]["error"]["code"] == "timeout"
 
 
+def test_a_client_that_never_ends_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    import uvicorn
+
+    from mpo_server import run
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def talk(port: int, *parts: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reading, found = asyncio.create_task(reader.readuntil(b"no such end")), b""
+        for part in parts:
+            if not reading.done():
+                writer.write(part)
+                await asyncio.sleep(0.05)
+        try:
+            await reading
+        except asyncio.IncompleteReadError as error:  # the server has closed
+            found = error.partial
+        writer.close()
+        return found
+
+    async def both() -> list[bytes]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(
+            app, http=run.Connection, ws="none", lifespan="off", log_config=None, timeout_keep_alive=1
+        )
+        server = run.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        port = listener.getsockname()[1]
+        slow = [b"GET / HTTP/1.1\r\n", *(b"X-%d: 1\r\n" % index for index in range(20))]
+        whole = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        found = await asyncio.gather(
+            talk(port), talk(port, *slow), talk(port, *slow, b"\r\n"), talk(port, whole, *slow)
+        )
+        server.should_exit = True
+        await serving
+        return found
+
+    monkeypatch.setattr(run, "HEAD_SECONDS", 0.4)
+    silent, slow, late, second = asyncio.run(both())
+    assert silent == slow == late == b""
+    assert second.count(b"HTTP/1.1 200") == 1, "of the second request on a connection the head counts too"
+
+
 def test_the_first_signal_lets_answers_end(start: Start) -> None:
     server = start("--parallel", 1)
     connection = server.connect()

@@ -15,6 +15,7 @@ from mpo_formats import ConfigError
 from mpo_runtime import load
 from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.tokenizer import Tokenizer
+from mpo_server import structure
 from mpo_server.errors import ApiError
 from mpo_server.messages import read_messages
 from mpo_server.reader import MessageReader
@@ -152,7 +153,7 @@ def test_the_grammar_of_calls_takes_what_the_reader_reads(dialect: Dialect, para
             return "\n".join(f"{dialect.open}\n{call}\n{dialect.close}" for call in calls)
 
         def accepts(text: str) -> bool:
-            matcher = compiler.matcher(grammar.source)
+            matcher = grammar.matcher.deep_copy()
             return bool(matcher.consume_tokens(model.text_tokenizer().encode(text))) and matcher.is_accepting()
 
         assert accepts(written(first)) and accepts(written(second))
@@ -160,8 +161,28 @@ def test_the_grammar_of_calls_takes_what_the_reader_reads(dialect: Dialect, para
         assert not accepts(written('{"name": "other", "arguments": {}}'))
         assert not accepts(written('{"name": "add", "arguments": {"a": 10, "b": "x"}}'))
         assert not accepts(first) and not accepts(" " + written(first)) and not accepts(written(first) + " ")
-        assert isinstance(compiler.matcher(grammar.source), llguidance.LLMatcher)
+        compiler.close()
     assert read([(written(first), False)], dialect=dialect)[2] == [("add", {"a": 3, "b": "x"})]
+
+
+def test_a_schema_takes_no_longer_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = {"allOf": [{"type": "integer", "multipleOf": value} for value in (9973, 9967, 9949, 9941)]}
+    monkeypatch.setattr(structure, "SECONDS", 1.0)
+    with load(NANO) as model:
+        compiler = Compiler(model)
+        for _ in range(2):  # the helper that was ended is followed by another
+            with pytest.raises(ApiError, match="longer than 1 seconds") as caught:
+                compiler.schema(slow, "response_format")
+            assert (caught.value.status, caught.value.param) == (400, "response_format")
+            assert compiler.schema({"type": "integer"}, "x").hook() is not None
+        kept = compiler.schema({"type": "integer"}, "x")
+        for number in range(structure.KEPT_GRAMMARS - 1):
+            compiler.schema({"const": number}, "x")
+        assert compiler.schema({"type": "integer"}, "x") is kept
+        for number in range(structure.KEPT_GRAMMARS):
+            compiler.schema({"const": number}, "x")
+        assert compiler.schema({"type": "integer"}, "x") is not kept
+        compiler.close()
 
 
 def test_a_mark_that_is_a_special_token_is_demanded_as_one(shared: Any) -> None:
