@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,10 @@ import accuracy
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from parts.heal_rows import core_parameters
 from parts.results import write_results
 
+from mpo_formats import LinearSpec, Mpo
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.evaluation.kept import Kept, weights_digest
 from mpo_runtime.loading import load, open_weights, read_text_files
@@ -40,7 +42,8 @@ from mpo_runtime.models.registry import decoder_for
 # llama.cpp's types, with the bits per weight that they have where rows are a multiple of 256.
 TYPES = {"Q4_K_M": 4.5, "Q3_K_M": 3.4375, "IQ3_XXS": 3.0625, "Q2_K": 2.625, "IQ2_XS": 2.3125}
 SIZES = (4.25, 3.5, 3.0, 2.5)
-PLANS = ("int4", "paper", "k-proj")
+# χ = 112 leaves SmolLM2's tensorized matrices 30 % of their parameters, which is what the paper reports.
+PLANS: dict[str, tuple[str, ...]] = {"int4": (), "paper": ("--chi", "112"), "k-proj": ()}
 WINDOW = 256
 PROMPTS = ("What is the capital of France?", "Write two sentences about the sea.", "Why is the sky blue?")
 EXPECTED = re.compile(r"predicted KL: ([0-9.e-]+)")
@@ -127,8 +130,8 @@ def planned(peers: dict[str, Path]) -> Iterator[Row]:
             yield Row("auto", f"{nominal} bits, as {kind}", ("--target-bpw", str(nominal)))
     for bits in SIZES:
         yield Row("auto", f"{bits} bits", ("--target-bpw", str(bits)), heal=True)
-    for plan in PLANS:
-        yield Row(plan, "", ("--plan", plan, *(("--chi", "32") if plan == "paper" else ())), heal=True)
+    for plan, options in PLANS.items():
+        yield Row(plan, "", ("--plan", plan, *options), heal=True)
 
 
 def make_ours(row: Row, arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
@@ -155,6 +158,14 @@ def healed(row: Row, path: Path, arguments: argparse.Namespace) -> Path:
         words += ["--heal-tokens", arguments.heal_tokens, "--text", arguments.heal_text or arguments.calibration]
         call(*words, "--measure-tokens", 0, "--out", target)
     return target
+
+
+def core_share(linears: Sequence[LinearSpec]) -> float | None:
+    """Numbers in cores over those of the matrices that are cores alone; None where no matrix is."""
+    replaced = [one for one in linears if one.terms and all(isinstance(term, Mpo) for term in one.terms)]
+    if not replaced:
+        return None
+    return core_parameters(tuple(replaced)) / sum(one.out_features * one.in_features for one in replaced)
 
 
 class Judge:
@@ -186,6 +197,7 @@ class Judge:
         with closing(open_weights(path)) as weights, torch.inference_mode():
             model = decoder_for(weights.spec.architecture, ReferenceOps(weights, held=True))
             found = compare(model, self.dense_logits, self.ids, WINDOW)
+            left = core_share(weights.spec.linears)
         tasks = [arguments.tasks / f"{name}.jsonl" for name in accuracy.PROMPTS]
         torch.backends.mkldnn.matmul.fp32_precision = "bf16" if arguments.bf16 else "ieee"
         figures = accuracy.measure(str(path), tasks, arguments.limit, None, 0)
@@ -194,6 +206,9 @@ class Judge:
             "kl_mean": found.kl_mean,
             "kl_999": found.kl_999,
             "same_top1": found.same_top1,
+            "cosine": found.cosine,
+            "mse": found.mse,
+            "core_share": left,
             "perplexity": found.model.perplexity,
             "perplexity_error": found.model.error,
             "accuracy": {name: task[accuracy.MAIN[name]] for name, task in figures["tasks"].items()},

@@ -6,7 +6,6 @@ import ast
 import json
 import re
 import shlex
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,16 +252,15 @@ def test_every_file_of_results_has_the_one_form(monkeypatch: pytest.MonkeyPatch)
     assert faults({"rows": [1]}) != []
 
 
-def test_the_picture_is_drawn_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pictures_are_drawn_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import picture
-
-    monkeypatch.setitem(sys.modules, "picture", picture)
-    picture.draw(tmp_path / "quality.svg")
+    import pictures
 
     def words(path: Path) -> list[str]:
         return ["".join(text.itertext()) for text in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
 
-    assert words(tmp_path / "quality.svg") == words(ROOT / "docs" / "quality.svg")
-    points = [row["kl_mean"] for row in picture.rows_of(picture.SMOLLM2)]
-    assert len(points) == 12 and len(picture.healed_points(picture.rows_of(picture.HEALING))) == len(picture.HEALED)
+    for name in pictures.FIGURES:
+        pictures.draw(name, tmp_path / f"{name}.svg")
+        assert words(tmp_path / f"{name}.svg") == words(ROOT / "docs" / f"{name}.svg"), "run benchmarks/pictures.py"
+    points = [row["kl_mean"] for row in pictures.rows_of(pictures.SMOLLM2)]
+    assert len(points) == 12 and len(pictures.healed_points(pictures.rows_of(pictures.HEALING))) == len(pictures.HEALED)

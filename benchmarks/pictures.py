@@ -1,10 +1,11 @@
-"""Draws docs/quality.svg, the picture of the README: KL against the size of the file, from the results of other benchmarks.
+"""Draws the pictures of README and docs from the results of other benchmarks: docs/quality.svg, speed.svg, chi.svg.
 
-    python benchmarks/picture.py
-    python benchmarks/picture.py --out build/quality.png
+    python benchmarks/pictures.py
+    python benchmarks/pictures.py --out build --format png
 
-Left granite-nano, from results of quality.py (with rows of peers.py) and healing.py; right SmolLM2, from figures measured by
-hand. Needs matplotlib (`pip install 'mpo-runtime[report]'`).
+quality: KL against the size of the file; left granite-nano (quality.py with rows of peers.py, healing.py), right SmolLM2, by
+hand. speed: tokens per second against the size of the file, with the limit of the read bandwidth, and peak memory (decode.py).
+chi: what smaller χ of one file and healing give (healing.py). Needs matplotlib (`pip install 'mpo-runtime[report]'`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 QUALITY = RESULTS / "2026-11-26-quality.json"
 HEALING = RESULTS / "2026-11-27-healing-h200.json"
+DECODING = RESULTS / "2026-11-26-decode-2b.json"
 SMOLLM2 = RESULTS / "2026-11-29-smollm2-by-hand.json"
 # Files of integers that healing.py healed on a million tokens of the embedded text.
 HEALED = ("auto, 4.25 bits", "auto, 3.3 bits", "auto, 3.0 bits", "auto, 2.5 bits")
 OURS, THEIRS, CORES = "#0b62a4", "#d1495b", "#4c956c"
+SHORT = {"4": "4 bits", "3+4": "3+4", "2+3": "2+3", "2": "2 bits", "4/chi32": "+ χ = 32", "dense": "dense bf16"}
 Point = tuple[float, float]
 
 
@@ -105,8 +108,79 @@ def draw_smollm2(axes: Any) -> None:
     )
 
 
-def draw(path: Path) -> None:
-    """Writes the figure, .svg or .png; the same bytes every time."""
+def draw_quality(left: Any, right: Any) -> None:
+    """KL against the size of the file, for both models."""
+    draw_nano(left)
+    draw_smollm2(right)
+    left.set_ylabel("KL to the uncompressed model (lower is better)")
+    for axes in (left, right):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter("")
+
+
+def draw_speed(left: Any, right: Any) -> None:
+    """Tokens per second against the size of the file, below the limit that reading it sets; and peak memory."""
+    content = json.loads(DECODING.read_text(encoding="utf-8"))
+    bandwidth, rows = content["read_bandwidth"], content["rows"]
+    sizes = [0.7 + 0.05 * step for step in range(90)]
+    left.plot(sizes, [bandwidth / size for size in sizes], ":", color="#666666", linewidth=1.4)
+    label(left, (2.6, bandwidth / 2.6), f"read bandwidth, {bandwidth:.0f} GB/s", "#666666", (8, 8))
+    for ours, color in ((True, OURS), (False, THEIRS)):
+        found = sorted(
+            (row["bytes"] / 1e9, row["decode_tokens_per_second"], row["name"].split(" ", 1)[1])
+            for row in rows
+            if row["name"].startswith("mpo") == ours
+        )
+        points = [(size, speed) for size, speed, _ in found]
+        left.plot(*zip(*points, strict=True), "o" if ours else "s", color=color, markersize=6)
+        for point, (_, _, name) in zip(points, found, strict=True):
+            offset, align = ((-7, -7), "right") if ours or name == "Q3_K_M" else ((7, -2), "left")
+            label(left, point, SHORT.get(name, name), color, (7, -9) if name == "4/chi32" else offset, align)
+    left.set(title="decoding, Granite 3.3 2B's sizes, 2 cores with AVX2", xlabel="file, GB", ylabel="tokens per second")
+    left.set(xscale="log", yscale="log", xlim=(0.6, 7), ylim=(4, 60))
+    left.set_xticks([0.7, 1, 2, 5])
+    left.set_yticks([5, 10, 20, 40])
+    left.xaxis.set_minor_formatter("")
+    left.yaxis.set_minor_formatter("")
+    right.plot((0, 5.5), (0, 5.5), ":", color="#666666", linewidth=1.4)
+    label(right, (3.6, 3.6), "size of the file", "#666666", (8, -8))
+    for row in rows:
+        if row["launch"]:
+            point = (row["bytes"] / 1e9, row["launch"]["peak_bytes"] / 1e9)
+            right.plot(*point, "o", color=OURS, markersize=6)
+    right.set(title="memory while it runs (512 positions of context)", xlabel="file, GB", ylabel="peak memory, GB")
+
+
+def draw_chi(left: Any, right: Any) -> None:
+    """KL by χ: what one file gives at smaller χ, and what files of different χ give by tokens of healing."""
+    found = {row["plan"]: row for row in rows_of(HEALING)}
+    plain = found["2 bits g64, χ = 32, healed on 1,000,000"]
+    dropped = found["2 bits g64, χ = 32, healed with χ-dropout"]
+    sides = {"not healed": plain["before"], "healed": plain["after"], "healed with χ-dropout": dropped["after"]}
+    for (name, side), style in zip(sides.items(), ("o:", "o-", "v-"), strict=True):
+        points = [(chi, side[part]["kl_mean"]) for chi, part in ((8, "quarter"), (16, "half"), (32, "full"))]
+        left.plot(*zip(*points, strict=True), style, color=CORES, linewidth=1.6, label=name)
+    left.set(title="one file of χ = 32, opened at smaller χ", xlabel="χ", ylabel="KL to the uncompressed model")
+    left.set_xticks([8, 16, 32])
+    lengths = {100: "100,000", 500: "500,000", 1000: "1,000,000", 4000: "4,000,000"}
+    for chi, style in ((0, "o:"), (8, "o--"), (32, "o-")):
+        points = [
+            (count, found[f"2 bits g64, χ = {chi}, healed on {word}"]["after"]["full"]["kl_mean"])
+            for count, word in lengths.items()
+        ]
+        right.plot(*zip(*points, strict=True), style, color=CORES if chi else OURS, linewidth=1.6, label=f"χ = {chi}")
+    right.set(title="files of different χ (and bytes), healed", xlabel="thousands of tokens of healing", xscale="log")
+    right.xaxis.set_minor_formatter("")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=9, frameon=False)
+
+
+FIGURES = {"quality": draw_quality, "speed": draw_speed, "chi": draw_chi}
+
+
+def draw(name: str, path: Path) -> None:
+    """Writes a figure, .svg or .png; the same bytes every time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,26 +189,27 @@ def draw(path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8))
-    draw_nano(left)
-    draw_smollm2(right)
-    left.set_ylabel("KL to the uncompressed model (lower is better)")
-    for axes in (left, right):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter("")
+    figure, pair = pyplot.subplots(1, 2, figsize=(11, 4.8))
+    FIGURES[name](*pair)
+    for axes in pair:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.title.set_fontsize(11)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality.svg", help=".svg or .png")
-    draw(parser.parse_args().out)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="the folder to write to")
+    parser.add_argument("--format", choices=("svg", "png"), default="svg")
+    arguments = parser.parse_args()
+    for name in FIGURES:
+        draw(name, arguments.out / f"{name}.{arguments.format}")
 
 
 if __name__ == "__main__":
