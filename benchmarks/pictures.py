@@ -134,8 +134,9 @@ def draw_speed(left: Any, right: Any) -> None:
         points = [(size, speed) for size, speed, _ in found]
         left.plot(*zip(*points, strict=True), "o" if ours else "s", color=color, markersize=6)
         for point, (_, _, name) in zip(points, found, strict=True):
+            chi = name == "4/chi32"
             offset, align = ((-7, -7), "right") if ours or name == "Q3_K_M" else ((7, -2), "left")
-            label(left, point, SHORT.get(name, name), color, (7, -9) if name == "4/chi32" else offset, align)
+            label(left, point, SHORT.get(name, name), color, (7, 6) if chi else offset, "left" if chi else align)
     left.set(title="decoding, Granite 3.3 2B's sizes, 2 cores with AVX2", xlabel="file, GB", ylabel="tokens per second")
     left.set(xscale="log", yscale="log", xlim=(0.6, 7), ylim=(4, 60))
     left.set_xticks([0.7, 1, 2, 5])
