@@ -16,14 +16,9 @@ from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.weights.gguf import SUFFIX, Gguf, is_gguf
-from mpo_runtime.weights.hub import cached_folder
+from mpo_runtime.weights.hub import ALIASES, cached_folder, is_identifier, split_revision
 from mpo_runtime.weights.known import KNOWN, find_known
 from mpo_runtime.weights.protocol import DenseWeights, Weights
-
-ALIASES = {
-    "granite": "ibm-granite/granite-3.3-8b-instruct",
-    "granite-2b": "ibm-granite/granite-3.3-2b-instruct",
-}
 
 # Bytes of dequantised tensors that are kept, for each is read dozens of times.
 KEPT = 1 << 29
@@ -93,7 +88,7 @@ def open_dense(path: Path) -> DenseWeights:
 
 
 def open_source(model: str | Path) -> Source:
-    """Opens a model by its name (`demo`, `smollm2`, `granite`, `granite-2b`), a Hugging Face folder, a GGUF file or a hub id.
+    """Opens a model by its name (`demo`, `smollm2`, `granite`, …), a Hugging Face folder, a GGUF file or a hub id.
 
     Raises:
         CheckpointError: if there is no such model, or it cannot be read.
@@ -119,14 +114,15 @@ def find_source(model: str) -> ModelFolder:
         return ModelFolder(path, path.name.removesuffix(SUFFIX))
     identifier = ALIASES.get(model, model)
     file = path.is_file() or path.suffix == SUFFIX
-    if file or identifier.count("/") != 1 or identifier.startswith((".", "/", "~")) or path.is_absolute():
+    if file or not is_identifier(identifier):
         wrong = "no such folder" if not file else "is no GGUF file" if path.is_file() else "no such file"
         names = ", ".join(("demo", *ALIASES, *KNOWN))
         raise CheckpointError(
-            f"{model}: {wrong}; give {names}, a Hugging Face folder, a GGUF file, or a hub id owner/name"
+            f"{model}: {wrong}; give {names}, a Hugging Face folder, a GGUF file, or a hub id owner/name[@revision]"
         )
     folder = cached_folder(identifier)
-    return ModelFolder(folder, model if model in ALIASES else identifier.split("/")[1], folder.name)
+    name = model if model in ALIASES else split_revision(identifier)[0].split("/")[1]
+    return ModelFolder(folder, name, folder.name)
 
 
 def data_folder() -> Path:

@@ -324,7 +324,8 @@ def pull(
     source: Annotated[
         str,
         typer.Argument(
-            help="smollm2, a hub id owner/name, a .mpo or GGUF file, or a Hugging Face folder.", metavar="ID"
+            help="smollm2, granite, a hub id owner/name[@revision], a .mpo or GGUF file, or a Hugging Face folder.",
+            metavar="ID",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="What to call it.", show_default="its own name")] = None,

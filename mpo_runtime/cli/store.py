@@ -5,12 +5,12 @@ from __future__ import annotations
 from mpo_formats.errors import ConfigError
 from mpo_runtime.cli.console import json_text, size_text
 from mpo_runtime.filesystem import expand_user
-from mpo_runtime.weights import store
+from mpo_runtime.weights import hub, store
 from mpo_runtime.weights.known import KNOWN, pull_known
 
 
 def pull_model(source: str, name: str | None, file: str | None, replace: bool) -> None:
-    """Takes a path of this machine, a known model such as smollm2, or else a hub id into the store."""
+    """Takes a path of this machine, a known model such as smollm2 or granite-2b, or else a hub id into the store."""
     path = expand_user(source)
     if path.exists():
         if file is not None:
@@ -20,12 +20,12 @@ def pull_model(source: str, name: str | None, file: str | None, replace: bool) -
         if file is not None:
             raise ConfigError(f"--file: is for hub ids; {source} is one model")
         entry = pull_known(KNOWN[source], name, lambda text: print(text, flush=True), replace=replace)
-    elif source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(store.SUFFIXES):
-        from mpo_runtime.weights import hub
-
+    elif source in hub.ALIASES:
+        entry = hub.pull(hub.ALIASES[source], name or source, file=file, replace=replace)
+    elif hub.is_identifier(source):
         entry = hub.pull(source, name, file=file, replace=replace)
     else:
-        known = ", ".join(KNOWN)
+        known = ", ".join((*KNOWN, *hub.ALIASES))
         raise ConfigError(f"{source}: no such file or folder; give one, {known}, or a hub id owner/name")
     print(f"{entry.name}: {size_text(entry.size)}, in the store; talk to it: mpo-run chat {entry.name}")
 

@@ -143,7 +143,7 @@ def test_the_hub_is_given_little_time_and_an_earlier_download_counts(
 
     limits: list[float] = []
 
-    def silent(self: Any, identifier: str, timeout: float) -> None:
+    def silent(self: Any, identifier: str, revision: str | None, timeout: float) -> None:
         limits.append(timeout)
         raise TimeoutError("no answer")
 

@@ -214,16 +214,18 @@ class FakeHub:
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot)
 
-    def model_info(self, identifier: str, timeout: float | None = None) -> Any:
-        names = [str(path.relative_to(self.source)) for path in self.source.rglob("*")]
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    def model_info(self, identifier: str, revision: str | None, timeout: float | None, files_metadata: bool) -> Any:
+        self.asked = (identifier, revision)
+        paths = [path for path in self.source.rglob("*") if path.is_file()]
+        files = [SimpleNamespace(rfilename=str(one.relative_to(self.source)), size=one.stat().st_size) for one in paths]
+        return SimpleNamespace(siblings=files)
 
-    def download(self, identifier: str, name: str, local_dir: Path) -> str:
+    def download(self, identifier: str, name: str, local_dir: Path, revision: str | None = None) -> str:
         (local_dir / ".cache").mkdir(parents=True, exist_ok=True)
         (local_dir / name).write_bytes((self.source / name).read_bytes())
         return str(local_dir / name)
 
-    def snapshot(self, identifier: str, allow_patterns: list[str], local_dir: Path) -> str:
+    def snapshot(self, identifier: str, revision: str | None, allow_patterns: list[str], local_dir: Path) -> str:
         for name in {path.name for pattern in allow_patterns for path in self.source.glob(pattern)}:
             self.download(identifier, name, local_dir)
         return str(local_dir)
@@ -247,6 +249,42 @@ def test_pulling_prefers_the_mpo_file(file: Path, folder: Path, home: Path, monk
     with pytest.raises(FormatError):
         hub.pull("owner/tiny", "third", file="model-b.mpo")
     assert [entry.name for entry in store.entries()] == ["other", "owner/tiny"]
+
+
+def test_pulling_a_revision_and_a_short_name(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeHub(monkeypatch, folder)
+    assert hub.pull("owner/tiny@v1.0").name == "owner/tiny" and fake.asked == ("owner/tiny", "v1.0")
+    with pytest.raises(ConfigError, match="owner/tiny@: expected a branch, tag or commit after @"):
+        hub.pull("owner/tiny@", replace=True)
+    assert CliRunner().invoke(app, ["pull", "granite-4-micro"]).exit_code == 0
+    assert fake.asked == ("ibm-granite/granite-4.0-micro", None)
+    assert [entry.name for entry in store.entries()] == ["granite-4-micro", "owner/tiny"]
+
+
+def test_a_download_that_does_not_fit_is_refused_before_it_starts(
+    folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeHub(monkeypatch, folder)
+    monkeypatch.setattr("mpo_runtime.weights.hub.shutil.disk_usage", lambda place: SimpleNamespace(free=100))
+    with pytest.raises(OutputError, match=r"^owner/tiny: the download takes 0\.00 GB, and .* free; free space there"):
+        hub.pull("owner/tiny")
+    assert store.entries() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("GatedRepoError", "is gated; accept its licence"), ("RepositoryNotFoundError", "has no such model or revision")],
+)
+def test_gated_and_absent_models_are_named(home: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise getattr(errors, kind).__new__(getattr(errors, kind))  # without the answer that its __init__ wants
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    with pytest.raises(CheckpointError, match=words):
+        hub.pull("owner/tiny")
 
 
 def test_without_a_network_pulling_says_what_to_do(home: Path) -> None:

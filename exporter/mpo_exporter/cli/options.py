@@ -32,7 +32,8 @@ def plan_name(text: str) -> str:
 Model = Annotated[
     str,
     typer.Argument(
-        help="demo (embedded), smollm2, granite, granite-2b, a Hugging Face folder, a GGUF file, or a hub id owner/name.",
+        help="demo (embedded), smollm2, granite, granite-2b, granite-4-micro, a Hugging Face folder, a GGUF file, "
+        "or a hub id owner/name[@revision].",
         show_default=False,
     ),
 ]
