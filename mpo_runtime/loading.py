@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpo_formats import ConfigError
+from mpo_formats.layout import content_tensors
 from mpo_runtime import native, residence
 from mpo_runtime.backends.ops import check_activations
 from mpo_runtime.engine import Speculation
 from mpo_runtime.engine.scheduler import PARALLEL
+from mpo_runtime.engine.sequence import checked_context
 from mpo_runtime.machine import usable_cpus
+from mpo_runtime.memory import require_memory
 from mpo_runtime.model import Model
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.models.registry import decoder_for
@@ -81,6 +84,8 @@ def load(
         return load_onnx(Path(path), {**options, "speculate": speculate}, context=context, threads=threads)
     weights = open_weights(path, verify=verify)
     try:
+        if choose_backend(backend, device) == "native":
+            require_room(weights, str(path), checked_context(weights.spec.architecture, context), options)
         network = load_network(weights, threads=threads, **options)
         text = read_text_files(weights)
         more: dict[str, Any] = {"parallel": parallel, "prefix_bytes": prefix_bytes, "speculate": speculate}
@@ -89,6 +94,26 @@ def load(
     except BaseException:
         weights.close()
         raise
+
+
+def require_room(weights: Weights, name: str, context: int, options: Mapping[str, Any]) -> None:
+    """Refuses a model whose weights and KV cache of one text are more than the memory that is available.
+
+    With `load` map the weights do not count: the system reads them from the file as they are needed, however slowly.
+
+    Raises:
+        ConfigError: where they do not fit.
+    """
+    architecture = weights.spec.architecture
+    kind = native_kv_type(weights, options["kv_type"], options["activations"])
+    rows = 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * context
+    cache = rows * {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}.get(kind, 4) * architecture.head_dim
+    size = 0 if options["load"] == "map" else sum(tensor.size for tensor in content_tensors(weights.spec))
+    remedy = (
+        "close other programs, or take a smaller --ctx-size, --kv-type int8, or a file with fewer bits (--target-size)"
+    )
+    remedy += "" if options["load"] == "map" else "; --load map reads the weights from the disk, slowly"
+    require_memory(name, size, cache, remedy)
 
 
 def load_onnx(path: Path, options: Mapping[str, Any], *, context: int | None, threads: int | None) -> Model:
@@ -147,8 +172,7 @@ def load_network(
 
         native.instruction_set()
         native.set_threads(checked_threads(threads))
-        if kv_type == "auto":
-            kv_type = "f16" if activations == "int8" and has_integers(weights) else "f32"
+        kv_type = native_kv_type(weights, kv_type, activations)
         ops = NativeOps(weights, chi=chi, kv_type=kv_type, activations=activations)
         ops.load, ops.residence = residence.start(weights, load)
     else:
@@ -158,6 +182,13 @@ def load_network(
         check_device(device)
         ops = ReferenceOps(weights, chi=chi, device=device, kv_type="f32" if kv_type == "auto" else kv_type)
     return decoder_for(weights.spec.architecture, ops)
+
+
+def native_kv_type(weights: Weights, kv_type: str, activations: str) -> str:
+    """The element type of the native backend's KV cache, `auto` decided."""
+    if kv_type != "auto":
+        return kv_type
+    return "f16" if activations == "int8" and has_integers(weights) else "f32"
 
 
 def choose_backend(backend: str, device: str) -> Literal["native", "reference"]:

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from mpo_formats.errors import ConfigError
+
 STATUS = Path("/proc/self/status")
 
 
@@ -22,6 +24,25 @@ def available_memory() -> int:
     if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
         available = min(available, max(0, int(text) - int(used.read_text())))
     return available
+
+
+def require_memory(name: str, weights: int, cache: int, remedy: str) -> None:
+    """Refuses a model that does not fit, before anything is loaded.
+
+    Args:
+        name: of the model.
+        weights, cache: bytes of its weights, and of the KV cache of one full context.
+        remedy: what the user can do.
+
+    Raises:
+        ConfigError: where they are more than is available.
+    """
+    available = available_memory()
+    if weights + cache > available:
+        raise ConfigError(
+            f"{name}: needs {(weights + cache) / 1e9:.2f} GB of memory ({weights / 1e9:.2f} GB of weights, {cache / 1e9:.2f} GB "
+            f"of KV cache), and {available / 1e9:.2f} GB are available; {remedy}"
+        )
 
 
 def peak_memory() -> int:

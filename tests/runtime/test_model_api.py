@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 import mpo_runtime
 from mpo_formats import CheckpointError, ConfigError
-from mpo_runtime import Model, SamplingOptions, load
+from mpo_runtime import Model, SamplingOptions, load, native
 from mpo_runtime.engine import Generation, Request, Scheduler, Step
 from mpo_runtime.model import end_ids
 from mpo_runtime.text.chat_template import TemplateOptions
@@ -446,3 +446,20 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path: Path, backend: str) 
             pieces = list(model.generate("x", max_tokens=30, top_logprobs=3, **options))
             assert all(piece.token < VOCABULARY for piece in pieces)
             assert all(choice.token < VOCABULARY for piece in pieces for choice in piece.top)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    monkeypatch.setattr("mpo_runtime.memory.available_memory", lambda: size // 2)
+    with pytest.raises(
+        ConfigError, match=r"needs .* GB of memory .* of KV cache.* are available; .*--load map"
+    ) as caught:
+        load(folder, backend="native")
+    assert str(caught.value).startswith(f"{folder}: needs ")
+    load(folder, backend="native", load="map", context=2).close()
+    with pytest.raises(ConfigError, match="smaller --ctx-size"):
+        monkeypatch.setattr("mpo_runtime.memory.available_memory", lambda: 100)
+        load(folder, backend="native", load="map")
