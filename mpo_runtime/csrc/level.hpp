@@ -20,7 +20,8 @@ struct Level {
   const Ops* ops;
   const Fits* fits;
   Dequantize dequantize;
-  const PanelKernels* panels;  // or null
+  // For many rows of x that may be rounded, and for those that may not; or null.
+  const PanelSet *panels, *float_panels;
 };
 
 // The names of the levels that this CPU runs, best first; the last one is always `generic`.

@@ -227,65 +227,97 @@ float rounded(float value) {
   return wide;
 }
 
-// Products in panels of bf16, of integers, of rows of floats, and of stored bf16 numbers with x kept exact; by plain loops at
-// levels without panels.
+// Products in panels against plain loops in double precision. x and the weights are rounded as the panels round them: AMX to
+// bf16, the others x to int8 codes (of weights that are integers) or not at all.
 struct PanelCase {
+  enum Kind { integers, computed, bf16, floats, exact_integers, kinds };
   Case of;
   std::vector<std::uint16_t> stored;  // bf16 [rows, columns]
-  std::vector<float> floats;
+  std::vector<float> values;
 
   PanelCase(int bits, std::size_t group, std::size_t rows, std::size_t columns, std::size_t batch, bool zeros, bool exact)
-      : of(bits, group, rows, columns, batch, zeros, exact), floats(normals(rows * columns)) {
-    for (const float value : floats) stored.push_back(float_to_bf16(value));
+      : of(bits, group, rows, columns, batch, zeros, exact), values(normals(rows * columns)) {
+    for (const float value : values) stored.push_back(float_to_bf16(value));
   }
 
-  DenseMatrix dense() const { return {Type::bf16, of.rows, of.columns, stored.data()}; }
+  DenseMatrix dense(Kind kind) const {
+    if (kind == bf16) return {Type::bf16, of.rows, of.columns, stored.data()};
+    return {Type::f32, of.rows, of.columns, values.data()};
+  }
 
-  Results results() const {
-    const PanelKernels* kernels = active_level().panels;
-    Results all;
-    for (const int kind : {0, 1, 2}) {
+  // What each kind gives at the active level, and what it should give; a level without panels gives nothing.
+  Results results() const { return all(false); }
+  Results expected() const { return all(true); }
+
+  Results all(bool plain) const {
+    const PanelSet *rough = active_level().panels, *fine = active_level().float_panels;
+    Results found;
+    for (int kind = 0; rough && kind < kinds; ++kind) {
+      const PanelKernels* kernels = kind == integers   ? rough->integers
+                                    : kind == computed ? rough->computed
+                                    : kind == bf16     ? rough->bf16
+                                    : kind == floats   ? rough->floats
+                                                       : fine->integers;
+      if (!kernels) continue;
       std::vector<float> y(of.batch * of.rows, 3.0f);
-      if (kernels) in_panels(*kernels, kind, y);
-      else plainly(kind, y);
-      all.push_back(y);
+      if (plain) plainly(static_cast<Kind>(kind), y);
+      else in_panels(*kernels, static_cast<Kind>(kind), y);
+      found.push_back(y);
     }
-    return all;
+    return found;
   }
 
-  void plainly(int kind, std::vector<float>& y) const {
-    std::vector<float> weights(of.rows * of.columns);
-    if (kind == 0) active_level().dequantize(of.w, 0, weights.size() / of.group, weights.data());
-    else weights = floats;
+  void plainly(Kind kind, std::vector<float>& y) const {
+    const bool amx = std::string(active_level().name) == "amx", codes = kind == integers && !amx;
+    const bool to_bf16 = amx && (kind == integers || kind == computed);
+    std::vector<float> weights = values, x = of.x;
+    if (kind == bf16) std::transform(values.begin(), values.end(), weights.begin(), rounded);
+    if (kind == integers || kind == exact_integers) dequantize_generic(of.w, 0, weights.size() / of.group, weights.data());
+    if (codes) round_to_codes(x);
     for (std::size_t t = 0; t < of.batch; ++t)
       for (std::size_t r = 0; r < of.rows; ++r) {
         double sum = 0;
         for (std::size_t c = 0; c < of.columns; ++c) {
-          const float x = of.x[t * of.columns + c];
-          sum += static_cast<double>(rounded(weights[r * of.columns + c])) * (kind == 2 ? x : rounded(x));
+          const float a = weights[r * of.columns + c], b = x[t * of.columns + c];
+          sum += to_bf16 ? static_cast<double>(rounded(a)) * rounded(b) : static_cast<double>(a) * b;
         }
         y[t * of.rows + r] += static_cast<float>(sum);
       }
   }
 
-  void in_panels(const PanelKernels& kernels, int kind, std::vector<float>& y) const {
-    const std::size_t groups = panel_count(of.batch), panels = panel_count(of.rows);
-    std::vector<float> sums(panels * groups * kPanelRows * kPanelRows);
-    for (std::size_t c = 0; c < of.columns; c += kPanelChunk) {
-      const std::size_t wide = std::min(kPanelChunk, of.columns - c), steps = panel_steps(wide), size = steps * kStepValues;
-      std::vector<std::uint16_t> w(panels * size), high(groups * size), low(groups * size);
-      for (std::size_t g = 0; g < groups; ++g)
-        kernels.arrange({of.x.data() + g * kPanelRows * of.columns + c, of.columns}, std::min(kPanelRows, of.batch - g * kPanelRows),
-                        wide, high.data() + g * size, low.data() + g * size);
-      for (std::size_t p = 0; p < panels; ++p) {
-        const std::size_t row = p * kPanelRows;
-        const PanelRows to{std::min(kPanelRows, of.rows - row), wide, w.data() + p * size};
-        if (kind == 0) kernels.unpack(of.w, row, c, to);
-        else if (kind == 1) kernels.round({floats.data() + row * of.columns + c, of.columns}, to);
-        else kernels.copy(dense(), row, c, to);
+  void round_to_codes(std::vector<float>& x) const {
+    for (std::size_t t = 0; t < of.batch; ++t)
+      for (std::size_t c = 0; c < of.columns; c += kScaleBlock) {
+        const std::size_t end = std::min(c + kScaleBlock, of.columns);
+        float* row = x.data() + t * of.columns;
+        float largest = 0;
+        for (std::size_t i = c; i < end; ++i) largest = std::max(largest, std::fabs(row[i]));
+        if (largest == 0) continue;
+        const float inverse = 127.0f / largest;
+        for (std::size_t i = c; i < end; ++i) row[i] = largest / 127.0f * std::nearbyint(row[i] * inverse);
       }
-      kernels.multiply({w.data(), high.data(), panels, groups, steps, sums.data(), c == 0});
-      if (kind == 2) kernels.multiply({w.data(), low.data(), panels, groups, steps, sums.data(), false});
+  }
+
+  void in_panels(const PanelKernels& kernels, Kind kind, std::vector<float>& y) const {
+    const std::size_t groups = panel_count(of.batch), panels = panel_count(of.rows), rows = kPanelRows;
+    std::vector<float> sums(panels * groups * kPanelSums);
+    for (std::size_t c = 0; c < of.columns; c += kPanelChunk) {
+      const std::size_t wide = std::min(kPanelChunk, of.columns - c), steps = panel_steps(wide);
+      const std::size_t w_size = steps * kernels.w_bytes, x_size = steps * kernels.x_bytes;
+      Memory memory;
+      std::uint8_t* w = memory.reserve<std::uint8_t>(panels * w_size + groups * x_size);
+      std::uint8_t* x = w + panels * w_size;
+      for (std::size_t g = 0; g < groups; ++g)
+        kernels.arrange({of.x.data() + g * rows * of.columns + c, of.columns}, std::min(rows, of.batch - g * rows), wide,
+                        x + g * x_size);
+      for (std::size_t p = 0; p < panels; ++p) {
+        const PanelRows to{std::min(rows, of.rows - p * rows), wide, w + p * w_size};
+        if (kind == integers || kind == exact_integers) kernels.unpack(of.w, p * rows, c, to);
+        else if (kind == computed) kernels.round({values.data() + p * rows * of.columns + c, of.columns}, to);
+        else kernels.copy(dense(kind), p * rows, c, to);
+      }
+      const PanelCodes codes{of.bits, of.group == 16, of.zeros};
+      kernels.multiply({w, x, panels, of.batch, steps, codes, sums.data(), c == 0});
     }
     kernels.add(sums.data(), groups, {0, of.batch, 0, of.rows, {y.data(), of.rows}, true});
   }
@@ -423,12 +455,13 @@ int main(int count, char** arguments) {
       const bool zeros = below(2) == 1, exact = below(2) == 1;
       const PanelCase test(width.bits, group, static_cast<std::size_t>(1 + below(70)), columns,
                            static_cast<std::size_t>(1 + below(70)), zeros, exact);
-      set_level("generic");
-      const Results expected = test.results();
       ++cases;
       const std::string what = described("panels of bits %d group %d rows %zu columns %zu batch %zu", width.bits, size,
                                          test.of.rows, columns, test.of.batch);
-      for (const std::string& level : levels) failures += differences(test, level, expected, 1e-5, what);
+      for (const std::string& level : levels) {
+        set_level(level);
+        failures += differences(test, level, test.expected(), 1e-5, what);
+      }
     }
   for (int round = 0; round < 60 * rounds; ++round) {
     const OpsCase test;

@@ -1,4 +1,4 @@
-"""Prompts through the matrix units for bf16, where this CPU has them: layers of every kind of term against float64."""
+"""Many rows of x through panels of every instruction set: layers of every kind of term against float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -16,20 +16,20 @@ from mpo_formats.spec import GROUPS
 
 native: Any = pytest.importorskip("mpo_runtime._native", reason="the native kernels were not built")
 
-pytestmark = pytest.mark.skipif(
-    "amx" not in native.supported_isas(), reason="this CPU has no AMX; tests/kernels/test_emulated.py emulates it"
-)
-
-ROUNDED = 4e-3  # codes times scales, and x, are rounded to bf16: 2 · 2⁻⁹ at most, half of that on average
+LEVELS = [name for name in native.supported_isas() if name != "generic"]
+ROUNDED = {"amx": 4e-3}  # codes times scales, and x, to bf16: 2 · 2⁻⁹ at most, half of that on average
+CODES = 1e-2  # x to int8 with a scale for 32 columns
 EXACT = 1e-5
 
+pytestmark = pytest.mark.skipif(not LEVELS, reason="this CPU has generic kernels only")
 
-@pytest.fixture(autouse=True)
-def matrix_units() -> Iterator[None]:
-    """Use them, and leave the level in use as it was."""
+
+@pytest.fixture(autouse=True, params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Use it, and leave the level in use as it was."""
     before = native.active_isa()
-    native.set_isa("amx")
-    yield
+    native.set_isa(request.param)
+    yield request.param
     native.set_isa(before)
 
 
@@ -48,16 +48,17 @@ def integer_matrix(
     return matrix, dequantize(planes, bits, scale, zero).astype(np.float64)
 
 
-def bf16_matrix(rows: int, columns: int, generator: np.random.Generator) -> tuple[Any, NDArray[np.float64]]:
-    """A random matrix of bf16 numbers, and its weights."""
-    stored = f32_to_bf16(generator.normal(size=(rows, columns)).astype(np.float32))
-    matrix = native.Matrix.dense("m", "bf16", rows, columns, stored.reshape(-1).view(np.uint8))
-    return matrix, bf16_to_f32(stored).astype(np.float64)
+def float_matrix(kind: str, rows: int, columns: int, generator: np.random.Generator) -> tuple[Any, NDArray[np.float64]]:
+    """A random matrix of floats of a type, and its weights."""
+    weights = generator.normal(size=(rows, columns)).astype(np.float16 if kind == "f16" else np.float32)
+    stored = f32_to_bf16(weights) if kind == "bf16" else weights
+    matrix = native.Matrix.dense("m", kind, rows, columns, stored.reshape(-1).view(np.uint8))
+    return matrix, (bf16_to_f32(stored) if kind == "bf16" else weights).astype(np.float64)
 
 
-def applied(layer: Any, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The layer's result for one sequence x [tokens, columns] with int8 activations, which prompts do not use."""
-    program = native.Program(False)
+def applied(layer: Any, x: NDArray[np.float32], exact: bool = False) -> NDArray[np.float32]:
+    """The layer's result for one sequence x [tokens, columns], which is a prompt from 32 tokens on."""
+    program = native.Program(exact)
     program.finish(program.linear(program.input(layer.columns), layer))
     out = np.empty((1, x.shape[0], layer.rows), np.float32)
     program.run(None, [x[None]], None, out)
@@ -69,6 +70,10 @@ def relative(found: NDArray[np.float32], expected: NDArray[np.float64]) -> float
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+SAME_LEVEL = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@SAME_LEVEL
 @given(
     bits=st.sampled_from((8, 6, 5, 4, 3, 2)),
     group=st.sampled_from(GROUPS),
@@ -78,23 +83,36 @@ def relative(found: NDArray[np.float32], expected: NDArray[np.float64]) -> float
     zeros=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_integer_layers(bits: int, group: int, groups: int, rows: int, tokens: int, zeros: bool, seed: int) -> None:
+def test_integer_layers(
+    level: str, bits: int, group: int, groups: int, rows: int, tokens: int, zeros: bool, seed: int
+) -> None:
     """Widths, groups, zeros; chunks of 512 columns with rests; panels of 16 rows and of 16 tokens with rests; slabs."""
     generator = np.random.default_rng(seed)
     columns = min(group * groups, 1536 // group * group)
     matrix, weights = integer_matrix(bits, group, rows, columns, zeros, generator)
+    layer = native.Linear("l", rows, columns, [matrix], [], None)
     x = generator.normal(size=(tokens, columns)).astype(np.float32)
-    found = applied(native.Linear("l", rows, columns, [matrix], [], None), x)
-    assert relative(found, x @ weights.T) < ROUNDED
+    expected = x @ weights.T
+    found = applied(layer, x)
+    assert relative(found, expected) < ROUNDED.get(level, CODES)
+    assert relative(applied(layer, x, exact=True), expected) < EXACT
+    if level not in ROUNDED:  # x is rounded as for single tokens, so that only the order of sums differs
+        single = np.concatenate([applied(layer, x[t : t + 1]) for t in range(4)])
+        assert relative(found[:4], single.astype(np.float64)) < EXACT
 
 
+@SAME_LEVEL
 @given(
-    rows=st.integers(1, 200), columns=st.integers(1, 700), tokens=st.integers(32, 80), seed=st.integers(0, 2**32 - 1)
+    kind=st.sampled_from(("bf16", "f16", "f32")),
+    rows=st.integers(1, 200),
+    columns=st.integers(1, 700),
+    tokens=st.integers(32, 80),
+    seed=st.integers(0, 2**32 - 1),
 )
-def test_bf16_layers_are_exact(rows: int, columns: int, tokens: int, seed: int) -> None:
-    """What is stored as bf16 loses nothing, with a bias too; any number of columns."""
+def test_float_layers_are_exact(kind: str, rows: int, columns: int, tokens: int, seed: int) -> None:
+    """What is stored as floats loses nothing, with a bias too; any number of columns."""
     generator = np.random.default_rng(seed)
-    matrix, weights = bf16_matrix(rows, columns, generator)
+    matrix, weights = float_matrix(kind, rows, columns, generator)
     bias = generator.normal(size=rows).astype(np.float32)
     x = generator.normal(size=(tokens, columns)).astype(np.float32)
     found = applied(native.Linear("l", rows, columns, [matrix], [], bias), x)
@@ -103,13 +121,17 @@ def test_bf16_layers_are_exact(rows: int, columns: int, tokens: int, seed: int) 
 
 @pytest.mark.parametrize("integers", [True, False])
 @pytest.mark.parametrize("chi", [5, 32, 70])
-def test_low_rank_terms(chi: int, integers: bool) -> None:
+def test_low_rank_terms(level: str, chi: int, integers: bool) -> None:
     """Beside an integer base and alone: χ columns more of the same sums."""
     generator = np.random.default_rng([chi, integers])
     rows, columns, tokens = 192, 1088, 50
     cores = []
     for wide in (rows, columns):
-        made = integer_matrix(8, 64, chi, wide, False, generator) if integers else bf16_matrix(chi, wide, generator)
+        made = (
+            integer_matrix(8, 64, chi, wide, False, generator)
+            if integers
+            else float_matrix("bf16", chi, wide, generator)
+        )
         cores.append(made)
     (first, first_weights), (second, second_weights) = cores
     term = native.Operator(
@@ -119,9 +141,16 @@ def test_low_rank_terms(chi: int, integers: bool) -> None:
     x = generator.normal(size=(tokens, columns)).astype(np.float32)
     product = first_weights.T @ second_weights
     alone = applied(native.Linear("l", rows, columns, [], [term], None), x)
-    assert relative(alone, x @ product.T) < (ROUNDED if integers else EXACT)
+    assert relative(alone, x @ product.T) < (ROUNDED.get(level, 2 * CODES) if integers else EXACT)
     both = applied(native.Linear("l", rows, columns, [base], [term], None), x)
-    assert relative(both, x @ (product + base_weights).T) < ROUNDED
+    assert relative(both, x @ (product + base_weights).T) < ROUNDED.get(level, 2 * CODES)
+    assert (
+        relative(
+            applied(native.Linear("l", rows, columns, [base], [term], None), x, exact=True),
+            x @ (product + base_weights).T,
+        )
+        < EXACT
+    )
 
 
 def test_tokens_of_a_short_step_are_computed_as_always() -> None:

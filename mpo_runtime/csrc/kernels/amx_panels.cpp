@@ -12,7 +12,9 @@ MPO_BEGIN_TARGET(MPO_AMX)
 namespace mpo {
 namespace {
 
-constexpr std::size_t kTile = kPanelRows * kPanelRows;  // sums of a tile
+constexpr std::size_t kTile = kPanelSums;
+constexpr std::size_t kStepValues = kPanelRows * kPanelStep;
+constexpr std::size_t kStepBytes = kStepValues * sizeof(std::uint16_t);
 
 // -- bf16
 
@@ -61,7 +63,11 @@ MPO_INLINE void transpose(__m512i* rows) {
 
 // -- x
 
-void arrange(Rows<const float> x, std::size_t count, std::size_t columns, std::uint16_t* high, std::uint16_t* low) {
+// Groups [steps, 16 pairs of columns, 16 rows, 2]; with Pairs another such block follows, of what rounding left.
+template <bool Pairs>
+void arrange(Rows<const float> x, std::size_t count, std::size_t columns, std::uint8_t* out) {
+  auto* high = reinterpret_cast<std::uint16_t*>(out);
+  std::uint16_t* low = Pairs ? high + panel_steps(columns) * kStepValues : nullptr;
   for (std::size_t c = 0; c < columns; c += kPanelStep, high += kStepValues) {
     __m512i highs[kPanelRows], lows[kPanelRows];
     for (std::size_t t = 0; t < kPanelRows; ++t) {
@@ -91,11 +97,13 @@ void arrange(Rows<const float> x, std::size_t count, std::size_t columns, std::u
   }
 }
 
-// -- weights
+// -- weights: panels [steps, 16 rows, 32 columns]
+
+MPO_INLINE std::uint16_t* values(const PanelRows& to) { return reinterpret_cast<std::uint16_t*>(to.out); }
 
 MPO_INLINE void clear_missing(const PanelRows& to) {
   if (to.count == kPanelRows && to.columns % kPanelStep == 0) return;
-  std::memset(to.out, 0, panel_steps(to.columns) * kStepValues * sizeof(std::uint16_t));
+  std::memset(to.out, 0, panel_steps(to.columns) * kStepBytes);
 }
 
 // 16 codes as scale * (code - zero).
@@ -137,7 +145,7 @@ void look_up_rows(const QuantizedMatrix& w, std::size_t row, std::size_t column,
     const std::size_t at = (row + i) * w.columns + column;
     const std::uint8_t* low = w.low + at / 8 * Low;
     if constexpr (!kNibbles) Avx2Floats::spread<Low, High>(low, High ? w.high + at / 8 * High : nullptr, to.columns, codes);
-    std::uint16_t* out = to.out + i * kPanelStep;
+    std::uint16_t* out = values(to) + i * kPanelStep;
     for (std::size_t c = 0; c < to.columns;) {
       const std::size_t group = (at + c) / w.group, end = c + w.group < to.columns ? c + w.group : to.columns;
       const Table<Low + High> table(
@@ -163,7 +171,7 @@ void unpack_rows(const QuantizedMatrix& w, std::size_t row, std::size_t column, 
   for (std::size_t i = 0; i < to.count; ++i) {
     const std::size_t at = (row + i) * w.columns + column;
     Avx2Floats::spread<Low, High>(w.low + at / 8 * Low, High ? w.high + at / 8 * High : nullptr, to.columns, codes);
-    std::uint16_t* out = to.out + i * kPanelStep;
+    std::uint16_t* out = values(to) + i * kPanelStep;
     for (std::size_t c = 0; c < to.columns; c += w.group) {
       const std::size_t group = (at + c) / w.group, end = c + w.group < to.columns ? c + w.group : to.columns;
       const __m512 scale = _mm512_set1_ps(Avx2Floats::half(w.scale + group));
@@ -187,7 +195,7 @@ void copy(const DenseMatrix& w, std::size_t row, std::size_t column, const Panel
   clear_missing(to);
   for (std::size_t i = 0; i < to.count; ++i) {
     const std::uint8_t* from = static_cast<const std::uint8_t*>(w.data) + ((row + i) * w.columns + column) * 2;
-    std::uint16_t* out = to.out + i * kPanelStep;
+    std::uint16_t* out = values(to) + i * kPanelStep;
     std::size_t c = 0;
     for (; c + kPanelStep <= to.columns; c += kPanelStep, out += kStepValues) std::memcpy(out, from + c * 2, kPanelStep * 2);
     if (c < to.columns) std::memcpy(out, from + c * 2, (to.columns - c) * 2);
@@ -197,7 +205,7 @@ void copy(const DenseMatrix& w, std::size_t row, std::size_t column, const Panel
 void round(Rows<const float> rows, const PanelRows& to) {
   clear_missing(to);
   for (std::size_t i = 0; i < to.count; ++i) {
-    std::uint16_t* out = to.out + i * kPanelStep;
+    std::uint16_t* out = values(to) + i * kPanelStep;
     const float* from = rows.row(i);
     std::size_t c = 0;
     for (; c + 16 <= to.columns; c += 16)
@@ -236,12 +244,15 @@ constexpr TileShapes all_full() {
   return shapes;
 }
 
-// P panels of weights times G groups of x: tiles 0 to 3 hold their sums, 4 and 5 the weights, 6 and 7 x.
-template <int P, int G>
+// P panels of weights times G groups of x: tiles 0 to 3 hold their sums, 4 and 5 the weights, 6 and 7 x. With Pairs what
+// rounding left of x is multiplied too.
+template <bool Pairs, int P, int G>
 MPO_INLINE void multiply_block(const PanelProduct& product, std::size_t p, std::size_t g) {
-  const std::size_t steps = product.steps, size = steps * kStepValues;
-  const std::uint16_t *w0 = product.w + p * size, *w1 = w0 + size, *x0 = product.x + g * size, *x1 = x0 + size;
-  float *sums0 = product.sums + (p * product.groups + g) * kTile, *sums1 = sums0 + product.groups * kTile;
+  const std::size_t steps = product.steps, size = steps * kStepValues, groups = panel_count(product.rows);
+  const auto* w0 = reinterpret_cast<const std::uint16_t*>(product.w) + p * size;
+  const auto* x0 = reinterpret_cast<const std::uint16_t*>(product.x) + g * size * (Pairs ? 2 : 1);
+  const std::uint16_t *w1 = w0 + size, *x1 = x0 + size * (Pairs ? 2 : 1);
+  float *sums0 = product.sums + (p * groups + g) * kTile, *sums1 = sums0 + groups * kTile;
   if (product.fresh) {
     _tile_zero(0);
     if (G > 1) _tile_zero(1);
@@ -253,38 +264,41 @@ MPO_INLINE void multiply_block(const PanelProduct& product, std::size_t p, std::
     if (P > 1) _tile_loadd(2, sums1, 64);
     if (P > 1 && G > 1) _tile_loadd(3, sums1 + kTile, 64);
   }
-  for (std::size_t at = 0; at < size; at += kStepValues) {
-    _tile_loadd(4, w0 + at, 64);
-    _tile_loadd(6, x0 + at, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (G > 1) {
-      _tile_loadd(7, x1 + at, 64);
-      _tile_dpbf16ps(1, 4, 7);
+  for (int part = 0; part < (Pairs ? 2 : 1); ++part, x0 += size, x1 += size)
+    for (std::size_t at = 0; at < size; at += kStepValues) {
+      _tile_loadd(4, w0 + at, 64);
+      _tile_loadd(6, x0 + at, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (G > 1) {
+        _tile_loadd(7, x1 + at, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (P > 1) {
+        _tile_loadd(5, w1 + at, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        if (G > 1) _tile_dpbf16ps(3, 5, 7);
+      }
     }
-    if (P > 1) {
-      _tile_loadd(5, w1 + at, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      if (G > 1) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
   _tile_stored(0, sums0, 64);
   if (G > 1) _tile_stored(1, sums0 + kTile, 64);
   if (P > 1) _tile_stored(2, sums1, 64);
   if (P > 1 && G > 1) _tile_stored(3, sums1 + kTile, 64);
 }
 
-template <int P>
+template <bool Pairs, int P>
 MPO_INLINE void multiply_panels(const PanelProduct& product, std::size_t p) {
+  const std::size_t groups = panel_count(product.rows);
   std::size_t g = 0;
-  for (; g + 2 <= product.groups; g += 2) multiply_block<P, 2>(product, p, g);
-  if (g < product.groups) multiply_block<P, 1>(product, p, g);
+  for (; g + 2 <= groups; g += 2) multiply_block<Pairs, P, 2>(product, p, g);
+  if (g < groups) multiply_block<Pairs, P, 1>(product, p, g);
 }
 
+template <bool Pairs>
 void multiply(const PanelProduct& product) {
   const Tiles configured(all_full());
   std::size_t p = 0;
-  for (; p + 2 <= product.panels; p += 2) multiply_panels<2>(product, p);
-  if (p < product.panels) multiply_panels<1>(product, p);
+  for (; p + 2 <= product.panels; p += 2) multiply_panels<Pairs, 2>(product, p);
+  if (p < product.panels) multiply_panels<Pairs, 1>(product, p);
 }
 
 void add(const float* sums, std::size_t groups, const Task& task) {
@@ -309,9 +323,12 @@ void add(const float* sums, std::size_t groups, const Task& task) {
   }
 }
 
+constexpr PanelKernels kRounded = {kStepBytes, kStepBytes, arrange<false>, unpack, copy, round, multiply<false>, add};
+constexpr PanelKernels kPairs = {2 * kStepBytes, kStepBytes, arrange<true>, nullptr, copy, round, multiply<true>, add};
+
 }  // namespace
 
-extern const PanelKernels kAmxPanels = {arrange, unpack, copy, round, multiply, add};
+extern const PanelSet kAmxPanels = {&kRounded, &kRounded, &kPairs, nullptr};
 
 }  // namespace mpo
 

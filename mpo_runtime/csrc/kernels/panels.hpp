@@ -1,6 +1,9 @@
-// Products for many rows of x through bf16 matrix units. Weights are turned into panels of 16 rows, a chunk of columns at a
-// time, x into panels of 16 rows of x; sums of 16 rows of weights times 16 rows of x are float32. Codes times scales are
-// rounded to bf16 on the way, which costs less accuracy than int8 activations do; what is stored as bf16 stays as it is.
+// Products for many rows of x. Weights are turned into panels of 16 rows, a chunk of columns at a time, and each panel is
+// multiplied with all rows of x, which stand in groups of 16. A record of functions says what panels hold:
+// - bf16 for matrix units (amx_panels.cpp). Codes times scales are rounded to bf16 on the way, which costs less accuracy than
+//   int8 activations do; what is stored as bf16 stays as it is, and x may be kept as a sum of two bf16 numbers.
+// - int8 (integer_panels.hpp). x is rounded as for a single row of x, see activations.hpp; the sums are those up to rounding.
+// - float32 (float_panels.hpp), which is exact to its precision.
 #pragma once
 
 #include "kernels/kernels.hpp"
@@ -8,42 +11,57 @@
 namespace mpo {
 
 constexpr std::size_t kPanelRows = 16;
-constexpr std::size_t kPanelStep = 32;   // columns of a step, for which a panel holds kPanelRows * kPanelStep values
-constexpr std::size_t kPanelChunk = 512;  // columns that are unpacked at a time: two panels stay in the first-level cache
-constexpr std::size_t kStepValues = kPanelRows * kPanelStep;
+constexpr std::size_t kPanelStep = 32;    // columns of a step
+constexpr std::size_t kPanelChunk = 512;  // columns that are unpacked at a time: panels stay in the second-level cache
+constexpr std::size_t kPanelSums = kPanelRows * kPanelRows;  // of a panel and a group
+constexpr std::size_t kMostStepBytes = 2048;                 // of a panel
 
 constexpr std::size_t panel_steps(std::size_t columns) { return (columns + kPanelStep - 1) / kPanelStep; }
 constexpr std::size_t panel_count(std::size_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
-// Up to 16 rows; what is missing of 16 rows and of the last step of 32 columns becomes zero.
+// Up to 16 rows of weights; what is missing of 16 rows and of the last step of 32 columns adds nothing to a product.
 struct PanelRows {
   std::size_t count, columns;
-  std::uint16_t* out;  // [steps, 16, 32]
+  std::uint8_t* out;  // steps * PanelKernels::w_bytes
 };
 
-// sums[p, g] (+)= w[p] x[g]^T over `steps` steps.
+// The codes of integer panels: their bits, whether each half step has a scale (groups of 16), whether zeros are stored.
+struct PanelCodes {
+  int bits = 8;
+  bool halves = false, zeros = false;
+};
+
+// sums (+)= w x^T over `steps` steps, for `rows` rows of x in panel_count(rows) groups.
 struct PanelProduct {
-  const std::uint16_t* w;  // [panels, steps, 16 rows, 32 columns]
-  const std::uint16_t* x;  // [groups, steps, 16 pairs of columns, 16 rows, 2]
-  std::size_t panels, groups, steps;
-  float* sums;  // [panels, groups, 16 rows of w, 16 rows of x]
+  const std::uint8_t* w;  // [panels, steps * w_bytes]
+  const std::uint8_t* x;  // [groups, steps * x_bytes]
+  std::size_t panels, rows, steps;
+  PanelCodes codes;
+  float* sums;  // [panels, groups, kPanelSums] in the order that add() reads
   bool fresh;   // overwrites the sums
 };
 
 struct PanelKernels {
-  // Rows of x as the second operand: rounded to bf16 (high), and where `low` is given what rounding left, also as bf16.
-  void (*arrange)(Rows<const float> x, std::size_t count, std::size_t columns, std::uint16_t* high, std::uint16_t* low);
+  std::size_t x_bytes, w_bytes;  // of a step of a group and of a panel
+  // Up to 16 rows of x.
+  void (*arrange)(Rows<const float> x, std::size_t count, std::size_t columns, std::uint8_t* out);
   // Rows [row, row + count) and `columns` columns from `column` on, a multiple of 256, of a matrix.
-  void (*unpack)(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to);
-  void (*copy)(const DenseMatrix& w, std::size_t row, std::size_t column, const PanelRows& to);  // bf16
-  void (*round)(Rows<const float> rows, const PanelRows& to);
+  void (*unpack)(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to);  // or null
+  void (*copy)(const DenseMatrix& w, std::size_t row, std::size_t column, const PanelRows& to);        // or null
+  void (*round)(Rows<const float> rows, const PanelRows& to);                                          // or null
   void (*multiply)(const PanelProduct& product);
-  // y[t, r] += sums, for the rows of the task.
+  // y[t, r] (+)= sums, for the rows of the task.
   void (*add)(const float* sums, std::size_t groups, const Task& task);
 };
 
+// The panels that each kind of weights goes through, or null: integers, rows that are computed from integers, bf16, other
+// floats. All of a set have sums of the same form, so that products of several kinds add up.
+struct PanelSet {
+  const PanelKernels *integers, *computed, *bf16, *floats;
+};
+
 #if MPO_X86
-extern const PanelKernels kAmxPanels;
+extern const PanelSet kAmxPanels, kVnniPanels, kAvx512FloatPanels, kAvx2Panels, kAvx2FloatPanels;
 #endif
 
 }  // namespace mpo

@@ -67,9 +67,11 @@ Activations& Workspace::codes(std::size_t tile) {
   return *codes_[tile];
 }
 
-PanelInput& Workspace::panels(std::size_t input) {
-  while (panels_.size() <= input) panels_.push_back(std::make_unique<PanelInput>());
-  return *panels_[input];
+PanelInput& Workspace::panels(std::size_t input, const PanelKernels& kernels) {
+  for (Panels& panels : panels_)
+    if (panels.input == input && panels.kernels == &kernels) return *panels.made;
+  panels_.push_back({input, &kernels, std::make_unique<PanelInput>()});
+  return *panels_.back().made;
 }
 
 namespace {
@@ -83,7 +85,9 @@ class Application {
         x_{x, products[0].layer->columns},
         tokens_(tokens),
         exact_(arithmetic == Arithmetic::floats),
-        panels_(arithmetic == Arithmetic::prompt ? active_level().panels : nullptr),
+        panels_(arithmetic == Arithmetic::prompt      ? active_level().panels
+                : exact_ && tokens >= kBatch ? active_level().float_panels
+                                             : nullptr),
         work_(work),
         pool_(pool) {}
 
@@ -94,15 +98,17 @@ class Application {
     compute_products();
     for (const Product& product : products_)
       for (const Operator& term : product.layer->operators)
-        if (!term.is_low_rank() && !in_panels(term)) term.add(x_.data, tokens_, product.y, work_.state, pool_);
+        if (!term.is_low_rank() && !panels(term)) term.add(x_.data, tokens_, product.y, work_.state, pool_);
   }
 
  private:
   std::size_t tiles() const { return (tokens_ + kTileTokens - 1) / kTileTokens; }
   std::size_t tile_size(std::size_t tile) const { return std::min(kTileTokens, tokens_ - tile * kTileTokens); }
   bool in_floats(const Matrix& matrix) const { return exact_ || !matrix.is_integer(); }
-  bool in_panels(const Matrix& matrix) const { return panels_ && matrix.fits_panels(); }
-  bool in_panels(const Operator& term) const { return panels_ && term.fits_panels(tokens_); }
+  // The kernels whose panels a matrix goes through, or null: as it is stored, and turned (the first of a low-rank term).
+  const PanelKernels* panels(const Matrix& matrix) const { return panels_ ? matrix.panels(*panels_) : nullptr; }
+  const PanelKernels* turned_panels(const Matrix& first) const { return panels_ ? first.computed_panels(*panels_) : nullptr; }
+  const PanelKernels* panels(const Operator& term) const { return panels_ ? term.panels(*panels_, tokens_) : nullptr; }
 
   void prepare_codes() const {
     unsigned planes = 0;
@@ -116,12 +122,17 @@ class Application {
   }
 
   void prepare_panels() const {
-    bool exact = false;
+    std::vector<const PanelKernels*> done{nullptr};
+    const auto prepare = [&](const PanelKernels* kernels) {
+      if (std::find(done.begin(), done.end(), kernels) != done.end()) return;
+      work_.panels(0, *kernels).prepare(*kernels, x_, tokens_, x_.stride, pool_);
+      done.push_back(kernels);
+    };
     for (const Product& product : products_) {
-      for (const Matrix& matrix : product.layer->matrices) exact = exact || matrix.is_bf16();
-      for (const Operator& term : product.layer->operators) exact = exact || (term.is_low_rank() && term.second().is_bf16());
+      for (const Matrix& matrix : product.layer->matrices) prepare(panels(matrix));
+      for (const Operator& term : product.layer->operators)
+        prepare(term.is_low_rank() ? panels(term.second()) : panels(term));
     }
-    work_.panels(0).prepare(*panels_, x_, tokens_, x_.stride, exact, pool_);
   }
 
   // Rows [begin, end) of a matrix times a tile of tokens, into y [tokens, stride].
@@ -152,7 +163,7 @@ class Application {
     for (const Product& product : products_)
       for (const Operator& term : product.layer->operators) {
         if (!term.is_low_rank()) continue;
-        const std::size_t chi = term.second().rows(), step = in_panels(term.second()) ? kPanelRows : kMiddleChunk;
+        const std::size_t chi = term.second().rows(), step = panels(term.second()) ? kPanelRows : kMiddleChunk;
         for (std::size_t begin = 0; begin < chi; begin += step)
           work_.jobs.push_back({parts.size(), begin, std::min(begin + step, chi)});
         parts.push_back({&term, at});
@@ -163,7 +174,7 @@ class Application {
         const Workspace::Job& job = work_.jobs[j];
         const Middle& part = parts[job.product];
         const Matrix& matrix = part.term->second();
-        if (in_panels(matrix)) {
+        if (panels(matrix)) {
           multiply_panels(matrix, job, {part.at, matrix.rows()});
           continue;
         }
@@ -173,24 +184,24 @@ class Application {
     });
     for (std::size_t i = 0; i < parts.size(); ++i) {
       const Matrix& first = parts[i].term->first();
-      if (!in_panels(first)) continue;
-      work_.panels(1 + i).prepare(*panels_, {parts[i].at, first.rows()}, tokens_, first.rows(), first.is_bf16(), pool_);
+      const PanelKernels* kernels = turned_panels(first);
+      if (kernels) work_.panels(1 + i, *kernels).prepare(*kernels, {parts[i].at, first.rows()}, tokens_, first.rows(), pool_);
     }
   }
 
   // Rows [begin, end) of a matrix times all tokens, in panels, into y [tokens, stride].
   void multiply_panels(const Matrix& matrix, const Workspace::Job& job, Rows<float> y) const {
-    const PanelInput& x = work_.panels(0);
-    for (std::size_t slab = 0; slab < x.slabs(); ++slab) {
-      PanelSums sums(*panels_, job.end - job.begin, x.groups(slab));
+    for (std::size_t slab = 0; slab < slab_count(tokens_); ++slab) {
+      PanelSums sums(job.end - job.begin, slab_tokens(tokens_, slab));
       add_matrix(matrix, slab, job, sums);
-      sums.put({slab * kSlabTokens, x.tokens(slab), job.begin, job.end, y, false});
+      sums.put({slab * kSlabTokens, slab_tokens(tokens_, slab), job.begin, job.end, y, false});
     }
   }
 
   void add_matrix(const Matrix& matrix, std::size_t slab, const Workspace::Job& job, PanelSums& sums) const {
-    sums.add(work_.panels(0), slab, matrix.is_bf16(), [&](std::size_t row, std::size_t column, const PanelRows& to) {
-      matrix.panel(*panels_, job.begin + row, column, to);
+    const PanelKernels& kernels = *panels(matrix);
+    sums.add(work_.panels(0, kernels), slab, matrix.panel_codes(), [&](std::size_t row, std::size_t column, const PanelRows& to) {
+      matrix.panel(kernels, job.begin + row, column, to);
     });
   }
 
@@ -252,14 +263,14 @@ class Application {
     }
     for (std::size_t tile = 0; tile < tiles(); ++tile)
       for (const Matrix& matrix : layer.matrices)
-        if (!in_panels(matrix) && (!batched || !in_floats(matrix))) multiply_tile(matrix, tile, job, y, true);
+        if (!panels(matrix) && (!batched || !in_floats(matrix))) multiply_tile(matrix, tile, job, y, true);
     for (const Matrix& matrix : layer.matrices)
-      if (!in_panels(matrix) && batched && in_floats(matrix)) matrix.add_batch(x_, all);
+      if (!panels(matrix) && batched && in_floats(matrix)) matrix.add_batch(x_, all);
     const float* inner = middle.at;
     for (const Operator& term : layer.operators) {
       if (!term.is_low_rank()) continue;
       const std::size_t chi = term.first().rows();
-      if (!in_panels(term.first())) term.first().add_transposed({inner, chi}, all);
+      if (!turned_panels(term.first())) term.first().add_transposed({inner, chi}, all);
       inner += chi * tokens_;
     }
     if (panels_) add_panels(product, middle.input, job, !fresh);
@@ -269,10 +280,10 @@ class Application {
   bool only_panels(const Linear& layer) const {
     if (!panels_ || !layer.bias.empty()) return false;
     bool all = true, any = false;
-    for (const Matrix& matrix : layer.matrices) (in_panels(matrix) ? any : all) = in_panels(matrix);
+    for (const Matrix& matrix : layer.matrices) (panels(matrix) ? any : all) = panels(matrix) != nullptr;
     for (const Operator& term : layer.operators) {
-      const bool panels = term.is_low_rank() ? in_panels(term.first()) : in_panels(term);
-      (panels ? any : all) = panels;
+      const bool in_panels = (term.is_low_rank() ? turned_panels(term.first()) : panels(term)) != nullptr;
+      (in_panels ? any : all) = in_panels;
     }
     return all && any;
   }
@@ -281,46 +292,40 @@ class Application {
   void add_panels(const Product& product, std::size_t input, const Workspace::Job& job, bool accumulate) const {
     const Linear& layer = *product.layer;
     const std::size_t rows = job.end - job.begin;
-    const PanelInput& x = work_.panels(0);
     std::vector<Built> built;  // terms whose rows are made here
     for (const Operator& term : layer.operators) {
       if (term.is_low_rank()) {
-        if (in_panels(term.first())) built.push_back(turned(term.first(), work_.panels(input), job));
+        if (const PanelKernels* kernels = turned_panels(term.first()))
+          built.push_back(turned(term.first(), work_.panels(input, *kernels), job));
         ++input;
-      } else if (in_panels(term)) {
-        built.push_back({&x, false, std::vector<float>(rows * x.columns())});
+      } else if (const PanelKernels* kernels = panels(term)) {
+        built.push_back({&work_.panels(0, *kernels), std::vector<float>(rows * layer.columns)});
         term.rows(job.begin, rows, built.back().rows.data());
       }
     }
-    for (std::size_t slab = 0; slab < x.slabs(); ++slab) {
-      PanelSums sums(*panels_, rows, x.groups(slab));
-      bool any = false;
-      for (const Matrix& matrix : layer.matrices) {
-        if (!in_panels(matrix)) continue;
-        add_matrix(matrix, slab, job, sums);
-        any = true;
-      }
+    for (std::size_t slab = 0; slab < slab_count(tokens_); ++slab) {
+      PanelSums sums(rows, slab_tokens(tokens_, slab));
+      for (const Matrix& matrix : layer.matrices)
+        if (panels(matrix)) add_matrix(matrix, slab, job, sums);
       for (const Built& term : built) {
         const std::size_t wide = term.x->columns();
-        sums.add(*term.x, slab, term.is_bf16, [&](std::size_t row, std::size_t column, const PanelRows& to) {
-          panels_->round({term.rows.data() + row * wide + column, wide}, to);
+        sums.add(*term.x, slab, {}, [&](std::size_t row, std::size_t column, const PanelRows& to) {
+          term.x->kernels().round({term.rows.data() + row * wide + column, wide}, to);
         });
-        any = true;
       }
-      if (any) sums.put({slab * kSlabTokens, x.tokens(slab), job.begin, job.end, {product.y, layer.rows}, accumulate});
+      sums.put({slab * kSlabTokens, slab_tokens(tokens_, slab), job.begin, job.end, {product.y, layer.rows}, accumulate});
     }
   }
 
   // The rows of a job of a matrix that is not stored row by row, as float32 [rows, x->columns()].
   struct Built {
     const PanelInput* x;
-    bool is_bf16;
     std::vector<float> rows;
   };
 
   static Built turned(const Matrix& first, const PanelInput& x, const Workspace::Job& job) {
     const std::size_t rows = job.end - job.begin, chi = first.rows();
-    Built result{&x, first.is_bf16(), std::vector<float>(rows * chi)};
+    Built result{&x, std::vector<float>(rows * chi)};
     std::vector<float> part(rows);
     for (std::size_t k = 0; k < chi; ++k) {
       first.part(k, job.begin, rows, part.data());
@@ -333,7 +338,7 @@ class Application {
   Rows<const float> x_;  // [tokens, columns]
   std::size_t tokens_;
   bool exact_;
-  const PanelKernels* panels_;  // for prompts, where the CPU has them
+  const PanelSet* panels_;  // or null
   Workspace& work_;
   Pool& pool_;
 };

@@ -42,7 +42,8 @@ struct Product {
 class Workspace {
  public:
   Activations& codes(std::size_t tile);
-  PanelInput& panels(std::size_t input);  // 0: x; then the inner vectors of low-rank terms
+  // Input 0 is x, then come the inner vectors of low-rank terms; each as the panels of some kernels need it.
+  PanelInput& panels(std::size_t input, const PanelKernels& kernels);
 
   struct Job {
     std::size_t product, begin, end;
@@ -53,11 +54,16 @@ class Workspace {
 
  private:
   std::vector<std::unique_ptr<Activations>> codes_;
-  std::vector<std::unique_ptr<PanelInput>> panels_;
+  struct Panels {
+    std::size_t input;
+    const PanelKernels* kernels;
+    std::unique_ptr<PanelInput> made;
+  };
+  std::vector<Panels> panels_;
 };
 
-// What x is multiplied as. Floats: float32 throughout. Codes: int8 with integer weights. Prompt: as codes, or where the CPU
-// has matrix units for bf16, in panels of these.
+// What x is multiplied as. Floats: float32 throughout. Codes: int8 with integer weights. Prompt: in panels that round x,
+// where the level has them, else as codes.
 enum class Arithmetic { floats, codes, prompt };
 
 // Computes all the products with x [tokens, columns].

@@ -43,9 +43,12 @@ class Matrix {
   void add_transposed(Rows<const float> s, const Task& task) const;
   // Adds W x like multiply(), in float32, for many rows of x: each block of weights is widened once for all of them.
   void add_batch(Rows<const float> x, const Task& task) const;
-  // Whether panels of bf16 hold the matrix as it is, or as close as it is worth: see kernels/panels.hpp.
-  bool is_bf16() const { return !integer_ && dense_.type == Type::bf16; }
-  bool fits_panels() const { return integer_ || is_bf16(); }
+  // The panels that its rows go through, or null: as they are stored, and computed from it.
+  const PanelKernels* panels(const PanelSet& set) const { return integer_ ? set.integers : computed_panels(set); }
+  const PanelKernels* computed_panels(const PanelSet& set) const {
+    return integer_ ? set.computed : dense_.type == Type::bf16 ? set.bf16 : set.floats;
+  }
+  PanelCodes panel_codes() const { return {quantized_.bits, quantized_.group == 16, quantized_.zero != nullptr}; }
   // A panel of its rows from `row` on.
   void panel(const PanelKernels& kernels, std::size_t row, std::size_t column, const PanelRows& to) const;
   // The elements [begin, begin + count) of row r as float32.

@@ -231,9 +231,10 @@ void Operator::add_dense(const float* x, std::size_t tokens, float* y, Pool& poo
   });
 }
 
-bool Operator::fits_panels(std::size_t tokens) const {
-  if (low_rank_ || !densify_from_ || tokens < densify_from_) return false;
-  return std::all_of(cores_.begin(), cores_.end(), [](const Core& core) { return core.matrix.is_integer(); });
+const PanelKernels* Operator::panels(const PanelSet& set, std::size_t tokens) const {
+  if (low_rank_ || !densify_from_ || tokens < densify_from_) return nullptr;
+  const auto is_integer = [](const Core& core) { return core.matrix.is_integer(); };
+  return std::all_of(cores_.begin(), cores_.end(), is_integer) ? set.computed : set.floats;
 }
 
 void Operator::rows(std::size_t r, std::size_t count, float* out) const {

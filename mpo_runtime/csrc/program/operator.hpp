@@ -33,8 +33,8 @@ class Operator {
 
   // y [tokens, rows] += W x; `state` is memory to work in.
   void add(const float* x, std::size_t tokens, float* y, std::vector<float>& state, Pool& pool) const;
-  // Whether the matrix is built for so many tokens, and could as well be multiplied in panels: its cores are integers.
-  bool fits_panels(std::size_t tokens) const;
+  // The panels that its rows go through where the matrix is built for so many tokens, or null.
+  const PanelKernels* panels(const PanelSet& set, std::size_t tokens) const;
   // out [count, columns] = the rows of W from r on.
   void rows(std::size_t r, std::size_t count, float* out) const;
   // out [columns] += row r of W
