@@ -253,11 +253,11 @@ struct PanelCase {
     const PanelSet *rough = active_level().panels, *fine = active_level().float_panels;
     Results found;
     for (int kind = 0; rough && kind < kinds; ++kind) {
-      const PanelKernels* kernels = kind == integers   ? rough->integers
+      const PanelKernels* kernels = kind == integers   ? rough->integers[panel_order(of.bits)]
                                     : kind == computed ? rough->computed
                                     : kind == bf16     ? rough->bf16
                                     : kind == floats   ? rough->floats
-                                                       : fine->integers;
+                                                       : fine->integers[panel_order(of.bits)];
       if (!kernels) continue;
       std::vector<float> y(of.batch * of.rows, 3.0f);
       if (plain) plainly(static_cast<Kind>(kind), y);
@@ -311,13 +311,13 @@ struct PanelCase {
         kernels.arrange({of.x.data() + g * rows * of.columns + c, of.columns}, std::min(rows, of.batch - g * rows), wide,
                         x + g * x_size);
       for (std::size_t p = 0; p < panels; ++p) {
-        const PanelRows to{std::min(rows, of.rows - p * rows), wide, w + p * w_size};
+        const PanelRows to{std::min(rows, of.rows - p * rows), wide, w + p * w_size, 0};
         if (kind == integers || kind == exact_integers) kernels.unpack(of.w, p * rows, c, to);
         else if (kind == computed) kernels.round({values.data() + p * rows * of.columns + c, of.columns}, to);
         else kernels.copy(dense(kind), p * rows, c, to);
       }
       const PanelCodes codes{of.bits, of.group == 16, of.zeros};
-      kernels.multiply({w, x, panels, of.batch, steps, codes, sums.data(), c == 0});
+      kernels.multiply({w, x, panels, of.batch, steps, codes, sums.data(), c == 0, false});
     }
     kernels.add(sums.data(), groups, {0, of.batch, 0, of.rows, {y.data(), of.rows}, true});
   }

@@ -153,15 +153,57 @@ def test_low_rank_terms(level: str, chi: int, integers: bool) -> None:
     )
 
 
-def test_tokens_of_a_short_step_are_computed_as_always() -> None:
-    """Below 32 tokens of a sequence, however many sequences there are, rows are those of a single run, bit for bit."""
-    generator = np.random.default_rng(5)
-    matrix, _ = integer_matrix(3, 64, 70, 832, True, generator)
-    layer = native.Linear("l", 70, 832, [matrix], [], None)
-    x = generator.normal(size=(40, 832)).astype(np.float32)
-    program = native.Program(False)
-    program.finish(program.linear(program.input(832), layer))
-    out = np.empty((40, 1, 70), np.float32)
-    program.run(None, [x[:, None]], None, out)
-    for row in range(40):
-        np.testing.assert_array_equal(applied(layer, x[row : row + 1])[0], out[row, 0])
+def rows_alone(layer: Any, x: NDArray[np.float32], exact: bool) -> NDArray[np.bool_]:
+    """Of each row of x, whether its result among the others is that of the row alone, in every bit."""
+    program = native.Program(exact)
+    program.finish(program.linear(program.input(layer.columns), layer))
+    together, alone = np.empty((len(x), 1, layer.rows), np.float32), np.empty((1, 1, layer.rows), np.float32)
+    program.run(None, [x[:, None]], None, together)
+    equal = []
+    for row, found in zip(x, together, strict=True):
+        program.run(None, [row[None, None]], None, alone)
+        equal.append(bool((found == alone[0]).all()))
+    return np.array(equal)
+
+
+@SAME_LEVEL
+@given(
+    kind=st.sampled_from(("integers", "floats", "low rank", "three cores")),
+    bits=st.sampled_from((8, 6, 5, 4, 3, 2)),
+    group=st.sampled_from(GROUPS),
+    groups=st.integers(1, 70),
+    tokens=st.sampled_from((2, 3, 4, 5, 7, 8, 17, 40)),
+    zeros=st.booleans(),
+    exact=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_of_a_step_are_those_of_a_single_run(
+    kind: str, bits: int, group: int, groups: int, tokens: int, zeros: bool, exact: bool, seed: int
+) -> None:
+    """Every kind of term, by rows and groups that fit a kernel's steps and that do not."""
+    generator = np.random.default_rng(seed)
+    columns, rows = min(group * groups, 1536 // group * group), int(generator.integers(1, 4)) * 64
+    matrices, operators = [], []
+    if kind in ("integers", "low rank"):
+        rows -= 0 if kind == "low rank" else int(generator.integers(0, 63))
+        matrices.append(integer_matrix(bits, group, rows, columns, zeros, generator)[0])
+    if kind == "floats":
+        matrices.append(float_matrix(str(generator.choice(["bf16", "f16", "f32"])), rows, columns, generator)[0])
+    if kind == "low rank":
+        chi = int(generator.integers(1, 40))
+        first = integer_matrix(8, 64, chi, rows, False, generator)[0]
+        second = float_matrix("f16", chi, columns, generator)[0]
+        cores = [native.Core(first, 1, chi, rows, 1, 1), native.Core(second, chi, 1, 1, columns, chi)]
+        operators.append(native.Operator(cores, False))
+    if kind == "three cores":
+        chi, out, wide = 5, (rows // 16, 4, 4), (columns // 16, 4, 4)
+        bonds = (1, chi, chi, 1)
+        cores = []
+        for k in range(3):
+            left, right = bonds[k], bonds[k + 1]
+            matrix = float_matrix("f32", left * right, out[k] * wide[k], generator)[0]
+            cores.append(native.Core(matrix, left, right, out[k], wide[k], left))
+        operators.append(native.Operator(cores, False))
+    layer = native.Linear("l", rows, columns, matrices, operators, None)
+    x = generator.normal(size=(tokens, columns)).astype(np.float32)
+    assert rows_alone(layer, x, exact).all()

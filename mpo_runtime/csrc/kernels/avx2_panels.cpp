@@ -4,6 +4,7 @@
 #if MPO_X86
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors/intrinsics.hpp"
 
@@ -20,12 +21,14 @@ constexpr std::size_t quads_of(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 
 
 // A panel with T rows of x.
 template <int Bits, bool Halves, std::size_t T>
-MPO_INLINE void tile(const IntegerPanel& w, const IntegerGroup& x, std::size_t steps, float* sums, bool fresh) {
+MPO_INLINE void tile(const IntegerPanel& w, const IntegerGroup& x, const PanelProduct& product, float* sums) {
   constexpr std::size_t kParts = Halves ? 2 : 1, kQuads = 8 / kParts;
   constexpr std::size_t kRun = quads_of(Bits) < kQuads ? quads_of(Bits) : kQuads;
-  const std::size_t wide = steps * kPanelStep;
+  const std::size_t steps = product.steps, wide = steps * kPanelStep;
+  const bool zeros = product.codes.zeros;
+  const __m256 middle = _mm256_set1_ps(IntegerPanels<natural, true>::middle(product.codes.bits));
   const __m256i ones = _mm256_set1_epi16(1);
-  if (fresh)
+  if (product.fresh)
     for (std::size_t t = 0; t < T; ++t) std::memset(sums + t * kPanelRows, 0, kPanelRows * sizeof(float));
   for (std::size_t part = 0; part < kParts * steps; ++part) {
     __m256i dots[2][T];
@@ -64,13 +67,14 @@ MPO_INLINE void tile(const IntegerPanel& w, const IntegerGroup& x, std::size_t s
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       const std::size_t at = part * kPanelRows + 8 * static_cast<std::size_t>(v);
-      const __m256 scales = _mm256_loadu_ps(w.scales + at), shifts = _mm256_loadu_ps(w.shifts + at);
+      const __m256 scales = _mm256_loadu_ps(w.scales + at), zero = zeros ? _mm256_loadu_ps(w.zeros + at) : middle;
 #pragma GCC unroll 4
       for (std::size_t t = 0; t < T; ++t) {
         float* total = sums + t * kPanelRows + 8 * v;
-        const __m256 factor = _mm256_mul_ps(scales, _mm256_set1_ps(x.scales[t * steps + part / kParts]));
-        const __m256 sum = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(dots[v][t]), _mm256_loadu_ps(total));
-        _mm256_storeu_ps(total, _mm256_fmadd_ps(shifts, _mm256_set1_ps(x_sums[t * kParts * steps + part]), sum));
+        const __m256 own = _mm256_mul_ps(zero, _mm256_set1_ps(x_sums[t * kParts * steps + part]));
+        const __m256 x_scale = _mm256_set1_ps(x.scales[t * steps + part / kParts]);
+        const __m256 product = _mm256_fmsub_ps(_mm256_cvtepi32_ps(dots[v][t]), x_scale, own);
+        _mm256_storeu_ps(total, _mm256_fmadd_ps(scales, product, _mm256_loadu_ps(total)));
       }
     }
   }
@@ -83,10 +87,8 @@ void all_panels(const PanelProduct& product) {
   for (std::size_t p = 0; p < product.panels; ++p) {
     const IntegerPanel w(const_cast<std::uint8_t*>(product.w) + p * steps * IntegerPanel::kBytes, steps);
     for (std::size_t t = 0; t < product.rows; t += kRows) {
-      const std::size_t group = t / kPanelRows, row = t % kPanelRows;
-      IntegerGroup x(const_cast<std::uint8_t*>(product.x) + group * steps * IntegerGroup::kBytes, steps);
-      x.codes += row * steps * kPanelStep, x.scales += row * steps, x.sums += row * steps, x.half_sums += row * 2 * steps;
-      tile<Bits, Halves, kRows>(w, x, steps, product.sums + p * apart + t * kPanelRows, product.fresh);
+      const IntegerGroup group(const_cast<std::uint8_t*>(product.x) + t / kPanelRows * steps * IntegerGroup::kBytes, steps);
+      tile<Bits, Halves, kRows>(w, group.from(t % kPanelRows, steps), product, product.sums + p * apart + t * kPanelRows);
     }
   }
 }
@@ -105,15 +107,21 @@ void multiply(const PanelProduct& product) {
   }
 }
 
-using Integers = IntegerPanels<false>;
-constexpr PanelKernels kIntegers = {IntegerGroup::kBytes, IntegerPanel::kBytes, Integers::arrange, Integers::unpack, nullptr,
-                                    nullptr, multiply, add_panel_sums};
+template <PanelOrder Order>
+constexpr PanelKernels make_integers() {
+  using P = IntegerPanels<Order, true>;
+  return {IntegerGroup::kBytes, IntegerPanel::kBytes, P::arrange, P::unpack, nullptr, nullptr, multiply, add_panel_sums,
+          nullptr};
+}
+
+constexpr PanelKernels kIntegers[panel_orders] = {make_integers<natural>(), make_integers<nibbles>(),
+                                                  make_integers<pairs_of_bits>()};
 constexpr PanelKernels kFloats = make_float_panels<Avx2Floats>();
 
 }  // namespace
 
-extern const PanelSet kAvx2Panels = {&kIntegers, &kFloats, &kFloats, &kFloats};
-extern const PanelSet kAvx2FloatPanels = {&kFloats, &kFloats, &kFloats, &kFloats};
+extern const PanelSet kAvx2Panels = {{&kIntegers[0], &kIntegers[1], &kIntegers[2]}, &kFloats, &kFloats, &kFloats};
+extern const PanelSet kAvx2FloatPanels = {{&kFloats, &kFloats, &kFloats}, &kFloats, &kFloats, &kFloats};
 
 }  // namespace mpo
 

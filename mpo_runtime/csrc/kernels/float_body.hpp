@@ -45,12 +45,12 @@ struct FloatBody {
   }
 
   // Calls row(rows of x at once, the first of them, row of w) for all of the task.
-  template <class Row>
+  template <int T, class Row>
   static MPO_INLINE void for_rows(const Task& task, Row row) {
     const std::size_t stop = task.first + task.count;
     for (std::size_t r = task.begin; r < task.end; ++r) {
       std::size_t t = task.first;
-      for (; t + 4 <= stop; t += 4) row(Count<4>{}, t, r);
+      for (; t + T <= stop; t += T) row(Count<T>{}, t, r);
       for (; t < stop; ++t) row(Count<1>{}, t, r);
     }
   }
@@ -82,7 +82,7 @@ struct FloatBody {
 
   static void multiply_exact(const QuantizedMatrix& w, Rows<const float> x, const Task& task) {
     with_planes(w.bits, [&](auto planes) {
-      for_rows(task, [&](auto count, std::size_t first, std::size_t r) {
+      for_rows<4>(task, [&](auto count, std::size_t first, std::size_t r) {
         exact_row<planes.low, planes.high, count.value>(w, x, task, first, r);
       });
     });
@@ -93,7 +93,7 @@ struct FloatBody {
   template <Type Element, int T>
   static void dense_row(const DenseMatrix& w, Rows<const float> x, const Task& task, std::size_t first,
                         std::size_t r) {
-    constexpr std::size_t kSize = element_size(Element), kUnroll = T == 1 ? 4 : 2;
+    constexpr std::size_t kSize = element_size(Element), kUnroll = 4;
     const std::uint8_t* from = static_cast<const std::uint8_t*>(w.data) + r * w.columns * kSize;
     const float* inputs = x.row(first);
     F sums[kUnroll * T];
@@ -113,16 +113,15 @@ struct FloatBody {
     }
     for (; c < w.columns; ++c)
       for (std::size_t t = 0; t < T; ++t) rest[t] += one_as<X, Element>(from + c * kSize) * inputs[t * x.stride + c];
-    if constexpr (T == 1) {
-      sums[0] = X::add(sums[0], sums[2]);
-      sums[1] = X::add(sums[1], sums[3]);
-    }
-    put<T>(sums, rest, task, first, r);
+    F pairs[2 * T];  // the same sums in the same order for every T
+    for (std::size_t t = 0; t < T; ++t)
+      for (std::size_t i = 0; i < 2; ++i) pairs[2 * t + i] = X::add(sums[t * kUnroll + i], sums[t * kUnroll + 2 + i]);
+    put<T>(pairs, rest, task, first, r);
   }
 
   static void multiply_dense(const DenseMatrix& w, Rows<const float> x, const Task& task) {
     with_float_type(w.type, [&](auto type) {
-      for_rows(task, [&](auto count, std::size_t first, std::size_t r) {
+      for_rows<2>(task, [&](auto count, std::size_t first, std::size_t r) {  // as many sums as there are registers
         dense_row<type.value, count.value>(w, x, task, first, r);
       });
     });

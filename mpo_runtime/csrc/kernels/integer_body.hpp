@@ -135,28 +135,81 @@ struct IntegerBody {
     for (std::size_t i = 0; i < R; ++i) task.put(task.first, r + i, X::total(sums[i]));
   }
 
+  // Row r of w with T rows of x, by the operations of together() in the same order: a row's result does not depend on
+  // those beside it.
+  template <int Low, int High, int G, int T>
+  static MPO_INLINE void beside(const QuantizedMatrix& w, const ActivationView& x, const Task& task, std::size_t first,
+                                std::size_t r) {
+    const std::size_t chunks = w.columns / kChunk, step = x.padded / kScaleBlock;
+    const std::uint8_t* low = w.low + r * (w.columns / 8 * Low);
+    const std::uint8_t* high = High ? w.high + r * (w.columns / 8 * High) : nullptr;
+    const std::uint16_t* scale = w.scale + r * (w.columns / G);
+    const std::int8_t* codes = x.codes[plane_index(Low)] + first * x.padded;
+    const float *blocks = x.scales + first * step, *block_sums = x.sums + first * step;
+    const F middle = X::broadcast(static_cast<float>(Low == 8 ? X::kBias8 : 0) - implicit_zero(Low + High));
+    F sums[T];
+    for (F& sum : sums) sum = X::zero();
+    for (std::size_t c = 0; c < chunks; ++c) {
+      for (int line = 0; line < 32 * Low; line += 64) X::prefetch(low + line);
+      if (High) X::prefetch(high);
+      typename X::Integers dots[T];
+      X::template dots<Low, High, T>(low, high, codes, codes, x.padded, kWhole, dots);
+      const F scales = X::template ordered_scales<Low, G>(scale);
+#pragma GCC unroll 4
+      for (std::size_t t = 0; t < T; ++t) {
+        const F block = X::template ordered<Low>(X::load(blocks + t * step));
+        const F offset = X::multiply(middle, X::template ordered<Low>(X::load(block_sums + t * step)));
+        sums[t] = X::fma(scales, X::fma(X::template ordered<Low>(X::to_float(dots[t])), block, offset), sums[t]);
+      }
+      low += 32 * Low;
+      codes += kChunk;
+      if (High) high += 32 * High;
+      blocks += kChunk / kScaleBlock;
+      block_sums += kChunk / kScaleBlock;
+      scale += kChunk / G;
+    }
+    for (std::size_t t = 0; t < T; ++t) task.put(first + t, r, X::total(sums[t]));
+  }
+
   // Rows of w in blocks that stay in the first-level cache while the rows of x pass, four at a time.
   template <int Low, int High, int G>
   static void rows(const QuantizedMatrix& w, const ActivationView& x, const Task& task) {
-    constexpr std::size_t kBlock = 4;
-    const std::size_t end = task.end;
-    std::size_t begin = task.begin;
     if constexpr (Together > 1 && G != 16) {
       if constexpr (X::takes_together(Low, High)) {
-        constexpr std::size_t kRows = Low == 4 ? Together / 2 : Together;  // about as many bytes for each width
-        if (task.count == 1 && !w.zero && w.columns % kChunk == 0)
-          for (; begin + kRows <= end; begin += kRows) together<Low, High, G, kRows>(w, x, task, begin);
+        if (!w.zero && w.columns % kChunk == 0) return rows_together<Low, High, G>(w, x, task);
       }
     }
-    for (std::size_t start = begin; start < end; start += kBlock) {
-      const std::size_t stop = start + kBlock < end ? start + kBlock : end;
+    in_blocks(task, [&](auto count, std::size_t t, std::size_t r) { row<Low, High, G, count.value>(w, x, task, t, r); });
+  }
+
+  template <int Low, int High, int G>
+  static void rows_together(const QuantizedMatrix& w, const ActivationView& x, const Task& task) {
+    constexpr std::size_t kRows = Low == 4 ? Together / 2 : Together;  // about as many bytes for each width
+    if (task.count > 1)
+      return in_blocks(task, [&](auto count, std::size_t t, std::size_t r) { beside<Low, High, G, count.value>(w, x, task, t, r); });
+    std::size_t begin = task.begin;
+    for (; begin + kRows <= task.end; begin += kRows) together<Low, High, G, kRows>(w, x, task, begin);
+    for (; begin < task.end; ++begin) together<Low, High, G, 1>(w, x, task, begin);
+  }
+
+  template <int T>
+  struct Count {
+    static constexpr int value = T;
+  };
+
+  // Calls take(rows of x at once, the first of them, row of w) for all of the task.
+  template <class Take>
+  static MPO_INLINE void in_blocks(const Task& task, Take take) {
+    constexpr std::size_t kBlock = 4;
+    for (std::size_t start = task.begin; start < task.end; start += kBlock) {
+      const std::size_t stop = start + kBlock < task.end ? start + kBlock : task.end;
       std::size_t t = task.first, left = task.count;
       for (; left >= 4; t += 4, left -= 4)
-        for (std::size_t r = start; r < stop; ++r) row<Low, High, G, 4>(w, x, task, t, r);
+        for (std::size_t r = start; r < stop; ++r) take(Count<4>{}, t, r);
       for (; left >= 2; t += 2, left -= 2)
-        for (std::size_t r = start; r < stop; ++r) row<Low, High, G, 2>(w, x, task, t, r);
+        for (std::size_t r = start; r < stop; ++r) take(Count<2>{}, t, r);
       if (left)
-        for (std::size_t r = start; r < stop; ++r) row<Low, High, G, 1>(w, x, task, t, r);
+        for (std::size_t r = start; r < stop; ++r) take(Count<1>{}, t, r);
     }
   }
 

@@ -35,26 +35,39 @@ MPO_INLINE void transpose(__m256i* rows) {
   }
 }
 
-// Eight rows of a chunk of 256 columns of an integer matrix: codes, a byte each, and scales. Missing rows and columns are
-// zeros with the scale zero.
-template <int Low, int High, int G>
+// Eight rows of a chunk of 256 columns of an integer matrix: codes and scales. Missing rows and columns are zeros with the
+// scale zero. Codes are taken as they lie in the plane, `Packed` bits each, or (8) spread to a byte each first.
+template <int Low, int High, int G, int Packed>
 class HalfPanel {
  public:
   using Scales = Avx2Scales::Scales<G>;
+  static constexpr std::size_t kFields = 8 / Packed;                  // codes of a byte
+  static constexpr std::size_t kVectors = kChunk / 32 / kFields;      // of a row
+  static constexpr std::size_t kQuads = 8 * kFields;                  // vectors of four columns that a vector of each row gives
 
-  HalfPanel(const QuantizedMatrix& w, std::size_t row, std::size_t count, std::size_t column, std::size_t columns)
+  HalfPanel(const QuantizedMatrix& w, std::size_t row, std::size_t count, std::size_t column, std::size_t columns,
+            std::size_t ahead)
       : w_(w), columns_(columns) {
     for (std::size_t i = 0; i < kHalfPanel; ++i) {
       at_[i] = i < count ? (row + i) * w.columns + column : kMissing;
-      if (i < count) spread(at_[i], codes_[i]);
-      else std::memset(codes_[i], 0, kChunk);
+      rows_[i] = codes_[i];
+      if (i < count) read(i, ahead);
+      else std::memset(codes_[i], 0, kChunk / kFields);
     }
   }
 
-  // The codes of a step: vector k holds four columns of each row.
-  MPO_INLINE void step(std::size_t step, __m256i* columns) const {
-    for (std::size_t i = 0; i < kHalfPanel; ++i) columns[i] = load_vector(codes_[i] + step * kPanelStep);
+  // Four columns of each row from each quad on, in the order of the panel.
+  MPO_INLINE void quads(std::size_t vector, __m256i* out) const {
+    __m256i columns[kHalfPanel];
+    for (std::size_t i = 0; i < kHalfPanel; ++i) columns[i] = load_vector(rows_[i] + 32 * vector);
     transpose(columns);
+#pragma GCC unroll 8
+    for (std::size_t k = 0; k < 8; ++k)
+#pragma GCC unroll 4
+      for (std::size_t f = 0; f < kFields; ++f)
+        out[k * kFields + f] = Packed == 8 ? columns[k]
+                                           : _mm256_and_si256(_mm256_srli_epi32(columns[k], static_cast<int>(f) * Packed),
+                                                              _mm256_set1_epi8((1 << Packed) - 1));
   }
 
   // The scales or zeros of the rows for each step (groups of 16: each half step, the first halves before the second ones).
@@ -75,9 +88,13 @@ class HalfPanel {
   static constexpr std::size_t kMissing = ~std::size_t{0};
 
   // Nothing beyond the end of a tensor may be read.
-  void spread(std::size_t at, std::uint8_t* codes) const {
+  void read(std::size_t i, std::size_t ahead) {
+    const std::size_t at = at_[i];
     const std::uint8_t *low = w_.low + at / 8 * Low, *high = High ? w_.high + at / 8 * High : nullptr;
     std::uint8_t low_rest[32 * Low], high_rest[32 * (High ? High : 1)];
+    prefetch(low + ahead / 8 * Low, 32 * Low);
+    if (High) prefetch(high + ahead / 8 * High, 32 * High);
+    prefetch(reinterpret_cast<const std::uint8_t*>(w_.scale + (at + ahead) / G), 2 * kChunk / G);
     if (columns_ < kChunk) {
       std::memset(low_rest, 0, sizeof low_rest);
       std::memcpy(low_rest, low, columns_ * Low / 8);
@@ -88,9 +105,12 @@ class HalfPanel {
         high = high_rest;
       }
     }
-    Avx2Floats::spread<Low, High>(low, high, kChunk, codes);
-    prefetch(low + kPanelChunk / 8 * Low, 32 * Low);  // for the next panel of these rows
-    if (High) prefetch(high + kPanelChunk / 8 * High, 32 * High);
+    if constexpr (Packed == Low) {
+      if (columns_ < kChunk) std::memcpy(codes_[i], low, sizeof low_rest);
+      else rows_[i] = low;
+    } else {
+      Avx2Floats::spread<Low, High>(low, high, kChunk, codes_[i]);
+    }
   }
 
   static MPO_INLINE void prefetch(const std::uint8_t* from, std::size_t bytes) {
@@ -109,18 +129,19 @@ class HalfPanel {
   const QuantizedMatrix& w_;
   std::size_t columns_;
   std::size_t at_[kHalfPanel];
+  const std::uint8_t* rows_[kHalfPanel];
   alignas(64) std::uint8_t codes_[kHalfPanel][kChunk];
 };
 
 // Calls take(first row of the half panel, first step, steps, HalfPanel) for all parts of a panel.
-template <int Low, int High, int G, class Take>
+template <int Low, int High, int G, int Packed, class Take>
 MPO_INLINE void for_half_panels(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to,
                                 Take take) {
   for (std::size_t done = 0; done < to.columns; done += kChunk)
     for (std::size_t half = 0; half < kPanelRows; half += kHalfPanel) {
       const std::size_t count = to.count > half ? (to.count - half < kHalfPanel ? to.count - half : kHalfPanel) : 0;
       const std::size_t columns = to.columns - done < kChunk ? to.columns - done : kChunk;
-      const HalfPanel<Low, High, G> part(w, row + half, count, column + done, columns);
+      const HalfPanel<Low, High, G, Packed> part(w, row + half, count, column + done, columns, to.ahead);
       take(half, done / kPanelStep, panel_steps(columns), part);
     }
 }
@@ -128,20 +149,15 @@ MPO_INLINE void for_half_panels(const QuantizedMatrix& w, std::size_t row, std::
 // -- int8
 
 // The memory of a panel of weights: codes [steps, 8, 16 rows, 4 columns], then for each step or half step and row a scale,
-// what sums of codes begin with, and what the sum of x is multiplied with.
+// and a zero where they are stored.
 struct IntegerPanel {
-  static constexpr std::size_t kCodes = kPanelRows * kPanelStep, kBytes = kCodes + 6 * kPanelRows * sizeof(float);
+  static constexpr std::size_t kCodes = kPanelRows * kPanelStep, kBytes = kCodes + 4 * kPanelRows * sizeof(float);
 
   std::uint8_t* codes;
-  float* scales;
-  std::int32_t* starts;
-  float* shifts;
+  float *scales, *zeros;
 
   MPO_INLINE IntegerPanel(std::uint8_t* at, std::size_t steps)
-      : codes(at),
-        scales(reinterpret_cast<float*>(at + steps * kCodes)),
-        starts(reinterpret_cast<std::int32_t*>(scales + 2 * kPanelRows * steps)),
-        shifts(scales + 4 * kPanelRows * steps) {}
+      : codes(at), scales(reinterpret_cast<float*>(at + steps * kCodes)), zeros(scales + 2 * kPanelRows * steps) {}
 };
 
 // The memory of a group of rows of x: codes [16, columns], then [16, steps] scales and sums, and [16, 2 * steps] sums of half
@@ -157,66 +173,74 @@ struct IntegerGroup {
         scales(reinterpret_cast<float*>(at + steps * kCodes)),
         sums(scales + kPanelRows * steps),
         half_sums(sums + kPanelRows * steps) {}
+
+  // Without the rows before `row`.
+  MPO_INLINE IntegerGroup from(std::size_t row, std::size_t steps) const {
+    IntegerGroup rest = *this;
+    rest.codes += row * steps * kPanelStep, rest.scales += row * steps, rest.sums += row * steps;
+    rest.half_sums += row * 2 * steps;
+    return rest;
+  }
 };
 
-// Signed: weights are q - zero as signed bytes, x plus 128 as unsigned ones (dpbusd). Else weights are q as unsigned bytes,
-// or of 8 bits q - 128 as signed ones, and x is signed (maddubs).
-template <bool Signed>
+// Weights are q as unsigned bytes. With Signed8 those of 8 bits are q - 128 as signed ones, and their zeros are less by as
+// much. x is signed.
+template <PanelOrder Order, bool Signed8>
 struct IntegerPanels {
-  // What codes become: at 2 bits, whose zero is 1.5, twice as much.
-  template <int Bits>
-  static MPO_INLINE __m256i weights(__m256i codes) {
-    if constexpr (Bits == 8) return _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
-    if constexpr (!Signed) return codes;
-    if constexpr (Bits == 2) return _mm256_sub_epi8(_mm256_add_epi8(codes, codes), _mm256_set1_epi8(3));
-    return _mm256_sub_epi8(codes, _mm256_set1_epi8(static_cast<char>(1 << (Bits - 1))));
-  }
-
-  // Sums of four neighbouring signed bytes.
-  static MPO_INLINE __m256i sum_bytes(__m256i bytes) {
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1));
-  }
+  // The zero of groups that store none, in the codes of a panel.
+  static constexpr float middle(int bits) { return Signed8 && bits == 8 ? 0.0f : implicit_zero(bits); }
 
   template <int Low, int High, int G>
   static void unpack_as(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to) {
-    constexpr int bits = Low + High;
+    constexpr int kPacked = Order == nibbles ? 4 : Order == pairs_of_bits ? 2 : 8;
+    constexpr bool kFlip = Signed8 && Low == 8;
     constexpr std::size_t kScales = G == 16 ? 2 : 1;  // of a step
     const IntegerPanel panel(to.out, panel_steps(to.columns));
-    // The zero that the codes of a panel are counted from, in the codes of the file.
-    const __m256 counted = _mm256_set1_ps(Signed ? implicit_zero(bits) : bits == 8 ? 128.0f : 0.0f);
-    for_half_panels<Low, High, G>(w, row, column, to, [&](std::size_t half, std::size_t first, std::size_t steps, const auto& part) {
-      __m256 scales[2 * kChunkSteps], zeros[2 * kChunkSteps];
-      part.turned(w.scale, scales);
-      if (w.zero) part.turned(w.zero, zeros);
-      else std::fill_n(zeros, 2 * kChunkSteps, _mm256_set1_ps(implicit_zero(bits)));
-      for (std::size_t s = 0; s < steps; ++s) {
-        __m256i columns[8], sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-        part.step(s, columns);
-        std::uint8_t* codes = panel.codes + (first + s) * IntegerPanel::kCodes + 4 * half;
-#pragma GCC unroll 8
-        for (std::size_t k = 0; k < 8; ++k) {
-          const __m256i values = weights<bits>(columns[k]);
-          store_vector(codes + 4 * kPanelRows * k, values);
-          if constexpr (Signed) sums[k / 4] = _mm256_add_epi32(sums[k / 4], sum_bytes(values));
+    for_half_panels<Low, High, G, kPacked>(w, row, column, to, [&](std::size_t half, std::size_t first, std::size_t steps, const auto& part) {
+      using Part = std::decay_t<decltype(part)>;
+      std::uint8_t* codes = panel.codes + first * IntegerPanel::kCodes + 4 * half;
+      const auto all_quads = [&](std::size_t count) {
+#pragma GCC unroll 1
+        for (std::size_t v = 0; v < Part::kVectors; ++v) {
+          __m256i quads[Part::kQuads];
+          part.quads(v, quads);
+#pragma GCC unroll 32
+          for (std::size_t k = 0; k < Part::kQuads; ++k) {
+            if (v * Part::kQuads + k >= count) return;
+            store_vector(codes + (v * Part::kQuads + k) * 4 * kPanelRows,
+                         kFlip ? _mm256_xor_si256(quads[k], _mm256_set1_epi8(-128)) : quads[k]);
+          }
         }
-        if constexpr (Signed && kScales == 1) sums[0] = _mm256_add_epi32(sums[0], sums[1]);
-        for (std::size_t i = 0; i < kScales; ++i) {
-          const std::size_t at = (kScales * (first + s) + i) * kPanelRows + half;
-          const __m256 scale = scales[i * kChunkSteps + s];
-          const __m256 shift = _mm256_mul_ps(scale, _mm256_sub_ps(counted, zeros[i * kChunkSteps + s]));
-          _mm256_storeu_ps(panel.scales + at, Signed && bits == 2 ? _mm256_mul_ps(scale, _mm256_set1_ps(0.5f)) : scale);
-          _mm256_storeu_ps(panel.shifts + at, shift);
-          if constexpr (Signed)
-            store_vector(panel.starts + at, _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(sums[i], 7)));
-        }
-      }
+      };
+      if (steps == kChunkSteps) all_quads(8 * kChunkSteps);
+      else all_quads(8 * steps);
+      const auto put = [&](const std::uint16_t* from, float* out, float less) {
+        __m256 values[2 * kChunkSteps];
+        part.turned(from, values);
+        for (std::size_t s = 0; s < steps; ++s)
+          for (std::size_t i = 0; i < kScales; ++i)
+            _mm256_storeu_ps(out + (kScales * (first + s) + i) * kPanelRows + half,
+                             _mm256_sub_ps(values[i * kChunkSteps + s], _mm256_set1_ps(less)));
+      };
+      put(w.scale, panel.scales, 0.0f);
+      if (w.zero) put(w.zero, panel.zeros, kFlip ? 128.0f : 0.0f);
     });
   }
 
   static void unpack(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to) {
     with_planes(w.bits, [&](auto planes) {
-      with_group(w.group, [&](auto group) { unpack_as<planes.low, planes.high, group.value>(w, row, column, to); });
+      constexpr int low = planes.low, high = planes.high;
+      if constexpr (panel_order(low + high) == Order)
+        with_group(w.group, [&](auto group) { unpack_as<low, high, group.value>(w, row, column, to); });
     });
+  }
+
+  // Codes of 32 columns in the order of a panel.
+  static MPO_INLINE __m256i ordered(__m256i codes) {
+    if constexpr (Order == natural) return codes;
+    const __m128i order = Order == nibbles ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)
+                                           : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm256_shuffle_epi8(codes, _mm256_broadcastsi128_si256(order));
   }
 
   static void arrange(Rows<const float> x, std::size_t count, std::size_t columns, std::uint8_t* out) {
@@ -241,9 +265,7 @@ struct IntegerPanels {
         Avx2Rows::quantize(from, codes, scales, half_sums);
         for (std::size_t s = 0; s < parts; ++s) {
           const std::size_t at = t * steps + c / kPanelStep + s;
-          const __m256i values = load_vector(codes + s * kPanelStep);
-          store_vector(group.codes + t * wide + c + s * kPanelStep,
-                       Signed ? _mm256_xor_si256(values, _mm256_set1_epi8(-128)) : values);
+          store_vector(group.codes + t * wide + c + s * kPanelStep, ordered(load_vector(codes + s * kPanelStep)));
           group.scales[at] = scales[s];
           group.sums[at] = scales[s] * static_cast<float>(half_sums[2 * s] + half_sums[2 * s + 1]);
           group.half_sums[2 * at] = scales[s] * static_cast<float>(half_sums[2 * s]);
@@ -271,14 +293,14 @@ struct FloatPanels {
   template <int Low, int High, int G>
   static void unpack_as(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to) {
     auto* out = reinterpret_cast<float*>(to.out);
-    for_half_panels<Low, High, G>(w, row, column, to, [&](std::size_t half, std::size_t first, std::size_t steps, const auto& part) {
+    for_half_panels<Low, High, G, 8>(w, row, column, to, [&](std::size_t half, std::size_t first, std::size_t steps, const auto& part) {
       __m256 scales[2 * kChunkSteps], zeros[2 * kChunkSteps];
       part.turned(w.scale, scales);
       if (w.zero) part.turned(w.zero, zeros);
       else std::fill_n(zeros, 2 * kChunkSteps, _mm256_set1_ps(implicit_zero(Low + High)));
       for (std::size_t s = 0; s < steps; ++s) {
         __m256i columns[8];
-        part.step(s, columns);
+        part.quads(s, columns);
         for (std::size_t k = 0; k < 8; ++k) {
           const std::size_t at = (G == 16 ? k / 4 * kChunkSteps : 0) + s;
 #pragma GCC unroll 4
@@ -402,7 +424,7 @@ void add_panel_sums(const float* sums, std::size_t groups, const Task& task) {
 template <class X>
 constexpr PanelKernels make_float_panels() {
   using P = FloatPanels<X>;
-  return {P::kBytes, P::kBytes, P::arrange, P::unpack, P::copy, P::round, P::multiply, add_panel_sums};
+  return {P::kBytes, P::kBytes, P::arrange, P::unpack, P::copy, P::round, P::multiply, add_panel_sums, nullptr};
 }
 
 }  // namespace

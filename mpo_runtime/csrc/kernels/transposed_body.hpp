@@ -12,45 +12,9 @@ struct TransposedBody {
   using F = typename X::Floats;
   static constexpr std::size_t kLanes = X::kLanes;
 
-  // Columns [c, c + 16), which share a scale, for T rows of s, held in registers while the rows of w pass.
-  template <int Low, int High, int T>
-  static void block(const QuantizedMatrix& w, Rows<const float> s, std::size_t c, Rows<float> y) {
-    constexpr std::size_t kVectors = 16 / kLanes;
-    F sums[T][kVectors];
-    float offsets[T] = {};
-    for (auto& row : sums)
-      for (F& sum : row) sum = X::zero();
-    for (std::size_t r = 0; r < w.rows; ++r) {
-      const std::size_t at = r * w.columns + c, group = at / w.group;
-      std::uint8_t codes[16];
-      const std::uint8_t* from = codes;
-      if constexpr (Low == 8) from = w.low + at;
-      else X::template spread<Low, High>(w.low + at / 8 * Low, High ? w.high + at / 8 * High : nullptr, 16, codes);
-      const float scale = X::half(w.scale + group);
-      const float zero = w.zero ? X::half(w.zero + group) : implicit_zero(Low + High);
-      for (int t = 0; t < T; ++t) {
-        const float factor = scale * s.row(static_cast<std::size_t>(t))[r];
-        offsets[t] += factor * zero;
-        const F factors = X::broadcast(factor);
-#pragma GCC unroll 4
-        for (std::size_t i = 0; i < kVectors; ++i) sums[t][i] = X::fma(factors, X::load_uint8(from + i * kLanes), sums[t][i]);
-      }
-    }
-    for (int t = 0; t < T; ++t)
-      for (std::size_t i = 0; i < kVectors; ++i) {
-        float* place = y.row(static_cast<std::size_t>(t)) + c + i * kLanes;
-        X::store(place, X::add(X::load(place), X::subtract(sums[t][i], X::broadcast(offsets[t]))));
-      }
-  }
-
   template <int Low, int High>
   static void columns(const QuantizedMatrix& w, Rows<const float> s, const Task& task) {
-    const std::size_t stop = task.first + task.count;
-    std::size_t t = task.first;
-    for (; t + 4 <= stop; t += 4)
-      for (std::size_t c = task.begin; c < task.end; c += 16)
-        block<Low, High, 4>(w, s.from(t), c, task.y.from(t));
-    for (; t < stop; ++t) {
+    for (std::size_t t = task.first; t < task.first + task.count; ++t) {
       std::size_t r = 0;
       for (; r + 4 <= w.rows; r += 4) stream<Low, High, 4>(w, s.row(t), r, task.begin, task.end, task.y.row(t));
       for (; r < w.rows; ++r) stream<Low, High, 1>(w, s.row(t), r, task.begin, task.end, task.y.row(t));

@@ -14,7 +14,9 @@ constexpr std::size_t kTileTokens = 32;        // rows of x whose int8 copy stay
 constexpr std::size_t kChunkBytes = 48 << 10;  // weights of a chunk: read from memory once, then met in the cache
 constexpr std::size_t kSmallestChunk = 16;     // rows; a cache line of y
 constexpr std::size_t kMiddleChunk = 8;
-constexpr std::size_t kBatch = 16;             // tokens from which float arithmetic goes through whole blocks of weights
+constexpr std::size_t kBatch = 16;             // tokens of a prompt from which float arithmetic goes through whole blocks of weights
+constexpr std::size_t kLanes = 4;              // generated tokens from which they go through panels of integers
+constexpr std::size_t kLaneJob = 64;
 constexpr std::size_t kPanelJob = 128;         // rows whose panels, sums and x stay in the second-level cache
 
 std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
@@ -37,14 +39,12 @@ Linear::Linear(std::string name_, std::size_t rows_, std::size_t columns_, std::
   for (const Matrix& matrix : matrices) {
     expect_size(matrix, "a matrix");
     row_bytes += matrix.row_bytes();
-    planes |= matrix.planes();
   }
   for (const Operator& term : operators) {
     expect_size(term, "an operator");
     row_bytes += term.row_bytes();
     if (!term.is_low_rank()) continue;
     row_step = std::max(row_step, term.first().column_step());  // powers of two: the largest is a multiple of the others
-    planes |= term.second().planes();
   }
   expect(bias.empty() || bias.size() == rows, name, ": the bias has ", bias.size(), " values, expected ", rows);
 }
@@ -84,35 +84,50 @@ class Application {
       : products_(products),
         x_{x, products[0].layer->columns},
         tokens_(tokens),
-        exact_(arithmetic == Arithmetic::floats),
-        panels_(arithmetic == Arithmetic::prompt      ? active_level().panels
-                : exact_ && tokens >= kBatch ? active_level().float_panels
-                                             : nullptr),
+        exact_(arithmetic == Arithmetic::floats || arithmetic == Arithmetic::prompt_floats),
+        prompt_(arithmetic == Arithmetic::prompt || arithmetic == Arithmetic::prompt_floats),
+        panels_(!prompt_ ? nullptr : exact_ ? active_level().float_panels : active_level().panels),
+        lanes_(arithmetic == Arithmetic::codes && tokens >= kLanes && tokens <= kSlabTokens ? active_level().panels : nullptr),
         work_(work),
         pool_(pool) {}
 
   void run() const {
-    if (panels_) prepare_panels();
-    else prepare_codes();
+    prepare_panels();
+    if (!panels_) prepare_codes();
     compute_middles();
     compute_products();
     for (const Product& product : products_)
       for (const Operator& term : product.layer->operators)
-        if (!term.is_low_rank() && !panels(term)) term.add(x_.data, tokens_, product.y, work_.state, pool_);
+        if (!term.is_low_rank() && !panels(term)) add_operator(term, product.y);
   }
 
  private:
+  // Generated tokens one by one: how a sweep adds up depends on their number.
+  void add_operator(const Operator& term, float* y) const {
+    if (prompt_) return term.add(x_.data, tokens_, y, work_.state, pool_);
+    for (std::size_t t = 0; t < tokens_; ++t) term.add(x_.row(t), 1, y + t * term.rows(), work_.state, pool_);
+  }
+
   std::size_t tiles() const { return (tokens_ + kTileTokens - 1) / kTileTokens; }
   std::size_t tile_size(std::size_t tile) const { return std::min(kTileTokens, tokens_ - tile * kTileTokens); }
   bool in_floats(const Matrix& matrix) const { return exact_ || !matrix.is_integer(); }
   // The kernels whose panels a matrix goes through, or null: as it is stored, and turned (the first of a low-rank term).
   const PanelKernels* panels(const Matrix& matrix) const { return panels_ ? matrix.panels(*panels_) : nullptr; }
   const PanelKernels* turned_panels(const Matrix& first) const { return panels_ ? first.computed_panels(*panels_) : nullptr; }
+  // The same for generated tokens, whose results are those of each of them alone.
+  const PanelKernels* lanes(const Matrix& matrix) const {
+    if (!lanes_ || !matrix.is_integer() || matrix.panel_codes().halves) return nullptr;
+    const PanelKernels* kernels = matrix.panels(*lanes_);
+    return kernels->add_lanes ? kernels : nullptr;
+  }
   const PanelKernels* panels(const Operator& term) const { return panels_ ? term.panels(*panels_, tokens_) : nullptr; }
 
   void prepare_codes() const {
     unsigned planes = 0;
-    for (const Product& product : products_) planes |= product.layer->planes;
+    for (const Product& product : products_) {
+      for (const Matrix& matrix : product.layer->matrices) planes |= lanes(matrix) ? 0 : matrix.planes();
+      for (const Operator& term : product.layer->operators) planes |= term.is_low_rank() ? term.second().planes() : 0;
+    }
     if (!planes || exact_) return;
     work_.codes(tiles() - 1);
     pool_.run(tiles(), 1, [&](std::size_t first, std::size_t last) {
@@ -129,7 +144,7 @@ class Application {
       done.push_back(kernels);
     };
     for (const Product& product : products_) {
-      for (const Matrix& matrix : product.layer->matrices) prepare(panels(matrix));
+      for (const Matrix& matrix : product.layer->matrices) prepare(panels_ ? panels(matrix) : lanes(matrix));
       for (const Operator& term : product.layer->operators)
         prepare(term.is_low_rank() ? panels(term.second()) : panels(term));
     }
@@ -225,7 +240,7 @@ class Application {
         // A single row of x reads each weight once, so chunks are as long as can be: the memory is fast in long streams
         // only. They grow shorter toward the end, so that all threads end together.
         const std::size_t bytes = tokens_ > 1 ? kChunkBytes : std::max(kChunkBytes, left / shares);
-        const std::size_t wanted = panels_ ? panel_job : std::max(kSmallestChunk, bytes / row_bytes);
+        const std::size_t wanted = panels_ ? panel_job : lanes_ ? kLaneJob : std::max(kSmallestChunk, bytes / row_bytes);
         const std::size_t end = std::min(begin + round_up(wanted, step), layer.rows);
         work_.jobs.push_back({p, begin, end});
         left -= (end - begin) * layer.row_bytes;
@@ -254,18 +269,22 @@ class Application {
     const Linear& layer = *product.layer;
     const Rows<float> y{product.y, layer.rows};
     const Task all{0, tokens_, job.begin, job.end, y, true};
-    const bool batched = tokens_ >= kBatch;
+    const bool batched = prompt_ && tokens_ >= kBatch;
     const bool fresh = only_panels(layer);
     for (std::size_t t = 0; t < tokens_ && !fresh; ++t) {
       float* to = y.row(t) + job.begin;
       if (layer.bias.empty()) std::memset(to, 0, (job.end - job.begin) * sizeof(float));
       else std::memcpy(to, layer.bias.data() + job.begin, (job.end - job.begin) * sizeof(float));
     }
-    for (std::size_t tile = 0; tile < tiles(); ++tile)
-      for (const Matrix& matrix : layer.matrices)
-        if (!panels(matrix) && (!batched || !in_floats(matrix))) multiply_tile(matrix, tile, job, y, true);
-    for (const Matrix& matrix : layer.matrices)
-      if (!panels(matrix) && batched && in_floats(matrix)) matrix.add_batch(x_, all);
+    for (const Matrix& matrix : layer.matrices) {
+      if (panels(matrix)) continue;
+      if (const PanelKernels* kernels = lanes(matrix))
+        multiply_lanes(work_.panels(0, *kernels), matrix.columns(), matrix.panel_codes(), all,
+                       [&](std::size_t row, std::size_t column, const PanelRows& to) { matrix.panel(*kernels, row, column, to); });
+      else if (batched && in_floats(matrix)) matrix.add_batch(x_, all);
+      else
+        for (std::size_t tile = 0; tile < tiles(); ++tile) multiply_tile(matrix, tile, job, y, true);
+    }
     const float* inner = middle.at;
     for (const Operator& term : layer.operators) {
       if (!term.is_low_rank()) continue;
@@ -337,8 +356,8 @@ class Application {
   const std::vector<Product>& products_;
   Rows<const float> x_;  // [tokens, columns]
   std::size_t tokens_;
-  bool exact_;
-  const PanelSet* panels_;  // or null
+  bool exact_, prompt_;
+  const PanelSet *panels_, *lanes_;  // or null
   Workspace& work_;
   Pool& pool_;
 };

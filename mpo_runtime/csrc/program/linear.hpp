@@ -29,7 +29,6 @@ struct Linear {
   std::vector<Operator> operators;
   std::vector<float> bias;
   std::size_t row_bytes = 0, row_step = 1;
-  unsigned planes = 0;  // for which x is arranged as int8, unless in exact mode
 };
 
 // One of the layers that take the same input.
@@ -62,9 +61,10 @@ class Workspace {
   std::vector<Panels> panels_;
 };
 
-// What x is multiplied as. Floats: float32 throughout. Codes: int8 with integer weights. Prompt: in panels that round x,
-// where the level has them, else as codes.
-enum class Arithmetic { floats, codes, prompt };
+// What x is multiplied as. Floats: float32 throughout. Codes: int8 with integer weights. Both are for generated tokens, whose
+// results are those of each of them alone, bit for bit where the level's kernels allow it. Parts of prompts are multiplied in
+// panels, where the level has them: in float32, or rounded to what its panels hold.
+enum class Arithmetic { floats, codes, prompt_floats, prompt };
 
 // Computes all the products with x [tokens, columns].
 void apply(const std::vector<Product>& products, const float* x, std::size_t tokens, Arithmetic arithmetic, Workspace& work,

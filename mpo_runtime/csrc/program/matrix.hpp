@@ -44,7 +44,7 @@ class Matrix {
   // Adds W x like multiply(), in float32, for many rows of x: each block of weights is widened once for all of them.
   void add_batch(Rows<const float> x, const Task& task) const;
   // The panels that its rows go through, or null: as they are stored, and computed from it.
-  const PanelKernels* panels(const PanelSet& set) const { return integer_ ? set.integers : computed_panels(set); }
+  const PanelKernels* panels(const PanelSet& set) const { return integer_ ? set.integers[panel_order(quantized_.bits)] : computed_panels(set); }
   const PanelKernels* computed_panels(const PanelSet& set) const {
     return integer_ ? set.computed : dense_.type == Type::bf16 ? set.bf16 : set.floats;
   }

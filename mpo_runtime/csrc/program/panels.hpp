@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/panels.hpp"
 #include "memory.hpp"
@@ -54,9 +55,9 @@ class PanelSums {
       const std::size_t columns = std::min(kPanelChunk, x.columns() - column), steps = panel_steps(columns);
       for (std::size_t row = 0; row < rows_; row += kPanelRows) {
         std::uint8_t* to = panels_ + row / kPanelRows * steps * kernels.w_bytes;
-        fill(row, column, PanelRows{std::min(kPanelRows, rows_ - row), columns, to});
+        fill(row, column, PanelRows{std::min(kPanelRows, rows_ - row), columns, to, kPanelChunk});
       }
-      kernels.multiply({panels_, x.chunk(slab, column), panel_count(rows_), tokens_, steps, codes, sums_, !add_});
+      kernels.multiply({panels_, x.chunk(slab, column), panel_count(rows_), tokens_, steps, codes, sums_, !add_, false});
       add_ = kernels.add;
     }
   }
@@ -71,5 +72,29 @@ class PanelSums {
   float* sums_;
   std::uint8_t* panels_;
 };
+
+// y [tokens, rows of the task] (+)= the product of a few rows of x with a matrix, bit for bit that of each row alone.
+template <class Fill>
+void multiply_lanes(const PanelInput& x, std::size_t row_elements, PanelCodes codes, const Task& task, Fill fill) {
+  constexpr std::size_t kStrip = 2 * kPanelRows;
+  const PanelKernels& kernels = x.kernels();
+  const std::size_t groups = panel_count(task.count), sums = 2 * kPanelLanes * groups * kPanelSums;
+  float* at = scratch_floats(sums + 2 * panel_steps(kPanelChunk) * kMostStepBytes / sizeof(float));
+  auto* panels = reinterpret_cast<std::uint8_t*>(at + sums);
+  if (x.columns() < kPanelChunk) std::memset(at, 0, sums * sizeof(float));  // lanes without columns
+  for (std::size_t begin = task.begin; begin < task.end; begin += kStrip) {
+    Task part = task;
+    part.begin = begin;
+    part.end = std::min(begin + kStrip, task.end);
+    for (std::size_t column = 0; column < x.columns(); column += kPanelChunk) {
+      const std::size_t columns = std::min(kPanelChunk, x.columns() - column), steps = panel_steps(columns);
+      for (std::size_t row = begin; row < part.end; row += kPanelRows)
+        fill(row, column, PanelRows{std::min(kPanelRows, part.end - row), columns,
+                                    panels + (row - begin) / kPanelRows * steps * kernels.w_bytes, kStrip * row_elements});
+      kernels.multiply({panels, x.chunk(0, column), panel_count(part.end - begin), task.count, steps, codes, at, column == 0, true});
+    }
+    kernels.add_lanes(at, groups, codes, part);
+  }
+}
 
 }  // namespace mpo

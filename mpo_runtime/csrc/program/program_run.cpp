@@ -73,7 +73,7 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
       // depends on what else is in the step.
       if (state.few) multiply(step, {0, state.few}, exact_ ? Arithmetic::floats : Arithmetic::codes, state);
       if (state.few < tokens)
-        multiply(step, {state.few, tokens}, exact_ ? Arithmetic::floats : Arithmetic::prompt, state);
+        multiply(step, {state.few, tokens}, exact_ ? Arithmetic::prompt_floats : Arithmetic::prompt, state);
       return;
     case Kind::rope: return rope(step, call, state);
     case Kind::attention: return attend(step, call, state);

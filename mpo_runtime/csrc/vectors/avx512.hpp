@@ -58,5 +58,28 @@ struct Avx512Floats {
   static MPO_INLINE __m256 upper(Floats a) { return _mm512_extractf32x8_ps(a, 1); }
 };
 
+// The rows of a 16 by 16 matrix of 32-bit values become its columns.
+MPO_INLINE void transpose(__m512i* rows) {
+  __m512i pairs[16], quads[16];
+  for (std::size_t i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (std::size_t i = 0; i < 16; i += 4)
+    for (std::size_t j = 0; j < 2; ++j) {
+      quads[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      quads[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+  // quads[4 * i + j]: in its 128-bit part p the values of rows 4i ... 4i + 3 in column 4p + j
+  for (std::size_t j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0x88), b = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(quads[j], quads[4 + j], 0xdd), d = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], 0xdd);
+    rows[j] = _mm512_shuffle_i32x4(a, b, 0x88);
+    rows[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    rows[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88);
+    rows[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+}
+
 }  // namespace
 }  // namespace mpo
