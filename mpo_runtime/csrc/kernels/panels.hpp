@@ -2,9 +2,9 @@
 // multiplied with all rows of x, which stand in groups of 16. A record of functions says what panels hold:
 // - bf16 for matrix units (amx_panels.cpp). Codes times scales are rounded to bf16 on the way, which costs less accuracy than
 //   int8 activations do; what is stored as bf16 stays as it is, and x may be kept as a sum of two bf16 numbers.
-// - int8 (panels_body.hpp). x is rounded as for a single row of x, see activations.hpp; the sums are those up to rounding.
+// - int8 (integer_panels.hpp). x is rounded as for a single row of x, see activations.hpp; the sums are those up to rounding.
 //   Columns stand in the order in which codes lie in packed bytes, so that unpacking takes few steps.
-// - float32 (panels_body.hpp), which is exact to its precision.
+// - float32 (float_panels.hpp), which is exact to its precision.
 //
 // Where sums are kept apart in lanes, they are added up in the order of the product with a single row of x, and results are
 // equal to its results in every bit.

@@ -10,7 +10,8 @@
 
 MPO_BEGIN_TARGET(MPO_AVX512)
 
-#include "kernels/panels_body.hpp"
+#include "kernels/float_panels.hpp"
+#include "kernels/integer_panels.hpp"
 #include "vectors/avx512.hpp"
 
 namespace mpo {
