@@ -1,19 +1,24 @@
-"""Servers at several numbers of clients: `mpo-run serve`, `vllm serve` and any other that speaks OpenAI's completions.
+"""Servers side by side at several numbers of clients: `mpo-run serve`, `llama-server`, `vllm serve`, and the bare engine.
 
-    python benchmarks/serving.py --name mpo-run --clients 1 4 16 -- mpo-run serve model.mpo --port 8123
-    python benchmarks/serving.py --name vLLM --clients 1 4 16 -- vllm serve model-vllm --port 8123
+    python benchmarks/serving.py --clients 1 2 4 8 16 --engine model.mpo \\
+        --server "mpo-run=mpo-run serve model.mpo --parallel 16 --port {port}" \\
+        --server "llama-server=llama-server -m model.gguf -np 16 -c 16384 -t 2 --port {port}"
 
-The command after `--` is started, awaited and ended. Each client sends one request at a time: a prompt of 64 different token
-ids, 64 tokens drawn greedily. Every number of clients is run once to warm up, with other prompts, and once to measure, two
-requests for each client. Rates are tokens of all clients over the time from the first request to the last answer; the time to
-the first token is the median over requests.
+All servers are started and stay. In every round each of them is measured in turn at every number of clients, so that a busy
+moment hits all of them; the figures are medians over rounds. A server speaks OpenAI's completions and takes token ids. Each
+client sends one request: a prompt of 64 different token ids, 64 tokens drawn greedily. A rate is the tokens of all clients
+over the time from the first request to the last answer. The time between tokens is that from a request's first token to its
+last, over the tokens after the first. CPU seconds are those of the server's process, all threads. `--engine` measures the same
+requests, one at a time, through the engine in a process of its own without a server.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -22,27 +27,136 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parts.results import write_results
 
-PROMPT, TOKENS, REQUESTS = 64, 64, 2
+PROMPT, TOKENS = 64, 64
+FIRST_PORT = 8123
+# Reads prompts from its input, one a line, and answers each with seconds and CPU seconds.
+ENGINE = """
+import json, sys, time
+from mpo_runtime import load
+from mpo_runtime.sampler import SamplingOptions
+model = load(sys.argv[1])
+for line in sys.stdin:
+    ids, tokens = json.loads(line)
+    begin, used = time.perf_counter(), time.process_time()
+    first, count = 0.0, 0
+    for step in model.engine.generate(ids, SamplingOptions(temperature=0), max_tokens=tokens, stop_ids=()):
+        first, count = first or time.perf_counter() - begin, count + 1
+    print(json.dumps([first, time.perf_counter() - begin, count, time.process_time() - used]), flush=True)
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One server at one number of clients: tokens per second of all clients, median seconds to the first token."""
+    """A server at one number of clients: medians over rounds.
+
+    tokens_per_second of all clients; first_token_s and between_tokens_s of one; cpu_s of the server for each token.
+    """
 
     server: str
     clients: int
     tokens_per_second: float
     first_token_s: float
+    between_tokens_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request: seconds to its first token and to its end, and the number of tokens."""
+
+    first: float
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """All clients' requests at once: seconds until the last has ended, CPU seconds of the server."""
+
+    answers: list[Answer]
+    seconds: float
+    cpu: float
+
+
+class Served:
+    """A running server."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], url: str) -> None:
+        self.name, self.process, self.url = name, process, url
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
+            self.model = json.load(answer)["data"][0]["id"]
+
+    def round(self, prompts: list[list[int]]) -> Round:
+        """One request for each prompt, all at once."""
+        begin, used = time.perf_counter(), cpu_seconds(self.process.pid)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(self.complete, prompts))
+        return Round(answers, time.perf_counter() - begin, cpu_seconds(self.process.pid) - used)
+
+    def complete(self, prompt: list[int]) -> Answer:
+        """Streams one completion."""
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        }
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        begin, first, count = time.perf_counter(), 0.0, 0
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            for line in answer:
+                data = line.decode().removeprefix("data:").strip()
+                if not data or data == "[DONE]":
+                    continue
+                first = first or time.perf_counter() - begin
+                if '"usage"' in data and (usage := json.loads(data).get("usage")):
+                    count = usage["completion_tokens"]
+        return Answer(first, time.perf_counter() - begin, count)
+
+
+class Engine:
+    """The engine in a process without a server."""
+
+    name = "engine"
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def round(self, prompts: list[list[int]]) -> Round:
+        """The prompts one after another."""
+        begin, answers, used = time.perf_counter(), [], 0.0
+        for prompt in prompts:
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self.process.stdin.write(json.dumps([prompt, TOKENS]) + "\n")
+            self.process.stdin.flush()
+            first, seconds, count, cpu = json.loads(self.process.stdout.readline())
+            answers.append(Answer(first, seconds, count))
+            used += cpu
+        return Round(answers, time.perf_counter() - begin, used)
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU seconds that a process has used so far; 0 where the system does not tell."""
+    path = Path(f"/proc/{process}/stat")
+    if not path.exists():
+        return 0.0
+    fields = path.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
-def served(command: list[str], url: str, seconds: float) -> Iterator[None]:
+def served(name: str, command: list[str], url: str, seconds: float) -> Iterator[Served]:
     """Runs a server until the block ends; raises SystemExit where it does not answer in time."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -55,74 +169,90 @@ def served(command: list[str], url: str, seconds: float) -> Iterator[None]:
                 if process.poll() is not None or time.monotonic() > end:
                     raise SystemExit(f"{' '.join(command)}: does not answer at {url}") from None
                 time.sleep(0.5)
-        yield
+        yield Served(name, process, url)
     finally:
         process.terminate()
         process.wait(60)
 
 
-def complete(url: str, model: str, prompt: list[int]) -> tuple[float, int]:
-    """Streams one completion; returns the seconds to its first piece and the number of tokens drawn."""
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": TOKENS,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-        "stream_options": {"include_usage": True},
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+@contextmanager
+def bare(file: Path) -> Iterator[Engine]:
+    """Runs the engine until the block ends."""
+    command = [sys.executable, "-c", ENGINE, str(file)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Engine(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def row(name: str, clients: int, rounds: list[Round]) -> Row:
+    """The medians over rounds."""
+    answers = [answer for one in rounds for answer in one.answers]
+    counts = [sum(answer.tokens for answer in one.answers) for one in rounds]
+    return Row(
+        name,
+        clients,
+        statistics.median(count / one.seconds for count, one in zip(counts, rounds, strict=True)),
+        statistics.median(answer.first for answer in answers),
+        statistics.median((answer.seconds - answer.first) / max(answer.tokens - 1, 1) for answer in answers),
+        statistics.median(one.cpu / count for count, one in zip(counts, rounds, strict=True)),
     )
-    begin, first, count = time.perf_counter(), 0.0, 0
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        for line in answer:
-            data = line.decode().removeprefix("data:").strip()
-            if not data or data == "[DONE]":
-                continue
-            first = first or time.perf_counter() - begin
-            usage = json.loads(data).get("usage")
-            count = usage["completion_tokens"] if usage else count
-    return first, count
 
 
-def measure(url: str, model: str, clients: int, vocabulary: int, seed: int) -> tuple[float, float]:
-    """Tokens per second of all clients, and the median time to the first token."""
-    source = random.Random(seed)
-    prompts = [[source.randrange(10, vocabulary) for _ in range(PROMPT)] for _ in range(clients * REQUESTS)]
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        found = list(pool.map(lambda prompt: complete(url, model, prompt), prompts))
-    seconds = time.perf_counter() - begin
-    return sum(count for _, count in found) / seconds, statistics.median(first for first, _ in found)
+def measure(contestants: list[Served | Engine], clients: list[int], vocabulary: int, rounds: int) -> list[Row]:
+    """The rows of all servers."""
+    source = random.Random(0)
+
+    def prompts(count: int) -> list[list[int]]:
+        return [[source.randrange(10, vocabulary) for _ in range(PROMPT)] for _ in range(count)]
+
+    for contestant in contestants:
+        contestant.round(prompts(1))
+    rows = []
+    for count in clients:
+        taking = [one for one in contestants if count == 1 or not isinstance(one, Engine)]
+        found: dict[str, list[Round]] = {one.name: [] for one in taking}
+        for _ in range(rounds):
+            asked = prompts(count)
+            for one in taking:
+                found[one.name].append(one.round(asked))
+        for name, results in found.items():
+            rows.append(row(name, count, results))
+            print(
+                f"{name}, {count} clients: {rows[-1].tokens_per_second:.1f} tokens/s, first token "
+                f"{rows[-1].first_token_s:.3f} s, between tokens {rows[-1].between_tokens_s * 1e3:.2f} ms, "
+                f"CPU {rows[-1].cpu_s * 1e3:.2f} ms a token",
+                flush=True,
+            )
+    return rows
 
 
 def main() -> None:
-    """Measures one server and adds its rows to a file."""
+    """Measures the servers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="what the server is called in the table")
-    parser.add_argument("--url", default="http://127.0.0.1:8123")
+    parser.add_argument("--server", action="append", default=[], metavar="NAME=COMMAND", help="{port} is its port")
+    parser.add_argument("--engine", type=Path, help="a model for the engine without a server")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=4096, help="ids of prompts are drawn below it")
     parser.add_argument("--start-seconds", type=float, default=300)
-    parser.add_argument("--out", type=Path, help="JSON; rows of other servers in it are kept")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command that starts the server")
+    parser.add_argument("--model", default="", help="what the model is called in the results")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    command = [word for word in arguments.command if word != "--"]
-    rows = []
-    with served(command, arguments.url, arguments.start_seconds):
-        with urllib.request.urlopen(f"{arguments.url}/v1/models", timeout=10) as answer:
-            model = json.load(answer)["data"][0]["id"]
-        for clients in arguments.clients:
-            measure(arguments.url, model, clients, arguments.vocabulary, 1000 + clients)
-            rate, first = measure(arguments.url, model, clients, arguments.vocabulary, clients)
-            rows.append(Row(arguments.name, clients, rate, first))
-            print(f"{arguments.name}, {clients} clients: {rate:.1f} tokens/s, first token {first:.3f} s", flush=True)
-    if arguments.out:
-        known = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
-        kept = [row for row in known if row["server"] != arguments.name]
-        write_results(arguments.out, [*kept, *(asdict(row) for row in rows)])
+    with ExitStack() as running:
+        contestants: list[Served | Engine] = []
+        for index, text in enumerate(arguments.server):
+            name, _, command = text.partition("=")
+            port = str(FIRST_PORT + index)
+            words = shlex.split(command.replace("{port}", port))
+            url = f"http://127.0.0.1:{port}"
+            contestants.append(running.enter_context(served(name, words, url, arguments.start_seconds)))
+        if arguments.engine:
+            contestants.append(running.enter_context(bare(arguments.engine)))
+        rows = measure(contestants, arguments.clients, arguments.vocabulary, arguments.rounds)
+    write_results(arguments.out, [asdict(one) for one in rows], model=arguments.model)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mpo_exporter.terms import operator
 from mpo_formats import (
     Architecture,
     Dense,
+    FileSpec,
     LinearSpec,
     ModelSpec,
     MpoWriter,
@@ -32,6 +34,8 @@ from mpo_formats import (
 )
 from mpo_formats.architecture import EMBEDDING
 from mpo_formats.layout import TensorSpec
+from mpo_runtime.loading import open_weights
+from mpo_runtime.weights.checkpoint import EMBEDDED
 
 # hidden, MLP, blocks, heads, key-value heads, head size
 SIZES = {
@@ -107,7 +111,16 @@ def synthetic_linears(size: str, plan: SyntheticPlan) -> tuple[LinearSpec, ...]:
     )
 
 
-def synthetic_spec(size: str, linears: tuple[LinearSpec, ...]) -> ModelSpec:
+def text_files(model: Path | None) -> dict[str, bytes]:
+    """The files about text of a model in any form, for `write_layers`."""
+    if model is None:
+        return {}
+    weights = open_weights(model)
+    found = {name: weights.file(name) for name in EMBEDDED}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def synthetic_spec(size: str, linears: tuple[LinearSpec, ...], files: Mapping[str, bytes]) -> ModelSpec:
     """The header of the file to write."""
     architecture = granite(size)
     vectors = tuple(VectorSpec(name, size, "bf16") for name, size in architecture.vector_sizes())
@@ -119,7 +132,8 @@ def synthetic_spec(size: str, linears: tuple[LinearSpec, ...]) -> ModelSpec:
         options={"weights": "random"},
         calibration_sha256=None,
     )
-    return ModelSpec(architecture, linears, vectors, (), provenance)
+    embedded = tuple(FileSpec(name, len(content)) for name, content in files.items())
+    return ModelSpec(architecture, linears, vectors, embedded, provenance)
 
 
 class Noise:
@@ -147,18 +161,25 @@ class Noise:
         return (wide.view(np.uint32) >> 16).astype(np.uint16).reshape(tensor.shape)
 
 
-def write_synthetic(size: str, plan: SyntheticPlan, path: Path, seed: int = 0) -> None:
+def write_synthetic(size: str, plan: SyntheticPlan, path: Path, seed: int = 0, tokenizer: Path | None = None) -> None:
     """Writes the file of a plan; an existing one is replaced."""
-    write_layers(size, synthetic_linears(size, plan), path, seed)
+    write_layers(size, synthetic_linears(size, plan), path, seed, tokenizer)
 
 
-def write_layers(size: str, linears: tuple[LinearSpec, ...], path: Path, seed: int = 0) -> None:
+def write_layers(
+    size: str, linears: tuple[LinearSpec, ...], path: Path, seed: int = 0, tokenizer: Path | None = None
+) -> None:
     """Writes a file of these layers; an existing one is replaced."""
-    spec = synthetic_spec(size, linears)
+    files = text_files(tokenizer)
+    spec = synthetic_spec(size, linears, files)
     columns = {linear.name: linear.in_features for linear in spec.linears}
     noise = Noise(seed)
     with MpoWriter(path, spec, force=True) as writer:
         for tensor in writer.pending():
+            name = tensor.name.removeprefix("file.")
+            if name in files:
+                writer.write(tensor.name, np.frombuffer(files[name], np.uint8))
+                continue
             layer = re.sub(r"\.\d+\.(weight|q\d|scale|core\d.*)$", "", tensor.name)
             writer.write(tensor.name, noise.tensor(tensor, columns.get(layer, 1)))
         writer.commit()
@@ -169,8 +190,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="2b")
     parser.add_argument("--plan", default="4")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="a model whose tokenizer is taken, as servers need one")
     arguments = parser.parse_args()
-    write_synthetic(arguments.size, SyntheticPlan.parse(arguments.plan), arguments.out)
+    write_synthetic(arguments.size, SyntheticPlan.parse(arguments.plan), arguments.out, tokenizer=arguments.tokenizer)
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1e9:.3f} GB")
 
 

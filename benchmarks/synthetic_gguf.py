@@ -1,4 +1,5 @@
-"""Writes llama.cpp's files of Granite 3.3's sizes with random weights, for benchmarks/decode.py; needs the package gguf.
+"""Writes llama.cpp's files of Granite 3.3's sizes with random weights, for benchmarks/decode.py and, with
+--tokenizer, benchmarks/serving.py; needs the package gguf.
 
     python benchmarks/synthetic_gguf.py --size 2b --type Q4_K_M --quantize BUILD/bin/llama-quantize --out q4km.gguf
 
@@ -55,8 +56,8 @@ def shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
     return result | {"output_norm.weight": (hidden,)}
 
 
-def writer_for(path: Path, model: Architecture) -> gguf.GGUFWriter:
-    """A writer with the model's settings and no vocabulary."""
+def writer_for(path: Path, model: Architecture, tokenizer: Path | None = None) -> gguf.GGUFWriter:
+    """A writer with the model's settings, and the vocabulary of another file or none."""
     writer = gguf.GGUFWriter(path, "granite")
     writer.add_context_length(4096)
     writer.add_embedding_length(model.hidden_size)
@@ -72,8 +73,25 @@ def writer_for(path: Path, model: Architecture) -> gguf.GGUFWriter:
     writer.add_residual_scale(model.residual_multiplier)
     writer.add_attention_scale(model.attention_multiplier)
     writer.add_logit_scale(model.logits_scaling)
-    writer.add_tokenizer_model("none")
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        copy_tokenizer(writer, tokenizer, model.vocab_size)
     return writer
+
+
+def copy_tokenizer(writer: gguf.GGUFWriter, path: Path, vocabulary: int) -> None:
+    """Takes over the tokenizer of another file; ids beyond its vocabulary get names that no text has."""
+    for field in gguf.GGUFReader(path).fields.values():
+        if not field.name.startswith("tokenizer."):
+            continue
+        value = field.contents()
+        if isinstance(value, list) and field.name in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+            names = field.name.endswith("tokens")
+            rest = range(len(value), vocabulary)
+            value += [f"[unused{index}]" if names else gguf.TokenType.UNUSED.value for index in rest]
+        kinds = [kind for kind in field.types if kind != gguf.GGUFValueType.ARRAY]
+        writer.add_key_value(field.name, value, field.types[0], sub_type=kinds[-1] if isinstance(value, list) else None)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
@@ -134,11 +152,12 @@ def main() -> None:
     parser.add_argument("--type", default="Q4_K_M")
     parser.add_argument("--quantize", type=Path, required=True, help="llama.cpp's llama-quantize")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="a GGUF file whose tokenizer is taken, as servers need one")
     arguments = parser.parse_args()
     model = granite(arguments.size)
     types = types_of(arguments.type, small_copy(model), arguments.quantize)
     random = np.random.default_rng(0)
-    writer = writer_for(arguments.out, model)
+    writer = writer_for(arguments.out, model, arguments.tokenizer)
     for tensor, shape in shapes(model).items():
         if len(shape) == 1:
             writer.add_tensor(tensor, np.ones(shape, np.float32))

@@ -106,7 +106,12 @@ class Ops(Protocol):
 
     @property
     def row_exact(self) -> bool:
-        """Whether a token's result does not depend on what else is in the step, in any bit."""
+        """Whether a generated token's result does not depend on what else is in the step, in any bit."""
+        ...
+
+    @property
+    def prompt_exact(self) -> bool:
+        """Whether that of a prompt's token does not, nor on how many of the prompt's tokens are in the step."""
         ...
 
     def weights(self, layer: str) -> Array:
