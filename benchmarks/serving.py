@@ -6,10 +6,10 @@
 
 All servers are started and stay. In every round each of them is measured in turn at every number of clients, so that a busy
 moment hits all of them; the figures are medians over rounds. A server speaks OpenAI's completions and takes token ids. Each
-client sends one request: a prompt of 64 different token ids, 64 tokens drawn greedily. A rate is the tokens of all clients
-over the time from the first request to the last answer. The time between tokens is that from a request's first token to its
-last, over the tokens after the first. CPU seconds are those of the server's process, all threads. `--engine` measures the same
-requests, one at a time, through the engine in a process of its own without a server.
+client sends one request: a prompt of random token ids, and tokens drawn greedily (`--prompt`, `--tokens`). A rate is the
+tokens of all clients over the time from the first request to the last answer. The time between tokens is that from a request's
+first token to its last, over the tokens after the first. CPU seconds are those of the server's process, all threads. `--engine`
+measures the same requests, one at a time, through the engine in a process of its own without a server.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from pathlib import Path
 
 from parts.results import write_results
 
-PROMPT, TOKENS = 64, 64
 FIRST_PORT = 8123
 # Reads prompts from its input, one a line, and answers each with seconds and CPU seconds.
 ENGINE = """
@@ -88,7 +87,7 @@ class Served:
     """A running server."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], url: str) -> None:
-        self.name, self.process, self.url = name, process, url
+        self.name, self.process, self.url, self.tokens = name, process, url, 64
         with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
             self.model = json.load(answer)["data"][0]["id"]
 
@@ -104,7 +103,7 @@ class Served:
         body = {
             "model": self.model,
             "prompt": prompt,
-            "max_tokens": TOKENS,
+            "max_tokens": self.tokens,
             "temperature": 0,
             "stream": True,
             "ignore_eos": True,
@@ -131,14 +130,14 @@ class Engine:
     name = "engine"
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+        self.process, self.tokens = process, 64
 
     def round(self, prompts: list[list[int]]) -> Round:
         """The prompts one after another."""
         begin, answers, used = time.perf_counter(), [], 0.0
         for prompt in prompts:
             assert self.process.stdin is not None and self.process.stdout is not None
-            self.process.stdin.write(json.dumps([prompt, TOKENS]) + "\n")
+            self.process.stdin.write(json.dumps([prompt, self.tokens]) + "\n")
             self.process.stdin.flush()
             first, seconds, count, cpu = json.loads(self.process.stdout.readline())
             answers.append(Answer(first, seconds, count))
@@ -201,17 +200,18 @@ def row(name: str, clients: int, rounds: list[Round]) -> Row:
     )
 
 
-def measure(contestants: list[Served | Engine], clients: list[int], vocabulary: int, rounds: int) -> list[Row]:
+def measure(contestants: list[Served | Engine], arguments: argparse.Namespace) -> list[Row]:
     """The rows of all servers."""
-    source = random.Random(0)
+    source, rounds = random.Random(0), arguments.rounds
 
     def prompts(count: int) -> list[list[int]]:
-        return [[source.randrange(10, vocabulary) for _ in range(PROMPT)] for _ in range(count)]
+        return [[source.randrange(10, arguments.vocabulary) for _ in range(arguments.prompt)] for _ in range(count)]
 
     for contestant in contestants:
+        contestant.tokens = arguments.tokens
         contestant.round(prompts(1))
     rows = []
-    for count in clients:
+    for count in arguments.clients:
         taking = [one for one in contestants if count == 1 or not isinstance(one, Engine)]
         found: dict[str, list[Round]] = {one.name: [] for one in taking}
         for _ in range(rounds):
@@ -235,6 +235,8 @@ def main() -> None:
     parser.add_argument("--server", action="append", default=[], metavar="NAME=COMMAND", help="{port} is its port")
     parser.add_argument("--engine", type=Path, help="a model for the engine without a server")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=4096, help="ids of prompts are drawn below it")
     parser.add_argument("--start-seconds", type=float, default=300)
@@ -251,8 +253,14 @@ def main() -> None:
             contestants.append(running.enter_context(served(name, words, url, arguments.start_seconds)))
         if arguments.engine:
             contestants.append(running.enter_context(bare(arguments.engine)))
-        rows = measure(contestants, arguments.clients, arguments.vocabulary, arguments.rounds)
-    write_results(arguments.out, [asdict(one) for one in rows], model=arguments.model)
+        rows = measure(contestants, arguments)
+    write_results(
+        arguments.out,
+        [asdict(one) for one in rows],
+        model=arguments.model,
+        prompt=arguments.prompt,
+        tokens=arguments.tokens,
+    )
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpo_formats import ConfigError
 from mpo_runtime.engine import PREFILL_CHUNK, LogitsHook, Request, Scheduler, check_prompt
@@ -192,10 +193,12 @@ class Model:
         if len(ids) > longest:
             raise ConfigError(f"score: {len(ids)} tokens, the model was made for {longest}; score it in parts")
         check_ids(np.array(ids), self.network)
-        rows = (
-            row for part in piecewise_logits(self.network, np.array(ids), PREFILL_CHUNK) for row in log_softmax(part)
-        )
+        rows = (row for part in self.prompt_logits(ids) for row in log_softmax(part))
         return Score(ids[1:], [float(row[token]) for row, token in zip(rows, ids[1:], strict=True)])
+
+    def prompt_logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """The logits [S, vocabulary] after each of the ids but the last, some at a time, besides the texts of the batch."""
+        return piecewise_logits(self.network, np.array(ids), PREFILL_CHUNK)
 
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises ConfigError where the model has none."""

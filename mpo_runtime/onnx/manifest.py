@@ -36,6 +36,21 @@ class Manifest:
         return (json.dumps(json.loads(to_json(self)), indent=1) + "\n").encode()
 
 
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder in the place of weights; nothing of it is open, since the session has read it."""
+
+    manifest: Manifest
+
+    @property
+    def size(self) -> int:
+        """Bytes of the graph and its tensors."""
+        return self.manifest.graph_bytes + self.manifest.data_bytes
+
+    def close(self) -> None:
+        """Does nothing: the session ends with the model."""
+
+
 def is_exported(folder: Path) -> bool:
     """Whether a path is a folder that `export-onnx` wrote."""
     return (folder / MANIFEST).is_file()

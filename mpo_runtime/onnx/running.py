@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -23,15 +24,18 @@ from mpo_runtime.engine import (
     default_context,
     shared_prefix,
 )
-from mpo_runtime.model import Model, Score
+from mpo_runtime.engine.job import Job, SchedulerStats
+from mpo_runtime.model import Model
 from mpo_runtime.models.decoder import Decoder
-from mpo_runtime.onnx.manifest import is_exported, read_manifest
-from mpo_runtime.onnx.session import Session
+from mpo_runtime.onnx.manifest import Folder, is_exported, read_manifest
+from mpo_runtime.onnx.session import CHUNK, Logits, Session
 from mpo_runtime.sampler import Sampler, logprob, without
 from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.files import TextFiles
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights.protocol import Weights
+
+READER_SECONDS = 10.0  # that a text waits for a reader who is far behind
 
 
 class OnnxGeneration(Generation):
@@ -43,7 +47,7 @@ class OnnxGeneration(Generation):
 
     @property
     def figures(self) -> Figures:
-        """Tokens so far, without times."""
+        """Tokens and times so far."""
         return self._figures
 
     @property
@@ -72,10 +76,11 @@ class OnnxGeneration(Generation):
 
 
 class OnnxEngine:
-    """One conversation's state in ONNX Runtime. A prompt that begins with the tokens in the cache reuses them.
+    """One text's state in ONNX Runtime, in the place of a Scheduler.
 
-    Tokens that are run together are rounded differently from tokens that are run one by one, so a reproducible generation
-    (with a seed, or at temperature 0) reuses nothing. Texts take turns, since they share one cache.
+    A prompt that begins with the tokens in the cache reuses them. Tokens that are run together are rounded differently from
+    tokens that are run one by one, so a reproducible generation (with a seed, or at temperature 0) reuses nothing. Texts take
+    turns, since they share one cache.
     """
 
     def __init__(self, session: Session) -> None:
@@ -84,28 +89,97 @@ class OnnxEngine:
         self.unused_ids = np.zeros(0, np.int64)  # rows of the model's output that stand for no token
         self.lock = threading.Lock()
         self._reader: int | None = None
+        self._changed = threading.Condition()  # guards what follows
+        self._jobs: list[Job] = []  # texts of the worker, the running one first
+        self._worker: threading.Thread | None = None
+        self._closed, self._requests = False, 0
 
     def reusable(self, ids: Sequence[int], *, repeatable: bool = False) -> int:
         """How many leading ids of a prompt are in the cache and need not be run again."""
         return 0 if repeatable else shared_prefix(self.held, ids[:-1])
 
     def submit(self, request: Request, *, notify: Callable[[], None] | None = None) -> Generation:
-        """A text that is made while it is read, after those of other threads; as Scheduler.submit else.
+        """A text that is made after those before it; as Scheduler.submit else. Without `notify` it is made while it is read.
 
         Raises:
-            ConfigError: for a prompt that cannot be run, where its log-probabilities are asked for, and with `notify`: nothing
-                is made before it is read, so a server would wait forever.
+            ConfigError: for a prompt that cannot be run, and where its log-probabilities are asked for.
         """
-        if notify is not None:
-            raise ConfigError("serve: not with ONNX Runtime; serve the .mpo file that the folder was made from")
         check_prompt(request.ids, self.context, self.session.architecture.vocab_size)
         if request.prompt_logprobs:
             raise ConfigError("prompt_logprobs: not with ONNX Runtime; load the .mpo file")
         figures = Figures(len(request.ids))
-        return OnnxGeneration(self._steps(request, figures), figures)
+        if notify is None:
+            return OnnxGeneration(self._steps(request, figures), figures)
+        sampler, ends = Sampler(request.sampling), frozenset(request.stop_ids or ())
+        now = time.monotonic()
+        job = Job(request, notify, sampler, self.context, ends, [], figures, None, now, None)
+        with self._changed:
+            if self._closed:
+                raise ConfigError("the model is closed; load it again")
+            self._jobs.append(job)
+            self._requests += 1
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="mpo-onnx", daemon=True)
+                self._worker.start()
+        return Generation(job, self._wake)
+
+    def prompt_logits(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """The logits [S, vocabulary] after each of the ids but the last, some at a time."""
+        with self._one_at_a_time():
+            self.held = []
+            self.session.rewind(0)
+            for start in range(0, len(ids) - 1, CHUNK):
+                yield self.session.run_all(list(ids[start : min(start + CHUNK, len(ids) - 1)]))
+
+    def stats(self) -> SchedulerStats:
+        """What it is doing; the KV cache has one place, whose bytes are not counted."""
+        with self._changed:
+            count, requests = len(self._jobs), self._requests
+        running = min(count, 1)
+        return SchedulerStats(running, count - running, 0, 0, requests, 0, 0, 0, 0, 1.0, 0, 0)
 
     def close(self) -> None:
-        """Does nothing: the session ends with the model."""
+        """Ends all texts and waits for the running step."""
+        with self._changed:
+            self._closed, worker = True, self._worker
+            for job in self._jobs:
+                job.cancelled = True
+                job.put(None)
+            self._changed.notify_all()
+        if worker is not None:
+            worker.join()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        """The thread that makes the texts which others are told of, one after the other."""
+        while True:
+            with self._changed:
+                self._jobs = [job for job in self._jobs if not job.cancelled]
+                if not self._jobs:
+                    self._worker = None
+                    return
+                job = self._jobs[0]
+            job.figures.queued_seconds = time.monotonic() - job.submitted
+            try:
+                with closing(self._steps(job.request, job.figures)) as steps:
+                    for step in steps:
+                        if job.cancelled:
+                            break
+                        job.put(step)
+                        self._await_reader(job)
+            except Exception as error:  # its reader gets it
+                job.put(error)
+            with self._changed:
+                self._jobs.remove(job)
+
+    def _await_reader(self, job: Job) -> None:
+        """Waits for a reader that is far behind; raises ConfigError where it takes too long, since all others wait, too."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: job.cancelled or not job.waits, READER_SECONDS):
+                raise ConfigError("generate: the text is not read while others wait; read it faster")
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
@@ -129,9 +203,12 @@ class OnnxEngine:
             figures.cached_tokens = shared = self.reusable(ids, repeatable=options.repeatable)
             self.held = self.held[:shared]
             self.session.rewind(shared)
-            new = list(ids[shared:])
+            new, begun = list(ids[shared:]), time.monotonic()
             for index in range(limit):
                 logits = without(self.session.run(new), self.unused_ids)
+                if index == 0:
+                    figures.prompt_seconds = time.monotonic() - begun
+                figures.decode_seconds = time.monotonic() - begun - figures.prompt_seconds
                 self.held += new
                 figures.prompt_done, figures.tokens = len(ids), index + 1
                 allowed = logits
@@ -157,19 +234,12 @@ class OnnxNetwork:
     architecture: Architecture
 
 
-class Folder:
-    """The folder in the place of weights; nothing of it is open, since the session has read it."""
-
-    def close(self) -> None:
-        """Does nothing: the session ends with the model."""
-
-
 class OnnxModel(Model):
-    """A Model whose texts ONNX Runtime generates; it does not score texts."""
+    """A Model whose texts ONNX Runtime generates."""
 
-    def score(self, text: str | Sequence[int]) -> Score:
-        """Raises ConfigError: the runtime is asked for the logits of the last token only."""
-        raise ConfigError("score: not with ONNX Runtime; load the .mpo file")
+    def prompt_logits(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """As Model.prompt_logits, after the texts of other threads."""
+        return cast(OnnxEngine, self.engine).prompt_logits(ids)
 
 
 def load_folder(path: Path, *, context: int | None = None, threads: int | None = None) -> Model:
@@ -185,11 +255,12 @@ def load_folder(path: Path, *, context: int | None = None, threads: int | None =
             f"{path}: is no folder of export-onnx, which --engine onnx needs; "
             f"make one: mpo-run export-onnx {path} --out {name}-onnx"
         )
-    architecture = read_manifest(path).architecture
+    manifest = read_manifest(path)
+    architecture = manifest.architecture
     capacity = default_context(architecture, context)
     files = TextFiles(path).read
     tokenizer = Tokenizer.from_files(files, f"{path}/")
     template = None if tokenizer is None else ChatTemplate.from_files(files)
     session = Session(path, capacity=capacity, threads=threads)
-    network, weights = cast(Decoder, OnnxNetwork(architecture)), cast(Weights, Folder())
+    network, weights = cast(Decoder, OnnxNetwork(architecture)), cast(Weights, Folder(manifest))
     return OnnxModel(weights, network, tokenizer, template, engine=cast(Scheduler, OnnxEngine(session)))

@@ -13,6 +13,7 @@ from mpo_formats import LinearSpec, Mpo, MpoFile, Quantized
 from mpo_formats.layout import content_tensors, linear_bytes
 from mpo_runtime import __version__, native
 from mpo_runtime.model import Model
+from mpo_runtime.onnx.manifest import Folder
 from mpo_server.errors import ApiError, json_response
 from mpo_server.metrics import CONTENT_TYPE
 from mpo_server.service import Service
@@ -94,12 +95,35 @@ def describe(service: Service, model: Model) -> dict[str, Any]:
         "bos_token": None if tokenizer is None else tokenizer.bos_token,
         "eos_token": None if tokenizer is None else tokenizer.eos_token,
         "modalities": {"vision": False, "audio": False},
-        "kernels": native.active(),
-        "provenance": asdict(model.weights.spec.provenance),
+        "kernels": kernels(model),
+        "provenance": provenance(model),
         "quality": certificates(model),
         "layers": list(layers(model)),
         "build_info": service.fingerprint,
     }
+
+
+def exported(model: Model) -> Folder | None:
+    """The folder of `export-onnx` that the model is run from, if it is."""
+    weights: object = model.weights
+    return weights if isinstance(weights, Folder) else None
+
+
+def kernels(model: Model) -> dict[str, Any]:
+    """What computes."""
+    if exported(model) is None:
+        return native.active()
+    import onnxruntime
+
+    return {"native": f"ONNX Runtime {onnxruntime.__version__}"}
+
+
+def provenance(model: Model) -> dict[str, Any]:
+    """Where the weights come from."""
+    folder = exported(model)
+    if folder is not None:
+        return {"source": folder.manifest.source, "exporter": "mpo-run export-onnx"}
+    return asdict(model.weights.spec.provenance)
 
 
 DEFAULTS = {"temperature": 0.7, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -113,7 +137,7 @@ def certificates(model: Model) -> list[dict[str, Any]]:
 
 def layers(model: Model) -> Iterator[dict[str, Any]]:
     """Each linear layer: where it is, how many bits a weight takes, and its cores."""
-    for linear in model.weights.spec.linears:
+    for linear in () if exported(model) else model.weights.spec.linears:
         bonds = [bond for term in linear.terms if isinstance(term, Mpo) for bond in term.bonds]
         yield {
             "name": linear.name,
@@ -136,5 +160,7 @@ def _term(linear: LinearSpec, index: int) -> str:
 
 def file_bytes(model: Model) -> int:
     """Bytes of the file, or of a folder's tensors."""
-    weights = model.weights
+    weights, folder = model.weights, exported(model)
+    if folder is not None:
+        return folder.size
     return weights.size if isinstance(weights, MpoFile) else sum(one.size for one in content_tensors(weights.spec))

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from mpo_runtime.engine import PREFILL_CHUNK
-from mpo_runtime.measure import log_softmax, piecewise_logits
+from mpo_runtime.measure import log_softmax
 from mpo_runtime.model import Model
 from mpo_runtime.sampler import Choice, top_logprobs
 from mpo_runtime.text.tokenizer import Tokenizer
@@ -89,7 +86,7 @@ def prompt_facts(model: Model, ids: Sequence[int], top: int) -> list[TokenFacts]
     following = iter(ids[1:])
     if len(ids) < 2:
         return facts
-    for part in piecewise_logits(model.network, np.array(ids), PREFILL_CHUNK):
+    for part in model.prompt_logits(ids):
         for row, token in zip(log_softmax(part), following, strict=False):
             facts.append(TokenFacts(token, float(row[token]), tuple(top_logprobs(row, top)) if top else ()))
     return facts

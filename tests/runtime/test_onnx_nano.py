@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import pytest
 pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
-from mpo_formats import ConfigError
+from mpo_formats import ConfigError, MpoError
 from mpo_runtime.engine import Request
 from mpo_runtime.loading import load
 from mpo_runtime.onnx import export as export_module
+from mpo_runtime.onnx import running
 from mpo_runtime.onnx.session import Session
 from mpo_runtime.sampler import SamplingOptions
 from tests.runtime.onnx_cases import KINDS, NANO, folder_of, make, reference
@@ -117,10 +119,50 @@ def test_generated_text_is_the_references(files: Files, tmp_path: Path) -> None:
         assert [piece.token for piece in ours.chat(message, seed=3, max_tokens=40)] == wanted
         drawn = "".join(piece.text for piece in ours.generate(PROMPT, max_tokens=20))
         assert isinstance(drawn, str)
-        with pytest.raises(ConfigError, match="score: not with ONNX Runtime"):
-            ours.score(PROMPT)
-        with pytest.raises(ConfigError, match="serve: not with ONNX Runtime"):
-            ours.engine.submit(Request((1, 2)), notify=lambda: None)
+        assert ours.score(PROMPT).logprobs == pytest.approx(model.score(PROMPT).logprobs, abs=1e-3)
+        with pytest.raises(ConfigError, match="prompt_logprobs: not with ONNX Runtime"):
+            ours.engine.submit(Request((1, 2), prompt_logprobs=True))
+
+
+def test_texts_that_are_waited_for_come_one_after_the_other(files: Files, tmp_path: Path) -> None:
+    folder = folder_of(files["int4"], tmp_path / "out")
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with load(folder, threads=1) as model:
+        asked = [tuple(model.encode(f"{PROMPT} {index}")) for index in range(4)]
+        greedy = [Request(ids, SamplingOptions(temperature=0), 6, ()) for ids in asked]
+        alone = [[step.token for step in model.engine.submit(request)] for request in greedy]
+        texts = [
+            model.engine.submit(request, notify=lambda index=index: told.put(index))
+            for index, request in enumerate(greedy)
+        ]
+        texts[2].cancel()
+        assert [[step.token for step in text] for text in texts] == [*alone[:2], [], alone[3]]
+        count = told.qsize()
+        assert [told.get() for _ in range(count)] == [0] * 6 + [1] * 6 + [3] * 6
+        failing = Request(asked[0], logits_hook=lambda ids, logits: logits.fill(np.nan))
+        with pytest.raises(MpoError, match="NaN"):
+            next(model.engine.submit(failing, notify=lambda: None))
+        unread = model.engine.submit(Request(asked[0], stop_ids=()), notify=lambda: None)
+        [step] = model.engine.submit(Request(asked[1], max_tokens=1), notify=unread.cancel)
+        assert step.finish == "length"
+        assert model.engine.stats().waiting == 0
+        open_text = model.engine.submit(Request(asked[0], stop_ids=()), notify=lambda: None)
+    assert len(list(open_text)) < 1000
+    with pytest.raises(ConfigError, match="closed"):
+        model.engine.submit(greedy[0], notify=lambda: None)
+
+
+def test_a_reader_who_is_too_slow_does_not_keep_the_others_waiting(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "READER_SECONDS", 0.2)
+    with load(folder_of(files["int4"], tmp_path / "out"), threads=1) as model:
+        ids = tuple(model.encode(PROMPT))
+        slow = model.engine.submit(Request(ids, stop_ids=()), notify=lambda: None)
+        [step] = model.engine.submit(Request(ids, max_tokens=1), notify=lambda: None)
+        assert step.finish == "length"
+        with pytest.raises(ConfigError, match="not read"):
+            list(slow)
 
 
 def test_a_prompt_that_goes_on_reuses_the_cache(files: Files, tmp_path: Path) -> None:

@@ -52,14 +52,14 @@ class Reply:
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, *arguments: object, model: Path = NANO) -> None:
+    def __init__(self, *arguments: object, model: Path = NANO, paths: str = PATHS) -> None:
         boot = "import sys; from mpo_runtime.cli.main import main; sys.argv[0] = 'mpo-run'; main()"
         command = [sys.executable, "-c", boot, "serve", model, "--port", 0, *arguments]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": PATHS},
+            env=os.environ | {"PYTHONPATH": paths},
         )
         self.port = 0
 

@@ -95,6 +95,6 @@ export function fill(place, props) {
       ["Kernels", props.kernels.threads ? `${props.kernels.native}, ${props.kernels.threads} threads` : props.kernels.native],
     ]),
     ...certificate(props),
-    ...heatMap(props.layers),
+    ...(props.layers.length ? heatMap(props.layers) : []),
   );
 }
