@@ -10,7 +10,7 @@ alone and runs it. There is only this one path, so a test of a single op tests t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -114,36 +114,23 @@ class NativeOps(Ops):
 
     @cached_property
     def row_exact(self) -> bool:
-        """Whether a generated token's result does not depend on the others in a step, in any bit.
+        """Whether a token's result does not depend on the others in a step, in any bit.
 
-        Kernels may add up in another order for one row than for many. So one layer of each kind in the model is tried, as
-        generated tokens in several numbers. The rest of a step is exact by its design.
+        Kernels may add up in another order for one row than for many. So one layer of each kind in the model is tried: as
+        generated tokens in several numbers, and as parts of prompts of two lengths. The rest of a step is exact by its design.
         """
-        return all(self._is_row_exact(*tried) for tried in self._tried())
-
-    @cached_property
-    def prompt_exact(self) -> bool:
-        """Whether that of a prompt's token does not depend on the number of others in a step; one layer of each kind is tried."""
-        for layer, x in self._tried():
-            long, short = (self.linear(layer, x[None, :count])[0] for count in (MOST_TRIED, MOST_TRIED // 4))
-            if (long[: len(short)] != short).any():
-                return False
-        return True
-
-    def _tried(self) -> Iterator[tuple[_native.Linear, Floats]]:
-        """One layer of each kind, and random rows for it."""
         kinds = {(spec.terms, spec.out_features, spec.in_features): spec.name for spec in self._specs}
-        for name in kinds.values():
-            layer = self._linears[name]
-            yield layer, np.random.default_rng(0).standard_normal((MOST_TRIED, layer.columns)).astype(np.float32)
+        return all(self._is_row_exact(self._linears[name]) for name in kinds.values())
 
-    def _is_row_exact(self, layer: _native.Linear, x: Floats) -> bool:
+    def _is_row_exact(self, layer: _native.Linear) -> bool:
+        x = np.random.default_rng(0).standard_normal((MOST_TRIED, layer.columns)).astype(np.float32)
         single = [self.linear(layer, row[None, None])[0, 0] for row in x[: len(TRIED)]]
         for count in TRIED:
             found = self.linear(layer, x[:count, None])[:, 0]
             if any((found[row] != expected).any() for row, expected in enumerate(single[:count])):
                 return False
-        return True
+        long, short = (self.linear(layer, x[None, :count])[0] for count in (MOST_TRIED, MOST_TRIED // 4))
+        return bool((long[: len(short)] == short).all())
 
     def weights(self, layer: str) -> _native.Linear | Floats:
         """The layer or vector of that name."""

@@ -106,12 +106,7 @@ class Ops(Protocol):
 
     @property
     def row_exact(self) -> bool:
-        """Whether a generated token's result does not depend on what else is in the step, in any bit."""
-        ...
-
-    @property
-    def prompt_exact(self) -> bool:
-        """Whether that of a prompt's token does not, nor on how many of the prompt's tokens are in the step."""
+        """Whether a token's result does not depend on what else is in the step, in any bit."""
         ...
 
     def weights(self, layer: str) -> Array:

@@ -167,7 +167,7 @@ class ReferenceOps(EditableOps):
     """
 
     name = "reference"
-    row_exact = prompt_exact = False
+    row_exact = False
 
     def __init__(
         self,

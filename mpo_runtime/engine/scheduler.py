@@ -53,7 +53,7 @@ class Scheduler:
         speculate: `ngram` drafts tokens from what the text repeats; None drafts nothing. The text is the same.
         chunk: tokens of prompts that are run in a step.
         deterministic: a text with a seed, or at temperature 0, is the same whatever else runs. Where the backend's kernels
-            round a row differently beside others (Ops.row_exact, prompt_exact), texts or prompts are run one by one.
+            round a row differently beside others (Ops.row_exact), the texts of a step are then run one by one.
 
     Raises:
         ConfigError: for a context of less than 2 tokens or above the model's longest, and options out of range.
@@ -97,11 +97,6 @@ class Scheduler:
     def together(self) -> bool:
         """Whether the texts of a step are run together: rows do not depend on one another, or need not be the same."""
         return not self.deterministic or self.model.ops.row_exact
-
-    @cached_property
-    def prompts_together(self) -> bool:
-        """The same for parts of prompts, which otherwise are run one by one, each in chunks of one size."""
-        return not self.deterministic or self.model.ops.prompt_exact
 
     def renew_after_fork(self) -> None:
         """Prepares a forked child to generate; texts that the parent was generating stay with the parent."""
@@ -248,7 +243,7 @@ class Scheduler:
         decoding = [job for job in ready if job.sequence is not None and not job.prompt_left]
         for job in decoding:
             chosen.append((job, self._next_part(job, len(decoding))))
-        room = min(self.chunk, BESIDE) if decoding and self.prompts_together else self.chunk
+        room = min(self.chunk, BESIDE) if decoding and self.together else self.chunk
         for job in ready:
             if job in decoding or room <= 0:
                 continue
@@ -273,7 +268,7 @@ class Scheduler:
         """The next part of a prompt, at most `room` tokens; where rounding depends on it, in chunks that begin at multiples."""
         ids, figures = job.request.ids, job.figures
         if job.sequence is None:
-            job.sequence = Tokens(self.pool, 1 if self.prompts_together else self.chunk)
+            job.sequence = Tokens(self.pool, 1 if self.together else self.chunk)
             job.begun = time.monotonic()
             figures.queued_seconds = job.begun - job.submitted
             if not job.request.prompt_logprobs:
@@ -282,7 +277,7 @@ class Scheduler:
                 self._totals["cached"] += figures.cached_tokens
             self._totals["prompt"] += len(ids)
         held = len(job.sequence.held)
-        if not self.prompts_together:
+        if not self.together:
             room = self.chunk - held % self.chunk
         part = list(ids[held : held + room])
         return Part(
@@ -297,8 +292,7 @@ class Scheduler:
         """Runs a step and hands its results out; an error of the step ends the texts that were in it."""
         before = [len(part.sequence.held) for _, part in chosen]
         try:
-            parts = [part for _, part in chosen]
-            outcomes = run_step(self.model, parts, together=self.together, prompts_together=self.prompts_together)
+            outcomes = run_step(self.model, [part for _, part in chosen], together=self.together)
         except MemoryError as error:
             if self.tree.kept_bytes:  # the next step has what they held
                 self.tree.clear()

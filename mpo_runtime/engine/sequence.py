@@ -114,28 +114,20 @@ class Outcome:
     scored: Logits | None = None
 
 
-def run_step(
-    model: Decoder, parts: abc.Sequence[Part], *, together: bool, prompts_together: bool | None = None
-) -> list[Outcome]:
+def run_step(model: Decoder, parts: abc.Sequence[Part], *, together: bool) -> list[Outcome]:
     """Runs the new tokens of several sequences in one step; those of generated text come first.
 
     Args:
         together: layers see the tokens of all sequences at once, so that weights are read once. Otherwise each sequence is run
             on its own: its result then does not depend on the others even where the backend is not `row_exact`.
-        prompts_together: the same for parts of prompts; as `together` where None.
 
     Raises:
         MemoryError: where memory does not suffice for new pages; nothing was run then.
     """
     for part in parts:
         part.sequence.reserve(len(part.ids))
-    prompts_together = together if prompts_together is None else prompts_together
-    if together and prompts_together:
-        return _run_together(model, parts)
-    few, prompts = [part for part in parts if part.few], [part for part in parts if not part.few]
-    groups = [few] if together else [[part] for part in few]
-    groups += [prompts] if prompts_together else [[part] for part in prompts]
-    return [outcome for group in groups if group for outcome in _run_together(model, group)]
+    groups = [parts] if together else [[part] for part in parts]
+    return [outcome for group in groups for outcome in _run_together(model, group)]
 
 
 def _run_together(model: Decoder, parts: abc.Sequence[Part]) -> list[Outcome]:

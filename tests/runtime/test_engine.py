@@ -122,11 +122,10 @@ def test_steps_by_hand_are_a_full_forward(model: Decoder) -> None:
     starts=st.lists(st.integers(0, 70), min_size=1, max_size=5),
     counts=st.lists(st.integers(1, 40), min_size=5, max_size=5),
     together=st.booleans(),
-    prompts_together=st.sampled_from([None, False, True]),
 )
 @settings(max_examples=12)
 def test_one_step_over_several_sequences_equals_each_alone(
-    paged: Decoder, starts: list[int], counts: list[int], together: bool, prompts_together: bool | None
+    paged: Decoder, starts: list[int], counts: list[int], together: bool
 ) -> None:
     """Prompts and generated tokens of texts of different lengths, across the ends of pages, by either backend."""
     pool = PagePool(paged.ops.new_pages(paged.architecture))
@@ -140,9 +139,7 @@ def test_one_step_over_several_sequences_equals_each_alone(
         for row, text, start in zip(rows, texts, starts, strict=False)
     ]
     order = sorted(range(len(parts)), key=lambda index: not parts[index].few)
-    step = [parts[index] for index in order]
-    found = run_step(paged, step, together=together, prompts_together=prompts_together)
-    outcomes = dict(zip(order, found, strict=True))
+    outcomes = dict(zip(order, run_step(paged, [parts[index] for index in order], together=together), strict=True))
     for index, (text, start) in enumerate(zip(texts, starts, strict=False)):
         outcome = outcomes[index]
         alone = forward(paged, [text])[0, start:]

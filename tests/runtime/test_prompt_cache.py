@@ -54,7 +54,7 @@ def test_a_restored_beginning_changes_no_text(model: Decoder, saved: Path) -> No
     assert len(engine.restore_prefix(saved, SETTINGS)) == 109
     longer = [*PROMPT, *some_ids(30, 2)]
     (found, cached), (expected, none) = run(engine, longer), run(fresh, longer)
-    assert (found, none) == (expected, 0) and cached == (100 if model.ops.prompt_exact else 80)
+    assert (found, none) == (expected, 0) and cached == (100 if model.ops.row_exact else 80)
     assert engine.pool.used_bytes == engine.tree.kept_bytes
 
 

@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     backend, _, together = request.param.partition(", ")
     made = network(write_folder(tmp_path_factory.mktemp("texts") / "model", config, seed=3), backend=backend)
     if together:
-        vars(made.ops)["row_exact"] = vars(made.ops)["prompt_exact"] = True
+        vars(made.ops)["row_exact"] = True
     return made
 
 
@@ -162,13 +162,13 @@ def test_beginnings_are_shared_as_far_as_the_text_stays_the_same(model: Decoder,
     follow = [*prompt, *answer, *some_ids(9, 2)]
     second = engine.submit(ask(follow, options))
     found = tokens(second)
-    exact = 100 if model.ops.prompt_exact else 80
+    exact = 100 if model.ops.row_exact else 80
     assert second.cached_tokens == (exact if options.repeatable else 139)  # the last token was drawn, not run
     if options.repeatable:
         assert found == alone(model, ask(follow, options))
     branch = engine.submit(ask([*prompt[:50], *some_ids(20, 3)], options))
     list(branch)
-    shared = 50 if model.ops.prompt_exact or not options.repeatable else 40
+    shared = 50 if model.ops.row_exact or not options.repeatable else 40
     assert branch.cached_tokens == shared
 
 
