@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.calibrate.moments import Calibration, Moment
-from mpo_exporter.calibrate.windows import COUNT
+from mpo_exporter.calibrate.moments import UPSTREAMS, Calibration, Moment, compressed_blocks
+from mpo_exporter.calibrate.store import Store
+from mpo_exporter.calibrate.upstream import block_linears
 from mpo_exporter.certify import Certifier
+from mpo_exporter.effort import NORMAL, QUICK, Effort
 from mpo_exporter.fit.layer import Built, Method, build_linear, widen
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.budget import allocated_layers, default_bytes
@@ -24,9 +29,11 @@ from mpo_exporter.request import check_file
 from mpo_exporter.source import Source
 from mpo_exporter.terms import without_operators
 from mpo_exporter.texts import calibration_walk
+from mpo_exporter.work import Work
 from mpo_formats import Certificates, CheckpointError, LinearSpec, ModelSpec, MpoWriter, Provenance
 from mpo_formats.architecture import EMBEDDING
 from mpo_formats.layout import content_tensors, linear_tensors
+from mpo_formats.writer import spec_metadata
 from mpo_runtime.measure import Comparison
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import DenseWeights
@@ -74,13 +81,15 @@ class ExportTask:
         method: how terms are fitted, in the place of the plan's.
         surveyed: a survey of this model and text, in the place of the cached one or a new one.
         reserved: the longest entries that a later stage will add to the provenance; a target in bytes leaves room for them.
+        effort: how much care is taken.
+        work: keeps what was measured and fitted, so that a run that was killed goes on where it ended; None keeps nothing.
     """
 
     target: Path
     options: Options = field(default_factory=Options)
     force: bool = False
     calibration: TokenText | None = None
-    windows: int = COUNT
+    windows: int = NORMAL.windows
     text: TokenText | None = None
     prefixes: tuple[int, ...] = ()
     device: str = "cpu"
@@ -88,6 +97,8 @@ class ExportTask:
     method: Method | None = None
     surveyed: Survey | None = None
     reserved: Mapping[str, str] = field(default_factory=dict)
+    effort: Effort = NORMAL
+    work: Work | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,8 @@ def export(source: Source, task: ExportTask, listener: Listener | None = None) -
     """
     listener = listener or Listener()
     check_file(task.target, "--out", force=task.force)
-    planner = planner_for(source, task, task.target.parent, listener)
+    spilled = task.work.temporary() if task.work else task.target.parent
+    planner = planner_for(source, task, spilled, listener)
     spec = planned_spec(source, task, planner)
     comparisons: list[Comparison] = []
 
@@ -135,10 +147,14 @@ def export(source: Source, task: ExportTask, listener: Listener | None = None) -
         comparisons.extend(certifier.compare(path, chi) for chi in bonds)
         return Certificates(tuple(map(certifier.certificate, bonds, comparisons)))
 
-    with MpoWriter(task.target, spec, force=task.force) as writer:
+    with MpoWriter(task.target, spec, force=task.force, folder=spilled) as writer:
         table = planner.surveyed.table if planner.surveyed else None
         method = task.method or Method(norm=task.options.keeps_norm)
-        Fitting(writer, source.weights, method, listener, table).run(planner.walk)
+        # A report shows every fit, so it needs them done in this run.
+        store = None if listener.fitted else task.work
+        if store is not None:
+            store.scope("fit", hashlib.sha256(json.dumps(spec_metadata(spec)).encode()).hexdigest()[:16])
+        Fitting(writer, source.weights, method, listener, table, store).run(planner.walk)
         writer.commit(certify)
     comparison = comparisons[0] if comparisons else None
     if comparison:
@@ -175,13 +191,25 @@ def planner_for(source: Source, task: ExportTask, folder: Path, listener: Listen
     """What a task's plan is made from; activations are spilled to `folder`."""
     text = task.calibration
     walk = None if text is None else calibration_walk(source, text, folder, task.windows)
-    return Planner(source.weights, text, walk, listener.progress, listener.log, task.surveyed)
+    return Planner(
+        source.weights,
+        text,
+        walk,
+        listener.progress,
+        listener.log,
+        task.surveyed,
+        care=task.effort.care,
+        store=task.work,
+        blind=walk is None and task.effort == QUICK,
+    )
 
 
 def planned_spec(source: Source, task: ExportTask, planner: Planner) -> ModelSpec:
     """The spec of the file to write, complete before anything is fitted."""
     if task.layers is not None:
         return replace(file_spec(source, task), linears=task.layers)
+    if task.options.target.default and planner.blind:
+        task = replace(task, options=replace(task.options, target=Target(size=default_bytes(source.spec))))
     if task.options.target.default:
         # The header records the size, so the size is chosen for a header that records one.
         some = replace(task, options=replace(task.options, target=Target(size=default_bytes(source.spec))))
@@ -201,7 +229,7 @@ def file_spec(source: Source, task: ExportTask) -> ModelSpec:
     """The spec of the file to write with its provenance, the layers still dense."""
     from mpo_runtime import __version__
 
-    options = task.options.recorded(source.spec)
+    options = {**task.options.recorded(source.spec), "effort": task.effort.name}
     if task.calibration is not None:
         options["calibration"] = task.calibration.name
     provenance = Provenance(
@@ -222,6 +250,7 @@ class Fitting:
     Args:
         table: the second moment that the embedding's rows are rounded with. None measures it if the embedding is the head
             too, and otherwise rounds each row by itself.
+        store: keeps the tensors of every layer; those of a run before are taken from it.
         done: the number of layers that are written.
     """
 
@@ -230,6 +259,7 @@ class Fitting:
     method: Method
     listener: Listener
     table: Matrix | None = None
+    store: Store | None = None
     done: int = 0
 
     def run(self, walk: Calibration | None) -> None:
@@ -242,7 +272,8 @@ class Fitting:
         spec = self.writer.spec
         if walk is None:
             for linear in spec.linears:
-                self.layer(linear, None)
+                if not self.resumed(linear):
+                    self.layer(linear, None)
         else:
             self.calibrated({linear.name: linear for linear in spec.linears}, walk)
         for vector in spec.vectors:
@@ -255,6 +286,16 @@ class Fitting:
 
     def calibrated(self, linears: dict[str, LinearSpec], walk: Calibration) -> None:
         """Fits the embedding to its uses, then every layer to what the compressed layers before it make of the text."""
+        if first := self.finished_blocks(linears):
+            blocks = {
+                EMBEDDING,
+                *(name for block in range(first) for name in block_linears(self.source.architecture, block)),
+            }
+            for name in linears:
+                if name in blocks:
+                    self.resumed(linears[name])
+            walk.compress(lambda name, matrix, moment: self.built(linears, name, moment), store=self.store)
+            return
         if self.table is None and self.source.architecture.tie_word_embeddings:
             for names, moment in walk.dense():
                 if names == (EMBEDDING,):
@@ -262,24 +303,54 @@ class Fitting:
         table = None if self.table is None else Moment(self.table, None, walk.windows.size)
         embedding = self.layer(linears[EMBEDDING], table).matrix.astype(np.float32)
 
-        def build(name: str, matrix: Matrix, moment: Moment) -> NDArray[np.float32]:
-            if name == EMBEDDING:
-                return embedding
-            return self.layer(linears[name], moment).matrix.astype(np.float32)
+        walk.compress(
+            lambda name, matrix, moment: self.built(linears, name, moment), embedding=embedding, store=self.store
+        )
 
-        walk.compress(build, embedding=embedding)
+    def built(self, linears: dict[str, LinearSpec], name: str, moment: Moment) -> NDArray[np.float32]:
+        """Fits a layer in its turn; the embedding was fitted before all others, and as a head it has no other turn."""
+        if name == EMBEDDING:
+            return np.empty((linears[name].out_features, linears[name].in_features), np.float32)
+        return self.layer(linears[name], moment).matrix.astype(np.float32)
+
+    def finished_blocks(self, linears: dict[str, LinearSpec]) -> int:
+        """How many blocks a run before has finished; 0 where one of their layers cannot be read."""
+        first = compressed_blocks(self.store)
+        names = [
+            EMBEDDING,
+            *(name for block in range(first) for name in block_linears(self.source.architecture, block)),
+        ]
+        if first and self.store and all(self.store.read(f"fit-{name}") is not None for name in names):
+            return first
+        if self.store:
+            self.store.forget(UPSTREAMS)
+        return 0
+
+    def resumed(self, linear: LinearSpec) -> bool:
+        """Writes the tensors of a layer that a run before has fitted; False if there are none."""
+        kept = None if self.store is None else self.store.read(f"fit-{linear.name}")
+        if kept is None:
+            return False
+        self.write(linear, kept)
+        return True
 
     def layer(self, linear: LinearSpec, moment: Moment | None) -> Built:
-        """Fits one layer, and writes its tensors and its bias."""
+        """Fits one layer, keeps its tensors, and writes them."""
         weight = f"{linear.name}.0.weight"
         raw, dtype, start = self.source.array(weight), self.source.dtype(weight), time.perf_counter()
         built = build_linear(linear, raw, dtype, moment, self.method)
         seconds = time.perf_counter() - start
         if self.listener.fitted:
             self.listener.fitted(Fitted(linear.name, widen(raw, dtype), built.matrix, moment, seconds))
+        if self.store is not None:
+            self.store.write(f"fit-{linear.name}", built.tensors)
+        self.write(linear, built.tensors)
+        return built
+
+    def write(self, linear: LinearSpec, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Writes the tensors of a layer, and its bias."""
         for tensor in linear_tensors(linear):
             bias = tensor.name == f"{linear.name}.bias"
-            self.writer.write(tensor.name, self.source.array(tensor.name) if bias else built.tensors[tensor.name])
+            self.writer.write(tensor.name, self.source.array(tensor.name) if bias else tensors[tensor.name])
         self.done += 1
         self.listener.progress("fitting", self.done, len(self.writer.spec.linears))
-        return built

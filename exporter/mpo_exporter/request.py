@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_exporter.calibrate.windows import COUNT
+from mpo_exporter.effort import NORMAL, QUICK, find_effort
 from mpo_exporter.measure.sensitivity import LEVELS
 from mpo_exporter.plan.file import read_plan
 from mpo_exporter.plan.options import Options
@@ -52,17 +53,17 @@ class CalibrationRequest:
 
     Args:
         text: a text file; None for the built-in one, where the plan needs any.
-        windows: of 256 tokens, at most; 0 uses no text.
+        windows: of 256 tokens, at most; 0 uses no text, None takes as many as the effort says.
 
     Raises:
         ConfigError: for less than 0 windows.
     """
 
     text: Path | None = None
-    windows: int = COUNT
+    windows: int | None = None
 
     def __post_init__(self) -> None:
-        if self.windows < 0:
+        if self.windows is not None and self.windows < 0:
             raise ConfigError(f"--calib-windows {self.windows}: expected 0 or more")
 
 
@@ -115,9 +116,11 @@ class ExportRequest:
         dry_run: prints the plan and its predictions, and writes no file.
         save_plan: a file to write the plan to.
         compare_cores: where cores were demanded, also fit and measure a file of the same size without cores.
+        effort: how much care is taken, by a name in `EFFORTS`.
+        keep_work: keeps the work folder beside the file when the export is finished.
 
     Raises:
-        ConfigError: for a prefix that is not below χ.
+        ConfigError: for a prefix that is not below χ, an unknown effort, or what `quick` cannot do.
     """
 
     model: str
@@ -132,12 +135,39 @@ class ExportRequest:
     dry_run: bool = False
     save_plan: Path | None = None
     compare_cores: bool = True
+    effort: str = NORMAL.name
+    keep_work: bool = False
     machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
+        if find_effort(self.effort) == QUICK:
+            self.check_quick()
         for prefix in self.prefixes:
             if not 1 <= prefix < self.options.largest_chi:
                 raise ConfigError(f"--certify-chi {prefix}: expected 1 to {self.options.largest_chi - 1}, below --chi")
+
+    def check_quick(self) -> None:
+        """Raises ConfigError, naming the option, for what needs calibration text, which the effort `quick` does not use."""
+        options = self.options
+        given = {
+            "--calib": self.calibration.text,
+            "--calib-windows": self.calibration.windows,
+            "--max-kl": options.target.max_kl,
+            "--top-k": options.choice.top_k,
+            "--compression-ratio": options.choice.share,
+            "--sensitivity full": options.choice.sensitivity == "full",
+        }
+        for name, value in given.items():
+            if value:
+                raise ConfigError(
+                    f"{name}: needs calibration text, which --effort quick does not use; give another effort"
+                )
+
+    @property
+    def windows(self) -> int:
+        """Windows of calibration text, at most."""
+        chosen = self.calibration.windows
+        return find_effort(self.effort).windows if chosen is None else chosen
 
     def target(self, name: str) -> Path:
         """The file to write, for a model of that short name."""
@@ -176,6 +206,11 @@ class ProfileRequest:
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     machine: Machine = field(default_factory=Machine)
 
+    @property
+    def windows(self) -> int:
+        """Windows of calibration text, at most."""
+        return COUNT if self.calibration.windows is None else self.calibration.windows
+
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ConfigError(f"--level {self.level}: expected one of {', '.join(LEVELS)}")
@@ -183,7 +218,7 @@ class ProfileRequest:
             raise ConfigError(f"--bits {self.bits}: expected one of {', '.join(map(str, BITS))}")
         if self.chi < 1:
             raise ConfigError(f"--chi {self.chi}: the bond dimension must be at least 1")
-        if self.calibration.windows < 1:
+        if self.calibration.windows is not None and self.calibration.windows < 1:
             raise ConfigError(
                 f"--calib-windows {self.calibration.windows}: expected at least 1; a profile is made on text"
             )

@@ -59,11 +59,14 @@ class MpoWriter:
                 writer.write(tensor.name, array)
             writer.commit(measure)
 
+    Args:
+        folder: for the temporary file, on the disk of the target; None for the target's own.
+
     Raises:
         OutputError: when the target exists and `force` is not given, or the disk refuses the bytes.
     """
 
-    def __init__(self, path: str | Path, spec: ModelSpec, *, force: bool = False) -> None:
+    def __init__(self, path: str | Path, spec: ModelSpec, *, force: bool = False, folder: Path | None = None) -> None:
         self.path = Path(path)
         if self.path.is_dir():
             raise OutputError(f"{self.path}: is a folder; give the name of a file with --out")
@@ -73,7 +76,7 @@ class MpoWriter:
         self._tensors = file_tensors(spec)
         self._next = 0
         self._digests: list[bytes] = []
-        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+        self.temporary = (folder or self.path.parent) / f".{self.path.name}.{secrets.token_hex(4)}{TEMPORARY}"
         self._committed = False
         header = container.write_header(spec_metadata(spec), self._tensors)
         with self._disk_errors():

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from mpo_exporter.calibrate.windows import COUNT
-from mpo_exporter.cli.options import CALIBRATION_WINDOWS
 from mpo_formats import MpoFile
 from tests.e2e.conftest import Run
 from tests.helpers import write_folder
@@ -70,10 +68,6 @@ def test_a_model_without_a_tokenizer_is_fitted_to_its_weights(run: Run, folder: 
     (folder / "tokenizer.json").unlink()
     done = run("mpo-export", folder, "--out", "out.mpo")
     assert done.code == 0 and "no tokenizer.json to read calibration text with" in done.out
-
-
-def test_the_default_of_the_command_is_that_of_the_calibration() -> None:
-    assert CALIBRATION_WINDOWS == COUNT
 
 
 def test_a_target_is_met_and_never_exceeded(run: Run, folder: Path) -> None:

@@ -8,15 +8,18 @@ labels to the gradient at one token has mean zero, given the text before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.calibrate.moments import Moment, Sums, moment_of
 from mpo_exporter.calibrate.precision import fast_products
-from mpo_exporter.calibrate.upstream import RecordingOps, block_linears
+from mpo_exporter.calibrate.store import Memory, PartMissing, Store
+from mpo_exporter.calibrate.upstream import Record, RecordingOps, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import Linear
@@ -31,6 +34,11 @@ Vector = NDArray[np.float64]
 LOOKUP = "lookup"
 # Tokens whose logits are in memory at once.
 HEAD_TOKENS = 512
+# The name in a store of the gradient by the state before a block, and the number of that block.
+GRADIENT = "survey-gradient"
+# The names of the state that the pass forward has reached, and of the head's input.
+FRONT = "survey-front"
+HEAD_INPUT = "survey-head"
 
 
 class OutputOps(RecordingOps):
@@ -60,6 +68,188 @@ class Squares:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Layers with one input on the dense model: their names, the input's moment, and F [O] of each one's output by name."""
+
+    names: tuple[str, ...]
+    moment: Moment
+    fisher: dict[str, Vector]
+
+
+class Backwards:
+    """One pass forward and one pass backward over a text, block by block: the moments and the Fisher information of a model.
+
+    Forward, the states between the blocks are kept in a store. Backward, each block is run again on its state: what its
+    layers take gives the moments, and the gradients of their outputs give F. In memory are one block's float32 matrices, one
+    state of all windows, the sums of one block's moments, and the logits of 512 tokens.
+
+    Args:
+        windows: token ids [N, W].
+        seed: for drawing the labels.
+        picks: the windows that gradients and the moments inside the blocks are taken on; None for all. 32 windows of 256
+            tokens are enough for these. The moment of the head's input, which a table is rounded with, is taken on all.
+        batch: windows that are run at once.
+        store: keeps the states, W · E · 4 bytes for each block and picked window and for each window once, and how far the
+            pass has come: another pass with the same store goes on there. None keeps them in memory.
+        moments: whether moments are summed; without them only F is computed.
+        progress: is given the blocks done, of twice as many as there are.
+    """
+
+    def __init__(
+        self,
+        source: Weights,
+        windows: NDArray[np.int64],
+        seed: int = 0,
+        *,
+        picks: NDArray[np.int64] | None = None,
+        batch: int = 8,
+        store: Store | None = None,
+        moments: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        self.ops = OutputOps(source)
+        self.model = decoder_for(source.spec.architecture, self.ops)
+        self.windows, self.seed, self.moments = windows, seed, moments
+        self.blocks = source.spec.architecture.num_hidden_layers
+        self.store: Store = Memory() if store is None else store
+        self.progress = progress or (lambda done, total: None)
+        self.picks = np.arange(len(windows)) if picks is None else picks
+        self.batch = batch
+        self.tokens = len(self.picks) * windows.shape[1]
+
+    def _batches(self, count: int) -> list[slice]:
+        return [slice(start, start + self.batch) for start in range(0, count, self.batch)]
+
+    def inputs(self) -> Iterator[Inputs]:
+        """Yields the layers by their inputs: the head's first, then those of the blocks, the last block first.
+
+        The head comes under the embedding's name where the two are tied. The last one has no moment of its own: it is named
+        `LOOKUP`, with F [E] at the rows that are looked up in the embedding.
+
+        Raises:
+            ConfigError: when a block's output or the logits are not finite.
+        """
+        self.forward()
+        yield self._head()
+        for block in reversed(range(self.blocks)):
+            yield from self._block(block)
+        gradient = self._gradient(0)
+        squares = np.square(gradient * self.model.architecture.embedding_multiplier, dtype=np.float64)
+        fisher = squares.reshape(-1, squares.shape[-1]).sum(0) / self.tokens
+        yield Inputs((LOOKUP,), Moment(np.zeros((0, 0))), {LOOKUP: fisher})
+        for name in ("survey-state-0", FRONT, GRADIENT, HEAD_INPUT):
+            self.store.forget(name)
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """Runs the model and keeps the states between its blocks; does nothing where that was done."""
+        if self.store.read(GRADIENT) is not None:
+            return
+        kept = self.store.read(FRONT)
+        first = 0 if kept is None else int(kept["block"][0]) + 1
+        x = None if kept is None else kept["x"]
+        for block in range(first, self.blocks + 1):
+            x = np.concatenate([self._forward(rows, block - 1, x) for rows in self._batches(len(self.windows))])
+            if not np.isfinite(x).all():
+                raise ConfigError(
+                    f"model.layers.{block - 1}: its output is not finite on the calibration text; check the source model"
+                )
+            self.store.write(f"survey-state-{block}", {"x": x[self.picks]})
+            self.store.write(FRONT, {"block": np.array([block]), "x": x})
+            self.progress(block, 2 * self.blocks)
+
+    def _forward(self, rows: slice, block: int, x: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        if block < 0 or x is None:
+            embedded: NDArray[np.float32] = self.model.embed(self.ops.ids(self.windows[rows].tolist())).numpy()
+            return embedded
+        with self.ops.holding(block_linears(self.model.architecture, block)), fast_products():
+            y: NDArray[np.float32] = self._run(torch.from_numpy(x[rows]), block).numpy()
+        return y
+
+    def _run(self, x: Tensor, block: int) -> Tensor:
+        y: Tensor = self.model.block(x, self.ops.block_cache(self.model.architecture, *x.shape[:2]), block)
+        return y
+
+    def _state(self, name: str) -> NDArray[np.float32]:
+        """A state that was kept."""
+        found = self.store.read(name)
+        if found is None:
+            raise PartMissing(f"calibration: {name} is missing; start again")
+        return found["x"]
+
+    def _gradient(self, block: int) -> NDArray[np.float32]:
+        """The gradient of the loss by the state before a block."""
+        found = self.store.read(GRADIENT)
+        if found is None or int(found["block"][0]) != block:
+            raise PartMissing(f"calibration: the gradient before block {block} is missing; start again")
+        return found["x"]
+
+    def _head(self) -> Inputs:
+        """The head's input, which is kept, as is the gradient before the head."""
+        kept = self.store.read(HEAD_INPUT)
+        if kept is not None and self.store.read(GRADIENT) is not None:
+            return Inputs(
+                self._head_names(),
+                Moment(kept["second"], None, self.windows.size),
+                {self._head_names()[0]: kept["fisher"]},
+            )
+        squares, sums = Squares(), Sums()
+        generator = torch.Generator().manual_seed(self.seed)
+        (name,) = self._head_names()
+        state, front, parts = self._state(f"survey-state-{self.blocks}"), self._state(FRONT), []
+        with fast_products(), self.ops.holding([name]):
+            if self.moments:
+                with torch.no_grad():
+                    for rows in self._batches(len(front)):
+                        sums.add(self.model.normed(torch.from_numpy(front[rows])))
+            for rows in self._batches(len(state)):
+                parts.append(head_gradient(self.model, squares, torch.from_numpy(state[rows]), generator).numpy())
+        found = self._inputs((name,), sums, squares)
+        self.store.write(HEAD_INPUT, {"second": found.moment.second, "fisher": found.fisher[name]})
+        self.store.write(GRADIENT, {"block": np.array([self.blocks]), "x": np.concatenate(parts)})
+        return found
+
+    def _head_names(self) -> tuple[str]:
+        return (EMBEDDING if self.model.architecture.tie_word_embeddings else HEAD,)
+
+    def _block(self, block: int) -> Iterator[Inputs]:
+        """The inputs of a block's layers; then the gradient before the block is kept in the place of the one after it."""
+        kept = self.store.read(GRADIENT)
+        if kept is not None and int(kept["block"][0]) <= block:
+            return  # a run before this one came further
+        squares, sums = Squares(), dict[tuple[str, ...], Sums]()
+        state, after = self._state(f"survey-state-{block}"), self._gradient(block + 1)
+        before = np.empty_like(state)
+        with self.ops.holding(block_linears(self.model.architecture, block)), fast_products():
+            for rows in self._batches(len(state)):
+                self.ops.record = Record() if self.moments else None
+                x = torch.from_numpy(state[rows]).requires_grad_()
+                y = self._run(x, block)
+                recorded, self.ops.record = self.ops.record, None
+                gradient, *inner = torch.autograd.grad(
+                    y, [x, *self.ops.outputs.values()], torch.from_numpy(after[rows])
+                )
+                before[rows] = gradient.numpy()
+                for name, part in zip(self.ops.outputs, inner, strict=True):
+                    squares.add(name, part.square())
+                self.ops.outputs.clear()
+                for given in recorded.inputs if recorded else ():
+                    sums.setdefault(tuple(given.names), Sums()).add(given.x)
+        if self.moments:
+            for names in list(sums):
+                yield self._inputs(names, sums.pop(names), squares)
+        else:
+            yield self._inputs(tuple(squares.sums), None, squares)
+        self.store.write(GRADIENT, {"block": np.array([block]), "x": before})
+        self.store.forget(f"survey-state-{block + 1}")
+        self.progress(2 * self.blocks - block, 2 * self.blocks)
+
+    def _inputs(self, names: tuple[str, ...], sums: Sums | None, squares: Squares) -> Inputs:
+        moment = moment_of(names, sums, None) if sums and self.moments else Moment(np.zeros((0, 0)))
+        return Inputs(names, moment, {name: (squares.sums[name] / self.tokens).numpy() for name in names})
+
+
 def output_fisher(
     source: Weights,
     windows: NDArray[np.int64],
@@ -71,14 +261,10 @@ def output_fisher(
     """F_o = E[(∂L/∂y_o)²] at the output of every layer, L the loss in nats of labels that are drawn from the model itself.
 
     At the head, where y are the logits before scaling, the expectation over labels is exact: p_o (1 − p_o). One more entry,
-    `LOOKUP`, is the Fisher information [E] at the looked up rows of the embedding. Gradients are computed block by block,
-    backwards from the last one. In memory are one block's float32 matrices, the states of a batch between blocks, and the
-    logits of 512 tokens.
+    `LOOKUP`, is the Fisher information [E] at the looked up rows of the embedding.
 
     Args:
-        windows: token ids [N, W]; 32 windows of 256 tokens are enough.
-        seed: for drawing the labels.
-        batch: windows that are run at once.
+        windows, seed, batch, progress: as `Backwards` takes them.
 
     Returns:
         F [O] by the layer's name; the head's under the embedding's name where the two are tied.
@@ -86,48 +272,10 @@ def output_fisher(
     Raises:
         ConfigError: when a block's output or the logits are not finite.
     """
-    ops = OutputOps(source)
-    model = decoder_for(source.spec.architecture, ops)
-    generator = torch.Generator().manual_seed(seed)
-    squares = Squares()
-    starts = range(0, windows.shape[0], batch)
-    for number, start in enumerate(starts):
-        with fast_products():
-            _add_batch(model, ops, squares, windows[start : start + batch], generator)
-        if progress:
-            progress(number + 1, len(starts))
+    walk = Backwards(source, windows, seed, batch=batch, moments=False, progress=progress)
+    found = {name: values for one in walk.inputs() for name, values in one.fisher.items()}
     order = [linear.name for linear in source.spec.linears] + [LOOKUP]
-    return {name: (squares.sums[name] / windows.size).numpy() for name in order if name in squares.sums}
-
-
-def _add_batch(
-    model: Decoder, ops: OutputOps, squares: Squares, windows: NDArray[np.int64], generator: torch.Generator
-) -> None:
-    architecture = model.architecture
-    rows, count = windows.shape
-
-    def run(x: Tensor, block: int) -> Tensor:
-        with ops.holding(block_linears(architecture, block)):
-            y: Tensor = model.block(x, ops.block_cache(architecture, rows, count), block)
-        return y
-
-    with torch.no_grad():
-        states = [model.embed(ops.ids(windows.tolist()))]
-        for block in range(architecture.num_hidden_layers):
-            states.append(run(states[-1], block))
-            if not torch.isfinite(states[-1]).all():
-                raise ConfigError(
-                    f"model.layers.{block}: its output is not finite on the calibration text; check the source model"
-                )
-    gradient = head_gradient(model, squares, states.pop(), generator)
-    for block in reversed(range(architecture.num_hidden_layers)):
-        x = states.pop().requires_grad_()
-        y = run(x, block)
-        gradient, *inner = torch.autograd.grad(y, [x, *ops.outputs.values()], gradient)
-        for name, part in zip(ops.outputs, inner, strict=True):
-            squares.add(name, part.square())
-        ops.outputs.clear()
-    squares.add(LOOKUP, (gradient * architecture.embedding_multiplier).square())
+    return {name: found[name] for name in order if name in found}
 
 
 def head_gradient(model: Decoder, squares: Squares, x: Tensor, generator: torch.Generator) -> Tensor:

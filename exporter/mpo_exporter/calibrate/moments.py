@@ -8,6 +8,7 @@ such upstreams: the dense one is the original model; in the compressed one the l
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from torch import Tensor
 from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, decompose
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.spill import mapped_file
+from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.upstream import Upstream, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
@@ -30,6 +32,8 @@ from mpo_runtime.weights.protocol import Weights
 
 Matrix = NDArray[np.float64]
 Single = NDArray[np.float32]
+# The name in a store of both upstreams' states, and the seconds between two times that they are kept.
+UPSTREAMS, BETWEEN = "fit-upstreams", 10.0
 # Layers whose output is added to the residual stream.
 TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
 # Rows of a product that are computed at once, so that its single-precision result takes little memory beside the sums.
@@ -187,7 +191,9 @@ class Calibration:
                     yield names, moment_of(names, sums.pop(names), None)
             yield self._head(), self._head_moment(dense, None)
 
-    def compress(self, build: Build, *, embedding: NDArray[np.float32] | None = None) -> None:
+    def compress(
+        self, build: Build, *, embedding: NDArray[np.float32] | None = None, store: Store | None = None
+    ) -> None:
         """Runs the model while it is being compressed: each layer's moment is that of its input after the compressed layers.
 
         For every group of layers with one input, in model order, the moment on the compressed upstream is measured and
@@ -197,6 +203,8 @@ class Calibration:
         Args:
             build: makes the compressed matrix of a layer.
             embedding: the compressed table [V, E] that tokens are looked up in; None for the dense one.
+            store: keeps both upstreams between blocks, every ten seconds or later; a run that finds them there begins at the
+                block after these (`compressed_blocks`), and `build` is not called for the layers before.
 
         Raises:
             ConfigError: naming the layer whose input is not finite, or for a compressed matrix of another shape.
@@ -204,12 +212,22 @@ class Calibration:
         """
         with self._work() as work:
             dense, ours = self._upstream(work / "dense"), self._upstream(work / "compressed")
-            dense.embed()
-            table = None if embedding is None else torch.from_numpy(np.ascontiguousarray(embedding, np.float32))
-            with nullcontext() if table is None else ours.ops.replaced(EMBEDDING, table):
-                ours.embed()
-            for block in range(self.architecture.num_hidden_layers):
+            first, kept = compressed_blocks(store), None if store is None else store.read(UPSTREAMS)
+            if kept is not None:
+                dense.states[:], ours.states[:] = kept["dense"], kept["ours"]
+                del kept
+            else:
+                dense.embed()
+                table = None if embedding is None else torch.from_numpy(np.ascontiguousarray(embedding, np.float32))
+                with nullcontext() if table is None else ours.ops.replaced(EMBEDDING, table):
+                    ours.embed()
+            last = time.monotonic()
+            for block in range(first, self.architecture.num_hidden_layers):
                 self._compress_block(dense, ours, block, build, work)
+                if store is not None and time.monotonic() - last > BETWEEN:
+                    done = {"block": np.array([block + 1]), "dense": dense.states, "ours": ours.states}
+                    store.write(UPSTREAMS, done)
+                    last = time.monotonic()
             moment = self._head_moment(ours, dense)
             for name in self._head():
                 build(name, dense_matrix(self.source, name), moment)
@@ -262,6 +280,12 @@ class Calibration:
                 if change is not None and dense is not None:
                     change.add(dense.normed(rows) - x, x)
         return moment_of(self._head(), second, change)
+
+
+def compressed_blocks(store: Store | None) -> int:
+    """How many blocks of `Calibration.compress` a store has behind it."""
+    kept = None if store is None else store.read(UPSTREAMS)
+    return 0 if kept is None else int(kept["block"][0])
 
 
 def dense_matrix(source: Weights, name: str) -> Matrix:

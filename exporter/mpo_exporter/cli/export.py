@@ -7,10 +7,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from mpo_exporter.effort import QUICK, find_effort
 from mpo_exporter.export import ExportTask, Listener, Result, export, planned_spec, planner_for, without_cores
 from mpo_exporter.heal.command import check_healing, heal_exported, healing_notes
 from mpo_exporter.measure.survey import Survey
@@ -27,8 +29,10 @@ from mpo_exporter.request import ExportRequest
 from mpo_exporter.source import Source, open_source
 from mpo_exporter.terms import stored_bytes
 from mpo_exporter.texts import calibration_for, held_out_text
+from mpo_exporter.work import work_folder, working
 from mpo_formats import ModelSpec, MpoFile
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
+from mpo_runtime import __version__
 from mpo_runtime.cli import console
 from mpo_runtime.cli.console import size_text
 from mpo_runtime.cli.inspect import layer_text
@@ -54,7 +58,8 @@ def run_export(request: ExportRequest) -> Result | None:
             show_plan(source, task, request.save_plan)
             return None
         print(f"exporting {source.name} to {target} ({asked(task.options, source.spec)}); {fitted_to}", flush=True)
-        result, recorder = export_within_kl(source, task, recorded=request.report is not None)
+        with working(work_folder(target), work_key(source, task), keep=request.keep_work, log=log) as work:
+            result, recorder = export_within_kl(source, replace(task, work=work), recorded=request.report is not None)
         print_cut_bonds(result.spec, task.options)
         compare_cores = request.compare_cores and task.options.demands_cores
         # A report makes and measures the file without cores itself.
@@ -92,6 +97,19 @@ def run_export(request: ExportRequest) -> Result | None:
         return result
 
 
+def work_key(source: Source, task: ExportTask) -> dict[str, Any]:
+    """What the work of an export depends on, so that another one does not go on with it."""
+    return {
+        "mpo-runtime": __version__,
+        "model": source.weights.sha256(),
+        "text": None if task.calibration is None else task.calibration.sha256,
+        "windows": task.windows,
+        "effort": task.effort.name,
+        "device": task.device,
+        "options": repr(task.options),
+    }
+
+
 def print_next_step(path: Path) -> None:
     """Prints that a file was written, and how to use it: a chat needs a chat template, a text needs a tokenizer."""
     with MpoFile(path) as file:
@@ -113,11 +131,11 @@ def resolved(
         reserved: the longest entries that healing will add to the provenance.
     """
     text, reason = held_out_text(source, request.measure.text, request.measure.tokens)
-    windows = request.calibration.windows
+    windows, effort = request.windows, find_effort(request.effort)
     calibration, fitted_to = calibration_for(source, request.options, request.calibration.text, windows)
     task = ExportTask(
         target=target,
-        options=request.options if calibration is None else with_default_target(request.options),
+        options=with_default_target(request.options) if calibration or effort == QUICK else request.options,
         force=request.force,
         calibration=calibration,
         windows=windows,
@@ -125,6 +143,7 @@ def resolved(
         prefixes=request.prefixes,
         device=request.machine.device,
         reserved=reserved,
+        effort=effort,
     )
     return task, reason, fitted_to
 

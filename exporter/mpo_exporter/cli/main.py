@@ -70,6 +70,8 @@ def export(
     choice: given.ChoiceOptions,
     keys: given.KeyProjections,
     dry_run: given.DryRun = False,
+    effort: given.EffortName = "normal",
+    keep_work: given.KeepWork = False,
     save_plan: given.SavePlan = None,
     compare_cores: given.CompareCores = True,
     calibration: given.CalibrationOptions,
@@ -104,6 +106,8 @@ def export(
         dry_run=dry_run,
         save_plan=save_plan,
         compare_cores=compare_cores,
+        effort=effort,
+        keep_work=keep_work,
         machine=machine.record(),
     )
     run_export(request)

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from mpo_exporter.plan.options import Choice, KeyOptions, Target
     from mpo_exporter.request import CalibrationRequest, HealingRequest, Machine, MeasureRequest
 
-# A test compares these with the registry of plans and with the default of the calibration, which are slow to import.
+# A test compares these with the registry of plans, which is slow to import.
 PLAN_NAMES = ("auto", "paper", "k-proj", "corrected", "int4", "dense")
-CALIBRATION_WINDOWS = 96
 
 
 def plan_name(text: str) -> str:
@@ -95,6 +94,22 @@ Prefixes = Annotated[
     typer.Option("--certify-chi", help="Measure the file's prefix at this χ too; may be repeated.", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and what to expect of it; write no file.")]
+EffortName = Annotated[
+    str,
+    typer.Option(
+        "--effort",
+        metavar="[quick|normal|best]",
+        help="quick: no calibration text, layers are judged and rounded by their weights alone; normal: calibrated, with "
+        "estimates on samples; best: estimates on whole matrices and all windows. --dry-run tells what each takes.",
+    ),
+]
+KeepWork = Annotated[
+    bool,
+    typer.Option(
+        "--keep-work",
+        help="Keep the work folder (.NAME.export beside the output), from which a stopped export goes on, after the end too.",
+    ),
+]
 SavePlan = Annotated[Path | None, typer.Option(help="Write the plan as a file for --plan file:…", show_default=False)]
 ReportFolder = Annotated[
     Path | None,
@@ -202,8 +217,12 @@ class CalibrationOptions:
         Path | None, typer.Option(help="Calibration text, .jsonl or .txt.", show_default="a built-in one for auto")
     ] = None
     calib_windows: Annotated[
-        int, typer.Option(help="Windows of 256 tokens to calibrate on, the more the better; 0 uses no text.")
-    ] = CALIBRATION_WINDOWS
+        int | None,
+        typer.Option(
+            help="Windows of 256 tokens to calibrate on, the more the better; 0 uses no text.",
+            show_default="96",
+        ),
+    ] = None
 
     def record(self) -> CalibrationRequest:
         """The request; raises ConfigError for less than 0 windows."""

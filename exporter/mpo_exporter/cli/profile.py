@@ -36,7 +36,7 @@ def run_profile(request: ProfileRequest) -> Profile:
                 source.weights,
                 source.name,
                 text,
-                calibration_walk(source, text, Path(work), request.calibration.windows),
+                calibration_walk(source, text, Path(work), request.windows),
                 level=request.level,
                 bits=request.bits,
                 chi=request.chi,

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.moments import Moment, require_finite
+from mpo_exporter.effort import USUAL
 from mpo_exporter.fit.common import unfold
 from mpo_exporter.fit.search import EXACT_SIZE, whiten
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
 from mpo_exporter.quantize.gptq import expected_errors, expected_residuals
 from mpo_exporter.quantize.grid import LARGEST, Grid
 from mpo_exporter.terms import DEFAULT_CHI, Candidate, fitting_group, operator, stored_bytes
-from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
+from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.packing import implicit_zero
 
@@ -43,8 +44,6 @@ DESCENT = {2: 0.85, 3: 0.9}
 FINER = 0.91
 # Vectors and power iterations that find a largest singular value, and by how much its square may be underestimated.
 SKETCH, POWERS, SAFETY = 8, 4, 1.25
-# Rows sampled from a large matrix where no spectrum is needed.
-SAMPLED_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +51,24 @@ class Sensitivity:
     """The cost of an error R [O, I] of a matrix, in nats per token: ½ Σ_o rows_o · R_o H R_oᵀ (docs/method.md, Allocation).
 
     Args:
-        moment: of the layer's input; its C is H [I, I].
+        moment: of the layer's input; its C is H [I, I]. None for inputs that nothing is known of, all alike: H is then 1.
         rows: [O], the Fisher information F of the layer's outputs. For an embedding see `table_sensitivity`.
     """
 
-    moment: Moment
+    moment: Moment | None
     rows: Vector
 
     @property
     def hessian(self) -> Matrix:
-        """H [I, I]."""
-        return self.moment.second
+        """H [I, I]; needs the moment."""
+        return self.known.second
+
+    @property
+    def known(self) -> Moment:
+        """The moment; raises ConfigError where there is none."""
+        if self.moment is None:
+            raise ConfigError("sensitivity: this needs calibration text; give one with --calib")
+        return self.moment
 
     def loss(self, residual: Matrix, weight: Vector) -> float:
         """The expected loss of rounding errors r [O, I] with R H Rᵀ = Σ_j weight_j r_j² in every row."""
@@ -72,7 +78,7 @@ class Sensitivity:
         """The expected loss of setting a matrix [O, I] to zero."""
         return float(self.rows @ ((matrix @ self.hessian) * matrix).sum(1)) / 2
 
-    def sample(self, matrix: Matrix, count: int = SAMPLED_ROWS) -> tuple[Matrix, Sensitivity]:
+    def sample(self, matrix: Matrix, count: int = USUAL.rows) -> tuple[Matrix, Sensitivity]:
         """`count` rows of `matrix` [O, I] with about the expected loss of all; a matrix of few rows as it is.
 
         A row is drawn in proportion to its share of `rows`, evenly along them, so all drawn rows get the same weight. The
@@ -122,10 +128,12 @@ def candidates(
     chis: Sequence[int] = LADDER,
     *,
     every: bool = True,
+    sampled: int = USUAL.rows,
 ) -> list[Candidate]:
     """The candidates of a layer with the loss that compensated rounding is expected to leave; the last is lossless.
 
     Args:
+        sampled: rows that errors are estimated on, of a matrix with more than twice as many.
         every: gives cores' losses for each grid of CORED; else for χ up to DEFAULT_CHI, and only where they may pay.
 
     Raises:
@@ -143,7 +151,7 @@ def candidates(
         narrow = candidate(0.0, Dense("bf16"))
         return [lossless] if lossless.bytes <= narrow.bytes else [narrow, lossless]
     group = max(grid.group for grid in fitting)
-    rows, counted = sensitivity.sample(matrix)
+    rows, counted = sensitivity.sample(matrix, sampled)
     losses = expected_errors(rows, sensitivity.moment, fitting, group) @ counted.rows / 2
     result, bases = [], {}
     for grid, loss in zip(fitting, map(float, losses), strict=True):
@@ -155,17 +163,25 @@ def candidates(
     chis = [chi for chi in chis if every or chi <= DEFAULT_CHI]
     cored = fitted([grid for grid in grids if grid in CORED], linear.in_features)
     picked = [grid for grid in cored if grid in bases]
-    residuals, weight = expected_residuals(matrix, sensitivity.moment, picked, group)
-    rows_and_columns = np.sqrt(sensitivity.rows / 2)[:, None], np.sqrt(weight)
     hull, shape = lower_hull([*result, lossless]), low_rank_shape(*matrix.shape)
-    for grid, residual in zip(picked, residuals, strict=True):
-        whitened = torch.from_numpy((rows_and_columns[0] * residual * rows_and_columns[1]).astype(np.float32))
-        share = DESCENT.get(grid.bits, FINER)
+    for grid in picked:
         sizes = [candidate(0.0, bases[grid], operator(*shape, chi, "int8")) for chi in chis if chi < min(matrix.shape)]
-        if every or may_pay(whitened, share, sizes, hull):
+        share = DESCENT.get(grid.bits, FINER)
+        # The sampled rows overestimate what cores take off, and cost less: most matrices are done with them.
+        if not every and not may_pay(weighted_residual(rows, counted, grid, group), share, sizes, hull):
+            continue
+        whitened = weighted_residual(matrix, sensitivity, grid, group)
+        if every or rows is matrix or may_pay(whitened, share, sizes, hull):
             curve = tails(whitened, chis)
             result += [replace(one, loss=share * loss) for one, (_, loss) in zip(sizes, curve, strict=True)]
     return [*result, lossless]
+
+
+def weighted_residual(matrix: Matrix, sensitivity: Sensitivity, grid: Grid, group: int) -> Tensor:
+    """The error [O, I] that rounding is expected to leave, each entry times the root of what its square costs in nats."""
+    residuals, weight = expected_residuals(matrix, sensitivity.known, [grid], group)
+    rows, columns = np.sqrt(sensitivity.rows / 2).astype(np.float32), np.sqrt(weight).astype(np.float32)
+    return torch.from_numpy(rows[:, None] * next(residuals).astype(np.float32) * columns)
 
 
 def lower_hull(row: Sequence[Candidate]) -> list[tuple[int, float]]:
@@ -222,7 +238,7 @@ def alone(matrix: Matrix, sensitivity: Sensitivity, chis: Sequence[int] = LADDER
     For balanced factors the moment is approximated by its partial traces, and the sum is scaled to the moment's own.
     """
     rows = np.sqrt(sensitivity.rows / 2)[:, None]
-    low_rank = tails(torch.from_numpy(rows * (matrix @ sensitivity.moment.root)), chis)
+    low_rank = tails(torch.from_numpy(rows * (matrix @ sensitivity.known.root)), chis)
     out_dims, in_dims = balanced_shape(matrix.shape[0], matrix.shape[1], 2)
     turned = unfold(whiten(rows * matrix, sensitivity.hessian, (in_dims[0], in_dims[1])), out_dims, in_dims)
     folded = turned.reshape(out_dims[0] * in_dims[0], -1)

@@ -6,6 +6,7 @@ A plan chooses from a survey, for any budget. `Survey.loss` also estimates terms
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from mpo_exporter.calibrate.fisher import LOOKUP, output_fisher
+from mpo_exporter.calibrate.fisher import LOOKUP, Backwards, Inputs
 from mpo_exporter.calibrate.moments import Calibration, dense_matrix
+from mpo_exporter.calibrate.store import Memory, PartMissing, Store, array_json, json_array
+from mpo_exporter.effort import USUAL, Care
 from mpo_exporter.fit.shapes import low_rank_shape
 from mpo_exporter.measure.cache import Cached, CacheFile
 from mpo_exporter.measure.candidates import (
@@ -40,9 +43,7 @@ from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import DenseWeights, Weights
 
 # To be raised whenever a survey of the same model and text would come out differently.
-VERSION = 6
-# Windows whose gradients are taken: the Fisher information needs less text than the moments.
-FISHER_WINDOWS = 32
+VERSION = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,13 @@ class Survey:
     """The candidates of every layer of a model, in the order of the file.
 
     Args:
-        table: the second moment [E, E] that the embedding's rows are rounded with.
+        table: the second moment [E, E] that the embedding's rows are rounded with; None of a survey without text.
         alone: the losses of cores that replace a matrix, for the attention and MLP matrices.
         complete: whether the losses of cores were measured for all layers; else only where cores may pay, and none alone.
     """
 
     candidates: dict[str, list[Candidate]]
-    table: Matrix
+    table: Matrix | None
     alone: dict[str, Alone] = field(default_factory=dict)
     complete: bool = True
 
@@ -146,8 +147,9 @@ def survey(
     *,
     grids: Sequence[Grid] = GRIDS,
     chis: Sequence[int] = LADDER,
-    fisher_windows: int = FISHER_WINDOWS,
+    care: Care = USUAL,
     complete: bool = True,
+    store: Store | None = None,
     progress: Progress = silent,
 ) -> Survey:
     """Measures every layer's candidates on the dense upstream, one block at a time.
@@ -158,59 +160,123 @@ def survey(
     Args:
         chis: bond dimensions of cores, beside the integers and alone.
         complete: measures cores everywhere; see `Survey`.
+        store: keeps what was measured, so that a later run with it goes on where this one ended.
 
     Raises:
         ConfigError: naming the layer whose values are not finite.
     """
-    found: dict[str, list[Candidate]] = {}
-    cores: dict[str, Alone] = {}
-    table = None
-    for name, sensitivity in sensitivities(source, calibration, fisher_windows, progress):
-        matrix = dense_matrix(source, name)
-        try:
-            found[name] = candidates(source.spec.linear(name), matrix, sensitivity, grids, chis, every=complete)
-            if complete and name not in (EMBEDDING, HEAD):
-                cores[name] = alone(matrix, sensitivity, chis)
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from None
-        if name == EMBEDDING:
-            # Single precision, as in the cache: an export with a cached survey gives the same bytes as one without.
-            table = sensitivity.hessian.astype(np.float32).astype(np.float64)
-        progress("surveying", len(found), len(source.spec.linears))
+    kept: Store = Memory() if store is None else store
+    names = [linear.name for linear in source.spec.linears]
+    kept.scope("survey", digest_of([asdict(care), complete, list(chis), [asdict(grid) for grid in grids]]))
+    done = {name for name in names if kept.read(f"survey-layer-{name}")}
+
+    def measure() -> None:
+        for name, sensitivity in sensitivities(source, calibration, care.windows, progress, kept):
+            matrix = dense_matrix(source, name)
+            try:
+                found = candidates(
+                    source.spec.linear(name), matrix, sensitivity, grids, chis, every=complete, sampled=care.rows
+                )
+                cores = alone(matrix, sensitivity, chis) if complete and name not in (EMBEDDING, HEAD) else None
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+            if name == EMBEDDING:
+                # Single precision, as in the cache: an export with a cached survey gives the same bytes as one without.
+                kept.write("survey-table", {"table": sensitivity.hessian.astype(np.float32)})
+            kept.write(
+                f"survey-layer-{name}", {"row": json_array([row_data(found), None if cores is None else asdict(cores)])}
+            )
+            done.add(name)
+            progress("surveying", len(done), len(names))
+
+    try:
+        if len(done) < len(names) or kept.read("survey-table") is None:
+            measure()
+        if len(done) < len(names):
+            raise PartMissing("survey: layers are missing that a run before has measured")
+    except PartMissing:
+        kept.scope("survey", "")
+        done.clear()
+        measure()
+    table = kept.read("survey-table")
     if table is None:
         raise ConfigError("survey: the embedding was not measured")
-    names = [linear.name for linear in source.spec.linears]
-    alone_by_name = {name: cores[name] for name in names if name in cores}
-    return Survey({name: found[name] for name in names}, table, alone_by_name, complete)
+    rows, alone_by_name = {}, {}
+    for name in names:
+        row, cores_data = array_json((kept.read(f"survey-layer-{name}") or {})["row"])
+        rows[name] = row_of(row)
+        if cores_data is not None:
+            alone_by_name[name] = alone_of(cores_data)
+    return Survey(rows, table["table"].astype(np.float64), alone_by_name, complete)
+
+
+def blind_survey(source: Weights, *, grids: Sequence[Grid] = GRIDS, progress: Progress = silent) -> Survey:
+    """Candidates judged by their weights alone: the loss is the squared error relative to the matrix's own squares.
+
+    Such losses order plans of one size. They are no nats, and the survey has no moment for the embedding's rows.
+
+    Raises:
+        ConfigError: naming the layer whose values are not finite.
+    """
+    found = {}
+    for done, linear in enumerate(source.spec.linears, 1):
+        matrix = dense_matrix(source, linear.name)
+        energy = max(float(np.vdot(matrix, matrix)), 1e-300)
+        sensitivity = Sensitivity(None, np.full(len(matrix), 2 / energy))
+        try:
+            found[linear.name] = candidates(linear, matrix, sensitivity, grids, ())
+        except ConfigError as error:
+            raise ConfigError(f"{linear.name}: {error}") from None
+        progress("surveying", done, len(source.spec.linears))
+    return Survey(found, None, {}, False)
+
+
+def digest_of(data: Any) -> str:
+    """A short digest of plain data."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
 
 
 def sensitivities(
-    source: Weights, calibration: Calibration, fisher_windows: int = FISHER_WINDOWS, progress: Progress = silent
+    source: Weights,
+    calibration: Calibration,
+    count: int = USUAL.windows,
+    progress: Progress = silent,
+    store: Store | None = None,
 ) -> Iterator[tuple[str, Sensitivity]]:
-    """Yields every layer's name and sensitivity on the dense upstream, block by block, the head last."""
+    """Yields every layer's name and sensitivity on the dense upstream, the last block's first and the embedding last.
+
+    Args:
+        count: windows that they are measured on, spread over those of the calibration.
+        store: as `Backwards` takes it; layers of blocks that it is past are not yielded again.
+    """
     windows = calibration.windows
-    picks = np.linspace(0, len(windows) - 1, min(fisher_windows, len(windows))).round().astype(np.int64)
-    fisher = output_fisher(source, windows[picks], progress=lambda done, total: progress("gradients", done, total))
+    picks = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(np.int64)
+    walk = Backwards(
+        source, windows, picks=picks, store=store, progress=lambda done, total: progress("gradients", done, total)
+    )
     architecture = source.spec.architecture
     frequency = np.bincount(windows.reshape(-1), minlength=architecture.vocab_size) / windows.size
-    if not architecture.tie_word_embeddings:
-        yield EMBEDDING, table_sensitivity(frequency, fisher[LOOKUP])
-    for names, moment in calibration.dense():
-        for name in names:
-            if name == EMBEDDING:
-                yield name, table_sensitivity(frequency, fisher[LOOKUP], moment.second, fisher[name])
-            else:
-                yield name, Sensitivity(moment, fisher[name])
+    head: Inputs | None = None
+    for one in walk.inputs():
+        if one.names == (EMBEDDING,):
+            head = one
+        elif one.names == (LOOKUP,):
+            used = (None, None) if head is None else (head.moment.second, head.fisher[EMBEDDING])
+            yield EMBEDDING, table_sensitivity(frequency, one.fisher[LOOKUP], *used)
+        else:
+            for name in one.names:
+                yield name, Sensitivity(one.moment, one.fisher[name])
 
 
-def survey_file(source: DenseWeights, walk: Calibration, text: TokenText) -> CacheFile:
+def survey_file(source: DenseWeights, walk: Calibration, text: TokenText, care: Care) -> CacheFile:
     """The cache file of a survey, named by the digests of the model and of the calibration text."""
     key = {
         "version": VERSION,
         "architecture": hashlib.sha256(to_json(source.architecture).encode()).hexdigest(),
         "windows": list(walk.windows.shape),
         "tokens": hashlib.sha256(walk.windows.tobytes()).hexdigest(),
-        "gradients": FISHER_WINDOWS,
+        "surveyed": care.windows,
+        "rows": care.rows,
         "grids": [[grid.bits, grid.group, grid.zeros] for grid in GRIDS],
         "cores": [[grid.bits, grid.group, grid.zeros] for grid in CORED],
         "bonds": list(LADDER),
@@ -223,19 +289,22 @@ def cached_survey(
     walk: Calibration,
     text: TokenText,
     *,
+    care: Care = USUAL,
     complete: bool = True,
+    store: Store | None = None,
     progress: Progress = silent,
     log: Log = no_log,
 ) -> Survey:
     """The survey of a model on a calibration text: from the cache, or measured now and cached.
 
     Args:
+        store: as `survey` takes it.
         complete: measures cores everywhere, which takes longer; a complete survey in the cache is always good enough.
 
     Raises:
         ConfigError: as `survey` does.
     """
-    file = survey_file(source, walk, text)
+    file = survey_file(source, walk, text, care)
     cached = file.read(log)
     if cached is not None and (cached.content["complete"] or not complete):
         log(f"survey: measured before, read from {file.path.name}")
@@ -243,7 +312,7 @@ def cached_survey(
     if cached is not None:
         log("survey: measured before, but cores only where they pay; measuring them everywhere")
     started = time.perf_counter()
-    found = survey(source, walk, complete=complete, progress=progress)
+    found = survey(source, walk, care=care, complete=complete, store=store, progress=progress)
     seconds = time.perf_counter() - started
     log(f"survey: every layer measured in {seconds:.0f} s, cached for other budgets")
     file.write(packed(found, seconds), log)
@@ -252,26 +321,32 @@ def cached_survey(
 
 def packed(found: Survey, seconds: float) -> Cached:
     """A survey as plain data and one array."""
-    rows = {
-        name: [[one.bytes, one.loss, [asdict(term) for term in one.terms]] for one in row]
-        for name, row in found.candidates.items()
-    }
+    rows = {name: row_data(row) for name, row in found.candidates.items()}
     alone = {name: asdict(one) for name, one in found.alone.items()}
     content = {"candidates": rows, "alone": alone, "complete": found.complete, "seconds": seconds}
-    return Cached(content, {"table": found.table.astype("float32")})
+    return Cached(content, {} if found.table is None else {"table": found.table.astype("float32")})
 
 
 def unpacked(cached: Cached) -> Survey:
     """The survey that `packed` was given."""
-    rows = {
-        name: [Candidate(size, loss, tuple(map(term_of, terms))) for size, loss, terms in row]
-        for name, row in cached.content["candidates"].items()
-    }
-    alone = {
-        name: Alone(*(tuple((chi, loss) for chi, loss in one[kind]) for kind in ("low_rank", "balanced")))
-        for name, one in cached.content["alone"].items()
-    }
+    rows = {name: row_of(row) for name, row in cached.content["candidates"].items()}
+    alone = {name: alone_of(one) for name, one in cached.content["alone"].items()}
     return Survey(rows, cached.arrays["table"].astype("float64"), alone, cached.content["complete"])
+
+
+def row_data(row: Sequence[Candidate]) -> list[Any]:
+    """Candidates as plain data."""
+    return [[one.bytes, one.loss, [asdict(term) for term in one.terms]] for one in row]
+
+
+def row_of(data: list[Any]) -> list[Candidate]:
+    """The candidates that `row_data` was given."""
+    return [Candidate(size, loss, tuple(map(term_of, terms))) for size, loss, terms in data]
+
+
+def alone_of(data: dict[str, Any]) -> Alone:
+    """The record from its fields as JSON has them."""
+    return Alone(*(tuple((chi, loss) for chi, loss in data[kind]) for kind in ("low_rank", "balanced")))
 
 
 def term_of(data: dict[str, Any]) -> Term:

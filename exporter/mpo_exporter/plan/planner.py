@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mpo_exporter.calibrate.moments import Calibration
+from mpo_exporter.calibrate.store import Store
+from mpo_exporter.effort import Care
 from mpo_exporter.fit.shapes import low_rank_shape
 from mpo_exporter.measure.candidates import GRIDS, LADDER, fitted
 from mpo_exporter.measure.latency import no_slower_than, open_table, save_table
 from mpo_exporter.measure.sensitivity import LayerSensitivity, cached_sensitivities
-from mpo_exporter.measure.survey import Survey, cached_survey
+from mpo_exporter.measure.survey import Survey, blind_survey, cached_survey
 from mpo_exporter.plan.budget import allocated_layers, default_size, file_bytes, layers_within_loss, least_bytes
 from mpo_exporter.plan.named import acted_on, demanded, plan_layers
 from mpo_exporter.plan.options import Choice, Options, Target
@@ -34,6 +36,9 @@ class Planner:
     Args:
         text, walk: the calibration text; None plans from the weights alone.
         surveyed: a survey of this model and text, in the place of the cached one or a new one.
+        care: how carefully a new survey judges layers.
+        store: keeps what a new survey has measured so far.
+        blind: without calibration text, judges layers by their weights.
     """
 
     source: DenseWeights
@@ -42,6 +47,9 @@ class Planner:
     progress: Progress = silent
     log: Log = no_log
     surveyed: Survey | None = None
+    care: Care = field(default_factory=Care)
+    store: Store | None = None
+    blind: bool = False
 
     def survey(self, *, complete: bool = True) -> Survey:
         """The survey of the model, measured at most once; again if a complete one is asked for later.
@@ -52,14 +60,24 @@ class Planner:
         Raises:
             ConfigError: if there is no calibration text to measure on.
         """
-        if self.surveyed is None or (complete and not self.surveyed.complete):
+        if self.surveyed is None or (complete and not self.surveyed.complete and not self.blind):
+            if self.blind:
+                self.surveyed = blind_survey(self.source, progress=self.progress)
+                return self.surveyed
             if self.walk is None or self.text is None:
                 raise ConfigError(
                     "target, --top-k, --compression-ratio: such a plan is made on calibration text; "
                     "give one with --calib, and --calib-windows above 0"
                 )
             self.surveyed = cached_survey(
-                self.source, self.walk, self.text, complete=complete, progress=self.progress, log=self.log
+                self.source,
+                self.walk,
+                self.text,
+                care=self.care,
+                complete=complete,
+                store=self.store,
+                progress=self.progress,
+                log=self.log,
             )
         return self.surveyed
 

@@ -134,16 +134,22 @@ def expected_residuals(
     return (_residual(values, weight, grid) for grid in grids), scaled
 
 
-def expected_errors(matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None = None) -> Matrix:
+def expected_errors(matrix: Matrix, moment: Moment | None, grids: Sequence[Grid], group: int | None = None) -> Matrix:
     """Σ_j r_j² d_j of each row on each of several grids [grids, O], with r and d of `expected_residuals`.
+
+    Args:
+        moment: of the input; without one d is 1 and r the error of rounding to nearest.
 
     Raises:
         ConfigError: as `compensated` does.
     """
+    if moment is None:
+        weight, scaled = torch.ones(matrix.shape[1]), np.ones(matrix.shape[1])
+    else:
+        weight, scaled = _expected_weight(matrix, moment, grids, group)
     if not native.usable():
-        residuals, scaled = expected_residuals(matrix, moment, grids, group)
-        return np.array([np.square(residual) @ scaled for residual in residuals])
-    weight, scaled = _expected_weight(matrix, moment, grids, group)
+        values = torch.from_numpy(matrix.astype(np.float32).T.copy())
+        return np.array([np.square(_residual(values, weight, grid)) @ scaled for grid in grids])
     found = native.errors(matrix.astype(np.float32), weight.numpy(), grids).astype(np.float64)
     result: Matrix = found * (scaled.sum() / max(float(weight.sum(dtype=torch.float64)), 1e-300))
     return result

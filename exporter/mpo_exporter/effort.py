@@ -1,0 +1,53 @@
+"""How much care an export takes, by the values of `--effort`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpo_formats import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Care:
+    """How carefully layers are judged before a plan is made.
+
+    Args:
+        windows: of the calibration text that moments and Fisher information are taken on.
+        rows: of a matrix that errors are estimated on, if it has more than twice as many.
+    """
+
+    windows: int = 32
+    rows: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """One value of `--effort`.
+
+    Args:
+        windows: of the calibration text, at most, that layers are fitted to; 0 uses none: layers are judged by the relative
+            errors of their weights and rounded to nearest.
+        care: for the survey of a model with calibration text.
+    """
+
+    name: str
+    windows: int
+    care: Care
+
+
+USUAL = Care()
+QUICK = Effort("quick", 0, USUAL)
+NORMAL = Effort("normal", 96, USUAL)
+BEST = Effort("best", 96, Care(96, 1024))
+EFFORTS = {effort.name: effort for effort in (QUICK, NORMAL, BEST)}
+
+
+def find_effort(name: str) -> Effort:
+    """The effort of that name.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name not in EFFORTS:
+        raise ConfigError(f"--effort {name}: expected one of {', '.join(EFFORTS)}")
+    return EFFORTS[name]
