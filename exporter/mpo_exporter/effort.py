@@ -17,7 +17,7 @@ class Care:
     """
 
     windows: int = 32
-    rows: int = 256
+    rows: int = 512
 
 
 @dataclass(frozen=True, slots=True)

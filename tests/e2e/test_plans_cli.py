@@ -42,7 +42,13 @@ def test_a_dry_run_predicts_and_writes_no_file(run: Run, folder: Path, tmp_path:
     done = run("mpo-export", folder, "--target-size", "100KB", *TEXT, *QUICK, "--dry-run")
     assert done.code == 0, done
     assert sorted(tmp_path.rglob("*")) == before
-    for words in ("predicted bytes", "predicted memory", "predicted KL", "predicted speed", "predicted time"):
+    for words in (
+        "predicted bytes",
+        "predicted memory",
+        "predicted KL",
+        "predicted speed",
+        "predicted export with --effort best",
+    ):
         assert words in done.out
     assert "0.self_attn.q_proj" in done.out
     size = number(r"predicted bytes: ([0-9,]+)", done.out)

@@ -130,6 +130,7 @@ def test_sizes_and_provenance(exported: dict[str, Result], source: Path) -> None
         options = PLANS[name]
         assert (origin.source, origin.source_sha256) == ("model", original.sha256())
         expected = {"plan": options.plan, "chi": str(options.largest_chi), "cores": str(options.cores)}
+        expected["effort"] = "normal"
         if options.plan == "auto":  # with χ given, every matrix carries cores
             expected["cored"] = "every matrix"
         assert origin.options == expected

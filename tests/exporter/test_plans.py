@@ -329,7 +329,9 @@ def test_predictions_against_what_came_out(folder: Path, source: Source, planner
     assert 0.5 < first.kl / result.comparison.kl_mean < 2
     second = predict(planner, spec)
     assert second.kl == pytest.approx(result.comparison.kl_mean, rel=1e-6)
-    assert first.memory_bytes > first.file_bytes and first.export_seconds > 0
+    assert first.memory_bytes > first.file_bytes and all(
+        cost.seconds > 0 and cost.disk > first.file_bytes for cost in first.costs.values()
+    )
 
 
 def test_a_prediction_is_corrected_by_the_nearest_outcome(

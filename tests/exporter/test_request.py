@@ -100,10 +100,11 @@ def test_every_option_arrives_in_its_field(parse: Parse, tmp_path: Path) -> None
         "--certify-chi": 2,
         "--heal-tokens": "5k",
         "--heal-text": "h.txt",
+        "--effort": "best",
         "--device": "cuda",
         "--threads": 4,
     }
-    flags = ("--no-norm-correction", "--force", "--dry-run", "--no-compare-cores")
+    flags = ("--no-norm-correction", "--force", "--dry-run", "--no-compare-cores", "--keep-work")
     assert parse(*(word for pair in words.items() for word in pair), *flags, "demo") == ExportRequest(
         "demo",
         Options(
@@ -123,6 +124,8 @@ def test_every_option_arrives_in_its_field(parse: Parse, tmp_path: Path) -> None
         dry_run=True,
         save_plan=Path("plan.json"),
         compare_cores=False,
+        effort="best",
+        keep_work=True,
         machine=Machine("cuda", 4),
     )
     targets = (("size", "1.5MB", 1_500_000), ("bpw", 3, 3.0), ("ratio", 0.5, 0.5))
@@ -142,6 +145,11 @@ def test_every_option_arrives_in_its_field(parse: Parse, tmp_path: Path) -> None
         (("--certify-chi", 32), "--certify-chi 32: expected 1 to 31, below --chi"),
         (("--target-size", "1MB", "--max-kl", 0.1), "--target-size and --max-kl: give one of them"),
         (("--target-size", "1MB", "--plan", "int4"), "--target-size: expected the plan auto, found int4"),
+        (("--effort", "most"), "--effort most: expected one of quick, normal, best"),
+        (("--effort", "quick", "--max-kl", 0.1), "--max-kl: needs calibration text, which --effort quick does not use"),
+        (("--effort", "quick", "--calib", "c.txt"), "--calib: needs calibration text"),
+        (("--effort", "quick", "--calib-windows", 3), "--calib-windows: needs calibration text"),
+        (("--effort", "quick", "--plan", "int4", "--top-k", 3), "--top-k: needs calibration text"),
         (("--plan", "file:absent.json"), "absent.json: cannot be read"),
     ],
 )

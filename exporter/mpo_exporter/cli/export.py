@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,13 +13,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mpo_exporter.calibrate.windows import WINDOW
+from mpo_exporter.cli.progress import export_progress
 from mpo_exporter.effort import QUICK, find_effort
 from mpo_exporter.export import ExportTask, Listener, Result, export, planned_spec, planner_for, without_cores
 from mpo_exporter.heal.command import check_healing, heal_exported, healing_notes
+from mpo_exporter.measure.cost import NOMINAL, Cost, export_cost
 from mpo_exporter.measure.survey import Survey
+from mpo_exporter.plan.budget import default_bytes
 from mpo_exporter.plan.file import write_plan
 from mpo_exporter.plan.options import Options
-from mpo_exporter.plan.planner import with_default_target
+from mpo_exporter.plan.planner import Planner, with_default_target
 from mpo_exporter.plan.predict import Prediction, predict
 from mpo_exporter.report.command import make_report
 from mpo_exporter.report.facts import WithoutCores
@@ -30,8 +35,9 @@ from mpo_exporter.source import Source, open_source
 from mpo_exporter.terms import stored_bytes
 from mpo_exporter.texts import calibration_for, held_out_text
 from mpo_exporter.work import work_folder, working
-from mpo_formats import ModelSpec, MpoFile
+from mpo_formats import ModelSpec, MpoFile, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
+from mpo_formats.layout import content_tensors
 from mpo_runtime import __version__
 from mpo_runtime.cli import console
 from mpo_runtime.cli.console import size_text
@@ -58,6 +64,7 @@ def run_export(request: ExportRequest) -> Result | None:
             show_plan(source, task, request.save_plan)
             return None
         print(f"exporting {source.name} to {target} ({asked(task.options, source.spec)}); {fitted_to}", flush=True)
+        check_disk(source, task)
         with working(work_folder(target), work_key(source, task), keep=request.keep_work, log=log) as work:
             result, recorder = export_within_kl(source, replace(task, work=work), recorded=request.report is not None)
         print_cut_bonds(result.spec, task.options)
@@ -154,14 +161,48 @@ def export_within_kl(source: Source, task: ExportTask, *, recorded: bool) -> tup
     Args:
         recorded: whether the fits are recorded for a report.
     """
+    cost = expected_cost(source, task)
     for number in range(MOST_EXPORTS):
-        with console.progress("export") as update:
+        with export_progress(cost.stages, expected_bytes(source, task) / 1e6) as update:
             recorder = Recorder(update)
             listener = Listener(recorder.progress, log, recorder.fitted if recorded else None)
             result = export(source, replace(task, force=task.force or number > 0), listener)
         if not exceeds_kl(result, task.options, again=number + 1 < MOST_EXPORTS):
             break
     return result, recorder
+
+
+def expected_bytes(source: Source, task: ExportTask) -> int:
+    """About the bytes of the file to write: the target, or what the default would be."""
+    return task.options.target.bytes_of(source.spec) or default_bytes(source.spec)
+
+
+def expected_cost(source: Source, task: ExportTask) -> Cost:
+    """What an export takes on a nominal machine: memory and disk, and how its time is shared out among the stages."""
+    text = task.calibration
+    window = min(WINDOW, source.architecture.max_position_embeddings)
+    return export_cost(
+        source.architecture,
+        NOMINAL,
+        task.effort,
+        windows=0 if text is None else min(task.windows, text.ids.size // window),
+        window=window,
+        file_bytes=expected_bytes(source, task),
+        source_bytes=sum(tensor.size for tensor in content_tensors(source.spec)),
+        measured_tokens=0 if task.text is None else task.text.ids.size,
+        surveyed=task.options.allocates,
+    )
+
+
+def check_disk(source: Source, task: ExportTask) -> None:
+    """Raises OutputError, before the work, where the disk of the target has less room than the export takes."""
+    folder, needed = task.target.absolute().parent, expected_cost(source, task).disk
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{folder}: this export takes about {size_text(needed)} of disk, {size_text(free)} are free; "
+            "free some, or give another folder with --out"
+        )
 
 
 def log(message: str) -> None:
@@ -232,8 +273,13 @@ def show_plan(source: Source, task: ExportTask, save_plan: Path | None) -> None:
         spec = planned_spec(source, task, planner)
         if save_plan:
             write_plan(save_plan, spec.linears, force=task.force)
-        prediction = predict(planner, spec, tokens)
+        prediction = predict(planner, spec, tokens, task.effort, walk_window(planner))
     print_plan(spec, prediction, planner.surveyed)
+
+
+def walk_window(planner: Planner) -> int:
+    """Tokens of a window of the planner's calibration text."""
+    return WINDOW if planner.walk is None else planner.walk.windows.shape[1]
 
 
 def print_plan(spec: ModelSpec, prediction: Prediction, surveyed: Survey | None) -> None:
@@ -271,7 +317,11 @@ def prediction_lines(spec: ModelSpec, prediction: Prediction) -> list[str]:
         f"predicted memory: {size_text(prediction.memory_bytes)} with a full context of {prediction.context:,} tokens",
         f"predicted KL: {kl}",
         f"predicted speed: {speed}, one conversation, on this machine",
-        f"predicted time of the export: {time_text(prediction.export_seconds)}",
+        *(
+            f"predicted export with --effort {name}: {time_text(cost.seconds)}, {size_text(cost.memory)} of memory, "
+            f"{size_text(cost.disk)} of disk"
+            for name, cost in prediction.costs.items()
+        ),
         f"layers with cores: {cores} of {len(spec.linears)}",
         *prediction.reasons,
     ]

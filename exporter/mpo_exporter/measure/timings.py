@@ -1,4 +1,4 @@
-"""The time of an export on this machine, estimated: small pieces of the same work are timed once, and cached."""
+"""The time of fitting cores on this machine, estimated: small pieces of the same work are timed once, and cached."""
 
 from __future__ import annotations
 
@@ -23,10 +23,6 @@ from mpo_formats import LinearSpec, ModelSpec, Mpo, Quantized, Term
 
 # The largest matrix that a fit is timed on. The time grows with the weights, and a little more with the columns.
 MOST_ROWS, MOST_COLUMNS = 256, 1024
-# Side of the square matrix product that gives the speed of running activations.
-PRODUCT = 512
-# Passes over a block in a calibrated export, over both upstreams together (see Calibration.compress).
-PASSES = 6
 
 
 @dataclass(slots=True)
@@ -64,11 +60,11 @@ def rates_file() -> CacheFile:
 
 
 def fit_seconds(spec: ModelSpec, calibrated: bool, rates: Rates) -> float:
-    """Seconds to fit all layers of a planned model."""
+    """Seconds to fit the layers of a planned model that have cores."""
     total = 0.0
     for linear in spec.linears:
         kinds = "+".join(shape_kind(term) for term in linear.terms)
-        if kinds == "dense":
+        if "mpo" not in kinds:
             continue
         rows, columns = min(linear.out_features, MOST_ROWS), min(linear.in_features, MOST_COLUMNS)
         key = f"fit {kinds} {'calibrated' if calibrated else 'blind'} {rows}x{columns}"
@@ -109,22 +105,6 @@ def fitted_to(term: Term, rows: int, columns: int) -> Term:
     if isinstance(term, Quantized) and columns % term.group:
         return replace(term, group=16)
     return term
-
-
-def run_seconds(parameters: int, tokens: int, passes: float, rates: Rates) -> float:
-    """Seconds to multiply `tokens` tokens by all matrices, `passes` times."""
-    each = rates.of("product", product_seconds) / PRODUCT**3
-    return each * parameters * tokens * passes
-
-
-def product_seconds() -> float:
-    """Seconds of one product of two square matrices in torch."""
-    a, b = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
-    a @ b
-    start = time.perf_counter()
-    for _ in range(3):
-        a @ b
-    return (time.perf_counter() - start) / 3
 
 
 def base_memory(rates: Rates) -> int:

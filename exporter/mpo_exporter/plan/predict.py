@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from mpo_exporter.calibrate.windows import WINDOW
+from mpo_exporter.effort import EFFORTS, NORMAL, Effort
 from mpo_exporter.measure.cache import Cached, CacheFile
+from mpo_exporter.measure.cost import Cost, export_cost, measured_rates
 from mpo_exporter.measure.latency import open_table, save_table
-from mpo_exporter.measure.timings import PASSES, base_memory, fit_seconds, open_rates, run_seconds, save_rates
+from mpo_exporter.measure.timings import base_memory, fit_seconds, open_rates, save_rates
 from mpo_exporter.plan.budget import file_bytes
 from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.planner import Planner
 from mpo_formats import Architecture, ModelSpec
+from mpo_formats.layout import content_tensors
 from mpo_runtime import native
 from mpo_runtime.engine import default_context
 
@@ -36,6 +40,7 @@ class Prediction:
     Args:
         memory_bytes: the resident memory of a chat with a full context of `context` tokens.
         kl: in nats per token; None, like `tokens_per_second`, if it cannot be predicted.
+        costs: what the export takes, by effort.
         reasons: sentences that say why a prediction is missing or not to be trusted.
     """
 
@@ -44,14 +49,18 @@ class Prediction:
     context: int
     kl: float | None
     tokens_per_second: float | None
-    export_seconds: float
+    costs: dict[str, Cost]
     reasons: tuple[str, ...]
 
 
-def predict(planner: Planner, spec: ModelSpec, measured_tokens: int = 0) -> Prediction:
+def predict(
+    planner: Planner, spec: ModelSpec, measured_tokens: int = 0, effort: Effort = NORMAL, window: int = WINDOW
+) -> Prediction:
     """Predicts what exporting `spec` will give.
 
     Args:
+        effort: the one that was asked for; its windows are those of the planner's text.
+        window: tokens of a window of calibration text.
         measured_tokens: tokens that the file will be measured on.
     """
     reasons: list[str] = []
@@ -60,14 +69,27 @@ def predict(planner: Planner, spec: ModelSpec, measured_tokens: int = 0) -> Pred
     memory = size + cache_bytes(spec.architecture, context) + base_memory(rates)
     kl = predicted_kl(planner, spec, reasons)
     speed = predicted_speed(planner, spec, reasons)
-    calibrated = planner.walk is not None
-    seconds = fit_seconds(spec, calibrated, rates)
-    parameters = spec.architecture.parameters()
-    if planner.walk is not None:
-        seconds += run_seconds(parameters, planner.walk.windows.size, PASSES, rates)
-    seconds += run_seconds(parameters, measured_tokens, 2, rates)
+    source_bytes = sum(tensor.size for tensor in content_tensors(planner.source.spec))
+    machine = measured_rates(spec.architecture)
+    costs = {}
+    for name, each in EFFORTS.items():
+        calibrated = each.windows > 0 and (planner.walk is not None or effort.windows == 0)
+        windows = len(planner.walk.windows) if calibrated and planner.walk and each == effort else each.windows
+        cost = export_cost(
+            spec.architecture,
+            machine,
+            each,
+            windows=windows if calibrated else 0,
+            window=window,
+            file_bytes=size,
+            source_bytes=source_bytes,
+            measured_tokens=measured_tokens,
+            surveyed=planner.surveyed is not None,
+        )
+        cores = fit_seconds(spec, calibrated, rates)
+        costs[name] = replace(cost, stages=cost.stages | {"fitting": cost.stages["fitting"] + cores})
     save_rates(rates, planner.log)
-    return Prediction(size, memory, context, kl, speed, seconds, tuple(reasons))
+    return Prediction(size, memory, context, kl, speed, costs, tuple(reasons))
 
 
 def cache_bytes(architecture: Architecture, context: int) -> int:
@@ -78,7 +100,7 @@ def cache_bytes(architecture: Architecture, context: int) -> int:
 
 def predicted_kl(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float | None:
     """The expected KL in nats per token; None, with a reason added, if the survey does not cover the plan."""
-    if planner.walk is None:
+    if planner.walk is None or planner.blind:
         reasons.append("KL: not predicted for a plan that is fitted to the weights alone; give --calib")
         return None
     surveyed = planner.survey(complete=False)

@@ -1,0 +1,186 @@
+"""What an export takes on this machine: seconds by stage, memory and disk, from sizes and a measurement of about a second.
+
+The work of every stage is counted in multiply-adds and in weights times grids. What one of these takes is measured on small
+pieces of the same kind and of the model's own widths.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mpo_exporter.calibrate.moments import Moment
+from mpo_exporter.calibrate.precision import fast_products
+from mpo_exporter.calibrate.upstream import HELD_BYTES
+from mpo_exporter.effort import Effort
+from mpo_exporter.measure.candidates import GRIDS, fitted
+from mpo_exporter.quantize.gptq import compensated, expected_errors
+from mpo_exporter.quantize.rounding import round_to_nearest
+from mpo_formats import Architecture
+from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_runtime.memory import peak_memory
+
+# Sizes of the pieces that are measured, and seconds that each is repeated for.
+TOKENS, WIDEST, ROWS, SECONDS = 1024, 2048, 64, 0.12
+# What elementwise work and attention take beside the products of a block, as a share of these at the width `HALF`; it falls
+# with the width, since products grow with its square.
+BESIDE, HALF = 0.6, 576
+# Memory of the program itself, and of activations for each token and unit of width in a batch.
+PROGRAM, LIVE = 550_000_000, 48
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Seconds of single steps.
+
+    Args:
+        product, exact: of a multiply-add in a calibration's product, and in an exact one.
+        rounding: of a weight and column in error-compensated rounding.
+        grid, nearest: of a weight on one grid of the survey, and of a weight rounded to nearest.
+    """
+
+    product: float
+    exact: float
+    rounding: float
+    grid: float
+    nearest: float
+
+
+def measured_rates(architecture: Architecture, clock: Callable[[], float] = time.perf_counter) -> Rates:
+    """The rates of this machine, measured now with the threads of this process.
+
+    Args:
+        clock: gives seconds; `time.process_time` predicts the time of the processor, where other programs keep it busy.
+    """
+
+    def seconds_of(work: Callable[[], object]) -> float:
+        """The median of as many runs as fit into SECONDS, after one to warm up."""
+        work()
+        found, end = [], clock() + SECONDS
+        while not found or clock() < end:
+            start = clock()
+            work()
+            found.append(clock() - start)
+        return float(np.median(found))
+
+    width, inner = (min(size, WIDEST) for size in (architecture.hidden_size, architecture.intermediate_size))
+    source = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, width, generator=source) for rows in (TOKENS, inner))
+    count = TOKENS * width * inner
+    with fast_products():
+        product = seconds_of(lambda: torch.nn.functional.linear(x, w)) / count
+    exact = seconds_of(lambda: torch.nn.functional.linear(x, w)) / count
+    columns = width // 32 * 32 or width
+    matrix = np.random.default_rng(0).standard_normal((ROWS * 2, columns))
+    moment = Moment(np.eye(columns) + np.outer(np.arange(columns), np.arange(columns)) / columns**2)
+    grids = fitted(GRIDS, columns)
+    if not grids:
+        return Rates(product, exact, 0.0, 0.0, 0.0)
+    group = grids[0].group
+    moment.hessian(group)
+    rounding = seconds_of(lambda: compensated(matrix, moment, 4, group)) / (matrix.size * columns)
+    grid = seconds_of(lambda: expected_errors(matrix, None, grids)) / (matrix.size * len(grids))
+    nearest = seconds_of(lambda: round_to_nearest(matrix, 4, group)) / matrix.size
+    return Rates(product, exact, rounding, grid, nearest)
+
+
+# One thread of a CPU of 2022, to tell how far an export is; the proportions count, not the size.
+NOMINAL = Rates(2.2e-11, 2.9e-11, 1.2e-10, 3e-9, 6e-10)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an export takes.
+
+    Args:
+        stages: seconds by the names that progress is reported under.
+        memory, disk: bytes at most; disk with the file itself.
+    """
+
+    stages: dict[str, float]
+    memory: int
+    disk: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(self.stages.values())
+
+
+def export_cost(
+    architecture: Architecture,
+    rates: Rates,
+    effort: Effort,
+    *,
+    windows: int,
+    window: int,
+    file_bytes: int,
+    source_bytes: int,
+    measured_tokens: int = 0,
+    surveyed: bool = True,
+) -> Cost:
+    """The cost of an export.
+
+    Args:
+        windows: of calibration text, each of `window` tokens; 0 for none.
+        file_bytes, source_bytes: of the file to write, and of the dense model.
+        measured_tokens: that the file is measured on.
+        surveyed: whether layers are measured for a plan; False where a plan needs none, or the survey is cached.
+    """
+    sizes = [(name, rows, columns) for name, rows, columns, _ in architecture.linear_sizes()]
+    block = sum(rows * columns for name, rows, columns in sizes if name not in (EMBEDDING, HEAD))
+    head = architecture.vocab_size * architecture.hidden_size
+    tokens, sampled = windows * window, min(windows, effort.care.windows) * window
+    beside = 1 + BESIDE * HALF / (HALF + architecture.hidden_size)
+    # Layers with one input share a moment: q, k and v; gate and up.
+    inputs = {(name.rsplit(".", 1)[0], columns): columns for name, _, columns in sizes if name not in (EMBEDDING, HEAD)}
+    squares = sum(columns**2 for columns in inputs.values())
+    out = sum(rows * columns for name, rows, columns in sizes if name.endswith(("o_proj", "down_proj")))
+    cubes = sum(columns**3 for columns in inputs.values())
+    judged = sum((rows if rows <= 2 * effort.care.rows else effort.care.rows) * columns for _, rows, columns in sizes)
+    weights = sum(rows * columns for _, rows, columns in sizes)
+    stages = {}
+    if surveyed and windows:
+        stages["gradients"] = rates.product * tokens * block * beside
+        backward = 2 * sampled * block * beside + sampled * squares + 2.5 * sampled * head
+        stages["surveying"] = rates.product * backward + rates.exact * cubes + rates.grid * judged * len(GRIDS)
+    elif surveyed:
+        stages["surveying"] = rates.grid * judged * len(GRIDS)
+    if windows:
+        moments = tokens * (2 * squares + out)
+        fits = sum(rows * columns**2 for _, rows, columns in sizes)
+        stages["fitting"] = (
+            rates.product * (2 * tokens * block * beside + moments) + rates.exact * 2 * cubes + rates.rounding * fits
+        )
+    else:
+        stages["fitting"] = rates.nearest * weights
+    stages["measuring"] = rates.exact * 2 * measured_tokens * (block * beside + head)
+    return Cost(
+        stages,
+        memory_of(architecture, source_bytes, tokens, measured_tokens),
+        disk_of(architecture, file_bytes, tokens, sampled if surveyed else 0),
+    )
+
+
+def memory_of(architecture: Architecture, source_bytes: int, tokens: int, measured_tokens: int) -> int:
+    """Bytes of memory at most: one block, its moments, a batch of activations; or both models while they are compared."""
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    widest = max(hidden, inner)
+    matrices = 8 * (4 * hidden * hidden + 3 * hidden * inner)
+    held = sum(min(4 * tokens * size, HELD_BYTES) for size in (hidden, hidden, inner, inner))
+    fitting = matrices + 5 * 8 * widest**2 + held + LIVE * min(tokens, 2048) * widest if tokens else 24 * hidden * inner
+    measuring = 8 * architecture.parameters() if measured_tokens else 0
+    return max(PROGRAM + source_bytes + max(fitting, measuring), peak_memory())
+
+
+def disk_of(architecture: Architecture, file_bytes: int, tokens: int, sampled: int) -> int:
+    """Bytes of disk at most: the file twice, and the states of the survey or those of both upstreams."""
+    state = 4 * architecture.hidden_size
+    survey = state * (sampled * (architecture.num_hidden_layers + 1) + tokens) if sampled else 0
+    spilled = sum(4 * tokens * size for size in (architecture.intermediate_size,) if 4 * tokens * size > HELD_BYTES)
+    fits = 6 * state * tokens + 4 * spilled
+    return 2 * file_bytes + max(survey, fits)
