@@ -178,7 +178,7 @@ def markdown(rows: list[dict[str, Any]], default: dict[str, Any]) -> str:
         ("bytes", predicted["file_bytes"], row["bytes"]),
         ("KL", predicted["kl"], row["kl_mean"]),
         ("tokens/s", predicted["tokens_per_second"], row["tokens_per_second"]),
-        ("seconds of the export", predicted["costs"]["normal"], row["seconds"]),
+        ("seconds of the export", sum(predicted["costs"]["normal"]["stages"].values()), row["seconds"]),
     )
     lines += ["", "| of the default | predicted | found |", "|---|---|---|"]
     lines += [f"| {name} | {before:.6g} | {after:.6g} |" for name, before, after in pairs if before and after]

@@ -35,12 +35,12 @@ UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "typer", "matplotlib"}
 # The parts of the exporter, lowest first: a module imports its own part and lower ones, never a higher one.
 EXPORTER_PARTS = (
-    {"progress", "terms"},
+    {"progress", "terms", "effort"},
     {"calibrate"},
     {"fit", "quantize"},
     {"measure"},
     {"plan"},
-    {"request", "source", "texts", "certify", "export"},
+    {"request", "source", "texts", "certify", "export", "work"},
     {"heal", "report", "convert"},
     {"cli", "compactifai"},
 )

@@ -198,6 +198,15 @@ def survey(
         kept.scope("survey", "")
         done.clear()
         measure()
+    return collected(kept, names, complete)
+
+
+def collected(kept: Store, names: Sequence[str], complete: bool) -> Survey:
+    """The survey of which every layer was measured.
+
+    Raises:
+        ConfigError: if the embedding was not.
+    """
     table = kept.read("survey-table")
     if table is None:
         raise ConfigError("survey: the embedding was not measured")

@@ -1,0 +1,219 @@
+"""How long an export takes, stage by stage, and what its file loses; beside another checkout and beside llama.cpp.
+
+    python benchmarks/export_speed.py demo smollm2 --bits 4.25 3 2.5 [--before CHECKOUT] [--llama FOLDER] [--out FILE]
+
+Every export runs in a process of its own. Each stage has seconds by the clock and seconds of the processor: on a machine that
+others use the second figure is the one to compare. `--before` names a checkout of an older commit with its environment in
+.venv; the two take turns. `--predict` adds what `--dry-run` would say, in seconds of the processor. `--llama` names a folder
+with llama-imatrix and llama-quantize: they make a Q4_K_M of each model given as a GGUF file, from the same windows of text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+# The text that layers are calibrated on has so many windows of 256 tokens.
+WINDOWS, WINDOW = 96, 256
+MARK = "export_speed: "
+
+
+def child(model: str, bits: str, effort: str, out: Path) -> Row:
+    """One export in this process, with the code that Python finds: also that of an older checkout."""
+    from mpo_exporter.cli import export as cli
+    from mpo_exporter.export import Listener, export
+    from mpo_exporter.plan.options import Options, Target
+    from mpo_exporter.request import ExportRequest
+    from mpo_exporter.source import open_source
+
+    stages: dict[str, list[float]] = {}
+    last = [time.perf_counter(), time.process_time()]
+
+    def passed(stage: str, *_: int) -> None:
+        """Counts the time since the last call to a stage: work is reported when it is done."""
+        now = [time.perf_counter(), time.process_time()]
+        clock, processor = stages.get(stage, [0.0, 0.0])
+        stages[stage] = [clock + now[0] - last[0], processor + now[1] - last[1]]
+        last[:] = now
+
+    target = Target() if bits == "default" else Target(bits_per_weight=float(bits))
+    others = {} if effort == "before" else {"effort": effort}
+    request = ExportRequest(model=model, options=Options(target=target), out=out, force=True, **others)
+    request.machine.prepare()
+    with open_source(model) as source:
+        task = cli.resolved(request, source, out, {})[0]
+        passed("opening")
+        result = export(source, task, Listener(passed))
+        passed("closing")
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "bytes": result.file_bytes,
+        "bits_per_weight": result.bits_per_weight,
+        "kl_mean": None if result.comparison is None else result.comparison.kl_mean,
+        "seconds": sum(stage[0] for stage in stages.values()),
+        "processor_seconds": sum(stage[1] for stage in stages.values()),
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "stages": {name: {"seconds": one, "processor_seconds": two} for name, (one, two) in stages.items()},
+    }
+
+
+def exported(python: Path, model: str, bits: str, effort: str, folder: Path) -> Row:
+    """One export by the code of an environment; measurements are cached in the folder, so that one survey serves all bits."""
+    words = [str(python), __file__, model, "--bits", bits, "--child", effort, "--work", str(folder)]
+    environment = {**os.environ, "MPO_CACHE": str(folder / f"cache-{effort}-{Path(model).stem}")}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    found = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not found:
+        raise SystemExit(f"{model} {bits} {effort}: {done.stderr.strip()[-500:]}")
+    row: Row = {"model": Path(model).name, "asked": bits, "code": effort, **json.loads(found[0])}
+    return row
+
+
+def llama(folder: Path, model: Path, work: Path, threads: int) -> Row:
+    """llama.cpp's importance matrix and its quantiser on the text that our exports calibrate on."""
+    from mpo_exporter.calibrate.windows import cut_calibration
+    from mpo_exporter.source import open_source
+    from mpo_exporter.texts import calibration_text
+
+    with open_source(model) as source:
+        windows = cut_calibration(calibration_text(source), source.architecture, count=WINDOWS)
+        if source.tokenizer is None:
+            raise SystemExit(f"{model}: has no tokenizer to write the text with")
+        text = "".join(source.tokenizer.decode(window.tolist()) for window in windows)
+    (work / "text.txt").write_text(text, encoding="utf-8")
+    matrix, out, threads_ = work / "imatrix.gguf", work / "llama.gguf", ["-t", str(threads)]
+    steps = {
+        "imatrix": [
+            folder / "llama-imatrix",
+            "-m",
+            model,
+            "-f",
+            work / "text.txt",
+            "-o",
+            matrix,
+            "-c",
+            WINDOW,
+            *threads_,
+        ],
+        "quantize": [
+            folder / "llama-quantize",
+            "--allow-requantize",
+            "--imatrix",
+            matrix,
+            model,
+            out,
+            "Q4_K_M",
+            threads,
+        ],
+    }
+    stages = {}
+    for name, words in steps.items():
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run([str(word) for word in words], check=True, capture_output=True, cwd=work)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        stages[name] = {"seconds": time.perf_counter() - start, "processor_seconds": processor}
+    total = {key: sum(stage[key] for stage in stages.values()) for key in ("seconds", "processor_seconds")}
+    return {
+        "model": model.name,
+        "asked": "Q4_K_M",
+        "code": "llama.cpp",
+        "bytes": out.stat().st_size,
+        **total,
+        "stages": stages,
+    }
+
+
+def predicted(model: str, row: Row) -> Row:
+    """What `--dry-run` would say of an export, with the processor's time in the place of the clock's."""
+    from mpo_exporter.effort import EFFORTS
+    from mpo_exporter.measure.cost import export_cost, measured_rates
+    from mpo_exporter.source import open_source
+    from mpo_exporter.texts import held_out_text
+    from mpo_formats.layout import content_tensors
+
+    effort = EFFORTS[row["code"]]
+    with open_source(model) as source:
+        text = held_out_text(source, None, None)[0]
+        cost = export_cost(
+            source.architecture,
+            measured_rates(source.architecture, time.process_time),
+            effort,
+            windows=effort.windows,
+            window=WINDOW,
+            file_bytes=row["bytes"],
+            source_bytes=sum(tensor.size for tensor in content_tensors(source.spec)),
+            measured_tokens=0 if text is None else text.ids.size,
+            surveyed="surveying" in row["stages"],
+        )
+    return {
+        "processor_seconds": cost.seconds,
+        "stages": cost.stages,
+        "memory_bytes": cost.memory,
+        "disk_bytes": cost.disk,
+    }
+
+
+def shown(row: Row) -> str:
+    """A row in one line."""
+    kl = "" if row.get("kl_mean") is None else f" KL {row['kl_mean']:.5f}"
+    stages = ", ".join(
+        f"{name} {stage['seconds']:.1f} ({stage['processor_seconds']:.1f})" for name, stage in row["stages"].items()
+    )
+    told = f"; predicted {row['predicted']['processor_seconds']:.0f}" if "predicted" in row else ""
+    return (
+        f"{row['model']} {row['asked']} {row['code']}: {row['seconds']:.0f} s ({row['processor_seconds']:.0f} of the processor"
+        f"{told}), {row['bytes']:,} bytes{kl}: {stages}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="as mpo-export takes them")
+    parser.add_argument("--bits", nargs="+", default=["4.25"], help="bits per weight, or `default`")
+    parser.add_argument("--efforts", nargs="+", default=["normal"])
+    parser.add_argument("--before", type=Path, help="another checkout")
+    parser.add_argument("--llama", type=Path, help="folder of llama.cpp's programs")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of llama.cpp")
+    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--work", type=Path, help="folder for files and caches", default=None)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.child:
+        row = child(arguments.models[0], arguments.bits[0], arguments.child, arguments.work / "speed.mpo")
+        print(MARK + json.dumps(row), flush=True)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+        folder = Path(work)
+        for model in arguments.models:
+            given = str(Path(model).resolve()) if Path(model).exists() else model
+            codes = [("before", arguments.before / ".venv" / "bin" / "python")] if arguments.before else []
+            codes += [(effort, Path(sys.executable)) for effort in arguments.efforts]
+            for bits in arguments.bits:
+                for code, python in codes:
+                    row = exported(python.absolute(), given, bits, code, folder)
+                    if arguments.predict and code != "before":
+                        row["predicted"] = predicted(given, row)
+                    rows.append(row)
+                    print(shown(row), flush=True)
+            if arguments.llama and given.endswith(".gguf"):
+                rows.append(llama(arguments.llama.resolve(), Path(given), folder, arguments.threads))
+                print(shown(rows[-1]), flush=True)
+    from parts.results import write_results
+
+    write_results(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()
