@@ -4,8 +4,8 @@
         --server "mpo-run=mpo-run serve model.mpo --parallel 16 --port {port}" \\
         --server "llama-server=llama-server -m model.gguf -np 16 -c 16384 -t 2 --port {port}"
 
-All servers are started and stay. In every round each of them is measured in turn at every number of clients, so that a busy
-moment hits all of them; the figures are medians over rounds. A server speaks OpenAI's completions and takes token ids. Each
+All servers are started and stay. In every round each of them is measured in turn at every number of clients, so that busy
+moments hit all of them and all numbers; the figures are medians over rounds. A server speaks OpenAI's completions and takes token ids. Each
 client sends one request: a prompt of random token ids, and tokens drawn greedily (`--prompt`, `--tokens`). A rate is the
 tokens of all clients over the time from the first request to the last answer. The time between tokens is that from a request's
 first token to its last, over the tokens after the first. CPU seconds are those of the server's process, all threads. `--engine`
@@ -210,22 +210,20 @@ def measure(contestants: list[Served | Engine], arguments: argparse.Namespace) -
     for contestant in contestants:
         contestant.tokens = arguments.tokens
         contestant.round(prompts(1))
-    rows = []
-    for count in arguments.clients:
-        taking = [one for one in contestants if count == 1 or not isinstance(one, Engine)]
-        found: dict[str, list[Round]] = {one.name: [] for one in taking}
-        for _ in range(rounds):
+    found: dict[tuple[str, int], list[Round]] = {}
+    for _ in range(rounds):
+        for count in arguments.clients:
             asked = prompts(count)
-            for one in taking:
-                found[one.name].append(one.round(asked))
-        for name, results in found.items():
-            rows.append(row(name, count, results))
-            print(
-                f"{name}, {count} clients: {rows[-1].tokens_per_second:.1f} tokens/s, first token "
-                f"{rows[-1].first_token_s:.3f} s, between tokens {rows[-1].between_tokens_s * 1e3:.2f} ms, "
-                f"CPU {rows[-1].cpu_s * 1e3:.2f} ms a token",
-                flush=True,
-            )
+            for one in contestants:
+                if count == 1 or not isinstance(one, Engine):
+                    found.setdefault((one.name, count), []).append(one.round(asked))
+    rows = [row(name, count, results) for (name, count), results in sorted(found.items())]
+    for line in rows:
+        print(
+            f"{line.server}, {line.clients} clients: {line.tokens_per_second:.1f} tokens/s, first token "
+            f"{line.first_token_s:.3f} s, between tokens {line.between_tokens_s * 1e3:.2f} ms, "
+            f"CPU {line.cpu_s * 1e3:.2f} ms a token"
+        )
     return rows
 
 

@@ -154,25 +154,25 @@ class Answers:
         """
         open_answers = list(enumerate(self.answers))
         while open_answers:
-            self._event.clear()
-            came = False
+            self._event.clear()  # set again by everything that comes from here on
+            more = False
             for index, answer in open_answers:
                 try:
                     piece = answer.poll()
                 except MpoError as error:
                     raise generation_error(error) from None
                 if piece is not None:
-                    came = True
+                    more = more or len(piece.tokens) >= MOST_STEPS_AT_ONCE
                     yield index, piece
                 elif answer.generation.done and not answer.finished:
                     raise internal("the generation ended early; the server is closing")
             open_answers = [(index, answer) for index, answer in open_answers if not answer.finished]
             if self._loop.time() >= self._deadline and open_answers:
                 raise ApiError(504, "the request took longer than the server allows", code="timeout")
-            if open_answers and not came:
+            if more or self._event.is_set():
+                await asyncio.sleep(0)  # other requests have their turn
+            elif open_answers:
                 await self._event.wait()
-            elif came:
-                await asyncio.sleep(0)
 
     def stop(self, index: int) -> None:
         """Ends one of the texts, which has all that is wanted of it."""
