@@ -5,11 +5,11 @@
         --server "llama-server=llama-server -m model.gguf -np 16 -c 16384 -t 2 --port {port}"
 
 All servers are started and stay. In every round each of them is measured in turn at every number of clients, so that busy
-moments hit all of them and all numbers; the figures are medians over rounds. A server speaks OpenAI's completions and takes token ids. Each
-client sends one request: a prompt of random token ids, and tokens drawn greedily (`--prompt`, `--tokens`). A rate is the
-tokens of all clients over the time from the first request to the last answer. The time between tokens is that from a request's
-first token to its last, over the tokens after the first. CPU seconds are those of the server's process, all threads. `--engine`
-measures the same requests, one at a time, through the engine in a process of its own without a server.
+moments hit all of them and all numbers; the figures are medians over rounds. A server speaks OpenAI's completions and takes
+token ids. Each client sends one request: a prompt of random token ids, and tokens drawn greedily (`--prompt`, `--tokens`). A
+rate is the tokens of all clients over the time from the first request to the last answer. The time between tokens is that from
+a request's first token to its last, over the tokens after the first. CPU seconds are those of the server's process, all threads.
+`--engine` measures the same requests, one at a time, through the engine in a process of its own without a server.
 """
 
 from __future__ import annotations

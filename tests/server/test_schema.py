@@ -47,6 +47,7 @@ def test_requests_of_the_document_and_wrong_ones(server: Server, path: str) -> N
         @hypothesis.settings(
             max_examples=EXAMPLES,
             deadline=None,
+            phases=[hypothesis.Phase.generate],
             database=None,
             derandomize=True,
             suppress_health_check=list(hypothesis.HealthCheck),
