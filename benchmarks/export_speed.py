@@ -6,6 +6,8 @@ Every export runs in a process of its own. Each stage has seconds by the clock a
 others use the second figure is the one to compare. `--before` names a checkout of an older commit with its environment in
 .venv; the two take turns. `--predict` adds what `--dry-run` would say, in seconds of the processor. `--llama` names a folder
 with llama-imatrix and llama-quantize: they make a Q4_K_M of each model given as a GGUF file, from the same windows of text.
+`--survey` compares what normal effort estimates with what the best one does: the rank correlation of all candidates, and by how
+much the expected loss of its plans, by the estimates of the best, is above that of the best plans.
 """
 
 from __future__ import annotations
@@ -163,6 +165,45 @@ def predicted(model: str, row: Row) -> Row:
     }
 
 
+def agreement(model: str, bits: list[float], folder: Path) -> Row:
+    """The survey of normal effort beside that of the best."""
+    import numpy as np
+
+    from mpo_exporter.effort import BEST, NORMAL
+    from mpo_exporter.measure.survey import survey
+    from mpo_exporter.plan.budget import allocated_layers
+    from mpo_exporter.source import open_source
+    from mpo_exporter.texts import calibration_text, calibration_walk
+
+    with open_source(model) as source:
+        walk = calibration_walk(source, calibration_text(source), folder, WINDOWS)
+        found, seconds = [], []
+        for effort in (NORMAL, BEST):
+            start = time.process_time()
+            found.append(survey(source.weights, walk, care=effort.care, complete=False))
+            seconds.append(time.process_time() - start)
+        normal, best = found
+        pairs = []
+        for name, row in best.candidates.items():
+            losses = {one.terms: one.loss for one in normal.candidates[name]}
+            pairs += [(losses[one.terms], one.loss) for one in row if one.loss > 0 and one.terms in losses]
+        ranks = np.argsort(np.argsort(np.array(pairs), axis=0), axis=0)
+        excess = {}
+        for each in bits:
+            size = int(each * source.architecture.parameters() / 8)
+            plans = [allocated_layers(source.spec, one.candidates, size) for one in found]
+            ours, theirs = (best.total_loss(plan) or 0.0 for plan in plans)
+            excess[f"{each:g}"] = ours / theirs - 1
+    return {
+        "model": Path(model).name,
+        "code": "survey",
+        "candidates": len(pairs),
+        "rank_correlation": float(np.corrcoef(ranks.T)[0, 1]),
+        "excess_of_plans": excess,
+        "processor_seconds": {"normal": seconds[0], "best": seconds[1]},
+    }
+
+
 def shown(row: Row) -> str:
     """A row in one line."""
     kl = "" if row.get("kl_mean") is None else f" KL {row['kl_mean']:.5f}"
@@ -185,6 +226,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="folder of llama.cpp's programs")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of llama.cpp")
     parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--survey", action="store_true")
     parser.add_argument("--work", type=Path, help="folder for files and caches", default=None)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
@@ -207,6 +249,10 @@ def main() -> None:
                         row["predicted"] = predicted(given, row)
                     rows.append(row)
                     print(shown(row), flush=True)
+            if arguments.survey:
+                numbers = [float(bits) for bits in arguments.bits if bits != "default"]
+                rows.append(agreement(given, numbers, folder))
+                print(json.dumps(rows[-1]), flush=True)
             if arguments.llama and given.endswith(".gguf"):
                 rows.append(llama(arguments.llama.resolve(), Path(given), folder, arguments.threads))
                 print(shown(rows[-1]), flush=True)

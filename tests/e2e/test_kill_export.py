@@ -1,4 +1,4 @@
-"""Killed at random moments, a real export leaves the target absent, the old file, or a complete new one."""
+"""Killed at random moments, a real export leaves the target absent, the old file, or a complete new one; and it goes on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -70,3 +71,42 @@ def test_two_hundred_kills_during_export(tmp_path: Path, capsys: pytest.CaptureF
         print(f"\n{report}")
     # Kills that all came before or after the writing would prove nothing.
     assert all(name in report for name in ("absent", "old", "new"))
+
+
+@pytest.mark.long
+def test_an_export_of_granite_nano_killed_twenty_times_gives_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(name: str, seconds: float | None) -> bool:
+        """Runs the program, and kills it after some seconds; whether it was finished."""
+        words = [sys.executable, "-m", "mpo_exporter.cli", "demo", "--force", "--measure-tokens", "0", "--out", name]
+        environment = {**os.environ, "MPO_CACHE": str(tmp_path / f"cache-{name}")}
+        with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=log, stderr=log) as program:
+            try:
+                return program.wait(seconds) == 0
+            except subprocess.TimeoutExpired:
+                program.kill()
+                return False
+
+    draw, longest, kills = random.Random(7), 0.0, 0
+    with (tmp_path / "log.txt").open("a", encoding="utf-8") as log:
+        start = time.monotonic()
+        assert export("whole.mpo", None)
+        longest = time.monotonic() - start
+        while kills < 20:
+            # Long enough that most runs keep something, short enough that many moments of the export are hit.
+            if export("killed.mpo", draw.uniform(0.05, 0.35) * longest):
+                (tmp_path / "killed.mpo").unlink()
+                for cache in (tmp_path / "cache-killed.mpo").iterdir():
+                    cache.unlink()
+            else:
+                kills += 1
+        assert export("killed.mpo", None)
+    said = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    with capsys.disabled():
+        print(
+            f"\n20 kills, {said.count('going on with the work')} runs went on with the work of another, {longest:.0f} s whole"
+        )
+    assert said.count("going on with the work") >= 10
+    assert (tmp_path / "killed.mpo").read_bytes() == (tmp_path / "whole.mpo").read_bytes()
+    assert not list(tmp_path.glob(".*"))

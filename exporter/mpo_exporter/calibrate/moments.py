@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, decompose
-from mpo_exporter.calibrate.precision import fast_products
+from mpo_exporter.calibrate.precision import fast_products, rough_product
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.upstream import Upstream, block_linears
@@ -37,7 +37,7 @@ UPSTREAMS, BETWEEN = "fit-upstreams", 10.0
 # Layers whose output is added to the residual stream.
 TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
 # Rows of a product that are computed at once, so that its single-precision result takes little memory beside the sums.
-PANEL = 768
+PANEL, HALF_PANEL = 768, 192
 # Batches that are summed in single precision, for sums of at most so many entries.
 BATCHES, MOST_PART = 4, 1 << 24
 # From a layer's name, its matrix [O, I] and its input's moment to the compressed matrix [O, I].
@@ -99,7 +99,10 @@ class Sums:
         self.batches = self.tokens = 0
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
-        """Adds Σ_t left_t right_tᵀ of inputs [..., I]; without `right`, Σ_t left_t left_tᵀ, of which the upper half is summed."""
+        """Adds Σ_t left_t right_tᵀ of inputs [..., I]; without `right`, Σ_t left_t left_tᵀ, of which the upper half is summed.
+
+        With `right`, products may be rough (see precision.py): these sums are differences, which correct a fit a little.
+        """
         left = left.detach().reshape(-1, left.shape[-1])
         right_ = left if right is None else right.detach().reshape(-1, right.shape[-1])
         size = left.shape[1]
@@ -107,10 +110,12 @@ class Sums:
             self.total = np.zeros((size, right_.shape[1]))
             # Where the sums are large, memory counts for more than time.
             self.part = left.new_zeros(size, right_.shape[1]) if self.total.size <= MOST_PART else None
-        for start in range(0, size, PANEL):
+        # Narrow panels leave out nearly all of the lower half; where there is none to leave out, wide ones are faster.
+        panel = HALF_PANEL if right is None else PANEL
+        for start in range(0, size, panel):
             first = start if right is None else 0
-            rows = slice(start, start + PANEL)
-            product = left[:, rows].T @ right_[:, first:]
+            rows = slice(start, start + panel)
+            product = left[:, rows].T @ right_[:, first:] if right is None else rough_product(left[:, rows].T, right_)
             if self.part is None:
                 self.total[rows, first:] += product.cpu().numpy()
             else:
@@ -134,9 +139,9 @@ class Sums:
         total, self.total, self.part = self.total, None, None
         total /= self.tokens
         if symmetric:
-            for start in range(0, total.shape[0], PANEL):
-                rows = slice(start, start + PANEL)
-                total[start + PANEL :, rows] = total[rows, start + PANEL :].T
+            for start in range(0, total.shape[0], HALF_PANEL):
+                rows = slice(start, start + HALF_PANEL)
+                total[start + HALF_PANEL :, rows] = total[rows, start + HALF_PANEL :].T
                 # The block on the diagonal was computed completely, and rounding may have made its halves differ.
                 total[rows, rows] = (total[rows, rows] + total[rows, rows].T) / 2
         return total

@@ -274,7 +274,7 @@ def show_plan(source: Source, task: ExportTask, save_plan: Path | None) -> None:
         if save_plan:
             write_plan(save_plan, spec.linears, force=task.force)
         prediction = predict(planner, spec, tokens, task.effort, walk_window(planner))
-    print_plan(spec, prediction, planner.surveyed)
+    print_plan(spec, prediction, None if planner.blind else planner.surveyed)
 
 
 def walk_window(planner: Planner) -> int:

@@ -27,7 +27,7 @@ class Pace:
 
     stages: Mapping[str, float]
     megabytes: float
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     first: float | None = None
 
     def share(self, stage: str, done: int, total: int) -> float:

@@ -100,7 +100,10 @@ def cache_bytes(architecture: Architecture, context: int) -> int:
 
 def predicted_kl(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float | None:
     """The expected KL in nats per token; None, with a reason added, if the survey does not cover the plan."""
-    if planner.walk is None or planner.blind:
+    if planner.blind:
+        reasons.append("KL: not predicted with --effort quick, which judges layers by their weights alone")
+        return None
+    if planner.walk is None:
         reasons.append("KL: not predicted for a plan that is fitted to the weights alone; give --calib")
         return None
     surveyed = planner.survey(complete=False)

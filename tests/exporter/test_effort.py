@@ -1,0 +1,130 @@
+"""What each effort does and takes: plans without text, predicted costs, progress with what is left, the disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpo_exporter.calibrate.moments import Moment
+from mpo_exporter.cli import export as cli
+from mpo_exporter.cli import progress
+from mpo_exporter.cli.progress import Pace, export_progress
+from mpo_exporter.effort import BEST, EFFORTS, NORMAL, QUICK
+from mpo_exporter.export import ExportTask
+from mpo_exporter.measure.candidates import GRIDS
+from mpo_exporter.measure.cost import NOMINAL, export_cost, measured_rates
+from mpo_exporter.measure.survey import blind_survey
+from mpo_exporter.plan.budget import default_bytes
+from mpo_exporter.plan.options import Options, Target
+from mpo_exporter.quantize import native
+from mpo_exporter.quantize.gptq import expected_errors, expected_residuals
+from mpo_exporter.source import open_source
+from mpo_formats import ConfigError, OutputError, Quantized
+from mpo_runtime.weights.checkpoint import Checkpoint
+from tests.helpers import export_folder, granite_config, write_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "model", granite_config(hidden_size=64, intermediate_size=128))
+
+
+@pytest.mark.parametrize("torch_alone", [False, True])
+def test_errors_without_a_moment_are_those_of_inputs_all_alike(torch_alone: bool) -> None:
+    matrix = np.random.default_rng(0).standard_normal((90, 128))
+    with native.torch_alone():
+        residuals, _ = expected_residuals(matrix, Moment(np.eye(128)), GRIDS)
+        wanted = np.array([np.square(residual).sum(1) for residual in residuals])
+        found = expected_errors(matrix, None, GRIDS)
+    if not torch_alone:
+        found = expected_errors(matrix, None, GRIDS)
+    np.testing.assert_allclose(found, wanted, rtol=3e-3)
+
+
+def test_a_blind_survey_counts_errors_relative_to_each_matrix(folder: Path) -> None:
+    source = Checkpoint(folder)
+    survey = blind_survey(source)
+    assert list(survey.candidates) == [linear.name for linear in source.spec.linears]
+    for name, row in survey.candidates.items():
+        losses = {one.terms: one.loss for one in row}
+        two, eight = losses[(Quantized(2, 32, False),)], min(one.loss for one in row[:-1])
+        assert 0.01 < two < 0.5 and eight < 1e-3 and row[-1].loss == 0, name
+    assert survey.table is None
+
+
+def test_quick_meets_a_target_without_text(folder: Path, tmp_path: Path) -> None:
+    for target in (Target(default=True), Target(size=60_000)):
+        result = export_folder(folder, tmp_path / "out.mpo", Options(target=target), effort=QUICK, force=True)
+        wanted = target.size or default_bytes(result.source)
+        assert 0.95 * wanted < result.file_bytes <= wanted
+        assert result.spec.provenance.options["effort"] == "quick"
+        assert result.spec.provenance.calibration_sha256 is None
+    with pytest.raises(ConfigError, match="give one with --calib"):
+        export_folder(folder, tmp_path / "none.mpo", Options(target=Target(size=60_000)))
+
+
+def test_more_care_costs_more(folder: Path) -> None:
+    architecture = Checkpoint(folder).spec.architecture
+    given: dict[str, Any] = {"window": 256, "file_bytes": 10**6, "source_bytes": 10**7}
+    costs = [export_cost(architecture, NOMINAL, effort, windows=effort.windows, **given) for effort in EFFORTS.values()]
+    assert costs[0].seconds < costs[1].seconds < costs[2].seconds
+    assert costs[0].disk < costs[1].disk <= costs[2].disk
+    assert list(costs[0].stages) == ["surveying", "fitting", "measuring"]
+    assert list(costs[1].stages) == ["gradients", "surveying", "fitting", "measuring"]
+    cached = export_cost(architecture, NOMINAL, NORMAL, windows=NORMAL.windows, surveyed=False, **given)
+    assert list(cached.stages) == ["fitting", "measuring"] and cached.seconds < costs[1].seconds
+    measured = export_cost(architecture, NOMINAL, BEST, windows=96, measured_tokens=5000, **given)
+    assert measured.stages["measuring"] > 0 == costs[2].stages["measuring"]
+
+
+def test_rates_are_measured_on_the_models_widths(folder: Path) -> None:
+    rates = measured_rates(Checkpoint(folder).spec.architecture)
+    assert min(rates.product, rates.exact, rates.rounding, rates.grid, rates.nearest) > 0
+
+
+def test_the_pace_counts_the_work_of_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    pace = Pace({"surveying": 1.0, "fitting": 3.0}, 8.0)
+    assert pace.text("surveying", 1, 10) == "surveying 1/10 layers, 0 s left"
+    clock.now = 110.0
+    assert pace.text("surveying", 10, 10) == "surveying 10/10 layers, 30 s left"
+    clock.now = 120.0
+    assert pace.text("fitting", 5, 15) == "fitting 5/15 layers, 3 of 8 MB, 20 s left"
+    resumed = Pace({"surveying": 1.0, "fitting": 3.0}, 8.0)
+    assert resumed.left("fitting", 5, 10) is None
+    clock.now = 125.0
+    assert resumed.left("fitting", 6, 10) == pytest.approx(5.0 * 0.3 / 0.075)
+    assert resumed.text("other", 1, 2).startswith("other 1/2 layers")
+
+
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    with export_progress({"fitting": 1.0}, 8.0) as update:
+        for done in range(1, 31):
+            clock.now += 1
+            update("fitting", done, 30)
+    assert capsys.readouterr().err.splitlines() == [
+        "export: fitting 10/30 layers, 3 of 8 MB, 20 s left",
+        "export: fitting 20/30 layers, 5 of 8 MB, 10 s left",
+        "export: fitting 30/30 layers, 8 of 8 MB, 0 s left",
+    ]
+
+
+def test_a_disk_without_room_is_refused_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage: Callable[[Path], Any] = lambda _: SimpleNamespace(free=1000)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    task = ExportTask(tmp_path / "out.mpo", Options(target=Target(size=60_000)), effort=QUICK)
+    with open_source(folder) as source, pytest.raises(OutputError, match=r"takes about 120 kB of disk, 1 kB are free"):
+        cli.check_disk(source, task)
