@@ -49,13 +49,14 @@ void unpack_whole(const QuantizedMatrix& w, std::size_t row, std::size_t column,
   const auto prefetch = [](const void* from, std::size_t bytes) {
     for (std::size_t line = 0; line < bytes; line += 64) _mm_prefetch(static_cast<const char*>(from) + line, _MM_HINT_T1);
   };
-  for (std::size_t i = 0; i < kPanelRows; ++i) {
+  for (std::size_t i = 0; i < kPanelRows && to.ahead; ++i) {
     prefetch(low + i * low_step + to.ahead / 8 * Low, kPanelChunk / 8 * Low);
     if (High) prefetch(high + i * high_step + to.ahead / 8 * High, kPanelChunk / 8 * High);
     prefetch(w.scale + at / G + i * groups + to.ahead / G, 2 * kPanelChunk / G);
-    if constexpr (kPacked != Low)
-      Avx2Floats::spread<Low, High>(low + i * low_step, High ? high + i * high_step : nullptr, kPanelChunk, codes + i * kPanelChunk);
   }
+  if constexpr (kPacked != Low)
+    for (std::size_t i = 0; i < kPanelRows; ++i)
+      Avx2Floats::spread<Low, High>(low + i * low_step, High ? high + i * high_step : nullptr, kPanelChunk, codes + i * kPanelChunk);
   const std::uint8_t* from = kPacked == Low ? low : codes;
   const std::size_t step = kPacked == Low ? low_step : kPanelChunk;
   for (std::size_t v = 0; v < kBytes / 64; ++v) {
@@ -202,7 +203,6 @@ void add_lanes(const float* sums, std::size_t groups, PanelCodes codes, const Ta
     blocks[i] = static_cast<std::size_t>(paired_block(low, static_cast<int>(i))) * groups * kPanelSums;
   for (std::size_t r = task.begin; r < task.end; r += kPanelRows, sums += kPanelLanes * groups * kPanelSums) {
     const std::size_t height = task.end - r < kPanelRows ? task.end - r : kPanelRows;
-    const auto there = static_cast<__mmask16>((1u << height) - 1);
     for (std::size_t t = 0; t < task.count; ++t) {
       __m512 lanes[kPanelLanes];
       for (std::size_t i = 0; i < kPanelLanes; ++i) lanes[i] = _mm512_loadu_ps(sums + blocks[i] + t * kPanelRows);
@@ -210,8 +210,12 @@ void add_lanes(const float* sums, std::size_t groups, PanelCodes codes, const Ta
       for (std::size_t i = 0; i < 4; ++i) lanes[i] = _mm512_add_ps(lanes[i], lanes[i + 4]);
       for (std::size_t i = 0; i < 2; ++i) lanes[i] = _mm512_add_ps(lanes[i], lanes[i + 2]);
       float* y = task.y.row(task.first + t) + r;
-      const __m512 before = task.accumulate ? _mm512_maskz_loadu_ps(there, y) : _mm512_setzero_ps();
-      _mm512_mask_storeu_ps(y, there, _mm512_add_ps(before, _mm512_add_ps(lanes[0], lanes[1])));
+      float rest[kPanelRows] = {};  // as y where fewer than 16 rows are left
+      float* place = height < kPanelRows ? rest : y;
+      if (height < kPanelRows) std::memcpy(rest, y, height * sizeof(float));
+      const __m512 before = task.accumulate ? _mm512_loadu_ps(place) : _mm512_setzero_ps();
+      _mm512_storeu_ps(place, _mm512_add_ps(before, _mm512_add_ps(lanes[0], lanes[1])));
+      if (height < kPanelRows) std::memcpy(y, rest, height * sizeof(float));
     }
   }
 }

@@ -15,7 +15,7 @@ constexpr std::size_t kChunkBytes = 48 << 10;  // weights of a chunk: read from 
 constexpr std::size_t kSmallestChunk = 16;     // rows; a cache line of y
 constexpr std::size_t kMiddleChunk = 8;
 constexpr std::size_t kBatch = 16;             // tokens of a prompt from which float arithmetic goes through whole blocks of weights
-constexpr std::size_t kLanes = 4;              // generated tokens from which they go through panels of integers
+constexpr std::size_t kLanes = 12;             // generated tokens from which they go through panels of integers
 constexpr std::size_t kLaneJob = 64;
 constexpr std::size_t kPanelJob = 128;         // rows whose panels, sums and x stay in the second-level cache
 
