@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -29,7 +31,7 @@ from mpo_runtime.weights.protocol import Weights
 if TYPE_CHECKING:
     from mpo_runtime.backends.ops import Ops
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "triton", "reference")
 ENGINES = ("auto", "mpo", "onnx")
 MOST_THREADS = 1024
 
@@ -57,8 +59,9 @@ def load(
     Args:
         path: a file, a folder, or a name that `mpo-run list` shows.
         chi: uses only the first `chi` values of every bond: a smaller, faster, less accurate model from the same file.
-        device: `cpu`, or a torch device such as `cuda`.
-        backend: `native`, `reference`, or `auto`: native on a CPU where its kernels were built, else reference.
+        device: `cpu`, a torch device such as `cuda`, or `auto`: the GPU where torch sees one.
+        backend: `native`, `triton`, `reference`, or `auto`: native on a CPU where its kernels were built, triton on a GPU
+            where that package is installed, else reference.
         threads: CPU threads of this process, for all its models; None keeps their number, which starts at all cores that
             the process may use (a container's CPU quota is heeded).
         context: tokens that the KV cache holds; where None, the longest context of the model, but at most 4,096.
@@ -82,9 +85,10 @@ def load(
     options |= {"backend": backend, "device": device, "load": load}
     if engine == "onnx" or (engine == "auto" and is_exported(Path(path))):
         return load_onnx(Path(path), {**options, "speculate": speculate}, context=context, threads=threads)
+    options["device"] = find_device(device)
     weights = open_weights(path, verify=verify)
     try:
-        if choose_backend(backend, device) == "native":
+        if choose_backend(backend, options["device"]) != "reference":
             require_room(weights, str(path), checked_context(weights.spec.architecture, context), options)
         network = load_network(weights, threads=threads, **options)
         text = read_text_files(weights)
@@ -104,16 +108,23 @@ def require_room(weights: Weights, name: str, context: int, options: Mapping[str
     Raises:
         ConfigError: where they do not fit.
     """
-    architecture = weights.spec.architecture
+    architecture, on_gpu = weights.spec.architecture, options["device"] != "cpu"
     kind = native_kv_type(weights, options["kv_type"], options["activations"])
     rows = 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * context
     cache = rows * {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}.get(kind, 4) * architecture.head_dim
-    size = 0 if options["load"] == "map" else sum(tensor.size for tensor in content_tensors(weights.spec))
+    mapped = options["load"] == "map" and not on_gpu
+    size = 0 if mapped else sum(tensor.size for tensor in content_tensors(weights.spec))
     remedy = (
         "close other programs, or take a smaller --ctx-size, --kv-type int8, or a file with fewer bits (--target-size)"
     )
-    remedy += "" if options["load"] == "map" else "; --load map reads the weights from the disk, slowly"
-    require_memory(name, size, cache, remedy)
+    remedy += "" if mapped or on_gpu else "; --load map reads the weights from the disk, slowly"
+    available = None
+    if on_gpu:
+        from mpo_runtime.backends.reference import free_memory
+
+        check_device(options["device"])
+        available = free_memory(options["device"])
+    require_memory(name, size, cache, remedy, available)
 
 
 def load_onnx(path: Path, options: Mapping[str, Any], *, context: int | None, threads: int | None) -> Model:
@@ -167,7 +178,9 @@ def load_network(
     check_activations(activations)
     residence.check_load(load)
     ops: Ops
-    if choose_backend(backend, device) == "native":
+    device = find_device(device)
+    chosen = choose_backend(backend, device)
+    if chosen == "native":
         from mpo_runtime.backends.native import NativeOps
 
         native.instruction_set()
@@ -175,6 +188,12 @@ def load_network(
         kv_type = native_kv_type(weights, kv_type, activations)
         ops = NativeOps(weights, chi=chi, kv_type=kv_type, activations=activations)
         ops.load, ops.residence = residence.start(weights, load)
+    elif chosen == "triton":
+        from mpo_runtime.backends.triton import TritonOps
+
+        check_device(device)
+        kind = "f16" if kv_type == "auto" else kv_type
+        ops = TritonOps(weights, chi=chi, device=device, kv_type=kind, exact=activations == "float")
     else:
         from mpo_runtime.backends.reference import ReferenceOps
 
@@ -191,11 +210,23 @@ def native_kv_type(weights: Weights, kv_type: str, activations: str) -> str:
     return "f16" if activations == "int8" and has_integers(weights) else "f32"
 
 
-def choose_backend(backend: str, device: str) -> Literal["native", "reference"]:
-    """The backend for a name (`auto`, `native`, `reference`) and a device.
+def find_device(device: str) -> str:
+    """The device itself, or for `auto` the GPU that torch sees, else the CPU."""
+    if device != "auto":
+        return device
+    if importlib.util.find_spec("torch") is None:
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_backend(backend: str, device: str) -> Literal["native", "triton", "reference"]:
+    """The backend for a name (`auto`, `native`, `triton`, `reference`) and a device.
 
     Raises:
-        ConfigError: for another name, or for native kernels that were not built or cannot run on the device.
+        ConfigError: for another name, for native kernels that were not built or cannot run on the device, or where Triton
+            is absent or has no GPU.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend}: expected one of {', '.join(BACKENDS)}")
@@ -206,6 +237,15 @@ def choose_backend(backend: str, device: str) -> Literal["native", "reference"]:
             raise ConfigError(
                 "backend native: its kernels were not built; install a C++ compiler and mpo-runtime again"
             )
+    has_triton = importlib.util.find_spec("triton") is not None
+    if backend == "triton":
+        if not has_triton:
+            raise ConfigError("backend triton: needs the package triton; pip install 'mpo-runtime[gpu]'")
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError("backend triton: runs on a GPU; add --device cuda")
+        return "triton"
+    if backend == "auto" and device.startswith("cuda"):
+        return "triton" if has_triton else "reference"
     if backend == "auto":
         return "native" if device == "cpu" and native.available() else "reference"
     return "native" if backend == "native" else "reference"

@@ -26,18 +26,19 @@ def available_memory() -> int:
     return available
 
 
-def require_memory(name: str, weights: int, cache: int, remedy: str) -> None:
+def require_memory(name: str, weights: int, cache: int, remedy: str, available: int | None = None) -> None:
     """Refuses a model that does not fit, before anything is loaded.
 
     Args:
         name: of the model.
         weights, cache: bytes of its weights, and of the KV cache of one full context.
         remedy: what the user can do.
+        available: bytes of the device that are free; None for this machine's memory.
 
     Raises:
         ConfigError: where they are more than is available.
     """
-    available = available_memory()
+    available = available_memory() if available is None else available
     if weights + cache > available:
         raise ConfigError(
             f"{name}: needs {(weights + cache) / 1e9:.2f} GB of memory ({weights / 1e9:.2f} GB of weights, {cache / 1e9:.2f} GB "

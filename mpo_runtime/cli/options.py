@@ -46,7 +46,8 @@ Device = Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch 
 Backend = Annotated[
     str,
     typer.Option(
-        envvar="MPO_BACKEND", help="native (C++), reference (torch), or auto: native on a CPU where it was built."
+        envvar="MPO_BACKEND",
+        help="native (C++), triton (GPU), reference (torch), or auto: what is fastest on the device.",
     ),
 ]
 Activations = Annotated[
