@@ -60,8 +60,7 @@ def load(
         path: a file, a folder, or a name that `mpo-run list` shows.
         chi: uses only the first `chi` values of every bond: a smaller, faster, less accurate model from the same file.
         device: `cpu`, a torch device such as `cuda`, or `auto`: the GPU where torch sees one.
-        backend: `native`, `triton`, `reference`, or `auto`: native on a CPU where its kernels were built, triton on a GPU
-            where that package is installed, else reference.
+        backend: `native`, `triton`, `reference`, or `auto`: native on a CPU where its kernels were built, else reference.
         threads: CPU threads of this process, for all its models; None keeps their number, which starts at all cores that
             the process may use (a container's CPU quota is heeded).
         context: tokens that the KV cache holds; where None, the longest context of the model, but at most 4,096.
@@ -82,10 +81,9 @@ def load(
     if engine not in ENGINES:
         raise ConfigError(f"engine {engine}: expected one of {', '.join(ENGINES)}")
     options: dict[str, Any] = {"chi": chi, "kv_type": kv_type, "activations": activations}
-    options |= {"backend": backend, "device": device, "load": load}
+    options |= {"backend": backend, "device": find_device(device), "load": load}
     if engine == "onnx" or (engine == "auto" and is_exported(Path(path))):
         return load_onnx(Path(path), {**options, "speculate": speculate}, context=context, threads=threads)
-    options["device"] = find_device(device)
     weights = open_weights(path, verify=verify)
     try:
         if choose_backend(backend, options["device"]) != "reference":
@@ -244,8 +242,6 @@ def choose_backend(backend: str, device: str) -> Literal["native", "triton", "re
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError("backend triton: runs on a GPU; add --device cuda")
         return "triton"
-    if backend == "auto" and device.startswith("cuda"):
-        return "triton" if has_triton else "reference"
     if backend == "auto":
         return "native" if device == "cpu" and native.available() else "reference"
     return "native" if backend == "native" else "reference"

@@ -42,12 +42,15 @@ KvType = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.", show_default="all")
 ]
-Device = Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")]
+Device = Annotated[
+    str,
+    typer.Option(envvar="MPO_DEVICE", help="cpu, a torch device such as cuda, or auto: the GPU where torch sees one."),
+]
 Backend = Annotated[
     str,
     typer.Option(
         envvar="MPO_BACKEND",
-        help="native (C++), triton (GPU), reference (torch), or auto: what is fastest on the device.",
+        help="native (C++), triton (GPU, not yet run on one), reference (torch), or auto: native on a CPU where it was built.",
     ),
 ]
 Activations = Annotated[
