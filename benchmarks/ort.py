@@ -74,7 +74,7 @@ RUNNERS = {"native": native, "session": session, "genai": genai}
 
 
 def measure(runner: str, path: Path, tokens: int, threads: int) -> dict[str, float]:
-    """Tokens/s of a prompt and of decoding after it, and the peak of memory, in this process."""
+    """Tokens/s of a prompt and of decoding after it, CPU milliseconds of a token, and the peak of memory, in this process."""
     from mpo_runtime.memory import peak_memory
 
     prefill, step = RUNNERS[runner](path, PROMPT + tokens + 8, threads)
@@ -83,12 +83,13 @@ def measure(runner: str, path: Path, tokens: int, threads: int) -> dict[str, flo
     step(1)  # warm; the other prompt shares no beginning with it
     start = time.perf_counter()
     prefill(ids)
-    middle = time.perf_counter()
+    middle, used = time.perf_counter(), time.process_time()
     token = 1
     for _ in range(tokens):
         token = step(token)
-    end = time.perf_counter()
-    return {"prompt": PROMPT / (middle - start), "decode": tokens / (end - middle), "peak_bytes": peak_memory()}
+    end, used = time.perf_counter(), time.process_time() - used
+    speed = {"prompt": PROMPT / (middle - start), "decode": tokens / (end - middle)}
+    return {**speed, "cpu_ms": used / tokens * 1e3, "peak_bytes": peak_memory()}
 
 
 def build(dense: Path, folder: Path, manifest_of: Path) -> None:
@@ -154,7 +155,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name, rounds in found.items():
         row: dict[str, Any] = {"name": name, "decode_rounds": [one["decode"] for one in rounds]}
-        row |= {key: statistics.median(one[key] for one in rounds) for key in ("decode", "prompt", "peak_bytes")}
+        row |= {
+            key: statistics.median(one[key] for one in rounds) for key in ("decode", "prompt", "cpu_ms", "peak_bytes")
+        }
         rows.append(row)
     return {
         "versions": {"onnxruntime": onnxruntime.__version__, "onnxruntime-genai": onnxruntime_genai.__version__},
@@ -186,7 +189,8 @@ def main() -> None:
     result = run(arguments)
     for row in result["rows"]:
         print(
-            f"{row['name']}: {row['decode']:.1f} tokens/s, prompt {row['prompt']:.0f}, {row['peak_bytes'] / 1e6:.0f} MB"
+            f"{row['name']}: {row['decode']:.1f} tokens/s, {row['cpu_ms']:.2f} CPU ms a token, prompt {row['prompt']:.0f}, "
+            f"{row['peak_bytes'] / 1e6:.0f} MB"
         )
     write_results(arguments.out, **result)
 

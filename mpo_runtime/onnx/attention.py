@@ -24,10 +24,10 @@ class Rotation:
 
     @classmethod
     def store(cls, graph: Graph, architecture: Architecture) -> Rotation:
-        """Stores the tables for all positions of the architecture."""
+        """Stores the tables for all positions of the architecture; they leave all as it is where positions are learned."""
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         positions = np.arange(architecture.max_position_embeddings, dtype=np.float32)
-        angles = positions[:, None] * frequencies
+        angles = positions[:, None] * (0 * frequencies if architecture.learned_positions else frequencies)
         return cls(graph.floats("cosine", np.cos(angles)), graph.floats("sine", np.sin(angles)))
 
 
@@ -42,6 +42,21 @@ def past_and_present(graph: Graph, architecture: Architecture, block: int) -> tu
         presents.append(f"present.{block}.{part}")
         graph.output(presents[-1], graph.element, present)
     return pasts, presents
+
+
+def places(graph: Graph, mask: str) -> tuple[str, str]:
+    """How many columns of the attention mask [B, total] are the cache's, and how many there are, as [1]."""
+    count = graph.add("Gather", graph.add("Shape", "input_ids"), graph.constant([1]))
+    total = graph.add("Gather", graph.add("Shape", mask), graph.constant([1]))
+    return graph.add("Sub", total, count), total
+
+
+def new_positions(graph: Graph, mask: str) -> str:
+    """The positions [B, S] of the new tokens: the number of tokens before each of them in its row."""
+    past, total = places(graph, mask)
+    one = graph.constant([1])
+    positions = graph.add("Sub", graph.add("CumSum", mask, graph.constant(1)), one)
+    return graph.add("Max", graph.add("Slice", positions, past, total, one), graph.constant([0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +119,9 @@ class PlainAttention:
     def prepare(cls, graph: Graph, architecture: Architecture, mask: str) -> PlainAttention:
         """What all blocks have in common, from the attention mask [B, total]: angles of the new tokens, who sees whom."""
         rotation = Rotation.store(graph, architecture)
-        count = graph.add("Gather", graph.add("Shape", "input_ids"), graph.constant([1]))
-        total = graph.add("Gather", graph.add("Shape", mask), graph.constant([1]))
-        past, one = graph.add("Sub", total, count), graph.constant([1])
-        # A token's position is the number of tokens before it in its row.
-        positions = graph.add("Sub", graph.add("CumSum", mask, graph.constant(1)), one)
-        new = graph.add("Slice", positions, past, total, one)
-        new = graph.add("Max", new, graph.constant([0]))
+        one = graph.constant([1])
+        past, total = places(graph, mask)
+        new = new_positions(graph, mask)
         cosine, sine = (
             graph.add("Unsqueeze", graph.add("Gather", table, new), one) for table in (rotation.cosine, rotation.sine)
         )

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from onnx import TensorProto
 
 from mpo_formats import Architecture, ConfigError, ModelSpec
-from mpo_formats.architecture import EMBEDDING, FINAL_NORM, HEAD
-from mpo_runtime.onnx.attention import FusedAttention, PlainAttention, attention
+from mpo_formats.architecture import EMBEDDING, FINAL_NORM, HEAD, POSITIONS
+from mpo_runtime.onnx.attention import FusedAttention, PlainAttention, attention, new_positions
 from mpo_runtime.onnx.graph import Graph
-from mpo_runtime.onnx.layers import Layers
+from mpo_runtime.onnx.layers import Layers, widened
 from mpo_runtime.weights.protocol import Weights
 
 # The architectures that `write_decoder` writes.
-WRITTEN = ("granite", "granitemoehybrid", "llama", "mistral", "qwen2")
+WRITTEN = ("gpt_neo", "granite", "granitemoehybrid", "llama", "mistral", "qwen2", "qwen3")
 
 
 def check_architecture(architecture: Architecture) -> None:
@@ -63,6 +63,10 @@ def write_decoder(
     # The first norm has no branch to add: half of the embedding is added to the other half, which is exact.
     half = parts.scaled(layers.rows(weights.spec.linear(EMBEDDING), ids), architecture.embedding_multiplier / 2)
     x = branch = half
+    if architecture.learned_positions:
+        size = (architecture.max_position_embeddings, architecture.hidden_size)
+        table = graph.floats(POSITIONS, widened(weights, f"{POSITIONS}.weight").reshape(size))
+        x, branch = graph.add("Add", half, half), graph.add("Gather", table, new_positions(graph, mask))
     for block in range(architecture.num_hidden_layers):
         x, branch = parts.block(block, x, branch)
     hidden, _ = parts.norm(FINAL_NORM, x, branch)
@@ -87,26 +91,46 @@ class Parts:
         name, factor = f"model.layers.{index}", self.spec.architecture.residual_multiplier
         h, x = self.norm(f"{name}.input_layernorm", x, branch)
         projections = [self.spec.linear(f"{name}.self_attn.{part}_proj") for part in "qkv"]
-        packed = self.layers.together(projections, h) if self.mixer.takes_packed else ""
+        by_head = self.spec.architecture.head_norms
+        packed = self.layers.together(projections, h) if self.mixer.takes_packed and not by_head else ""
         q, k, v = (packed, "", "") if packed else (self.layers.apply(layer, h) for layer in projections)
+        if by_head:
+            q, k = (self.head_norm(f"{name}.self_attn.{part}_norm", x) for part, x in (("q", q), ("k", k)))
         mixed = self.linear(f"{name}.self_attn.o_proj", self.mixer.apply(index, q, k, v))
         h, x = self.norm(f"{name}.post_attention_layernorm", x, self.scaled(mixed, factor))
+        return x, self.scaled(self.linear(f"{name}.mlp.down_proj", self.inner(name, h)), factor)
+
+    def inner(self, name: str, h: str) -> str:
+        """What the last matrix of a block's MLP is given."""
+        if not self.spec.architecture.gated:
+            return self.graph.add("Gelu", self.linear(f"{name}.mlp.up_proj", h), approximate="tanh")
         gate, up = (self.linear(f"{name}.mlp.{part}_proj", h) for part in ("gate", "up"))
-        gated = self.graph.add("Mul", self.graph.add("Mul", gate, self.graph.add("Sigmoid", gate)), up)
-        return x, self.scaled(self.linear(f"{name}.mlp.down_proj", gated), factor)
+        return self.graph.add("Mul", self.graph.add("Mul", gate, self.graph.add("Sigmoid", gate)), up)
 
     def norm(self, name: str, x: str, branch: str) -> tuple[str, str]:
         """x + branch, normed with the weight of that name, and as it is."""
         total = f"{name}.sum"
+        by_mean = self.spec.architecture.layer_norms
         normed = self.graph.microsoft(
-            "SkipSimplifiedLayerNormalization",
+            "SkipLayerNormalization" if by_mean else "SkipSimplifiedLayerNormalization",
             x,
             branch,
             self.layers.floats(f"{name}.weight"),
+            *([self.layers.floats(f"{name}_bias.weight")] if by_mean else []),
             outputs=[f"{name}.normed", *(["", "", total] if name != FINAL_NORM else [])],
             epsilon=self.spec.architecture.rms_norm_eps,
         )
         return normed, total
+
+    def head_norm(self, name: str, x: str) -> str:
+        """x [B, S, heads·D] with each head normed."""
+        size, heads = self.spec.architecture.head_dim, self.spec.linear(name.replace("_norm", "_proj")).out_features
+        half = self.scaled(self.graph.add("Reshape", x, self.graph.constant([0, -1, size])), 0.5)
+        weight = self.layers.floats(f"{name}.weight")
+        normed = self.graph.microsoft(
+            "SkipSimplifiedLayerNormalization", half, half, weight, epsilon=self.spec.architecture.rms_norm_eps
+        )
+        return self.graph.add("Reshape", normed, self.graph.constant([0, -1, heads]))
 
     def linear(self, name: str, x: str) -> str:
         """The layer of that name on x."""
