@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -156,7 +157,13 @@ def cpu_seconds(process: int) -> float:
 
 @contextmanager
 def served(name: str, command: list[str], url: str, seconds: float) -> Iterator[Served]:
-    """Runs a server until the block ends; raises SystemExit where it does not answer in time."""
+    """Runs a server until the block ends; raises SystemExit where it does not answer in time, or another one does."""
+    try:
+        urllib.request.urlopen(f"{url}/v1/models", timeout=2).close()
+    except (urllib.error.URLError, OSError):
+        pass
+    else:
+        raise SystemExit(f"{url}: a server answers there already; end it first")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + seconds
@@ -252,13 +259,10 @@ def main() -> None:
         if arguments.engine:
             contestants.append(running.enter_context(bare(arguments.engine)))
         rows = measure(contestants, arguments)
-    write_results(
-        arguments.out,
-        [asdict(one) for one in rows],
-        model=arguments.model,
-        prompt=arguments.prompt,
-        tokens=arguments.tokens,
-    )
+    facts = {"model": arguments.model, "prompt": arguments.prompt, "tokens": arguments.tokens}
+    # Paths inside the servers' commands are shortened, too: they say nothing of the machine.
+    command = shlex.join(["python", *(re.sub(r"[^\s=]*/", "", word) for word in sys.argv)])
+    write_results(arguments.out, [asdict(one) for one in rows], command=command, **facts)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -360,14 +361,31 @@ def starting() -> str:
     return table(("file", "GB", "opens in ms", "first token after s", "peak GB"), body)
 
 
-def onnx_runtime() -> str:
-    """granite-nano in ONNX Runtime."""
+def onnx_runtime(name: str) -> str:
+    """A model in ONNX Runtime."""
     body = []
-    for row in rows_of("2026-11-29-ort-granite-nano.json"):
+    for row in rows_of(name):
         rounds = f"{min(row['decode_rounds']):.0f} to {max(row['decode_rounds']):.0f}"
-        cells = (row["name"], f"{row['decode']:.0f} ({rounds})", f"{row['prompt']:.0f}")
+        cells = (row["name"], f"{row['cpu_ms']:.2f}", f"{row['decode']:.0f} ({rounds})", f"{row['prompt']:.0f}")
         body.append([*cells, f"{row['peak_bytes'] / 1e6:.0f}"])
-    return table(("row", "decode tokens/s (rounds)", "prompt tokens/s", "peak MB"), body)
+    return table(("row", "CPU ms a token", "decode tokens/s (rounds)", "prompt tokens/s", "peak MB"), body)
+
+
+def serving(name: str) -> str:
+    """Servers at several numbers of clients."""
+    body = [
+        (
+            row["server"],
+            str(row["clients"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['first_token_s']:.2f}",
+            f"{row['between_tokens_s'] * 1e3:.1f}",
+            f"{row['cpu_s'] * 1e3:.2f}",
+        )
+        for row in rows_of(name)
+    ]
+    head = ("server", "clients", "tokens/s of all", "first token s", "between tokens ms", "CPU ms a token")
+    return table(head, body)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -389,7 +407,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding-transformers": decoding_transformers,
     "amx": amx,
     "starting": starting,
-    "onnx-runtime": onnx_runtime,
+    "onnx-runtime": partial(onnx_runtime, "2026-11-30-ort-granite-nano.json"),
+    "onnx-runtime-smollm2": partial(onnx_runtime, "2026-11-30-ort-smollm2.json"),
+    "serving-2b": partial(serving, "2026-11-30-serving-2b.json"),
+    "serving-nano": partial(serving, "2026-11-30-serving-granite-nano.json"),
 }
 
 
