@@ -190,7 +190,7 @@ def result_of(path: Path, spec: ModelSpec, source: ModelSpec, comparison: Compar
 def planner_for(source: Source, task: ExportTask, folder: Path, listener: Listener) -> Planner:
     """What a task's plan is made from; activations are spilled to `folder`."""
     text = task.calibration
-    walk = None if text is None else calibration_walk(source, text, folder, task.windows)
+    walk = None if text is None else calibration_walk(source, text, folder, task.windows, task.device)
     return Planner(
         source.weights,
         text,

@@ -64,7 +64,9 @@ def calibration_for(source: Source, options: Options, path: Path | None, windows
     return text, f"fitted to the calibration text {text.name}"
 
 
-def calibration_walk(source: Source, text: TokenText, folder: Path, windows: int = COUNT) -> Calibration:
+def calibration_walk(
+    source: Source, text: TokenText, folder: Path, windows: int = COUNT, device: str = "cpu"
+) -> Calibration:
     """The walk over at most `windows` windows of a calibration text; activations are spilled to `folder`.
 
     Raises:
@@ -72,4 +74,5 @@ def calibration_walk(source: Source, text: TokenText, folder: Path, windows: int
         ConfigError: for a text that is too short, or of another vocabulary.
     """
     require_finite_weights(source.weights, source.folder.name)
-    return Calibration(source.weights, cut_calibration(text, source.architecture, count=windows), folder)
+    cut = cut_calibration(text, source.architecture, count=windows)
+    return Calibration(source.weights, cut, folder, device=device)

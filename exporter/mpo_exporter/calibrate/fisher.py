@@ -44,8 +44,8 @@ HEAD_INPUT = "survey-head"
 class OutputOps(RecordingOps):
     """The reference ops that also keep the outputs of the layers, for which gradients are computed."""
 
-    def __init__(self, source: Weights) -> None:
-        super().__init__(source)
+    def __init__(self, source: Weights, device: str = "cpu") -> None:
+        super().__init__(source, device)
         self.outputs: dict[str, Tensor] = {}
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
@@ -93,6 +93,7 @@ class Backwards:
         store: keeps the states, W · E · 4 bytes for each block and picked window and for each window once, and how far the
             pass has come: another pass with the same store goes on there. None keeps them in memory.
         moments: whether moments are summed; without them only F is computed.
+        device: that the model is run on.
         progress: is given the blocks done, of twice as many as there are.
     """
 
@@ -106,9 +107,10 @@ class Backwards:
         batch: int = 8,
         store: Store | None = None,
         moments: bool = True,
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> None:
-        self.ops = OutputOps(source)
+        self.ops = OutputOps(source, device)
         self.model = decoder_for(source.spec.architecture, self.ops)
         self.windows, self.seed, self.moments = windows, seed, moments
         self.blocks = source.spec.architecture.num_hidden_layers
@@ -161,11 +163,14 @@ class Backwards:
 
     def _forward(self, rows: slice, block: int, x: NDArray[np.float32] | None) -> NDArray[np.float32]:
         if block < 0 or x is None:
-            embedded: NDArray[np.float32] = self.model.embed(self.ops.ids(self.windows[rows].tolist())).numpy()
+            embedded: NDArray[np.float32] = self.model.embed(self.ops.ids(self.windows[rows].tolist())).cpu().numpy()
             return embedded
         with self.ops.holding(block_linears(self.model.architecture, block)), fast_products():
-            y: NDArray[np.float32] = self._run(torch.from_numpy(x[rows]), block).numpy()
+            y: NDArray[np.float32] = self._run(self._tensor(x[rows]), block).cpu().numpy()
         return y
+
+    def _tensor(self, array: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(array).to(self.ops.device)
 
     def _run(self, x: Tensor, block: int) -> Tensor:
         y: Tensor = self.model.block(x, self.ops.block_cache(self.model.architecture, *x.shape[:2]), block)
@@ -195,16 +200,16 @@ class Backwards:
                 {self._head_names()[0]: kept["fisher"]},
             )
         squares, sums = Squares(), Sums()
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(self.ops.device).manual_seed(self.seed)
         (name,) = self._head_names()
         state, front, parts = self._state(f"survey-state-{self.blocks}"), self._state(FRONT), []
         with fast_products(), self.ops.holding([name]):
             if self.moments:
                 with torch.no_grad():
                     for rows in self._batches(len(front)):
-                        sums.add(self.model.normed(torch.from_numpy(front[rows])))
+                        sums.add(self.model.normed(self._tensor(front[rows])))
             for rows in self._batches(len(state)):
-                parts.append(head_gradient(self.model, squares, torch.from_numpy(state[rows]), generator).numpy())
+                parts.append(head_gradient(self.model, squares, self._tensor(state[rows]), generator).cpu().numpy())
         found = self._inputs((name,), sums, squares)
         self.store.write(HEAD_INPUT, {"second": found.moment.second, "fisher": found.fisher[name]})
         self.store.write(GRADIENT, {"block": np.array([self.blocks]), "x": np.concatenate(parts)})
@@ -224,13 +229,11 @@ class Backwards:
         with self.ops.holding(block_linears(self.model.architecture, block)), fast_products():
             for rows in self._batches(len(state)):
                 self.ops.record = Record() if self.moments else None
-                x = torch.from_numpy(state[rows]).requires_grad_()
+                x = self._tensor(state[rows]).requires_grad_()
                 y = self._run(x, block)
                 recorded, self.ops.record = self.ops.record, None
-                gradient, *inner = torch.autograd.grad(
-                    y, [x, *self.ops.outputs.values()], torch.from_numpy(after[rows])
-                )
-                before[rows] = gradient.numpy()
+                gradient, *inner = torch.autograd.grad(y, [x, *self.ops.outputs.values()], self._tensor(after[rows]))
+                before[rows] = gradient.cpu().numpy()
                 for name, part in zip(self.ops.outputs, inner, strict=True):
                     squares.add(name, part.square())
                 self.ops.outputs.clear()
@@ -247,7 +250,7 @@ class Backwards:
 
     def _inputs(self, names: tuple[str, ...], sums: Sums | None, squares: Squares) -> Inputs:
         moment = moment_of(names, sums, None) if sums and self.moments else Moment(np.zeros((0, 0)))
-        return Inputs(names, moment, {name: (squares.sums[name] / self.tokens).numpy() for name in names})
+        return Inputs(names, moment, {name: (squares.sums[name] / self.tokens).cpu().numpy() for name in names})
 
 
 def output_fisher(

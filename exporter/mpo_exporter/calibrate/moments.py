@@ -161,12 +161,15 @@ class Calibration:
         folder: for the temporary files: N · W · E · 4 bytes for each upstream, and in `compress` the inputs of the last two
             groups of layers of a block. They are removed at the end.
         batch: windows that are run at once.
+        device: that they are run on; moments and fits are on the CPU.
 
     Raises:
         ConfigError: for windows that are not [N, W] or are empty.
     """
 
-    def __init__(self, source: Weights, windows: NDArray[np.int64], folder: Path, *, batch: int = 8) -> None:
+    def __init__(
+        self, source: Weights, windows: NDArray[np.int64], folder: Path, *, batch: int = 8, device: str = "cpu"
+    ) -> None:
         if windows.ndim != 2 or not windows.size or batch < 1:
             raise ConfigError(
                 f"calibration: expected windows [N, W] in batches of at least 1, found an array of shape "
@@ -177,6 +180,7 @@ class Calibration:
         self.windows = windows
         self.folder = folder
         self.batch = batch
+        self.device = device
 
     def dense(self) -> Iterator[tuple[tuple[str, ...], Moment]]:
         """Yields the names of the layers that share an input, and the input's moment on the dense upstream, in model order.
@@ -271,7 +275,7 @@ class Calibration:
             yield Path(work)
 
     def _upstream(self, file: Path) -> Upstream:
-        return Upstream(self.source, self.windows, file, self.batch)
+        return Upstream(self.source, self.windows, file, self.batch, self.device)
 
     def _head(self) -> tuple[str, ...]:
         return (EMBEDDING if self.architecture.tie_word_embeddings else HEAD,)

@@ -74,8 +74,8 @@ class RecordingOps(ReferenceOps):
     residual stream is used, which passes through unchanged.
     """
 
-    def __init__(self, source: Weights) -> None:
-        super().__init__(source, held=False)
+    def __init__(self, source: Weights, device: str = "cpu") -> None:
+        super().__init__(source, held=False, device=device)
         self.record: Record | None = None
         self.resume: Resume | None = None
 
@@ -153,8 +153,10 @@ class Upstream:
         OutputError: when the disk has no room for the file.
     """
 
-    def __init__(self, source: Weights, windows: NDArray[np.int64], file: Path, batch: int) -> None:
-        self.ops = RecordingOps(source)
+    def __init__(
+        self, source: Weights, windows: NDArray[np.int64], file: Path, batch: int, device: str = "cpu"
+    ) -> None:
+        self.ops = RecordingOps(source, device)
         self.model = decoder_for(source.spec.architecture, self.ops)
         self.windows, self.file = windows, file
         shape = (*windows.shape, self.model.architecture.hidden_size)
@@ -171,12 +173,12 @@ class Upstream:
 
     def read(self, rows: slice) -> Tensor:
         """The residual stream [B, W, E] of a batch."""
-        return torch.from_numpy(np.array(self.states[rows]))
+        return torch.from_numpy(np.array(self.states[rows])).to(self.ops.device)
 
     def write(self, rows: slice, x: Tensor | None) -> None:
         """Sets the residual stream of a batch; None leaves it."""
         if x is not None:
-            self.states[rows] = x.numpy()
+            self.states[rows] = x.cpu().numpy()
 
     @torch.no_grad()
     def run(
@@ -208,14 +210,15 @@ class Upstream:
             before: the layers of the step before, whose input was kept; none at the beginning of the block.
         """
         if before:
-            resume = Resume(before, torch.from_numpy(np.array(self.kept(before[0])[rows])))
+            kept = torch.from_numpy(np.array(self.kept(before[0])[rows]))
+            resume = Resume(before, kept.to(self.ops.device))
             inputs, output = self.run(rows, block, 1, resume)
             found = inputs[1] if output is None else None
         else:
             [found], output = self.run(rows, block, 0)
         self.write(rows, output if found is None else found.stream)
         if found is not None:
-            self.kept(found.names[0])[rows] = found.x.numpy()
+            self.kept(found.names[0])[rows] = found.x.cpu().numpy()
         return found
 
     def kept(self, name: str) -> NDArray[np.float32]:

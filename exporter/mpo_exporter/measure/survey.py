@@ -261,7 +261,12 @@ def sensitivities(
     windows = calibration.windows
     picks = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(np.int64)
     walk = Backwards(
-        source, windows, picks=picks, store=store, progress=lambda done, total: progress("gradients", done, total)
+        source,
+        windows,
+        picks=picks,
+        store=store,
+        device=calibration.device,
+        progress=lambda done, total: progress("gradients", done, total),
     )
     architecture = source.spec.architecture
     frequency = np.bincount(windows.reshape(-1), minlength=architecture.vocab_size) / windows.size
