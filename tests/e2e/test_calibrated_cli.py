@@ -104,3 +104,20 @@ def test_targets_that_cannot_be_met_or_read(run: Run, folder: Path) -> None:
         assert done.code == 1, (arguments, done)
         assert all(word in done.err for word in words), (words, done.err)
         assert not Path("little.mpo").exists()
+
+
+def test_a_kept_work_folder_is_gone_on_with_or_begun_again(run: Run, folder: Path) -> None:
+    fixed = ("mpo-export", folder, "--effort", "quick", "--measure-tokens", 0, "--out", "out.mpo", "--force")
+    done = run(*fixed, "--keep-work")
+    assert done.code == 0 and "weights alone" in done.out, done
+    assert Path(".out.mpo.export").is_dir()
+    whole = Path("out.mpo").read_bytes()
+    again = run(*fixed, "--keep-work")
+    assert again.code == 0 and "going on with the work of a run that was stopped: .out.mpo.export" in again.out
+    assert Path("out.mpo").read_bytes() == whole
+    other = run(*fixed, "--target-size", "1MB")
+    assert other.code == 0 and "of another request or version" in other.out and "starting again" in other.out
+    assert not Path(".out.mpo.export").exists()
+    with MpoFile("out.mpo") as file:
+        file.verify()
+        assert file.spec.provenance.options["effort"] == "quick"
