@@ -198,10 +198,6 @@ class Judge:
             model = decoder_for(weights.spec.architecture, ReferenceOps(weights, held=True))
             found = compare(model, self.dense_logits, self.ids, WINDOW)
             left = core_share(weights.spec.linears)
-        tasks = [arguments.tasks / f"{name}.jsonl" for name in accuracy.PROMPTS]
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if arguments.bf16 else "ieee"
-        figures = accuracy.measure(str(path), tasks, arguments.limit, None, 0)
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
         return {
             "kl_mean": found.kl_mean,
             "kl_999": found.kl_999,
@@ -211,10 +207,23 @@ class Judge:
             "core_share": left,
             "perplexity": found.model.perplexity,
             "perplexity_error": found.model.error,
+            "samples": samples(path, arguments),
+            **self.accuracy(path),
+        }
+
+    def accuracy(self, path: Path) -> dict[str, Any]:
+        """The accuracy of one model on the tasks, where there are any."""
+        arguments = self.arguments
+        if arguments.tasks is None:
+            return {}
+        tasks = [arguments.tasks / f"{name}.jsonl" for name in accuracy.PROMPTS]
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if arguments.bf16 else "ieee"
+        figures = accuracy.measure(str(path), tasks, arguments.limit, None, 0)
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        return {
             "accuracy": {name: task[accuracy.MAIN[name]] for name, task in figures["tasks"].items()},
             "accuracy_mean": figures["mean"],
             "right": {name: task["right"][accuracy.MAIN[name]] for name, task in figures["tasks"].items()},
-            "samples": samples(path, arguments),
         }
 
 
@@ -232,7 +241,7 @@ def samples(path: Path, arguments: argparse.Namespace) -> dict[str, str]:
 def measured(row: Row, path: Path, kept: Kept, judge: Judge, **facts: Any) -> dict[str, Any]:
     """The row with its figures, measured or kept."""
     arguments = judge.arguments
-    setting = [arguments.limit, arguments.text.name, arguments.text_tokens, arguments.bf16]
+    setting = [arguments.tasks is not None, arguments.limit, arguments.text.name, arguments.text_tokens, arguments.bf16]
     key = f"{weights_digest(path)} {json.dumps(setting)}"
     if key not in kept.rows:
         kept.add(key, judge.measure(path))
@@ -270,12 +279,13 @@ def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     name = f"{row['family']} {row['name']}".strip() + (", healed" if row.get("healed") else "")
     expected = row.get("expected_kl")
-    cells = [f"{100 * row['accuracy'][task]:.1f}" for task in accuracy.PROMPTS]
+    found = row.get("accuracy", {})
+    cells = [f"{100 * found[task]:.1f}" if found else "" for task in accuracy.PROMPTS]
     return (
         f"| {name} | {row['file_bytes'] / 1e6:.2f} | {row['bits_per_weight']:.2f} | {row['kl_mean']:.4f} | "
         f"{'' if expected is None else f'{expected:.4f}'} | {100 * row['same_top1']:.1f} | {row['perplexity']:.2f} | "
         + " | ".join(cells)
-        + f" | {100 * row['accuracy_mean']:.2f} |"
+        + (f" | {100 * row['accuracy_mean']:.2f} |" if found else " | |")
     )
 
 
@@ -293,7 +303,7 @@ def main() -> None:
     parser.add_argument("--calib-windows", type=int, default=64, help="windows of 256 tokens of it")
     parser.add_argument("--text", type=Path, required=True, help="text to measure KL and perplexity on")
     parser.add_argument("--text-tokens", type=int, default=6_144)
-    parser.add_argument("--tasks", type=Path, required=True, help="folder of the tasks' JSONL files")
+    parser.add_argument("--tasks", type=Path, help="folder of the tasks' JSONL files; without it no accuracy")
     parser.add_argument("--limit", type=int, default=100, help="questions of each task; 0: all")
     parser.add_argument("--heal-tokens", default="200k", help="tokens to heal on; 0: no healing")
     parser.add_argument("--heal-text", type=Path, help="the calibration text where it is not given")
