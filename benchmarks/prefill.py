@@ -4,15 +4,20 @@
     python benchmarks/prefill.py --work /tmp/prefill --llama-bench BIN --gguf a.gguf --transformers --out results.json
 
 Weights are random (benchmarks/synthetic.py). Every round times each contestant once at each length, so that a busy moment hits
-all of them; figures are medians over rounds, and the best round is given too. The table has the ratios to llama.cpp's best
-type, to transformers, to our 4 bits, and of the longest prompt to the shortest. Peers run the shortest length only.
+all of them; figures are medians over rounds, and the best round is given too. Where other programs take part of the cores,
+`--by cpu` counts processor time: tokens per second of it, times the threads. llama.cpp's is that of its process without that of
+a process with a prompt of one token. The table has the ratios to llama.cpp's best type, to transformers, to our 4 bits, and of
+the longest prompt to the shortest. Peers run the shortest length only.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode import llama_cpp, transformers_bf16
+from decode import transformers_bf16
 from parts.results import write_results
 from synthetic import SyntheticPlan, write_synthetic
 
@@ -31,11 +36,11 @@ from mpo_runtime.loading import load_network, open_weights
 
 @dataclass
 class Entrant:
-    """One file under one engine; `run(length)` gives tokens per second of one prompt."""
+    """One file under one engine; `run(length)` gives the seconds of one prompt, by the clock and of processor time."""
 
     name: str
     bytes: int
-    run: Callable[[int], float]
+    run: Callable[[int], tuple[float, float]]
     rounds: dict[int, list[float]] = field(default_factory=dict)
 
 
@@ -45,25 +50,47 @@ def ours(path: Path, name: str, arguments: argparse.Namespace) -> Entrant:
     engine = Engine(network, context=max(arguments.lengths) + 8)
     random = np.random.default_rng(0)
 
-    def run(length: int) -> float:
+    def run(length: int) -> tuple[float, float]:
         ids = [int(token) for token in random.integers(0, network.architecture.vocab_size, length)]
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         engine.prefill(ids)
-        return length / (time.perf_counter() - start)
+        return time.perf_counter() - start, time.process_time() - processor
 
     return Entrant(name, path.stat().st_size, run)
 
 
+def llama_bench(path: Path, arguments: argparse.Namespace) -> Entrant:
+    """A GGUF file under llama-bench, without its warm-up run; the process of one token is what loading takes."""
+
+    def seconds(length: int) -> tuple[float, float]:
+        command = [str(arguments.llama_bench), "-m", str(path), "-p", str(length), "-n", "0"]
+        command += ["-t", str(arguments.threads), "-r", "1", "--no-warmup", "-o", "json"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        speed = float(json.loads(done.stdout)[0]["avg_ts"])
+        return length / speed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    def run(length: int) -> tuple[float, float]:
+        clock, processor = seconds(length)
+        return clock, processor - seconds(1)[1]
+
+    return Entrant(f"llama.cpp {path.stem}", path.stat().st_size, run)
+
+
 def peers(arguments: argparse.Namespace) -> list[Entrant]:
     """llama.cpp's types and transformers, at the shortest length."""
-    arguments.prompt, arguments.tokens = min(arguments.lengths), 0
-    found = [llama_cpp(path, arguments) for path in arguments.gguf] if arguments.llama_bench else []
+    arguments.prompt = min(arguments.lengths)
+    result = [llama_bench(path, arguments) for path in arguments.gguf] if arguments.llama_bench else []
     if arguments.transformers:
-        found.append(transformers_bf16(arguments))
-    result = []
-    for peer in found:
+        peer = transformers_bf16(arguments)
         assert peer.prompt is not None
-        result.append(Entrant(peer.name, peer.bytes, lambda length, prompt=peer.prompt: prompt()))
+
+        def run(length: int, prompt: Callable[[], float] = peer.prompt) -> tuple[float, float]:
+            processor = time.process_time()
+            return length / prompt(), time.process_time() - processor
+
+        result.append(Entrant(peer.name, peer.bytes, run))
     return result
 
 
@@ -83,11 +110,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs all rounds; returns their figures."""
     found, shortest = entrants(arguments), min(arguments.lengths)
     for entrant in found:
-        entrant.run(shortest)  # warms the page cache
+        entrant.run(1)  # warms the page cache
     for index in range(arguments.rounds):
         for entrant in found:
             for length in arguments.lengths if entrant.name.startswith("mpo") else [shortest]:
-                entrant.rounds.setdefault(length, []).append(entrant.run(length))
+                clock, processor = entrant.run(length)
+                seconds = processor / arguments.threads if arguments.by == "cpu" else clock
+                entrant.rounds.setdefault(length, []).append(length / seconds)
             gc.collect()
         print(f"round {index + 1} of {arguments.rounds}", flush=True)
     rows = [
@@ -102,6 +131,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "threads": arguments.threads,
+        "by": arguments.by,
         "size": arguments.size,
         "kernels": native.active(),
         "rows": rows,
@@ -143,6 +173,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the synthetic files")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--by", choices=("clock", "cpu"), default="clock")
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program")
     parser.add_argument("--gguf", type=Path, action="append", default=[])
     parser.add_argument("--transformers", action="store_true")
