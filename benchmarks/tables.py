@@ -342,6 +342,18 @@ def decoding_transformers() -> str:
     return table(("file", "GB", "tokens/s", "over transformers bf16"), body)
 
 
+def prompts_vnni() -> str:
+    """Prompts of 512 tokens beside llama.cpp on a CPU with AVX-512 VNNI, by processor time."""
+    rows = rows_of("2026-11-30-prefill-2b-vnni.json")
+    speeds = [(row["name"], row["bytes"], row["tokens_per_second"]["512"]) for row in rows]
+    best = max(speed for name, _, speed in speeds if name.startswith("llama.cpp"))
+    body = [
+        (FILES.get(name, name.replace(" 2b-", " ")), f"{size / 1e9:.2f}", f"{speed:.1f}", f"{speed / best:.2f}")
+        for name, size, speed in speeds
+    ]
+    return table(("file", "GB", "tokens for a second of processor time", "over llama.cpp's best"), body)
+
+
 def amx() -> str:
     """Decoding on a CPU with AMX, written down by hand."""
     rows = rows_of("2026-11-29-amx-by-hand.json")
@@ -406,6 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding-8b": decoding_8b,
     "decoding-transformers": decoding_transformers,
     "amx": amx,
+    "prompts-vnni": prompts_vnni,
     "starting": starting,
     "onnx-runtime": partial(onnx_runtime, "2026-11-30-ort-granite-nano.json"),
     "onnx-runtime-smollm2": partial(onnx_runtime, "2026-11-30-ort-smollm2.json"),
