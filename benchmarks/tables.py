@@ -400,6 +400,38 @@ def serving(name: str) -> str:
     return table(head, body)
 
 
+def export_speed() -> str:
+    """The processor's seconds of exports by stage, before and after, and of llama.cpp's tools."""
+    names = {"opening": "open", "gradients": "forward", "surveying": "backward, candidates", "fitting": "fit"}
+    names |= {"measuring": "measure", "imatrix": "imatrix", "quantize": "quantize"}
+    body = []
+    for row in rows_of("2026-11-30-export-speed.json"):
+        parts = [
+            f"{names[name]} {digits(stage['processor_seconds'])}"
+            for name, stage in row["stages"].items()
+            if name in names and stage["processor_seconds"] >= 0.5
+        ]
+        told = f"{row['predicted']['processor_seconds']:.0f}" if "predicted" in row else ""
+        loss = "" if row.get("kl_mean") is None else f"{row['kl_mean']:.5f}"
+        megabytes, peak = f"{row['bytes'] / 1e6:.2f}", f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else ""
+        asked = row["asked"] if row["asked"] in ("default", "Q4_K_M") else f"{row['asked']} bits"
+        body.append(
+            (
+                row["model"],
+                asked,
+                row["code"],
+                f"{row['processor_seconds']:.0f}",
+                told,
+                ", ".join(parts),
+                megabytes,
+                peak,
+                loss,
+            )
+        )
+    head = ("model", "asked", "code", "processor s", "predicted", "stages", "MB", "memory, GB", "KL")
+    return table(head, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "smollm2-by-hand": smollm2_by_hand,
@@ -409,6 +441,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "allocation": allocation,
     "fits": fits,
     "fit-costs": fit_costs,
+    "export-speed": export_speed,
     "healing": healing,
     "healing-corpus": healing_corpus,
     "healing-lengths": healing_lengths,
