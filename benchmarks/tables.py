@@ -354,6 +354,20 @@ def prompts_vnni() -> str:
     return table(("file", "GB", "tokens for a second of processor time", "over llama.cpp's best"), body)
 
 
+def batches_vnni() -> str:
+    """Steps of several texts on a CPU with AVX-512 VNNI, in two runs."""
+    runs = [rows_of(f"2026-11-30-batch-2b-vnni{suffix}.json") for suffix in ("", "-again")]
+    body = [
+        (
+            str(pair[0]["batch"]),
+            *(f"{row['step_ms']:.0f} ({row['step_over_1']:.2f})" for row in pair),
+            " / ".join(f"{row['tokens_per_second_over_1']:.2f}" for row in pair),
+        )
+        for pair in zip(*runs, strict=True)
+    ]
+    return table(("texts", "ms a step (of one text's)", "again", "tokens/s, of one text's"), body)
+
+
 def amx() -> str:
     """Decoding on a CPU with AMX, written down by hand."""
     rows = rows_of("2026-11-29-amx-by-hand.json")
@@ -452,6 +466,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding-transformers": decoding_transformers,
     "amx": amx,
     "prompts-vnni": prompts_vnni,
+    "batches-vnni": batches_vnni,
     "starting": starting,
     "onnx-runtime": partial(onnx_runtime, "2026-11-30-ort-granite-nano.json"),
     "onnx-runtime-smollm2": partial(onnx_runtime, "2026-11-30-ort-smollm2.json"),
