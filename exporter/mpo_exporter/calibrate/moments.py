@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, decompose
-from mpo_exporter.calibrate.precision import fast_products, rough_product
+from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.upstream import Upstream, block_linears
@@ -99,10 +99,7 @@ class Sums:
         self.batches = self.tokens = 0
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
-        """Adds Σ_t left_t right_tᵀ of inputs [..., I]; without `right`, Σ_t left_t left_tᵀ, of which the upper half is summed.
-
-        With `right`, products may be rough (see precision.py): these sums are differences, which correct a fit a little.
-        """
+        """Adds Σ_t left_t right_tᵀ of inputs [..., I]; without `right`, Σ_t left_t left_tᵀ, of which the upper half is summed."""
         left = left.detach().reshape(-1, left.shape[-1])
         right_ = left if right is None else right.detach().reshape(-1, right.shape[-1])
         size = left.shape[1]
@@ -115,7 +112,7 @@ class Sums:
         for start in range(0, size, panel):
             first = start if right is None else 0
             rows = slice(start, start + panel)
-            product = left[:, rows].T @ right_[:, first:] if right is None else rough_product(left[:, rows].T, right_)
+            product = left[:, rows].T @ right_[:, first:]
             if self.part is None:
                 self.total[rows, first:] += product.cpu().numpy()
             else:

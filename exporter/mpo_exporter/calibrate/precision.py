@@ -1,8 +1,7 @@
 """Products in bf16 where the CPU has units for them: calibration text is run several times faster.
 
 Sums stay in float32. Rounding an input to bf16 changes it by at most 0.4 %, at random, which moves the diagonal of a second
-moment by a millionth; the fits' own products are not touched. `rough_product` also rounds its result, which is faster still:
-for activations, and for the differences between two upstreams.
+moment by a millionth; the fits' own products are not touched.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 PROCESSORS = Path("/proc/cpuinfo")
 # Flags of CPUs that multiply bf16: matrix units, and vectors with dot products.
@@ -44,16 +42,6 @@ def products_in(precision: str) -> Iterator[None]:
 def fast_products() -> AbstractContextManager[None]:
     """A context in which float32 products may be computed in bf16, if the CPU has units for that."""
     return products_in("medium") if has_units() else nullcontext()
-
-
-def is_fast() -> bool:
-    """Whether this is inside `fast_products`, on a CPU with units for bf16."""
-    return has_units() and torch.get_float32_matmul_precision() == "medium"
-
-
-def rough_product(left: Tensor, right: Tensor) -> Tensor:
-    """left [M, K] times right [K, N] in float32; inside `fast_products` factors and result are rounded to bf16."""
-    return (left.bfloat16() @ right.bfloat16()).float() if is_fast() else left @ right
 
 
 def small_products() -> AbstractContextManager[None]:

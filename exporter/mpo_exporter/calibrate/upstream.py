@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.calibrate.precision import is_fast, rough_product, small_products
+from mpo_exporter.calibrate.precision import small_products
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import ReferenceOps, TorchCache, TorchSpans
-from mpo_runtime.layers.linear import Linear, MatrixTerm
+from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.protocol import Weights
 
@@ -93,11 +93,7 @@ class RecordingOps(ReferenceOps):
             return x
         if self.record is not None:
             self.record.see(name, x)
-        term = layer.terms[0]
-        if len(layer.terms) > 1 or not isinstance(term, MatrixTerm) or not is_fast():
-            return super().linear(layer, x)
-        y = rough_product(x.reshape(-1, x.shape[-1]), term.weight().T).reshape(*x.shape[:-1], -1)
-        return y if layer.bias is None else y + layer.bias
+        return super().linear(layer, x)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / √(mean x² + eps) · weight."""
