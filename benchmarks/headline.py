@@ -2,7 +2,7 @@
 
     python benchmarks/headline.py [--out benchmarks/results/DATE-headline.json] [--compare FILE]
 
-The embedded model is exported by four plans, each file is measured on the embedded evaluation text beside the dense model, and
+The embedded model is exported by five plans, each file is measured on the embedded evaluation text beside the dense model, and
 all are timed in turns with `mpo-run bench` (64 decoded tokens, a prompt of 256). --compare reads earlier results: bytes must
 agree within 1 % and KL within 10 % (fits run in another order of additions on another number of threads), else the script
 ends with status 1. Speed belongs to the machine and is printed, not compared.
@@ -36,6 +36,7 @@ PLANS = {
     "auto, 3 bits": Options("auto", target=Target(bits_per_weight=3.0)),
     "int4": Options("int4"),
     "paper, χ ≤ 32": Options("paper", chi=32),
+    "k-proj, rank 128": Options("k-proj"),
 }
 SPREAD = {"bytes": 0.01, "kl_mean": 0.10}
 LOADED = {"chi": None, "device": "cpu", "backend": "auto", "kv_type": "auto", "activations": "int8"}
@@ -73,6 +74,7 @@ def joined(quality_rows: dict[str, dict[str, Any]], speeds: list[dict[str, Any]]
         entry: dict[str, Any] = {"name": name, **{key: timed["decode"][key] for key in ("bytes", "peak_bytes")}}
         entry |= {"kl_mean": measured["kl_mean"], "same_top1": measured["same_top1"]}
         entry["perplexity"] = measured["model"]["perplexity"]
+        entry |= {key: measured[key] for key in ("cosine", "mse") if key in measured}
         for kind, one in timed.items():
             entry[f"{kind}_tokens_per_second"] = one["tokens_per_second"]
             entry[f"{kind}_deviation"] = one["tokens_per_second_deviation"]
