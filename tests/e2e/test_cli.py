@@ -102,7 +102,7 @@ def test_export_prints_what_was_won_and_lost(run: Run, folder: Path, text: Path,
         options = dict(file.spec.provenance.options)
         assert int(options.pop("target_bytes")) >= target.stat().st_size
         chosen = {"plan": "auto", "chi": "2", "cores": "2", "cored": "every matrix"}
-        assert options == chosen | {"calibration": "calibration.jsonl"}
+        assert options == chosen | {"calibration": "calibration.jsonl", "effort": "normal"}
     assert f"{entry.quality.perplexity:.2f}" in done.out
     again = run("mpo-export", folder, "--chi", 2, "--measure-tokens", 0, "--force", "--cores", 3, "--plan", "paper")
     assert again.code == 0 and "quality was not measured: --measure-tokens 0" in again.out
@@ -322,7 +322,7 @@ def test_an_existing_file_is_kept_without_force(run: Run, folder: Path, old: Pat
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_an_interrupted_export_leaves_nothing(
+def test_an_interrupted_export_leaves_only_its_work(
     run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
     target = tmp_path / "little.mpo"
@@ -340,8 +340,12 @@ def test_an_interrupted_export_leaves_nothing(
     outcome = run("mpo-export", folder, "--measure-tokens", 0, *(["--force"] if force else []))
     assert outcome.code != 0
     assert "Traceback" not in outcome.err
-    assert [item.name for item in tmp_path.iterdir()] == (["little.mpo"] if force else [])
+    assert "the work done so far is kept in" in outcome.out + outcome.err
+    assert sorted(item.name for item in tmp_path.iterdir()) == [".little.mpo.export", *(["little.mpo"] if force else [])]
     assert not force or target.read_bytes() == b"an older file"
+    monkeypatch.setattr(export_module, "build_linear", build)
+    assert run("mpo-export", folder, "--measure-tokens", 0, "--force").code == 0
+    assert [item.name for item in tmp_path.iterdir()] == ["little.mpo"] and target.stat().st_size > 100
 
 
 @pytest.mark.parametrize(
