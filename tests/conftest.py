@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, settings
 # Read when the libraries are imported: no test reaches the network, and tokenizers do not warn after a fork.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton's kernels run in its interpreter, unless TRITON_INTERPRET=0 asks for a GPU; read when Triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Small matrices are faster on one thread, many times so where other programs use the machine.
 for library in ("OMP", "OPENBLAS", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")

@@ -341,7 +341,10 @@ def test_an_interrupted_export_leaves_only_its_work(
     assert outcome.code != 0
     assert "Traceback" not in outcome.err
     assert "the work done so far is kept in" in outcome.out + outcome.err
-    assert sorted(item.name for item in tmp_path.iterdir()) == [".little.mpo.export", *(["little.mpo"] if force else [])]
+    assert sorted(item.name for item in tmp_path.iterdir()) == [
+        ".little.mpo.export",
+        *(["little.mpo"] if force else []),
+    ]
     assert not force or target.read_bytes() == b"an older file"
     monkeypatch.setattr(export_module, "build_linear", build)
     assert run("mpo-export", folder, "--measure-tokens", 0, "--force").code == 0

@@ -106,7 +106,8 @@ def test_what_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.folder, found.name, found.revision) == (tmp_path / "smollm2", "smollm2", "abc")
     for name in ("owner/absent.gguf", "absent.gguf"):
         with pytest.raises(
-            CheckpointError, match=r"absent\.gguf: no such file; give demo, granite, granite-2b, smollm2, a Hugging"
+            CheckpointError,
+            match=r"absent\.gguf: no such file; give demo, granite, granite-2b, granite-4-micro, smollm2, a Hugging",
         ):
             find_source(name)
     other = tmp_path / "other"

@@ -262,7 +262,7 @@ def test_a_forked_child_starts_threads_of_its_own(files: dict[str, Path]) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "fast"}, "backend fast: expected one of auto, native, reference"),
+        ({"backend": "fast"}, "backend fast: expected one of auto, native, triton, reference"),
         ({"backend": "native", "device": "cuda"}, "backend native: runs on the CPU, not on cuda"),
         ({"activations": "int4"}, "activations int4: expected one of int8, float"),
         ({"kv_type": "q8_0"}, "kv-type q8_0: expected one of f32, f16, bf16, int8"),

@@ -143,7 +143,7 @@ def test_texts_that_are_waited_for_come_one_after_the_other(files: Files, tmp_pa
         with pytest.raises(MpoError, match="NaN"):
             next(model.engine.submit(failing, notify=lambda: None))
         unread = model.engine.submit(Request(asked[0], stop_ids=()), notify=lambda: None)
-        [step] = model.engine.submit(Request(asked[1], max_tokens=1), notify=unread.cancel)
+        [step] = model.engine.submit(Request(asked[1], max_tokens=1, stop_ids=()), notify=unread.cancel)
         assert step.finish == "length"
         assert model.engine.stats().waiting == 0
         open_text = model.engine.submit(Request(asked[0], stop_ids=()), notify=lambda: None)
@@ -159,7 +159,7 @@ def test_a_reader_who_is_too_slow_does_not_keep_the_others_waiting(
     with load(folder_of(files["int4"], tmp_path / "out"), threads=1) as model:
         ids = tuple(model.encode(PROMPT))
         slow = model.engine.submit(Request(ids, stop_ids=()), notify=lambda: None)
-        [step] = model.engine.submit(Request(ids, max_tokens=1), notify=lambda: None)
+        [step] = model.engine.submit(Request(ids, max_tokens=1, stop_ids=()), notify=lambda: None)
         assert step.finish == "length"
         with pytest.raises(ConfigError, match="not read"):
             list(slow)
