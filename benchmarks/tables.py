@@ -328,6 +328,35 @@ def decoding_2b() -> str:
     return decoding("2026-11-26-decode-2b.json", beside)
 
 
+def decoding_vnni() -> str:
+    """Decoding at 2B beside llama.cpp on a CPU with AVX-512 VNNI."""
+    return decoding("2026-11-30-decode-2b-vnni.json", {"mpo 4": ("Q4_0",), "mpo 2+3": ("Q2_K",)})
+
+
+def batches_idle() -> str:
+    """Steps of several texts at 2B on an idle CPU with AVX-512 VNNI."""
+    body = [
+        (
+            str(row["batch"]),
+            f"{row['step_ms']:.1f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['step_over_1']:.2f}",
+            f"{row['tokens_per_second_over_1']:.2f}",
+        )
+        for row in rows_of("2026-11-30-batch-2b-vnni-idle.json")
+    ]
+    return table(("texts", "step, ms", "tokens/s", "step over one text", "tokens/s over one text"), body)
+
+
+def prompts_idle() -> str:
+    """Prompts of 512 tokens at 2B by the clock on an idle CPU with AVX-512 VNNI."""
+    rows = rows_of("2026-11-30-prefill-2b-vnni-idle.json")
+    speeds = {row["name"]: row["tokens_per_second"]["512"] for row in rows}
+    theirs = speeds["llama.cpp Q4_0"]
+    body = [(FILES.get(name, name), f"{speed:.1f}", f"{speed / theirs:.2f}") for name, speed in speeds.items()]
+    return table(("file", "prompt, tokens/s", "over Q4_0"), body)
+
+
 def decoding_8b() -> str:
     """Decoding at 8B beside llama.cpp on a CPU with AVX2."""
     return decoding("2026-11-26-decode-8b.json", {"mpo 4": ("8b-Q4_0",), "mpo 2+3": ("8b-Q2_K",)})
@@ -537,6 +566,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-nano": partial(serving, "2026-11-30-serving-granite-nano.json"),
     "headline": headline,
     "paper": paper,
+    "decoding-vnni": decoding_vnni,
+    "batches-idle": batches_idle,
+    "prompts-idle": prompts_idle,
     "k-proj": k_proj,
 }
 
