@@ -235,9 +235,8 @@ def choose_backend(backend: str, device: str) -> Literal["native", "triton", "re
             raise ConfigError(
                 "backend native: its kernels were not built; install a C++ compiler and mpo-runtime again"
             )
-    has_triton = importlib.util.find_spec("triton") is not None
     if backend == "triton":
-        if not has_triton:
+        if importlib.util.find_spec("triton") is None:
             raise ConfigError("backend triton: needs the package triton; pip install 'mpo-runtime[gpu]'")
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError("backend triton: runs on a GPU; add --device cuda")

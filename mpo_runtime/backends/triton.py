@@ -63,7 +63,7 @@ class IntegerTerm:
         self.low, self.high = bits[0], bits[1] if len(bits) > 1 else 0
         self.scale = put("scale")
         self.zero = put("zero") if term.zeros else None
-        self.rows_, self.columns = self.scale.shape[0], self.scale.shape[1] * term.group
+        self.outputs, self.columns = self.scale.shape[0], self.scale.shape[1] * term.group
         self.group, self.exact = term.group, exact
 
     def arguments(self) -> tuple[Tensor, ...]:
@@ -78,11 +78,11 @@ class IntegerTerm:
     def apply(self, x: Tensor) -> Tensor:
         """Maps x [T, in] to [T, out]."""
         tokens, x = x.shape[0], x.contiguous()
-        tile = Tile.choose(tokens, self.rows_, self.columns, self.group)
-        y = x.new_empty((tile.parts, tokens, self.rows_), dtype=torch.float32)
-        grid = (triton.cdiv(self.rows_, tile.rows), triton.cdiv(tokens, tile.tokens), tile.parts)
+        tile = Tile.choose(tokens, self.outputs, self.columns, self.group)
+        y = x.new_empty((tile.parts, tokens, self.outputs), dtype=torch.float32)
+        grid = (triton.cdiv(self.outputs, tile.rows), triton.cdiv(tokens, tile.tokens), tile.parts)
         kernels.integer_product[grid](
-            x, *self.arguments(), y, tokens, self.rows_, self.columns, **self.constants(),
+            x, *self.arguments(), y, tokens, self.outputs, self.columns, **self.constants(),
             ROWS=tile.rows, COLUMNS=tile.columns, TOKENS=tile.tokens, PARTS=tile.parts, EXACT=self.exact,
         )  # fmt: skip
         return y[0] if tile.parts == 1 else y.sum(0)
@@ -93,13 +93,13 @@ class IntegerTerm:
         y = torch.empty((ids.shape[0], self.columns), dtype=torch.float32, device=ids.device)
         grid = (ids.shape[0], triton.cdiv(self.columns, columns))
         kernels.integer_rows[grid](
-            ids, *self.arguments(), y, self.rows_, self.columns, **self.constants(), COLUMNS=columns
+            ids, *self.arguments(), y, self.outputs, self.columns, **self.constants(), COLUMNS=columns
         )
         return y
 
     def weight(self) -> Tensor:
         """The matrix [out, in]."""
-        return self.rows(torch.arange(self.rows_, device=self.scale.device))
+        return self.rows(torch.arange(self.outputs, device=self.scale.device))
 
 
 class DenseTerm:
@@ -121,7 +121,7 @@ class DenseTerm:
         return self.held.float()
 
 
-class CorePart:
+class CoreTerm:
     """An Mpo term whose cores are multiplied in another type than float32."""
 
     def __init__(self, term: MpoTerm) -> None:
@@ -177,7 +177,7 @@ class TritonOps(ReferenceOps):
     """The op set on a GPU.
 
     Args:
-        weights, chi, device, kv_type: as for the reference; `kv_type` auto is f16.
+        weights, chi, device, kv_type: as for the reference.
         exact: products in float32 instead of bf16 on the matrix units.
     """
 
@@ -210,7 +210,7 @@ class TritonOps(ReferenceOps):
             elif isinstance(term, Mpo):
                 kept = term if chi is None else term.truncated(chi)
                 cores = load_cores(weights, prefix, term, kept, self.device)
-                terms.append(CorePart(MpoTerm(kept, [core.to(dtype) for core in cores])))
+                terms.append(CoreTerm(MpoTerm(kept, [core.to(dtype) for core in cores])))
         bias = None if spec.bias is None else float_tensor(weights, f"{spec.name}.bias").to(self.device)
         return Linear(spec, terms, bias)
 
