@@ -43,11 +43,15 @@
 #define MPO_END_TARGET  // to the end of the file, where templates are instantiated
 #endif
 
-#if defined(__GNUC__) || defined(__clang__)
+// Not where intrinsics are emulated: each is a function then, and all of them in each kernel take gigabytes to compile.
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(MPO_EMULATED_INTRINSICS)
 #define MPO_INLINE __attribute__((always_inline)) inline
-#define MPO_RESTRICT __restrict__
 #else
 #define MPO_INLINE inline
+#endif
+#if defined(__GNUC__) || defined(__clang__)
+#define MPO_RESTRICT __restrict__
+#else
 #define MPO_RESTRICT
 #endif
 

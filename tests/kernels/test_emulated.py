@@ -48,7 +48,6 @@ def cpu_flags() -> tuple[str, ...]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)  # it compiles every kernel against slow emulations, which takes four minutes
 def test_avx512_and_amx_emulated(tmp_path: Path) -> None:
     """All levels of x86: equal bit for bit where all values are small integers, to 1e-5 elsewhere."""
     compiler = shutil.which("g++")
