@@ -21,9 +21,10 @@ def main() -> None:
         paths = {name: Path(asked[name]) for name in ("file", "target", "text")}
         with open_source(asked["teacher"]) as source:
             result = heal(source, HealJob(**paths, settings=Settings(**asked["settings"])), workers)
-        if workers.first:
-            facts = {"curve": result.curve, "blocks": result.block_curves, "processes": workers.count}
-            Path(sys.argv[2]).write_text(json.dumps(facts))
+    if workers.first:
+        threads = [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
+        facts = {"curve": result.curve, "blocks": result.block_curves, "processes": workers.count}
+        Path(sys.argv[2]).write_text(json.dumps(facts | {"left": [name for name in threads if "gloo" in name]}))
 
 
 if __name__ == "__main__":

@@ -351,6 +351,7 @@ def test_two_processes_follow_the_curve_of_one(launched: Callable[[int], dict[st
     """torchrun with gloo: the same global batch, so the same losses but for the order of sums in float32."""
     one, two = launched(1), launched(2)
     assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["left"] == [], "threads of the process group, which may abort a process that ends"
     assert len(one["curve"]) == len(two["curve"]) == STEPS
     np.testing.assert_allclose(two["curve"], one["curve"], rtol=1e-4)
     np.testing.assert_allclose(two["blocks"], one["blocks"], rtol=1e-4)

@@ -16,6 +16,10 @@ from typing import Protocol
 
 import torch
 import torch.distributed
+
+# Its functions keep the process group that there is when they are imported, and DistributedDataParallel imports them. A group
+# that is kept is not ended with the others: its threads run on while Python ends, and now and then that aborts the process.
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
