@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,10 +56,13 @@ class Server:
     def __init__(self, *arguments: object, model: Path = NANO, paths: str = PATHS) -> None:
         boot = "import sys; from mpo_runtime.cli.main import main; sys.argv[0] = 'mpo-run'; main()"
         command = [sys.executable, "-c", boot, "serve", model, "--port", 0, *arguments]
+        # A pipe that nobody reads gets full, and then the server waits.
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - ended() closes it
+        self.printed = ""
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             env=os.environ | {"PYTHONPATH": paths},
         )
         self.port = 0
@@ -66,7 +70,7 @@ class Server:
     def wait(self) -> Server:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().decode()
-        assert "http://" in line, (line, self.process.communicate())
+        assert "http://" in line, (line, self.ended())
         self.port = int(line.partition("http://")[2].partition("/")[0].rpartition(":")[2])
         return self
 
@@ -114,11 +118,19 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            out, err = self.process.communicate(timeout=60)
+            return self.ended(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            out, err = self.process.communicate()
-        return self.process.returncode, out.decode(), err.decode()
+            return self.ended()
+
+    def ended(self, timeout: float = 120) -> tuple[int, str, str]:
+        """The same of a server that has reasons of its own to end."""
+        out, _ = self.process.communicate(timeout=timeout)
+        if not self.errors.closed:
+            with self.errors:
+                self.errors.seek(0)
+                self.printed = self.errors.read().decode()
+        return self.process.returncode, out.decode(), self.printed
 
 
 Start = Callable[..., Server]

@@ -129,11 +129,11 @@ def test_a_verbose_log_shows_prompts_on_one_line_and_no_keys(start: Start) -> No
 
 
 def outcome(server: Server) -> tuple[int, str]:
-    out, err = server.process.communicate(timeout=120)
-    assert out == b""
-    lines = err.decode().splitlines()
+    code, out, err = server.ended()
+    assert out == ""
+    lines = err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("mpo-run: error: "), lines
-    return server.process.returncode, lines[0]
+    return code, lines[0]
 
 
 def test_starts_that_fail(start: Start, tmp_path: Path, server: Server) -> None:
