@@ -16,8 +16,9 @@ namespace mpo {
 namespace {
 
 void multiply(const QuantizedMatrix& w, const ActivationView& x, const Task& task) {
-  if (PairedChunks<false>::takes(w)) PairedChunks<false>::multiply(w, x, task);
-  else IntegerBody<Avx512>::multiply(w, x, task);
+  if (PairedChunks<false>::takes(w)) return PairedChunks<false>::multiply(w, x, task);
+  // Groups of 16.
+  with_planes(w.bits, [&](auto planes) { IntegerBody<Avx512>::rows<planes.low, planes.high, 16>(w, x, task); });
 }
 
 }  // namespace
