@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -43,17 +42,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("documents")
     work = place / "work"
     work.mkdir()
-    os.environ["MPO_HOME"] = str(place / "home")
-    run(["mpo-run", "pull", str(data_folder() / "granite-nano"), "--name", "smollm2"], work)
-    for name in ("demo", "smollm2", "model"):
-        run(["mpo-export", "demo", "--plan", "int4", "--out", f"{name}.mpo"], work)
-    (work / "prompts.jsonl").write_text('{"prompt": "Once"}\n', encoding="utf-8")
-    rows = [json.dumps({"query": "One and one is", "choices": ["two", "ten"], "gold": 0})] * 2
-    (work / "tasks").mkdir()
-    for name in ("arc_easy", "copa"):
-        (work / "tasks" / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    yield work
-    del os.environ["MPO_HOME"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPO_HOME", str(place / "home"))
+        run(["mpo-run", "pull", str(data_folder() / "granite-nano"), "--name", "smollm2"], work)
+        for name in ("demo", "smollm2", "model"):
+            run(["mpo-export", "demo", "--plan", "int4", "--out", f"{name}.mpo"], work)
+        (work / "prompts.jsonl").write_text('{"prompt": "Once"}\n', encoding="utf-8")
+        rows = [json.dumps({"query": "One and one is", "choices": ["two", "ten"], "gold": 0})] * 2
+        (work / "tasks").mkdir()
+        for name in ("arc_easy", "copa"):
+            (work / "tasks" / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        yield work
 
 
 def run(words: list[str], folder: Path) -> None:
