@@ -82,15 +82,15 @@ class Evaluated:
     def generate(self, prompt: str, arguments: Mapping[str, Any]) -> str:
         """The text that follows a prompt up to a stop text; a prompt that is too long loses tokens at its beginning."""
         stop, limit, sampling = generation(arguments)
-        key = self.key("generate", [prompt, dict(arguments)])
-        if sampling.temperature == 0 and key in self.kept.rows:
-            return str(self.kept.rows[key]["text"])
         room = self.model.engine.context - limit
         if room < 1:
             raise ConfigError(
                 f"eval: {limit} new tokens do not fit into a context of {self.model.engine.context}; raise --ctx-size"
             )
         ids = self.model.encode(prompt, parse_special=True)[-room:]
+        key = self.key("generate", [ids, dict(arguments)])
+        if sampling.temperature == 0 and key in self.kept.rows:
+            return str(self.kept.rows[key]["text"])
         pieces = self.model.generate(ids, max_tokens=limit, sampling=sampling, stop=stop)
         text = "".join(piece.text for piece in pieces)
         self.kept.add(key, {"text": text})

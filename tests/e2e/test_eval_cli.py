@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,23 @@ metadata: {{version: 1}}
 """
 
 
+# Ends itself in the middle of the sixth answer that is kept.
+KILLED = """
+import os, signal
+from mpo_runtime.cli.main import main
+from mpo_runtime.evaluation.kept import Kept
+add = Kept.add
+def add_or_end(kept, key, entry):
+    if len(kept.rows) == 5:
+        with kept.path.open("a") as file:
+            file.write('\\n{"key": "' + key[:9])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return add(kept, key, entry)
+Kept.add = add_or_end
+main()
+"""
+
+
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -75,6 +93,17 @@ def their_results(folder: Path, tasks: list[Any]) -> dict[str, Any]:
 
     model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
     return dict(simple_evaluate(model=model, tasks=tasks, bootstrap_iters=0, log_samples=True))
+
+
+def in_a_process(code: str, words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, "eval", *words],
+        cwd=folder,
+        env=os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_figures_agree_with_lm_evals_model_of_transformers(
@@ -121,17 +150,30 @@ def test_generated_answers_and_resuming(run: Run, folder: Path, tmp_path: Path, 
     kept = (tmp_path / "kept.jsonl").read_text()
     assert len(kept.splitlines()) == 7
     words = [str(folder), "--tasks", listed, "--limit", "2", "--resume", "kept.jsonl", "--json"]
-    second = subprocess.run(
-        [sys.executable, "-c", "from mpo_runtime.cli.main import main; main()", "eval", *words],
-        cwd=tmp_path,
-        env=os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    second = in_a_process("from mpo_runtime.cli.main import main; main()", words, tmp_path)
     assert second.returncode == 0, second.stderr
     assert json.loads(second.stdout)["results"] == document["results"]
     assert (tmp_path / "kept.jsonl").read_text() == kept
+
+
+def test_a_killed_run_goes_on(run: Run, folder: Path, tmp_path: Path, tasks: list[Path]) -> None:
+    words = [str(folder), "--tasks", str(tasks[0]), "--limit", "4", "--json", "--resume"]
+    whole = run("mpo-run", "eval", *words, "whole.jsonl")
+    assert whole.code == 0, whole.err
+    assert in_a_process(KILLED, [*words, "kept.jsonl"], tmp_path).returncode == -signal.SIGKILL
+    killed = (tmp_path / "kept.jsonl").read_text()
+    assert len(killed.splitlines()) == 6 and killed.splitlines()[-1].startswith('{"key": "')
+    again = run("mpo-run", "eval", *words, "kept.jsonl")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["results"] == json.loads(whole.out)["results"]
+    resumed = (tmp_path / "kept.jsonl").read_text()
+    assert resumed.startswith(killed)
+    # What is asked anew shares the run of its prompt with others: the last bits may differ.
+    rows = [json.loads(line) for line in resumed.splitlines() if line.endswith("}")]
+    wanted = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert len(rows) == len(wanted)
+    nats = {row["key"]: row["nats"] for row in rows}
+    assert nats == pytest.approx({row["key"]: row["nats"] for row in wanted}, abs=1e-4)
 
 
 def test_bad_input_is_one_line(run: Run, folder: Path, tasks: list[Path], tmp_path: Path) -> None:
