@@ -86,6 +86,8 @@ def evaluate(
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # lm-eval would fork a process with the kernels' threads for one chunk of samples; the draws are the same without.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     evaluator, manager = require("lm_eval.evaluator"), require("lm_eval.tasks").TaskManager()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     unknown = [task for task in tasks if isinstance(task, str) and not known_task(manager, task)]
