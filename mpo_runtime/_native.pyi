@@ -51,7 +51,7 @@ class Operator:
     def __init__(self, cores: Sequence[Core], reverse: bool, densify_from: int = ...) -> None: ...
 
 class Linear:
-    """A linear layer [rows, columns]: the sum of its terms and a bias."""
+    """A linear layer [rows, columns]: the sum of its terms, of x or of its Hadamard transform, and a bias."""
 
     name: str
     rows: int
@@ -65,6 +65,7 @@ class Linear:
         matrices: Sequence[Matrix],
         operators: Sequence[Operator],
         bias: NDArray[np.float32] | None,
+        hadamard: int = 0,
     ) -> None: ...
 
 # -- programs and the KV cache (csrc/bind/programs.cpp)

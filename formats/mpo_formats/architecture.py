@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from mpo_formats.codec import NEWEST, VERSIONS, describe
+from mpo_formats.codec import VERSIONS, describe
 from mpo_formats.errors import FormatError
 from mpo_formats.provenance import Provenance
 from mpo_formats.spec import FileSpec, LinearSpec, VectorSpec, require, require_choice, require_sizes
@@ -136,7 +136,7 @@ class Architecture:
     def version(self) -> str:
         """The oldest version of the format that can say this."""
         old = self.model_type in OLD_MODEL_TYPES and self.rope.scaling in OLD_SCALINGS and not self.windows
-        return VERSIONS[0] if old else NEWEST
+        return VERSIONS[0] if old else VERSIONS[1]
 
     @property
     def head_norms(self) -> bool:
@@ -228,6 +228,11 @@ class ModelSpec:
         names = [file.name for file in self.files]
         repeated = sorted({name for name in names if names.count(name) > 1})
         require(not repeated, f"files: {', '.join(repeated)} listed twice")
+
+    @property
+    def version(self) -> str:
+        """The oldest version of the format that can say this."""
+        return VERSIONS[2] if any(linear.hadamard for linear in self.linears) else self.architecture.version
 
     def linear(self, name: str) -> LinearSpec:
         """The layer of that name; raises KeyError when there is none."""

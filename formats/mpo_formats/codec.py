@@ -16,7 +16,7 @@ from mpo_formats.errors import FormatError
 
 # The versions of the format that are read, oldest first (SPEC.md, section 9). A field of a record is marked with metadata:
 # `since`, the version that brought it, or `choices`, the values that it may have in older versions.
-VERSIONS = ("0.2", "0.3")
+VERSIONS = ("0.2", "0.3", "0.4")
 NEWEST = VERSIONS[-1]
 
 Record = TypeVar("Record")
@@ -115,11 +115,13 @@ def from_json(kind: type[Record], text: bytes | str, where: str, version: str = 
         raise FormatError(f"{where}{fault.path}: {fault}") from None
 
 
-def records_from_json(kind: type[Record], text: bytes | str, where: str) -> tuple[Record, ...]:
-    """Parses a JSON list of records; raises FormatError naming the index and key."""
+def records_from_json(
+    kind: type[Record], text: bytes | str, where: str, version: str = NEWEST
+) -> tuple[Record, ...]:
+    """Parses a JSON list of records that follow a version; raises FormatError naming the index and key."""
     rows = parse_json(text, where)
     try:
-        return tuple(_list_converter(_record_converter(kind, NEWEST))(rows))
+        return tuple(_list_converter(_record_converter(kind, version))(rows))
     except _Fault as fault:
         raise FormatError(f"{where}{fault.path}: {fault}") from None
 

@@ -97,3 +97,23 @@ def first_not_finite(values: NDArray[Any], dtype: str) -> int | None:
         if not finite.all():
             return start + int(np.argmin(finite))
     return None
+
+
+def hadamard_signs(block: int) -> NDArray[np.float64]:
+    """The matrix S [block, block] of ±1 with S[j, k] = (−1)^(number of bits that j and k have in common).
+
+    `block` is a power of two. S / √block is the Hadamard transform H (in Sylvester's order): symmetric, its own inverse.
+    """
+    signs = np.ones((1, 1))
+    while len(signs) < block:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    return signs
+
+
+def hadamard_transform(rows: NDArray[Any], block: int) -> NDArray[Any]:
+    """The Hadamard transform of every block of `block` elements along the last axis of `rows` [..., n]; 0 changes nothing."""
+    if not block:
+        return rows
+    blocks = rows.reshape(-1, block) @ hadamard_signs(block).astype(rows.dtype)
+    blocks *= rows.dtype.type(block**-0.5)
+    return blocks.reshape(rows.shape)

@@ -183,7 +183,7 @@ def read_spec(metadata: Any, where: str) -> ModelSpec:
     version = metadata.get("version", "")
     if version not in VERSIONS:
         raise FormatError(
-            f"{where}: format version {shorten(version)}, this program reads {' and '.join(VERSIONS)}; "
+            f"{where}: format version {shorten(version)}, this program reads {', '.join(VERSIONS[:-1])} and {VERSIONS[-1]}; "
             "update mpo-runtime, or export the model again"
         )
     for key in metadata:
@@ -196,7 +196,7 @@ def read_spec(metadata: Any, where: str) -> ModelSpec:
         from_json(Layouts, metadata["layouts"], "layouts")
         return ModelSpec(
             architecture=from_json(Architecture, metadata["architecture"], "architecture", version),
-            linears=records_from_json(LinearSpec, metadata["layers"], "layers"),
+            linears=records_from_json(LinearSpec, metadata["layers"], "layers", version),
             vectors=records_from_json(VectorSpec, metadata["vectors"], "vectors"),
             files=records_from_json(FileSpec, metadata["files"], "files"),
             provenance=from_json(Provenance, metadata["provenance"], "provenance"),

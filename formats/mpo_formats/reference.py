@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats.layout import PLANES
-from mpo_formats.packing import bf16_to_f32, dequantize
+from mpo_formats.packing import bf16_to_f32, dequantize, hadamard_transform
 from mpo_formats.reader import MpoFile
 from mpo_formats.spec import Dense, LinearSpec, Mpo, Quantized
 
@@ -52,7 +52,7 @@ def contract(parts: list[Matrix]) -> Matrix:
 
 
 def matrix(file: MpoFile, linear: LinearSpec, chi: int | None = None) -> Matrix:
-    """The weight [out, in] of a layer: the sum of its terms, MPO bonds cut to `chi`."""
+    """The weight [out, in] of a layer: the sum of its terms, MPO bonds cut to `chi`, in the basis of the layer's input."""
     total = np.zeros((linear.out_features, linear.in_features))
     for index, term in enumerate(linear.terms):
         prefix = f"{linear.name}.{index}"
@@ -62,4 +62,4 @@ def matrix(file: MpoFile, linear: LinearSpec, chi: int | None = None) -> Matrix:
             total += integer_tensor(file, prefix, term.bits, term.zeros)
         else:
             total += contract(cores(file, prefix, term, chi))
-    return total
+    return hadamard_transform(total, linear.hadamard)

@@ -1,6 +1,7 @@
 """The contents of a `.mpo` file as frozen dataclasses that refuse invalid values (SPEC.md, sections 3 and 4).
 
-A linear layer is a sum of terms: y = Σ_t term_t(x) (+ bias), term ∈ {Dense, Quantized, Mpo}.
+A linear layer is a sum of terms: y = Σ_t term_t(H x) (+ bias), term ∈ {Dense, Quantized, Mpo}. H is 1 or a block Hadamard
+transform.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ FLOATS: tuple[str, ...] = get_args(FloatType)
 CORE_BITS = {"int8": 8, "int4": 4}
 BITS = (8, 6, 5, 4, 3, 2)
 GROUPS = (16, 32, 64, 128, 256)
+HADAMARDS = (0, 16, 32, 64, 128, 256)
 LARGEST_SIZE = 2**31 - 1
 MOST_CORES = 16
 MOST_TERMS = 8
@@ -164,13 +166,18 @@ Term = Dense | Quantized | Mpo
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
-    """One linear layer (or the embedding table): out × in, its terms, and its bias if any."""
+    """One linear layer (or the embedding table): out × in, its terms, and its bias if any.
+
+    Where `hadamard` is not 0, the terms act on H x, with H the Hadamard transform of every block of `hadamard` inputs: the
+    layer's matrix is (Σ_t term_t) H. H is symmetric and its own inverse.
+    """
 
     name: str
     out_features: int
     in_features: int
     bias: FloatType | None
     terms: tuple[Term, ...]
+    hadamard: int = field(default=0, metadata={"since": "0.4"})
 
     def __post_init__(self) -> None:
         require_name("layer name", self.name)
@@ -178,6 +185,10 @@ class LinearSpec:
         require_choice(f"{self.name}: bias", self.bias, (*FLOATS, None))
         if not 1 <= len(self.terms) <= MOST_TERMS:
             raise FormatError(f"{self.name}: expected 1 to {MOST_TERMS} terms, found {len(self.terms)}")
+        require_choice(f"{self.name}: hadamard", self.hadamard, HADAMARDS)
+        if self.hadamard and self.in_features % self.hadamard:
+            found = f"hadamard: blocks of {self.hadamard} do not divide the {self.in_features} inputs"
+            raise FormatError(f"{self.name}: {found}")
         for term in self.terms:
             if isinstance(term, Quantized):
                 if self.in_features % term.group:

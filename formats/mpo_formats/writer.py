@@ -195,13 +195,13 @@ class MpoWriter:
 
 def spec_metadata(spec: ModelSpec) -> dict[str, str]:
     """The header's metadata strings, in the oldest version that can say what the model is."""
-    version = spec.architecture.version
+    version = spec.version
     return {
         "format": FORMAT,
         "version": version,
         "layouts": to_json(Layouts()),
         "architecture": to_json(spec.architecture, version),
-        "layers": to_json(spec_rows(spec.linears)),
+        "layers": to_json(spec.linears, version),
         "vectors": to_json(spec_rows(spec.vectors)),
         "files": to_json(spec_rows(spec.files)),
         "provenance": to_json(spec.provenance),

@@ -227,7 +227,7 @@ class NativeOps(Ops):
         return self._apply(lambda program, x: program.layer_norm(x, weight, bias, eps), x)
 
     def linear(self, layer: _native.Linear, x: Array) -> Array:
-        """Σ_t term_t(x) + bias."""
+        """Σ_t term_t(H x) + bias."""
         return self._apply(lambda program, x: program.linear(x, layer), x)
 
     def rope_and_append(self, q: Array, k: Array, v: Array, cache: Any, block: int) -> Array:

@@ -157,7 +157,7 @@ class Ops(Protocol):
         ...
 
     def linear(self, layer: Array, x: Array) -> Array:
-        """Σ_t term_t(x) + bias."""
+        """Σ_t term_t(H x) + bias."""
         ...
 
     def rope_and_append(self, q: Array, k: Array, v: Array, cache: Any, block: int) -> Array:

@@ -5,6 +5,7 @@ It is differentiable and its matrices can be exchanged, so calibration, measurin
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -201,7 +202,8 @@ class ReferenceOps(EditableOps):
     def replace(self, layer: str, weight: Tensor) -> None:
         """Puts the matrix [out, in] in the place of a layer's terms; its bias stays."""
         present = self._linears[layer]
-        self._linears[layer] = Linear(present.spec, [MatrixTerm.of(weight.to(self.device))], present.bias)
+        spec = dataclasses.replace(present.spec, hadamard=0)
+        self._linears[layer] = Linear(spec, [MatrixTerm.of(weight.to(self.device))], present.bias)
 
     @contextmanager
     def replaced(self, layer: str, weight: Tensor) -> Iterator[None]:
@@ -280,7 +282,7 @@ class ReferenceOps(EditableOps):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
-        """Σ_t term_t(x) + bias."""
+        """Σ_t term_t(H x) + bias."""
         return layer.apply(x)
 
     def rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache | TorchSpans, block: int) -> Tensor:

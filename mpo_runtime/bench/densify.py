@@ -15,7 +15,7 @@ from mpo_runtime.loading import open_weights
 
 def dense_spec(spec: ModelSpec) -> ModelSpec:
     """The spec with one bf16 matrix in the place of every layer's terms, and without embedded files."""
-    linears = tuple(replace(linear, terms=(Dense("bf16"),)) for linear in spec.linears)
+    linears = tuple(replace(linear, terms=(Dense("bf16"),), hadamard=0) for linear in spec.linears)
     origin = Provenance(spec.provenance.source, None, "", "mpo-run bench", {}, None)
     return replace(spec, linears=linears, files=(), provenance=origin)
 

@@ -1,4 +1,4 @@
-"""A linear layer as a sum of terms, in torch: y = Σ_t term_t(x) (+ bias), term ∈ {Dense, Quantized, Mpo}.
+"""A linear layer as a sum of terms, in torch: y = Σ_t term_t(H x) (+ bias), term ∈ {Dense, Quantized, Mpo}.
 
 The reference backend runs these classes. The product with an integer matrix of any width is the plain product with the
 dequantised one (`mpo_runtime.native.dequantize`); the native backend multiplies without dequantising (csrc/).
@@ -6,6 +6,7 @@ dequantised one (`mpo_runtime.native.dequantize`); the native backend multiplies
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mpo_formats import Dense, LinearSpec, Mpo, Quantized
 from mpo_formats.layout import PLANES
-from mpo_formats.packing import bf16_to_f32
+from mpo_formats.packing import bf16_to_f32, hadamard_signs
 from mpo_runtime import native
 from mpo_runtime.layers.contraction import choose_order
 from mpo_runtime.weights.protocol import Weights
@@ -135,7 +136,7 @@ class Linear:
 
     def apply(self, x: Tensor) -> Tensor:
         """Maps x [..., in] to [..., out]."""
-        flat = x.reshape(-1, self.spec.in_features)
+        flat = hadamard_transform(x.reshape(-1, self.spec.in_features), self.spec.hadamard)
         y = self.terms[0].apply(flat)
         for term in self.terms[1:]:
             y = y + term.apply(flat)
@@ -149,11 +150,24 @@ class Linear:
         y = self.terms[0].rows(flat)
         for term in self.terms[1:]:
             y = y + term.rows(flat)
-        return y.reshape(*ids.shape, self.spec.in_features)
+        return hadamard_transform(y, self.spec.hadamard).reshape(*ids.shape, self.spec.in_features)
 
     def weight(self) -> Tensor:
-        """The matrix [out, in], terms summed."""
-        return torch.stack([term.weight() for term in self.terms]).sum(0)
+        """The matrix [out, in] that x is multiplied with: terms summed, then transformed."""
+        return hadamard_transform(torch.stack([term.weight() for term in self.terms]).sum(0), self.spec.hadamard)
+
+
+@functools.lru_cache(maxsize=8)
+def hadamard_matrix(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The Hadamard transform [block, block]."""
+    return torch.from_numpy(hadamard_signs(block) * block**-0.5).to(device, dtype)
+
+
+def hadamard_transform(rows: Tensor, block: int) -> Tensor:
+    """The Hadamard transform of every block of `block` elements along the last axis; 0 changes nothing."""
+    if not block:
+        return rows
+    return (rows.reshape(-1, block) @ hadamard_matrix(block, rows.dtype, rows.device)).reshape(rows.shape)
 
 
 def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None, held: bool, device: torch.device) -> Linear:

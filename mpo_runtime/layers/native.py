@@ -31,7 +31,7 @@ def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None) -> _nati
         else:
             matrices.append(integer_matrix(weights, prefix, term, spec.out_features, spec.in_features))
     bias = None if spec.bias is None else float_vector(weights, f"{spec.name}.bias")
-    return _native.Linear(spec.name, spec.out_features, spec.in_features, matrices, operators, bias)
+    return _native.Linear(spec.name, spec.out_features, spec.in_features, matrices, operators, bias, spec.hadamard)
 
 
 def load_operator(weights: Weights, prefix: str, stored: Mpo, kept: Mpo) -> _native.Operator:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpo_formats import Dense, LinearSpec, Mpo, Quantized
 from mpo_formats.layout import PLANES
-from mpo_formats.packing import bf16_to_f32, unpack
+from mpo_formats.packing import bf16_to_f32, hadamard_signs, unpack
 from mpo_runtime.onnx.cores import Operator
 from mpo_runtime.onnx.graph import Graph
 from mpo_runtime.onnx.integers import Blocks, Integers, container, joined, lay_out
@@ -44,9 +44,11 @@ class Layers:
     lookup_bits: frozenset[int]
     _integers: dict[str, Stored] = field(default_factory=dict)
     _sums: dict[tuple[str, int], str] = field(default_factory=dict)
+    _transforms: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def apply(self, layer: LinearSpec, x: str) -> str:
         """The output [..., out] of a layer for the value x [..., in]."""
+        x = self._transformed(x, layer)
         total = ""
         for index, term in enumerate(layer.terms):
             prefix = f"{layer.name}.{index}"
@@ -64,11 +66,13 @@ class Layers:
 
         An empty name where that cannot be: for other layers than integers of one form without biases.
         """
-        [term, *others] = layers[0].terms
-        if others or not isinstance(term, Quantized) or any(one.terms != (term,) or one.bias for one in layers):
+        first = layers[0]
+        [term, *others] = first.terms
+        alike = all((one.terms, one.hadamard, one.bias) == (first.terms, first.hadamard, None) for one in layers)
+        if others or not isinstance(term, Quantized) or not alike:
             return ""
         found = joined([self._laid_out(layer, f"{layer.name}.0", term) for layer in layers])
-        return "" if found is None else self._multiply(self._store(f"{layers[0].name}.0", found), x)
+        return "" if found is None else self._multiply(self._store(f"{first.name}.0", found), self._transformed(x, first))
 
     def rows(self, layer: LinearSpec, ids: str) -> str:
         """The rows of a layer's matrix [B, S, in] for token ids [B, S]."""
@@ -82,7 +86,20 @@ class Layers:
             else:
                 y = self._operator(prefix, term).rows(self.graph, ids)
             total = self.graph.add("Add", total, y) if total else y
-        return total
+        return self._transformed(total, layer)
+
+    def _transformed(self, x: str, layer: LinearSpec) -> str:
+        """The Hadamard transform of x [B, S, in] that a layer takes, once for all layers that take the same."""
+        block = layer.hadamard
+        if not block:
+            return x
+        if (x, block) not in self._transforms:
+            matrix = self._once(f"hadamard.{block}", lambda: (hadamard_signs(block) * block**-0.5).astype(np.float32))
+            blocks = self.graph.constant([0, 0, layer.in_features // block, block])
+            parts = self.graph.add("MatMul", self.graph.add("Reshape", x, blocks), matrix)
+            whole = self.graph.constant([0, 0, layer.in_features])
+            self._transforms[x, block] = self.graph.add("Reshape", parts, whole)
+        return self._transforms[x, block]
 
     def floats(self, name: str) -> str:
         """A stored float tensor in the graph's element type, once."""

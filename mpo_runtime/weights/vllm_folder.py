@@ -15,7 +15,7 @@ from mpo_formats import ConfigError, Dense, FormatError, LinearSpec
 from mpo_formats.codec import records_from_json, to_json
 
 METHOD = "mpo"
-VERSION = 1
+VERSION = 2
 PREFIX = "mpo_"
 # vLLM's layers that hold several matrices.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -33,7 +33,11 @@ def quantization_config(linears: Iterable[LinearSpec]) -> dict[str, Any]:
 
 def plain_layers(linears: Iterable[LinearSpec]) -> set[str]:
     """The layers that are stored as in any folder, as `<layer>.weight`: dense ones whose partners in FUSED are dense too."""
-    dense = {linear.name for linear in linears if len(linear.terms) == 1 and isinstance(linear.terms[0], Dense)}
+    dense = {
+        linear.name
+        for linear in linears
+        if len(linear.terms) == 1 and isinstance(linear.terms[0], Dense) and not linear.hadamard
+    }
     return {name for name in dense if dense.issuperset(partners(name))}
 
 

@@ -49,6 +49,11 @@ def share(layer: Layer, axis: Axis, start: int, stop: int) -> Layer:
     spec = layer.spec
     rows = (start, stop) if axis == "rows" else (0, spec.out_features)
     columns = (start, stop) if axis == "columns" else (0, spec.in_features)
+    if spec.hadamard and (columns[0] % spec.hadamard or columns[1] % spec.hadamard):
+        raise ConfigError(
+            f"{spec.name}: columns {columns[0]} to {columns[1]} cut through a Hadamard block of {spec.hadamard}; "
+            "use fewer ranks, or export with --no-hadamard"
+        )
     arrays: Arrays = {}
     terms: list[Term] = []
     for index, term in enumerate(spec.terms):
@@ -65,7 +70,8 @@ def share(layer: Layer, axis: Axis, start: int, stop: int) -> Layer:
             cut, found = cut_cores(layer, prefix, term, axis, start, stop)
         terms.append(cut)
         arrays |= {name: np.ascontiguousarray(array) for name, array in found.items()}
-    return Layer(LinearSpec(spec.name, rows[1] - rows[0], columns[1] - columns[0], None, tuple(terms)), arrays)
+    kept = LinearSpec(spec.name, rows[1] - rows[0], columns[1] - columns[0], None, tuple(terms), spec.hadamard)
+    return Layer(kept, arrays)
 
 
 def cut_integers(layer: Layer, prefix: str, term: Quantized, rows: tuple[int, int], columns: tuple[int, int]) -> Arrays:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import struct
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ from tests.formats import tiny
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 QUERY, OUT, GATE, HEAD = tiny.QUERY, "model.layers.0.self_attn.o_proj", tiny.GATE, "lm_head"
+EMBEDDING = "model.embed_tokens"
 FILES = {
     "tokenizer.json": b'{"version": "1.0"}',
     "tokenizer.model": bytes(range(256)),
@@ -95,6 +97,11 @@ def features() -> dict[str, ModelSpec]:
     result["granitemoehybrid"] = feature({}, model_type="granitemoehybrid")
     neo = {"attention_bias": True, "mlp_bias": True, "max_position_embeddings": 16, "attention_multiplier": 1.0}
     result["gpt-neo"] = feature({}, model_type="gpt_neo", windows=(0, 8), **neo)
+    # version 0.4: blocks of 16, so that 1/√16 is a binary fraction
+    both = (Quantized(3, 16, False), Mpo((4, 4), (8, 4), (4,), "f16", 0))
+    plain = feature({EMBEDDING: (Quantized(4, 32, False),), QUERY: both})
+    turned = (dataclasses.replace(one, hadamard=16 * (one.name in (EMBEDDING, QUERY))) for one in plain.linears)
+    result["hadamard"] = dataclasses.replace(plain, linears=tuple(turned))
     result["files-certificate"] = feature({}, tuple(FILES))
     return result
 
@@ -185,7 +192,18 @@ def linear_content(linear: LinearSpec) -> tuple[dict[str, np.ndarray[Any, Any]],
     if linear.bias:
         tensors[f"{linear.name}.bias"], _ = float_tensor(f"{linear.name}.bias", (linear.out_features,), linear.bias)
     assert list(tensors) == [tensor.name for tensor in linear_tensors(linear)]
-    return tensors, total
+    return tensors, transformed(total, linear.hadamard) if linear.hadamard else total
+
+
+def transformed(matrix: Matrix, block: int) -> Matrix:
+    """A matrix times the Hadamard transform of every block of columns, element by element."""
+    result = np.zeros_like(matrix)
+    for column in range(matrix.shape[1]):
+        start, place = column - column % block, column % block
+        for other in range(block):
+            sign = -1 if (place & other).bit_count() % 2 else 1
+            result[:, column] += sign * matrix[:, start + other] / math.sqrt(block)
+    return result
 
 
 def content(spec: ModelSpec) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Matrix]]:

@@ -42,10 +42,11 @@ class Sample:
         self.data = bytearray(raw[start:])
 
     def later(self) -> Sample:
-        """This sample as version 0.3, whose fields it then has."""
+        """This sample as version 0.4, whose fields it then has."""
         record = json.loads(self.metadata["architecture"])
         record["windows"], record["rope"]["attention_factor"] = [], 1.0
-        self.metadata.update(version="0.3", architecture=json.dumps(record))
+        layers = [{**layer, "hadamard": 0} for layer in json.loads(self.metadata["layers"])]
+        self.metadata.update(version="0.4", architecture=json.dumps(record), layers=json.dumps(layers))
         return self
 
     @property

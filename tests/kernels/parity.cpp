@@ -169,6 +169,11 @@ struct OpsCase {
     all.push_back(out);
     ops.multiply(y.data(), count, 0.7f, out.data());
     all.push_back(out);
+    const std::size_t block = 16u << count % 5;
+    std::vector<float> transformed(block * (1 + count % 3));
+    for (std::size_t i = 0; i < transformed.size(); ++i) transformed[i] = values[i % values.size()];
+    ops.hadamard(transformed.data(), transformed.size(), block, transformed.data());
+    all.push_back(transformed);
     std::vector<float> turned(size);
     ops.rotate(q.data(), keys.data(), c.data(), size, turned.data());
     all.push_back(turned);

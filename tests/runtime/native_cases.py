@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from mpo_formats import Dense, ModelSpec, Mpo, Quantized, Term
 from mpo_formats.layout import content_tensors
-from mpo_formats.spec import BITS, GROUPS, full_rank
+from mpo_formats.spec import BITS, GROUPS, HADAMARDS, full_rank
 from mpo_runtime import native
 from tests.formats.tiny import GATE, Arrays, arrays, model
 
@@ -59,9 +60,11 @@ def level(name: str) -> Iterator[None]:
         _native.set_isa("auto")
 
 
-def layer(terms: tuple[Term, ...], out: int, inner: int, bias: bool, seed: int) -> Held:
+def layer(terms: tuple[Term, ...], out: int, inner: int, bias: bool, seed: int, hadamard: int = 0) -> Held:
     """A model whose GATE is the layer [out, inner]."""
-    spec = model({GATE: terms}, hidden_size=inner, intermediate_size=out, mlp_bias=bias)
+    plain = model({GATE: terms}, hidden_size=inner, intermediate_size=out, mlp_bias=bias)
+    linears = (replace(one, hadamard=hadamard) if one.name == GATE else one for one in plain.linears)
+    spec = replace(plain, linears=tuple(linears))
     return Held(spec, arrays(spec, seed))
 
 
@@ -93,7 +96,7 @@ def operators(draw: st.DrawFn, out: int, inner: int) -> Mpo:
 
 @st.composite
 def layers(draw: st.DrawFn) -> Held:
-    """A layer of one to three terms."""
+    """A layer of one to three terms, of its inputs or of their Hadamard transform."""
     out, inner = draw(st.sampled_from(SIZES))
     groups = [size for size in GROUPS if inner % size == 0]
     kinds: list[st.SearchStrategy[Term]] = [
@@ -103,4 +106,5 @@ def layers(draw: st.DrawFn) -> Held:
     if groups:
         kinds.append(st.builds(Quantized, st.sampled_from(BITS), st.sampled_from(groups), st.booleans()))
     terms = draw(st.lists(st.one_of(*kinds), min_size=1, max_size=3))
-    return layer(tuple(terms), out, inner, draw(st.booleans()), draw(st.integers(0, 1000)))
+    hadamard = draw(st.sampled_from([size for size in HADAMARDS if not size or inner % size == 0]))
+    return layer(tuple(terms), out, inner, draw(st.booleans()), draw(st.integers(0, 1000)), hadamard)

@@ -54,6 +54,7 @@ KINDS: dict[str, Any] = {
     "int3": lambda layer: (Quantized(3, 64, False),),
     "int2": lambda layer: (Quantized(2, 64, False),),
     "zeros": lambda layer: (Quantized(4, 64, True),),
+    "hadamard": lambda layer: (Quantized(4, 64, False),),
     "beside": beside,
     "alone": alone,
 }
@@ -62,7 +63,11 @@ KINDS: dict[str, Any] = {
 def make(kind: str, target: Path) -> Path:
     """granite-nano with the terms of a kind, rounded to nearest: quick and coarse."""
     with open_source(NANO) as source:
-        layers = tuple(dataclasses.replace(layer, terms=KINDS[kind](layer)) for layer in source.weights.spec.linears)
+        hadamard = 64 if kind == "hadamard" else 0
+        layers = tuple(
+            dataclasses.replace(layer, terms=KINDS[kind](layer), hadamard=hadamard)
+            for layer in source.weights.spec.linears
+        )
         export(source, ExportTask(target, layers=layers, method=Method("nearest", "svd")))
     return target
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mpo_exporter.convert.folder import require_expressible
@@ -17,7 +18,7 @@ from mpo_exporter.convert.gguf_text import add_tokenizer
 from mpo_formats import Architecture, ConfigError, Dense, LinearSpec, MpoFile, OutputError, Quantized, Rope
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import implicit_zero, unpack
-from mpo_runtime.layers.linear import float_tensor
+from mpo_runtime.layers.linear import float_tensor, load_linear
 from mpo_runtime.loading import load_network, read_text_files
 from mpo_runtime.measure import Comparison, compare
 from mpo_runtime.rope import inverse_frequencies
@@ -151,6 +152,12 @@ def rope_divisors(architecture: Architecture) -> NDArray[np.float32]:
 def matrix(package: Any, file: MpoFile, linear: LinearSpec) -> tuple[NDArray[Any], str, bool]:
     """A layer's matrix as the bytes or numbers of a type of llama.cpp, the type's name, and whether it holds it exactly."""
     term = linear.terms[0]
+    if linear.hadamard:  # the values are no integers any more once the transform is undone
+        values = load_linear(file, linear, chi=None, held=False, device=torch.device("cpu")).weight().numpy()
+        kind = "F32"
+        if isinstance(term, Quantized) and linear.in_features % 32 == 0:
+            kind = "Q5_1" if term.bits <= 4 else "Q8_0"
+        return package.quantize(values, package.GGMLQuantizationType[kind]), kind, kind == "F32"
     if isinstance(term, Dense):
         raw = file.array(f"{linear.name}.0.weight")
         return (np.ascontiguousarray(raw).view(np.uint8) if term.dtype == "bf16" else raw), FLOATS[term.dtype], True

@@ -126,7 +126,7 @@ def own_scheme(file: MpoFile, linear: LinearSpec) -> Scheme | None:
     Two bits without stored zeros stand for -1.5, -0.5, 0.5 and 1.5 scales: -3, -1, 1 and 3 halves of it, which take 3 bits.
 
     Raises:
-        ConfigError: for cores, several terms and fractional zeros, which compressed-tensors cannot hold.
+        ConfigError: for cores, several terms, transforms and fractional zeros, which compressed-tensors cannot hold.
     """
     if linear.name in (EMBEDDING, HEAD):
         return None
@@ -135,6 +135,8 @@ def own_scheme(file: MpoFile, linear: LinearSpec) -> Scheme | None:
         raise refused(file, linear, "has cores or several terms")
     if isinstance(term, Dense):
         return None
+    if linear.hadamard:
+        raise refused(file, linear, "takes a Hadamard transform of its input (export with --no-hadamard)")
     if not term.zeros:
         return Scheme(max(term.bits, 3), term.group, False)
     zero = file.array(f"{linear.name}.0.zero").astype(np.float32)

@@ -19,7 +19,7 @@ from mpo_exporter.heal.rounding import TYPES, cells, dequantize, rounded, stored
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, VectorSpec
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import implicit_zero, pack, unpack
-from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, float_tensor
+from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, float_tensor, hadamard_transform
 from mpo_runtime.weights.protocol import Weights
 
 # `aim` moves a latent number at most this far from its integer. With 0.49, the edge of the rounding cell, the first noisy
@@ -311,6 +311,7 @@ class Layer(nn.Module):
     @torch.no_grad()
     def aim(self, matrix: Tensor) -> None:
         """Moves the latent numbers of moving grids towards the dense matrix [out, in] that the layer approximates."""
+        matrix = hadamard_transform(matrix, self.spec.hadamard)
         for index, term in enumerate(self.terms):
             if isinstance(term, Grid):
                 others = [other.weight() for place, other in enumerate(self.linear(None).terms) if place != index]

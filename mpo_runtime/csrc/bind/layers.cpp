@@ -34,10 +34,10 @@ void make_core(Core* place, const Matrix& matrix, std::size_t left, std::size_t 
 
 void make_linear(Linear* place, const std::string& name, std::size_t rows, std::size_t columns,
                  const std::vector<Matrix>& matrices, const std::vector<Operator>& operators,
-                 const std::optional<Floats>& bias) {
+                 const std::optional<Floats>& bias, std::size_t hadamard) {
   std::vector<float> values;
   if (bias) values.assign(bias->data(), bias->data() + bias->size());
-  new (place) Linear(name, rows, columns, matrices, operators, std::move(values));
+  new (place) Linear(name, rows, columns, matrices, operators, std::move(values), hadamard);
 }
 
 }  // namespace
@@ -57,7 +57,7 @@ void bind_layers(nb::module_& module) {
            nb::arg("densify_from") = 0);
   nb::class_<Linear>(module, "Linear")
       .def("__init__", &make_linear, nb::arg("name"), nb::arg("rows"), nb::arg("columns"), nb::arg("matrices"),
-           nb::arg("operators"), nb::arg("bias").noconvert().none())
+           nb::arg("operators"), nb::arg("bias").noconvert().none(), nb::arg("hadamard") = 0)
       .def_ro("name", &Linear::name)
       .def_ro("rows", &Linear::rows)
       .def_ro("columns", &Linear::columns);

@@ -171,8 +171,8 @@ struct AttentionBody {
 // The table of an instruction set.
 template <class X>
 constexpr Ops make_ops() {
-  return {OpsBody<X>::rms_norm, OpsBody<X>::layer_norm, OpsBody<X>::gelu,   OpsBody<X>::swiglu,
-          OpsBody<X>::add_scaled, OpsBody<X>::multiply, OpsBody<X>::rotate, OpsBody<X>::store,
+  return {OpsBody<X>::rms_norm, OpsBody<X>::layer_norm, OpsBody<X>::gelu, OpsBody<X>::swiglu, OpsBody<X>::add_scaled,
+          OpsBody<X>::multiply, OpsBody<X>::hadamard, OpsBody<X>::rotate, OpsBody<X>::store,
           AttentionBody<X>::widen_row, AttentionBody<X>::attend, OpsBody<X>::add_product};
 }
 

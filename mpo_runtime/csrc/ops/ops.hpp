@@ -67,6 +67,9 @@ struct Ops {
   void (*add_scaled)(const float* a, const float* b, std::size_t count, float scale, float* y);
   // y = x * scale
   void (*multiply)(const float* x, std::size_t count, float scale, float* y);
+  // The Hadamard transform of every block of x [count] (SPEC.md, LinearSpec): y may be x, block is a power of two from 16 on
+  // that divides count.
+  void (*hadamard)(const float* x, std::size_t count, std::size_t block, float* y);
   // Rotates the halves of x [size] against each other (Su et al. 2021).
   void (*rotate)(const float* x, const float* cosine, const float* sine, std::size_t size, float* y);
   // Writes x [size] as `type`; of int8 the scale too.

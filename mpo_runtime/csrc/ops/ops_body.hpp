@@ -108,6 +108,41 @@ struct OpsBody {
     for (; i < count; ++i) y[i] = x[i] * scale;
   }
 
+  // Signs[j][k] = (-1)^(bits that j and k have in common), of the elements of one vector.
+  struct Signs {
+    alignas(64) float at[kLanes][kLanes];
+    constexpr Signs() : at() {
+      for (std::size_t j = 0; j < kLanes; ++j)
+        for (std::size_t k = 0; k < kLanes; ++k) {
+          bool odd = false;
+          for (std::size_t common = j & k; common; common &= common - 1) odd = !odd;
+          at[j][k] = odd ? -1.0f : 1.0f;
+        }
+    }
+  };
+
+  // The transform of a block is that of each vector, as a product with the matrix of signs, then Walsh's sums and differences
+  // of whole vectors.
+  static void hadamard(const float* x, std::size_t count, std::size_t block, float* y) {
+    static constexpr Signs signs;
+    const F factor = X::broadcast(1.0f / std::sqrt(static_cast<float>(block)));
+    for (std::size_t start = 0; start < count; start += block, x += block, y += block) {
+      for (std::size_t i = 0; i < block; i += kLanes) {
+        F sums[2] = {X::zero(), X::zero()};
+        for (std::size_t j = 0; j < kLanes; ++j)
+          sums[j % 2] = X::fma(X::broadcast(x[i + j]), X::load(signs.at[j]), sums[j % 2]);
+        X::store(y + i, X::multiply(X::add(sums[0], sums[1]), factor));
+      }
+      for (std::size_t size = kLanes; size < block; size *= 2)
+        for (std::size_t pair = 0; pair < block; pair += 2 * size)
+          for (std::size_t i = pair; i < pair + size; i += kLanes) {
+            const F a = X::load(y + i), b = X::load(y + i + size);
+            X::store(y + i, X::add(a, b));
+            X::store(y + i + size, X::subtract(a, b));
+          }
+    }
+  }
+
   static void rotate(const float* x, const float* cosine, const float* sine, std::size_t size, float* y) {
     const std::size_t half = size / 2;
     std::size_t i = 0;

@@ -24,13 +24,14 @@ std::size_t round_up(std::size_t value, std::size_t step) { return (value + step
 }  // namespace
 
 Linear::Linear(std::string name_, std::size_t rows_, std::size_t columns_, std::vector<Matrix> matrices_,
-               std::vector<Operator> operators_, std::vector<float> bias_)
+               std::vector<Operator> operators_, std::vector<float> bias_, std::size_t hadamard_)
     : name(std::move(name_)),
       rows(rows_),
       columns(columns_),
       matrices(std::move(matrices_)),
       operators(std::move(operators_)),
-      bias(std::move(bias_)) {
+      bias(std::move(bias_)),
+      hadamard(hadamard_) {
   const auto expect_size = [&](const auto& term, const char* what) {
     expect(term.rows() == rows && term.columns() == columns, name, ": ", what, " is not [", rows, ", ", columns, "]");
   };
@@ -46,6 +47,8 @@ Linear::Linear(std::string name_, std::size_t rows_, std::size_t columns_, std::
     if (!term.is_low_rank()) continue;
     row_step = std::max(row_step, term.first().column_step());  // powers of two: the largest is a multiple of the others
   }
+  expect(hadamard == 0 || (hadamard >= 16 && (hadamard & (hadamard - 1)) == 0 && columns % hadamard == 0), name,
+         ": hadamard: expected a power of two from 16 on that divides ", columns, ", found ", hadamard);
   expect(bias.empty() || bias.size() == rows, name, ": the bias has ", bias.size(), " values, expected ", rows);
 }
 
@@ -60,6 +63,7 @@ void Linear::row(std::size_t r, float* out) const {
     }
   }
   for (const Operator& term : operators) term.add_row(r, out);
+  if (hadamard) active_level().ops->hadamard(out, columns, hadamard, out);
 }
 
 Activations& Workspace::codes(std::size_t tile) {

@@ -18,9 +18,9 @@ namespace mpo {
 struct Linear {
   // Throws std::invalid_argument unless every term and the bias have the layer's size.
   Linear(std::string name, std::size_t rows, std::size_t columns, std::vector<Matrix> matrices,
-         std::vector<Operator> operators, std::vector<float> bias);
+         std::vector<Operator> operators, std::vector<float> bias, std::size_t hadamard);
 
-  // Row r of the weight, as float32 [columns]; the bias is no part of it.
+  // Row r of the weight, transformed where `hadamard` is not 0, as float32 [columns]; the bias is no part of it.
   void row(std::size_t r, float* out) const;
 
   std::string name;
@@ -28,6 +28,7 @@ struct Linear {
   std::vector<Matrix> matrices;
   std::vector<Operator> operators;
   std::vector<float> bias;
+  std::size_t hadamard;  // the terms take the transform of every block of so many inputs; 0: the inputs as they are
   std::size_t row_bytes = 0, row_step = 1;
 };
 
@@ -66,7 +67,7 @@ class Workspace {
 // panels, where the level has them: in float32, or rounded to what its panels hold.
 enum class Arithmetic { floats, codes, prompt_floats, prompt };
 
-// Computes all the products with x [tokens, columns].
+// Computes all the products with x [tokens, columns], to which the layers' transforms were applied.
 void apply(const std::vector<Product>& products, const float* x, std::size_t tokens, Arithmetic arithmetic, Workspace& work,
            Pool& pool);
 

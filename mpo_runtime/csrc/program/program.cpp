@@ -92,6 +92,7 @@ Program::Register Program::add_positions(Register x, std::vector<float> table) {
 Program::Register Program::linear(Register x, std::shared_ptr<const Linear> layer) {
   expect(layer->columns == width(x), "program: ", layer->name, " takes ", layer->columns, " inputs, found ", width(x));
   expect_open();
+  if (layer->hadamard) x = transformed(x, layer->hadamard);
   if (!steps_.empty() && steps_.back().kind == Kind::linear && steps_.back().from[0] == x) {
     steps_.back().to.push_back(widths_.size());
     steps_.back().layers.push_back(layer);
@@ -100,6 +101,14 @@ Program::Register Program::linear(Register x, std::shared_ptr<const Linear> laye
   }
   const Register to = made(Kind::linear, {x}, layer->rows);
   steps_.back().layers = {std::move(layer)};
+  return to;
+}
+
+Program::Register Program::transformed(Register x, std::size_t block) {
+  for (const Instruction& step : steps_)
+    if (step.kind == Kind::hadamard && step.from[0] == x && step.size == block) return step.to[0];
+  const Register to = made(Kind::hadamard, {x}, width(x));
+  steps_.back().size = block;
   return to;
 }
 

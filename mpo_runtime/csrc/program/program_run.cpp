@@ -75,6 +75,10 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
       if (state.few < tokens)
         multiply(step, {state.few, tokens}, exact_ ? Arithmetic::prompt_floats : Arithmetic::prompt, state);
       return;
+    case Kind::hadamard:
+      return for_tokens(tokens, width, [&, x = from(0)](std::size_t t) {
+        ops.hadamard(x + t * width, width, step.size, to + t * width);
+      });
     case Kind::rope: return rope(step, call, state);
     case Kind::attention: return attend(step, call, state);
     case Kind::gelu:
