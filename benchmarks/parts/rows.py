@@ -72,7 +72,8 @@ def with_cores(linear: LinearSpec, candidates: Sequence[Candidate], chi: int) ->
     rows = []
     for candidate in candidates:
         terms = (*candidate.terms, cores)
-        rows.append(Candidate(stored_bytes(replace(linear, terms=terms)), candidate.loss, terms))
+        size = stored_bytes(replace(linear, terms=terms))
+        rows.append(replace(candidate, bytes=size, terms=terms))
     return rows
 
 
@@ -91,7 +92,7 @@ def allocated(spec: ModelSpec, surveyed: Survey, target_bytes: int, chi: int = 0
 def allocated_bytes(source: Checkpoint, surveyed: Survey, tensor_bytes: int) -> tuple[LinearSpec, ...]:
     """Widths by layer for so many bytes of tensors (the norms among them)."""
     chosen = choose(surveyed.candidates, tensor_bytes - vector_bytes(source))
-    return tuple(replace(linear, terms=chosen[linear.name].terms) for linear in source.spec.linears)
+    return tuple(chosen[linear.name].stored(linear) for linear in source.spec.linears)
 
 
 def vector_bytes(source: Checkpoint) -> int:

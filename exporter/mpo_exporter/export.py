@@ -200,6 +200,7 @@ def planner_for(source: Source, task: ExportTask, folder: Path, listener: Listen
         task.surveyed,
         care=task.effort.care,
         store=task.work,
+        hadamard=task.options.hadamard,
         blind=walk is None and task.effort == QUICK,
     )
 
@@ -300,7 +301,7 @@ class Fitting:
             for names, moment in walk.dense():
                 if names == (EMBEDDING,):
                     self.table = moment.second
-        table = None if self.table is None else Moment(self.table, None, walk.windows.size)
+        table = None if self.table is None else Moment(self.table.copy(), None, walk.windows.size)
         embedding = self.layer(linears[EMBEDDING], table).matrix.astype(np.float32)
 
         walk.compress(
@@ -341,6 +342,8 @@ class Fitting:
         built = build_linear(linear, raw, dtype, moment, self.method)
         seconds = time.perf_counter() - start
         if self.listener.fitted:
+            if moment is not None:
+                moment.turn(0)
             self.listener.fitted(Fitted(linear.name, widen(raw, dtype), built.matrix, moment, seconds))
         if self.store is not None:
             self.store.write(f"fit-{linear.name}", built.tensors)

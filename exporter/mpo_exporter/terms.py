@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import full_rank
 from mpo_formats.layout import linear_tensors
-from mpo_formats.spec import GROUPS, CoreType
+from mpo_formats.spec import GROUPS, HADAMARDS, CoreType
 
 # The bond dimension where none is given.
 DEFAULT_CHI = 32
@@ -17,15 +17,26 @@ DEFAULT_CHI = 32
 GROUP = 32
 # The largest group of integer cores.
 CORE_GROUP = 64
+# Inputs that are transformed together: larger blocks lower no error any more (docs/method.md).
+LARGEST_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to store a layer: its bytes in the file, its expected loss in nats per token, and its terms."""
+    """One way to store a layer: its bytes in the file, its expected loss in nats per token, its terms, and their transform."""
 
     bytes: int
     loss: float
     terms: tuple[Term, ...]
+    hadamard: int = 0
+
+    def stored(self, linear: LinearSpec) -> LinearSpec:
+        """The layer, stored in this way."""
+        return replace(linear, terms=self.terms, hadamard=self.hadamard)
+
+    def describes(self, linear: LinearSpec) -> bool:
+        """Whether the layer is stored in this way."""
+        return (linear.terms, linear.hadamard) == (self.terms, self.hadamard)
 
 
 def fitting_group(columns: int, wanted: int) -> int | None:
@@ -34,6 +45,11 @@ def fitting_group(columns: int, wanted: int) -> int | None:
     A matrix whose rows no group divides is stored dense: 172 = 4 · 43 is such a row length.
     """
     return max((group for group in GROUPS if group <= wanted and columns % group == 0), default=None)
+
+
+def hadamard_block(columns: int) -> int:
+    """The largest block of at most LARGEST_BLOCK inputs whose transform a row of `columns` weights can take, 0 if none."""
+    return max(block for block in HADAMARDS if block <= LARGEST_BLOCK and (not block or columns % block == 0))
 
 
 def integers(columns: int, bits: int, group: int = GROUP) -> Term:

@@ -115,9 +115,7 @@ def from_json(kind: type[Record], text: bytes | str, where: str, version: str = 
         raise FormatError(f"{where}{fault.path}: {fault}") from None
 
 
-def records_from_json(
-    kind: type[Record], text: bytes | str, where: str, version: str = NEWEST
-) -> tuple[Record, ...]:
+def records_from_json(kind: type[Record], text: bytes | str, where: str, version: str = NEWEST) -> tuple[Record, ...]:
     """Parses a JSON list of records that follow a version; raises FormatError naming the index and key."""
     rows = parse_json(text, where)
     try:

@@ -116,4 +116,5 @@ def hadamard_transform(rows: NDArray[Any], block: int) -> NDArray[Any]:
         return rows
     blocks = rows.reshape(-1, block) @ hadamard_signs(block).astype(rows.dtype)
     blocks *= rows.dtype.type(block**-0.5)
-    return blocks.reshape(rows.shape)
+    result: NDArray[Any] = blocks.reshape(rows.shape)
+    return result

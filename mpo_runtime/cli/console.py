@@ -27,6 +27,9 @@ def run(app: Callable[..., Any], program: str) -> None:
     Errors are one line on standard error; a traceback only with --debug or MPO_DEBUG=1. SIGTERM, and SIGHUP unless it is
     ignored (nohup), end the program as Ctrl-C does, so that no half-written file stays.
     """
+    # Read when torch is imported: its threads wait for each other without spinning. Where other programs use the machine,
+    # spinning threads make small matrix functions take a hundred times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     prepare_streams()
     show_notes()
     for name in ("SIGTERM", "SIGHUP"):

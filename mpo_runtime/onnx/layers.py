@@ -72,7 +72,9 @@ class Layers:
         if others or not isinstance(term, Quantized) or not alike:
             return ""
         found = joined([self._laid_out(layer, f"{layer.name}.0", term) for layer in layers])
-        return "" if found is None else self._multiply(self._store(f"{first.name}.0", found), self._transformed(x, first))
+        return (
+            "" if found is None else self._multiply(self._store(f"{first.name}.0", found), self._transformed(x, first))
+        )
 
     def rows(self, layer: LinearSpec, ids: str) -> str:
         """The rows of a layer's matrix [B, S, in] for token ids [B, S]."""

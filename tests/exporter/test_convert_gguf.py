@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from mpo_exporter.convert.gguf_text import add_tokenizer
 from mpo_exporter.plan.options import Options
 from mpo_exporter.source import embedded_model
 from mpo_formats import ConfigError, Dense, Mpo, MpoFile, OutputError, Quantized, Rope, Term
-from mpo_formats.reference import integer_tensor
+from mpo_formats.layout import content_tensors
+from mpo_formats.reference import integer_tensor, matrix
+from mpo_runtime.layers.linear import widen
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights.gguf import Gguf
 from tests.exporter.convert_cases import llama, write
+from tests.formats import tiny
 from tests.formats.tiny import DOWN, GATE, KEY, QUERY, UP, VALUE
 from tests.helpers import export_folder, forward, network
 
@@ -99,6 +103,23 @@ def test_a_written_file_gives_the_same_logits(
     write_gguf(GgufRequest(file, tmp_path / "a.gguf"))
     ours, theirs = (forward(network(path), [IDS])[0] for path in (file, tmp_path / "a.gguf"))
     np.testing.assert_allclose(theirs, ours, atol=1e-4 * np.abs(ours).max())
+
+
+def test_transforms_are_undone_and_their_integers_rounded(tmp_path: Path) -> None:
+    plain = small(tmp_path / "a.mpo", {DOWN: (Quantized(4, 32, False),), QUERY: (Quantized(8, 32, False),)})
+    with MpoFile(plain) as opened:
+        linears = tuple(dataclasses.replace(one, hadamard=32 * (one.name != VALUE)) for one in opened.spec.linears)
+        spec = dataclasses.replace(opened.spec, linears=linears)
+        arrays = {tensor.name: opened.array(tensor.name) for tensor in content_tensors(spec)}
+        tiny.write(tmp_path / "b.mpo", spec, arrays)
+    said = write_gguf(GgufRequest(tmp_path / "b.mpo", tmp_path / "b.gguf", measure_tokens=0))
+    assert {"1 matrices as Q5_1, rounded", "1 matrices as Q8_0, rounded"} <= set(said)
+    theirs = Gguf(tmp_path / "b.gguf")
+    with MpoFile(tmp_path / "b.mpo") as opened:
+        for name, share in ((DOWN, 0.02), (QUERY, 0.01), (UP, 1e-6), (VALUE, 0.0)):
+            expected = matrix(opened, opened.spec.linear(name))
+            found = np.float64(widen(theirs.array(f"{name}.0.weight"), theirs.dtype(f"{name}.0.weight")).numpy())
+            assert np.linalg.norm(found - expected) <= share * np.linalg.norm(expected), name
 
 
 def test_cores_are_refused_and_files_are_kept(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,6 +66,20 @@ def test_shares_put_together_are_the_layer(case: str, axis: Axis, ranks: int) ->
         parts.append(matrix(share(whole, axis, rank * size, (rank + 1) * size)))
     found = torch.cat(parts, dim=0 if axis == "rows" else 1)
     torch.testing.assert_close(found, matrix(whole), rtol=1e-4, atol=1e-4 * float(matrix(whole).abs().max()))
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_shares_of_a_transformed_layer_hold_whole_blocks(axis: Axis) -> None:
+    whole = layer((Quantized(4, 16, False), Mpo((96, 1), (1, 64), (3,), "f16", 0)))
+    whole = replace(whole, spec=replace(whole.spec, hadamard=32))
+    half = 48 if axis == "rows" else 32
+    parts = [share(whole, axis, start, start + half) for start in (0, half)]
+    found = torch.cat([matrix(part) for part in parts], dim=0 if axis == "rows" else 1)
+    torch.testing.assert_close(found, matrix(whole), rtol=1e-4, atol=1e-4 * float(matrix(whole).abs().max()))
+    x = torch.randn(3, parts[0].spec.in_features)
+    torch.testing.assert_close(TorchProduct(parts[0], CPU).apply(x), x @ matrix(parts[0]).T, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ConfigError, match="cut through a Hadamard block of 32"):
+        share(whole, "columns", 16, 32)
 
 
 def test_a_share_of_low_rank_becomes_a_matrix() -> None:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.upstream import Upstream, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_formats.packing import hadamard_transform
 from mpo_runtime.layers.linear import widen
 from mpo_runtime.weights.protocol import Weights
 
@@ -44,9 +46,12 @@ BATCHES, MOST_PART = 4, 1 << 24
 Build = Callable[[str, Matrix, "Moment"], NDArray[np.float32]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Moment:
-    """Second moments of one input x̂ over `tokens` tokens: `second` is C = E[x̂ x̂ᵀ] [I, I]. The arrays must not be changed.
+    """Second moments of one input x̂ over `tokens` tokens: `second` is C = E[x̂ x̂ᵀ] [I, I].
+
+    The arrays must not be changed but by `turn`, which exchanges x̂ and x for their Hadamard transform in blocks of `hadamard`
+    inputs.
 
     `cross` is E[x x̂ᵀ] [I, I] where x̂ differs from the input x of the dense model, else None. `drift` is
     E[(h − ĥ) x̂ᵀ] / m [O, I] for a layer whose output is added, m times, to the residual stream ĥ: it says how the output
@@ -60,12 +65,31 @@ class Moment:
     cross: Single | None = None
     tokens: int = 0
     drift: Single | None = None
+    hadamard: int = 0
     _hessians: dict[tuple[int, float], Hessian] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def root(self) -> Matrix:
         """The lower triangular L with L Lᵀ = C, as `cholesky_root` gives it."""
         return cholesky_root(self.second)
+
+    def turn(self, block: int) -> None:
+        """Makes these the moments of the inputs' Hadamard transform in blocks of `block`; 0: of the inputs themselves.
+
+        It is done in place: a second C would be the largest array of an export.
+        """
+        if block == self.hadamard:
+            return
+        for size in filter(None, (self.hadamard, block)):  # the transform is its own inverse
+            for array in (self.second, self.cross):
+                if array is not None:
+                    transform_in_place(array, size)
+                    transform_in_place(array.T, size)
+            if self.drift is not None:
+                transform_in_place(self.drift, size)
+        self.hadamard = block
+        self._hessians.clear()
+        self.__dict__.pop("root", None)
 
     def hessian(self, group: int, damping: float = DAMPING) -> Hessian:
         """The damped Hessian, its columns in the processing order for groups of that size.
@@ -78,6 +102,13 @@ class Moment:
             self._hessians.clear()  # before the new one takes its memory
             self._hessians[key] = decompose(self.second, group, damping)
         return self._hessians[key]
+
+
+def transform_in_place(matrix: NDArray[Any], block: int) -> None:
+    """The Hadamard transform of every block of columns of a matrix, some rows at a time."""
+    for start in range(0, len(matrix), PANEL):
+        rows = slice(start, start + PANEL)
+        matrix[rows] = hadamard_transform(np.ascontiguousarray(matrix[rows]), block)
 
 
 def require_finite(matrix: Matrix, name: str) -> None:

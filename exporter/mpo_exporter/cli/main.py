@@ -67,6 +67,7 @@ def export(
     out: given.Out = None,
     target: given.TargetOptions,
     for_speed: given.ForSpeed = False,
+    hadamard: given.Hadamard = True,
     choice: given.ChoiceOptions,
     keys: given.KeyProjections,
     dry_run: given.DryRun = False,
@@ -94,7 +95,14 @@ def export(
     request = ExportRequest(
         model=model,
         options=plan_options(
-            plan, chi, cores, target=target.record(), for_speed=for_speed, choice=choice.record(), keys=keys.record()
+            plan,
+            chi,
+            cores,
+            target=target.record(),
+            for_speed=for_speed,
+            hadamard=hadamard,
+            choice=choice.record(),
+            keys=keys.record(),
         ),
         out=out,
         force=force,

@@ -72,6 +72,13 @@ PlanName = Annotated[
     ),
 ]
 ForSpeed = Annotated[bool, typer.Option("--for-speed", help="auto: nothing that is slower than int4 on this machine.")]
+Hadamard = Annotated[
+    bool,
+    typer.Option(
+        help="auto: let layers take the Hadamard transform of blocks of their input where that makes integers lose less; "
+        "without it, files that older programs open and to-hf keeps exactly."
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.mpo")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite existing files.")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)]

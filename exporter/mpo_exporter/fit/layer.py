@@ -17,7 +17,7 @@ from mpo_exporter.quantize.gptq import TURNS, compensated, target
 from mpo_exporter.quantize.rounding import MOST_LOST, Integers, require_scales, round_to_nearest
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.layout import PLANES
-from mpo_formats.packing import bf16_to_f32, f32_to_bf16
+from mpo_formats.packing import bf16_to_f32, f32_to_bf16, hadamard_transform
 
 Matrix = NDArray[np.float64]
 Tensors = dict[str, NDArray[Any]]
@@ -43,7 +43,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A layer's tensors by name, and the matrix [O, I] that the stored tensors stand for."""
+    """A layer's tensors by name, and the matrix [O, I] that the stored tensors stand for, or one term of it."""
 
     tensors: Tensors
     matrix: Matrix
@@ -74,18 +74,23 @@ def build_linear(
 ) -> Built:
     """Fits all terms of a layer to its stored matrix [out, in], in the norm of its input's moment where that is given.
 
+    A layer of transformed inputs is fitted in their basis, in which the moment is left (`Moment.turn`).
+
     Raises:
         ConfigError: naming the layer, when a value is not finite or outside the range of the stored type.
     """
     matrix = widen(raw, dtype)
     only = linear.terms[0]
-    if isinstance(only, Dense) and only.dtype == dtype and len(linear.terms) == 1:
+    if isinstance(only, Dense) and only.dtype == dtype and len(linear.terms) == 1 and not linear.hadamard:
         return Built({f"{linear.name}.0.weight": raw}, matrix)
     try:
+        matrix = hadamard_transform(matrix, linear.hadamard)
         if moment is not None:
+            moment.turn(linear.hadamard)
             group = next((term.group for term in linear.terms if isinstance(term, Quantized)), 1)
             matrix = target(matrix, moment, group=group)
-        return _fit(linear, matrix, moment, method or Method())
+        built = _fit(linear, matrix, moment, method or Method())
+        return replace(built, matrix=hadamard_transform(built.matrix, linear.hadamard))
     except ConfigError as error:
         raise ConfigError(f"{linear.name}: {error}") from None
 

@@ -18,10 +18,10 @@ from mpo_exporter.fit.search import EXACT_SIZE, whiten
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
 from mpo_exporter.quantize.gptq import expected_errors, expected_residuals
 from mpo_exporter.quantize.grid import LARGEST, Grid
-from mpo_exporter.terms import DEFAULT_CHI, Candidate, fitting_group, operator, stored_bytes
+from mpo_exporter.terms import DEFAULT_CHI, Candidate, fitting_group, hadamard_block, operator, stored_bytes
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_formats.packing import implicit_zero
+from mpo_formats.packing import hadamard_transform, implicit_zero
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
@@ -35,6 +35,15 @@ GRIDS = (
     *(Grid(bits, group) for bits in (5, 6) for group in (64, 128)),
     Grid(8, 128),
 )
+# Grids for transformed inputs: weights are then spread like a normal distribution in every group, so that larger groups lose
+# little, and zeros cost more than they gain.
+TURNED_GRIDS = (
+    *(Grid(bits, group) for bits in (2, 3, 4) for group in (32, 64, 128, 256)),
+    *(Grid(bits, group) for bits in (5, 6) for group in (64, 128, 256)),
+    Grid(8, 128),
+)
+# What the bases are compared on.
+PROBE = Grid(3, 64)
 # Grids that are also tried with int8 cores beside them, for every χ in LADDER: one decomposition gives the loss of each χ.
 CORED = (*(Grid(bits, 64) for bits in (2, 3)), Grid(4, 32), Grid(4, 128))
 LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -77,6 +86,12 @@ class Sensitivity:
     def total(self, matrix: Matrix) -> float:
         """The expected loss of setting a matrix [O, I] to zero."""
         return float(self.rows @ ((matrix @ self.hessian) * matrix).sum(1)) / 2
+
+    def turned(self, matrix: Matrix, block: int) -> Matrix:
+        """A matrix [O, I] that acts on the inputs' Hadamard transform in blocks of `block`, whose moment H then is."""
+        if self.moment is not None:
+            self.moment.turn(block)
+        return hadamard_transform(matrix, block)
 
     def sample(self, matrix: Matrix, count: int = USUAL.rows) -> tuple[Matrix, Sensitivity]:
         """`count` rows of `matrix` [O, I] with about the expected loss of all; a matrix of few rows as it is.
@@ -124,15 +139,18 @@ def candidates(
     linear: LinearSpec,
     matrix: Matrix,
     sensitivity: Sensitivity,
-    grids: Sequence[Grid] = GRIDS,
+    grids: Sequence[Grid] | None = None,
     chis: Sequence[int] = LADDER,
     *,
+    hadamard: int = 0,
     every: bool = True,
     sampled: int = USUAL.rows,
 ) -> list[Candidate]:
     """The candidates of a layer with the loss that compensated rounding is expected to leave; the last is lossless.
 
     Args:
+        grids: of integers; None for those that suit the basis.
+        hadamard: the inputs that are transformed together, in all candidates but the lossless one; 0 for none.
         sampled: rows that errors are estimated on, of a matrix with more than twice as many.
         every: gives cores' losses for each grid of CORED; else for χ up to DEFAULT_CHI, and only where they may pay.
 
@@ -140,15 +158,17 @@ def candidates(
         ConfigError: when the matrix is not finite.
     """
 
-    def candidate(loss: float, *terms: Term) -> Candidate:
-        return Candidate(stored_bytes(replace(linear, terms=terms)), loss, terms)
+    def candidate(loss: float, *terms: Term, hadamard: int = hadamard) -> Candidate:
+        return Candidate(stored_bytes(replace(linear, terms=terms)), loss, terms, hadamard)
 
     require_finite(matrix, "matrix")
+    grids = (TURNED_GRIDS if hadamard else GRIDS) if grids is None else grids
+    matrix = sensitivity.turned(matrix, hadamard)
     peak = float(np.abs(matrix).max(initial=0.0))
     fitting = [grid for grid in fitted(grids, linear.in_features) if peak <= LARGEST * implicit_zero(grid.bits)]
-    lossless = candidate(0.0, *linear.terms)
+    lossless = candidate(0.0, *linear.terms, hadamard=0)
     if not fitting:
-        narrow = candidate(0.0, Dense("bf16"))
+        narrow = candidate(0.0, Dense("bf16"), hadamard=0)
         return [lossless] if lossless.bytes <= narrow.bytes else [narrow, lossless]
     group = max(grid.group for grid in fitting)
     rows, counted = sensitivity.sample(matrix, sampled)
@@ -175,6 +195,23 @@ def candidates(
             curve = tails(whitened, chis)
             result += [replace(one, loss=share * loss) for one, (_, loss) in zip(sizes, curve, strict=True)]
     return [*result, lossless]
+
+
+def transform_gain(
+    linear: LinearSpec, matrix: Matrix, sensitivity: Sensitivity, sampled: int = USUAL.rows
+) -> tuple[int, float]:
+    """The Hadamard block that lowers the expected loss of a layer's integers, and what it is divided by; (0, 1) if none does."""
+    block = hadamard_block(linear.in_features)
+    grids = fitted([PROBE], linear.in_features)
+    require_finite(matrix, "matrix")
+    if not block or not grids or np.abs(matrix).max(initial=0.0) > LARGEST:
+        return 0, 1.0
+    rows, counted = sensitivity.sample(matrix, sampled)
+    losses = []
+    for basis in (0, block):
+        turned = sensitivity.turned(rows, basis)
+        losses.append(float((expected_errors(turned, sensitivity.moment, grids) @ counted.rows)[0]))
+    return (block, losses[0] / losses[1]) if 0 < losses[1] < losses[0] else (0, 1.0)
 
 
 def weighted_residual(matrix: Matrix, sensitivity: Sensitivity, grid: Grid, group: int) -> Tensor:

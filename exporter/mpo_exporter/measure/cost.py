@@ -150,7 +150,7 @@ def export_cost(
     if surveyed and windows:
         stages["gradients"] = rates.product * tokens * block * beside
         backward = 2 * sampled * block * beside + sampled * squares + 2.5 * sampled * head
-        stages["surveying"] = rates.product * backward + rates.exact * cubes + rates.grid * judged * len(GRIDS)
+        stages["surveying"] = rates.product * backward + rates.exact * cubes + rates.grid * judged * (len(GRIDS) + 2)
     elif surveyed:
         stages["surveying"] = rates.grid * judged * len(GRIDS)
     if windows:

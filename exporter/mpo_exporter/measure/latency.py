@@ -222,7 +222,7 @@ def no_slower_than(
 ) -> list[Candidate]:
     """The candidates of a layer that take no longer on this machine than `plain`, the same layer in int4."""
     most = table.layer(plain)
-    seconds = {one.terms: table.layer(replace(linear, terms=one.terms)) for one in candidates}
+    seconds = {one.terms: table.layer(one.stored(linear)) for one in candidates}
     kept = [one for one in candidates if seconds[one.terms] <= most]
     # Rows that no group divides have no integer candidate: take the fastest of the others.
     return kept or [min(candidates, key=lambda one: seconds[one.terms])]

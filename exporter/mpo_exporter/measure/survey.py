@@ -25,6 +25,7 @@ from mpo_exporter.measure.candidates import (
     CORED,
     GRIDS,
     LADDER,
+    TURNED_GRIDS,
     Alone,
     Curve,
     Matrix,
@@ -32,6 +33,7 @@ from mpo_exporter.measure.candidates import (
     alone,
     candidates,
     table_sensitivity,
+    transform_gain,
 )
 from mpo_exporter.progress import Log, Progress, no_log, silent
 from mpo_exporter.quantize.grid import Grid
@@ -43,7 +45,7 @@ from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import DenseWeights, Weights
 
 # To be raised whenever a survey of the same model and text would come out differently.
-VERSION = 7
+VERSION = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,15 @@ class Survey:
         table: the second moment [E, E] that the embedding's rows are rounded with; None of a survey without text.
         alone: the losses of cores that replace a matrix, for the attention and MLP matrices.
         complete: whether the losses of cores were measured for all layers; else only where cores may pay, and none alone.
+        gains: of the layers whose integers take the Hadamard transform of their input: the expected loss of integers that do
+            not, over that of integers that do.
     """
 
     candidates: dict[str, list[Candidate]]
     table: Matrix | None
     alone: dict[str, Alone] = field(default_factory=dict)
     complete: bool = True
+    gains: dict[str, float] = field(default_factory=dict)
 
     def loss(self, linear: LinearSpec) -> float | None:
         """The expected loss of a layer's terms in nats per token; None for sums of terms that cannot be estimated.
@@ -69,18 +74,21 @@ class Survey:
         """
         row = self.candidates[linear.name]
         for one in row:
-            if one.terms == linear.terms:
+            if one.describes(linear):
                 return one.loss
+        factor = 1.0 if linear.hadamard else self.gains.get(linear.name, 1.0)
         match linear.terms:
             case (Dense(),):
                 return 0.0
             case (Quantized() as base,):
-                return nearest_integers(row, base)
+                found = nearest_integers(row, base)
             case (Mpo() as cores,):
                 return self._alone_loss(linear, cores)
             case (Quantized() as base, Mpo() as cores):
-                return corrected_loss(row, linear, base, cores)
-        return None
+                found = corrected_loss(row, linear, base, cores)
+            case _:
+                return None
+        return None if found is None else factor * found
 
     def total_loss(self, linears: Sequence[LinearSpec]) -> float | None:
         """The summed loss of layers in nats per token, None if one of them cannot be estimated."""
@@ -145,8 +153,9 @@ def survey(
     source: Weights,
     calibration: Calibration,
     *,
-    grids: Sequence[Grid] = GRIDS,
+    grids: Sequence[Grid] | None = None,
     chis: Sequence[int] = LADDER,
+    hadamard: bool = True,
     care: Care = USUAL,
     complete: bool = True,
     store: Store | None = None,
@@ -158,7 +167,9 @@ def survey(
     divides stay in bf16, as do values that are too large for a scale in half precision.
 
     Args:
+        grids: of integers; None for those that suit each layer.
         chis: bond dimensions of cores, beside the integers and alone.
+        hadamard: layers take the transform of their input where that lowers their loss.
         complete: measures cores everywhere; see `Survey`.
         store: keeps what was measured, so that a later run with it goes on where this one ended.
 
@@ -167,16 +178,21 @@ def survey(
     """
     kept: Store = Memory() if store is None else store
     names = [linear.name for linear in source.spec.linears]
-    kept.scope("survey", digest_of([asdict(care), complete, list(chis), [asdict(grid) for grid in grids]]))
+    asked = None if grids is None else [asdict(grid) for grid in grids]
+    kept.scope("survey", digest_of([VERSION, asdict(care), complete, hadamard, list(chis), asked]))
     done = {name for name in names if kept.read(f"survey-layer-{name}")}
 
     def measure() -> None:
         for name, sensitivity in sensitivities(source, calibration, care.windows, progress, kept):
             matrix = dense_matrix(source, name)
+            linear, block, gain = source.spec.linear(name), 0, 1.0
             try:
+                if hadamard:
+                    block, gain = transform_gain(linear, matrix, sensitivity, care.rows)
                 found = candidates(
-                    source.spec.linear(name), matrix, sensitivity, grids, chis, every=complete, sampled=care.rows
+                    linear, matrix, sensitivity, grids, chis, hadamard=block, every=complete, sampled=care.rows
                 )
+                sensitivity.turned(matrix, 0)
                 cores = alone(matrix, sensitivity, chis) if complete and name not in (EMBEDDING, HEAD) else None
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
@@ -184,7 +200,8 @@ def survey(
                 # Single precision, as in the cache: an export with a cached survey gives the same bytes as one without.
                 kept.write("survey-table", {"table": sensitivity.hessian.astype(np.float32)})
             kept.write(
-                f"survey-layer-{name}", {"row": json_array([row_data(found), None if cores is None else asdict(cores)])}
+                f"survey-layer-{name}",
+                {"row": json_array([row_data(found), None if cores is None else asdict(cores), gain])},
             )
             done.add(name)
             progress("surveying", len(done), len(names))
@@ -210,16 +227,16 @@ def collected(kept: Store, names: Sequence[str], complete: bool) -> Survey:
     table = kept.read("survey-table")
     if table is None:
         raise ConfigError("survey: the embedding was not measured")
-    rows, alone_by_name = {}, {}
+    rows, alone_by_name, gains = {}, {}, {}
     for name in names:
-        row, cores_data = array_json((kept.read(f"survey-layer-{name}") or {})["row"])
+        row, cores_data, gains[name] = array_json((kept.read(f"survey-layer-{name}") or {})["row"])
         rows[name] = row_of(row)
         if cores_data is not None:
             alone_by_name[name] = alone_of(cores_data)
-    return Survey(rows, table["table"].astype(np.float64), alone_by_name, complete)
+    return Survey(rows, table["table"].astype(np.float64), alone_by_name, complete, gains)
 
 
-def blind_survey(source: Weights, *, grids: Sequence[Grid] = GRIDS, progress: Progress = silent) -> Survey:
+def blind_survey(source: Weights, *, hadamard: bool = True, progress: Progress = silent) -> Survey:
     """Candidates judged by their weights alone: the loss is the squared error relative to the matrix's own squares.
 
     Such losses order plans of one size. They are no nats, and the survey has no moment for the embedding's rows.
@@ -227,17 +244,18 @@ def blind_survey(source: Weights, *, grids: Sequence[Grid] = GRIDS, progress: Pr
     Raises:
         ConfigError: naming the layer whose values are not finite.
     """
-    found = {}
+    found, gains = {}, {}
     for done, linear in enumerate(source.spec.linears, 1):
         matrix = dense_matrix(source, linear.name)
         energy = max(float(np.vdot(matrix, matrix)), 1e-300)
         sensitivity = Sensitivity(None, np.full(len(matrix), 2 / energy))
         try:
-            found[linear.name] = candidates(linear, matrix, sensitivity, grids, ())
+            block, gains[linear.name] = transform_gain(linear, matrix, sensitivity) if hadamard else (0, 1.0)
+            found[linear.name] = candidates(linear, matrix, sensitivity, chis=(), hadamard=block)
         except ConfigError as error:
             raise ConfigError(f"{linear.name}: {error}") from None
         progress("surveying", done, len(source.spec.linears))
-    return Survey(found, None, {}, False)
+    return Survey(found, None, {}, False, gains)
 
 
 def digest_of(data: Any) -> str:
@@ -282,7 +300,9 @@ def sensitivities(
                 yield name, Sensitivity(one.moment, one.fisher[name])
 
 
-def survey_file(source: DenseWeights, walk: Calibration, text: TokenText, care: Care) -> CacheFile:
+def survey_file(
+    source: DenseWeights, walk: Calibration, text: TokenText, care: Care, hadamard: bool = True
+) -> CacheFile:
     """The cache file of a survey, named by the digests of the model and of the calibration text."""
     key = {
         "version": VERSION,
@@ -291,7 +311,8 @@ def survey_file(source: DenseWeights, walk: Calibration, text: TokenText, care: 
         "tokens": hashlib.sha256(walk.windows.tobytes()).hexdigest(),
         "surveyed": care.windows,
         "rows": care.rows,
-        "grids": [[grid.bits, grid.group, grid.zeros] for grid in GRIDS],
+        "grids": [[grid.bits, grid.group, grid.zeros] for grid in (*GRIDS, *TURNED_GRIDS)],
+        "hadamard": hadamard,
         "cores": [[grid.bits, grid.group, grid.zeros] for grid in CORED],
         "bonds": list(LADDER),
     }
@@ -303,6 +324,7 @@ def cached_survey(
     walk: Calibration,
     text: TokenText,
     *,
+    hadamard: bool = True,
     care: Care = USUAL,
     complete: bool = True,
     store: Store | None = None,
@@ -312,13 +334,13 @@ def cached_survey(
     """The survey of a model on a calibration text: from the cache, or measured now and cached.
 
     Args:
-        store: as `survey` takes it.
+        hadamard, store: as `survey` takes them.
         complete: measures cores everywhere, which takes longer; a complete survey in the cache is always good enough.
 
     Raises:
         ConfigError: as `survey` does.
     """
-    file = survey_file(source, walk, text, care)
+    file = survey_file(source, walk, text, care, hadamard)
     cached = file.read(log)
     if cached is not None and (cached.content["complete"] or not complete):
         log(f"survey: measured before, read from {file.path.name}")
@@ -326,7 +348,7 @@ def cached_survey(
     if cached is not None:
         log("survey: measured before, but cores only where they pay; measuring them everywhere")
     started = time.perf_counter()
-    found = survey(source, walk, care=care, complete=complete, store=store, progress=progress)
+    found = survey(source, walk, hadamard=hadamard, care=care, complete=complete, store=store, progress=progress)
     seconds = time.perf_counter() - started
     log(f"survey: every layer measured in {seconds:.0f} s, cached for other budgets")
     file.write(packed(found, seconds), log)
@@ -337,7 +359,13 @@ def packed(found: Survey, seconds: float) -> Cached:
     """A survey as plain data and one array."""
     rows = {name: row_data(row) for name, row in found.candidates.items()}
     alone = {name: asdict(one) for name, one in found.alone.items()}
-    content = {"candidates": rows, "alone": alone, "complete": found.complete, "seconds": seconds}
+    content = {
+        "candidates": rows,
+        "alone": alone,
+        "gains": found.gains,
+        "complete": found.complete,
+        "seconds": seconds,
+    }
     return Cached(content, {} if found.table is None else {"table": found.table.astype("float32")})
 
 
@@ -345,17 +373,18 @@ def unpacked(cached: Cached) -> Survey:
     """The survey that `packed` was given."""
     rows = {name: row_of(row) for name, row in cached.content["candidates"].items()}
     alone = {name: alone_of(one) for name, one in cached.content["alone"].items()}
-    return Survey(rows, cached.arrays["table"].astype("float64"), alone, cached.content["complete"])
+    table, content = cached.arrays["table"].astype("float64"), cached.content
+    return Survey(rows, table, alone, content["complete"], content["gains"])
 
 
 def row_data(row: Sequence[Candidate]) -> list[Any]:
     """Candidates as plain data."""
-    return [[one.bytes, one.loss, [asdict(term) for term in one.terms]] for one in row]
+    return [[one.bytes, one.loss, [asdict(term) for term in one.terms], one.hadamard] for one in row]
 
 
 def row_of(data: list[Any]) -> list[Candidate]:
     """The candidates that `row_data` was given."""
-    return [Candidate(size, loss, tuple(map(term_of, terms))) for size, loss, terms in data]
+    return [Candidate(size, loss, tuple(map(term_of, terms)), hadamard) for size, loss, terms, hadamard in data]
 
 
 def alone_of(data: dict[str, Any]) -> Alone:

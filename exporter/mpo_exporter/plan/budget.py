@@ -112,14 +112,12 @@ def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int)
 
 def charged_bytes(planned: ModelSpec, charged: Candidates) -> int:
     """The charged bytes of a plan's layers."""
-    return sum(
-        next(one.bytes for one in charged[linear.name] if one.terms == linear.terms) for linear in planned.linears
-    )
+    return sum(next(one.bytes for one in charged[linear.name] if one.describes(linear)) for linear in planned.linears)
 
 
 def charge(linear: LinearSpec, candidate: Candidate) -> Candidate:
     """The candidate with the bytes that it is expected to add to header and checksums counted in."""
-    built = replace(linear, terms=candidate.terms)
+    built = candidate.stored(linear)
     entries = 0
     for tensor in linear_tensors(built):
         entries += ENTRY + len(tensor.name) + len(str(tensor.shape)) + DIGEST_SIZE
@@ -221,7 +219,7 @@ def expected_loss(linears: Sequence[LinearSpec], candidates: Candidates) -> floa
     """The summed loss of layers in nats per token, None if one of them is not among the candidates."""
     total = 0.0
     for linear in linears:
-        found = [one.loss for one in candidates[linear.name] if one.terms == linear.terms]
+        found = [one.loss for one in candidates[linear.name] if one.describes(linear)]
         if not found:
             return None
         total += found[0]
@@ -230,4 +228,4 @@ def expected_loss(linears: Sequence[LinearSpec], candidates: Candidates) -> floa
 
 def with_choice(spec: ModelSpec, chosen: Mapping[str, Candidate]) -> ModelSpec:
     """The spec with every layer's terms replaced by the chosen ones."""
-    return replace(spec, linears=tuple(replace(linear, terms=chosen[linear.name].terms) for linear in spec.linears))
+    return replace(spec, linears=tuple(chosen[linear.name].stored(linear) for linear in spec.linears))

@@ -22,7 +22,7 @@ VERSION = 1
 # The named plan of a file that names none, and that of a file that gives every layer.
 DEFAULT, SAVED = AUTO.name, DENSE.name
 PLAN_KEYS = ("version", "plan", "chi", "cores", "layers")
-LAYER_KEYS = ("layer", "match", "terms")
+LAYER_KEYS = ("layer", "match", "terms", "hadamard")
 SHAPES = ("low-rank", "balanced")
 # The keys of a term by its kind. A term with `chi` is a short form, whose factors follow from the layer's size.
 TERM_KEYS = {
@@ -40,7 +40,7 @@ class PlanFile:
 
     Args:
         chi, cores: in the place of the command line's; None where the file does not say.
-        rows: the entries, checked against a model by `terms`.
+        rows: the entries, checked against a model by `layers`.
     """
 
     path: Path
@@ -49,20 +49,20 @@ class PlanFile:
     cores: int | None
     rows: tuple[Any, ...]
 
-    def terms(self, source: ModelSpec) -> dict[str, tuple[Term, ...]]:
-        """The terms of the layers that the file's entries name.
+    def layers(self, source: ModelSpec) -> dict[str, LinearSpec]:
+        """The layers that the file's entries name, stored as they say.
 
         Raises:
             PlanError: naming the file, the entry and what is wrong: an unknown or missing key, a layer that the model does
                 not have or that is given twice, or terms that the layer cannot have.
         """
-        found: dict[str, tuple[Term, ...]] = {}
+        found: dict[str, LinearSpec] = {}
         for index, row in enumerate(self.rows):
             where = f"{self.path}: layers[{index}]"
             for linear in named_layers(row, source, where):
                 if linear.name in found:
                     raise PlanError(f"{where}: {linear.name} is given twice; keep one entry for each layer")
-                found[linear.name] = layer_terms(row, linear, where)
+                found[linear.name] = planned_layer(row, linear, where)
         return found
 
 
@@ -150,8 +150,8 @@ def named_layers(row: Any, source: ModelSpec, where: str) -> list[LinearSpec]:
     return found
 
 
-def layer_terms(row: dict[str, Any], linear: LinearSpec, where: str) -> tuple[Term, ...]:
-    """The terms that an entry gives to a layer.
+def planned_layer(row: dict[str, Any], linear: LinearSpec, where: str) -> LinearSpec:
+    """A layer with the terms, and the transform of its input, that an entry gives it.
 
     Raises:
         PlanError: if the layer cannot have them.
@@ -161,7 +161,7 @@ def layer_terms(row: dict[str, Any], linear: LinearSpec, where: str) -> tuple[Te
         raise PlanError(f"{where}: terms: expected a list of at least one term, found {describe(terms)}")
     try:
         built = tuple(one_term(term, linear, f"{where}: terms[{index}]") for index, term in enumerate(terms))
-        return replace(linear, terms=built).terms
+        return replace(linear, terms=built, hadamard=row.get("hadamard", 0))
     except FormatError as error:
         raise PlanError(f"{where}: {linear.name} [{linear.out_features}, {linear.in_features}]: {error}") from None
 
@@ -224,7 +224,10 @@ def write_plan(path: Path, linears: tuple[LinearSpec, ...], *, force: bool = Fal
     Raises:
         OutputError: when it cannot be written, or exists and `force` is not given.
     """
-    rows = [{"layer": linear.name, "terms": [asdict(term) for term in linear.terms]} for linear in linears]
+    rows = [
+        {"layer": linear.name, "terms": [asdict(term) for term in linear.terms], "hadamard": linear.hadamard}
+        for linear in linears
+    ]
     text = json.dumps({"version": VERSION, "plan": SAVED, "layers": rows}, indent=1)
     try:
         with path.open("w" if force else "x", encoding="utf-8") as file:

@@ -136,7 +136,7 @@ def plan_layers(source: ModelSpec, options: Options) -> tuple[LinearSpec, ...]:
     pinned = options.pinned(source)
     decided = options.named.decide(source, options, acted_on(source, options))
     return tuple(
-        replace(linear, terms=pinned.get(linear.name, terms))
+        pinned.get(linear.name) or replace(linear, terms=terms)
         for linear, terms in zip(source.linears, decided, strict=True)
     )
 

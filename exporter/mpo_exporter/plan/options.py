@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mpo_exporter.measure.sensitivity import LEVELS
 from mpo_exporter.plan.named import AUTO, PLANS, Plan
 from mpo_exporter.terms import DEFAULT_CHI
-from mpo_formats import ConfigError, ModelSpec, PlanError, Term
+from mpo_formats import ConfigError, LinearSpec, ModelSpec, PlanError
 from mpo_formats.layout import content_tensors
 from mpo_formats.spec import CoreType
 
@@ -163,6 +163,7 @@ class Options:
         cores: cores of an operator.
         target: of the plan `auto`; without one it stores what `corrected` does.
         for_speed: keeps `auto` from terms that are slower than int4 on this machine.
+        hadamard: `auto` lets layers take the Hadamard transform of their input where that lowers their loss.
         choice: the layers that the plan acts on.
         keys: of the plan `k-proj`.
         file: a plan file, whose layers get the file's terms whatever the plan says.
@@ -176,6 +177,7 @@ class Options:
     cores: int = 2
     target: Target = field(default_factory=Target)
     for_speed: bool = False
+    hadamard: bool = True
     choice: Choice = field(default_factory=Choice)
     keys: KeyOptions = field(default_factory=KeyOptions)
     file: PlanFile | None = None
@@ -210,9 +212,9 @@ class Options:
         """Whether every attention and MLP matrix gets cores of χ, because the user gave a χ to the plan `auto`."""
         return self.named.allocates and self.chi is not None
 
-    def pinned(self, source: ModelSpec) -> dict[str, tuple[Term, ...]]:
-        """The layers of the plan file and their terms, which hold whatever the plan says."""
-        return {} if self.file is None else self.file.terms(source)
+    def pinned(self, source: ModelSpec) -> dict[str, LinearSpec]:
+        """The layers of the plan file by name, which are stored so whatever the plan says."""
+        return {} if self.file is None else self.file.layers(source)
 
     @property
     def allocates(self) -> bool:
@@ -243,6 +245,7 @@ class Options:
             "target_bytes": self.target.bytes_of(source),
             "max_kl": self.target.max_kl,
             "for_speed": self.for_speed,
+            "no_hadamard": self.named.allocates and not self.hadamard,
             "pattern": self.choice.pattern,
             "top_k": self.choice.top_k,
             "share": self.choice.share,

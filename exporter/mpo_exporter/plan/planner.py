@@ -39,6 +39,7 @@ class Planner:
         care: how carefully a new survey judges layers.
         store: keeps what a new survey has measured so far.
         blind: without calibration text, judges layers by their weights.
+        hadamard: layers take the Hadamard transform of their input where that lowers their loss.
     """
 
     source: DenseWeights
@@ -50,6 +51,7 @@ class Planner:
     care: Care = field(default_factory=Care)
     store: Store | None = None
     blind: bool = False
+    hadamard: bool = True
 
     def survey(self, *, complete: bool = True) -> Survey:
         """The survey of the model, measured at most once; again if a complete one is asked for later.
@@ -62,7 +64,7 @@ class Planner:
         """
         if self.surveyed is None or (complete and not self.surveyed.complete and not self.blind):
             if self.blind:
-                self.surveyed = blind_survey(self.source, progress=self.progress)
+                self.surveyed = blind_survey(self.source, hadamard=self.hadamard, progress=self.progress)
                 return self.surveyed
             if self.walk is None or self.text is None:
                 raise ConfigError(
@@ -73,6 +75,7 @@ class Planner:
                 self.source,
                 self.walk,
                 self.text,
+                hadamard=self.hadamard,
                 care=self.care,
                 complete=complete,
                 store=self.store,
@@ -171,7 +174,7 @@ class Planner:
 
         def smallest(linear: LinearSpec) -> LinearSpec:
             if linear.name in pinned:
-                return replace(linear, terms=pinned[linear.name])
+                return pinned[linear.name]
             if linear.name not in inside:
                 return linear
             grids = fitted(GRIDS, linear.in_features)
@@ -193,7 +196,8 @@ class Planner:
         for linear in planned:
             if linear.name in pinned or linear.name not in inside:
                 only = linear if linear.name in pinned else source.linear(linear.name)
-                rows[linear.name] = [Candidate(stored_bytes(only), surveyed.loss(only) or 0.0, only.terms)]
+                loss = surveyed.loss(only) or 0.0
+                rows[linear.name] = [Candidate(stored_bytes(only), loss, only.terms, only.hadamard)]
                 continue
             factor = factors.get(linear.name, 1.0)
             row = surveyed.candidates[linear.name]
@@ -209,12 +213,12 @@ class Planner:
 
         Embedding, head and rows that no integers can store keep the candidates that they have.
         """
-        bases = [one.terms for one in row if len(one.terms) == 1 and isinstance(one.terms[0], Quantized)]
+        bases = [one for one in row if len(one.terms) == 1 and isinstance(one.terms[0], Quantized)]
         if linear.name in (EMBEDDING, HEAD) or not bases:
             return list(row)
         cores = demanded(linear, options)
-        layers = [replace(linear, terms=(*base, cores)) for base in bases]
-        return [Candidate(stored_bytes(one), self.survey().loss(one) or 0.0, one.terms) for one in layers]
+        layers = [replace(base.stored(linear), terms=(*base.terms, cores)) for base in bases]
+        return [Candidate(stored_bytes(one), self.survey().loss(one) or 0.0, one.terms, one.hadamard) for one in layers]
 
     def factors(self) -> dict[str, float]:
         """The measured loss over the expected one, for each layer in integers of 3 bits."""
@@ -240,7 +244,7 @@ class Planner:
             if linear.name in fixed or len(rows[linear.name]) == 1:
                 continue
             plain = replace(linear, terms=(integers(linear.in_features, 4, GROUP),))
-            table.fill(replace(linear, terms=one.terms) for one in rows[linear.name])
+            table.fill(one.stored(linear) for one in rows[linear.name])
             rows[linear.name] = no_slower_than(table, linear, rows[linear.name], plain)
         save_table(table, self.log)
         return rows

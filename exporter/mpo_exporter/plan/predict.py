@@ -107,7 +107,7 @@ def predicted_kl(planner: Planner, spec: ModelSpec, reasons: list[str]) -> float
         reasons.append("KL: not predicted for a plan that is fitted to the weights alone; give --calib")
         return None
     surveyed = planner.survey(complete=False)
-    if not all(any(one.terms == linear.terms for one in surveyed.candidates[linear.name]) for linear in spec.linears):
+    if not all(any(one.describes(linear) for one in surveyed.candidates[linear.name]) for linear in spec.linears):
         surveyed = planner.survey()
     expected = surveyed.total_loss(spec.linears)
     if expected is None:
