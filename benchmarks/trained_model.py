@@ -44,6 +44,8 @@ TYPES = {"Q4_K_M": 4.5, "Q3_K_M": 3.4375, "IQ3_XXS": 3.0625, "Q2_K": 2.625, "IQ2
 SIZES = (4.25, 3.5, 3.0, 2.5)
 # χ = 112 leaves SmolLM2's tensorized matrices 30 % of their parameters, which is what the paper reports.
 PLANS: dict[str, tuple[str, ...]] = {"int4": (), "paper": ("--chi", "112"), "k-proj": ()}
+# Beside `auto`, to tell what the Hadamard transforms give.
+PLAIN = "auto, no transforms"
 WINDOW = 256
 PROMPTS = ("What is the capital of France?", "Write two sentences about the sea.", "Why is the sky blue?")
 EXPECTED = re.compile(r"predicted KL: ([0-9.e-]+)")
@@ -61,7 +63,7 @@ class Row:
     @property
     def file_name(self) -> str:
         """The name of the file in the work folder."""
-        return f"{self.family} {self.name}".replace(" ", "-").replace("/", "-")
+        return f"{self.family} {self.name}".replace(", ", " ").replace(" ", "-").replace("/", "-")
 
 
 def call(*words: object) -> str:
@@ -123,13 +125,15 @@ def make_peers(arguments: argparse.Namespace) -> dict[str, Path]:
 def planned(peers: dict[str, Path]) -> Iterator[Row]:
     """All rows, the dense model first."""
     yield Row("dense", "")
-    for kind, nominal in TYPES.items():
-        if kind in peers:
-            yield Row("llama.cpp", kind)
-            yield Row("auto", f"bytes of {kind}", ("--target-size", str(peers[kind].stat().st_size)))
-            yield Row("auto", f"{nominal} bits, as {kind}", ("--target-bpw", str(nominal)))
+    yield from (Row("llama.cpp", kind) for kind in peers)
+    for family, options in (("auto", ()), (PLAIN, ("--no-hadamard",))):
+        for kind, path in peers.items():
+            yield Row(family, f"bytes of {kind}", ("--target-size", str(path.stat().st_size), *options))
     for bits in SIZES:
         yield Row("auto", f"{bits} bits", ("--target-bpw", str(bits)), heal=True)
+        yield Row(PLAIN, f"{bits} bits", ("--target-bpw", str(bits), "--no-hadamard"))
+    for kind in peers:
+        yield Row("auto", f"{TYPES[kind]} bits, as {kind}", ("--target-bpw", str(TYPES[kind])))
     for plan, options in PLANS.items():
         yield Row(plan, "", ("--plan", plan, *options), heal=True)
 

@@ -72,7 +72,7 @@ def test_the_example_of_a_plan_file_is_one(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(example)
     folder = write_folder(tmp_path / "model", granite_config(hidden_size=64, intermediate_size=64))
     plan = read_plan(tmp_path / "plan.json")
-    assert plan.plan == "int4" and len(plan.terms(Checkpoint(folder).spec)) == 9
+    assert plan.plan == "int4" and len(plan.layers(Checkpoint(folder).spec)) == 9
 
 
 @pytest.mark.parametrize("kind", ["survey", "sensitivity", "outcomes", "latency", "rates"])

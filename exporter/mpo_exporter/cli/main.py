@@ -66,8 +66,7 @@ def export(
     plan: given.PlanName = "auto",
     out: given.Out = None,
     target: given.TargetOptions,
-    for_speed: given.ForSpeed = False,
-    hadamard: given.Hadamard = True,
+    allocation: given.AllocationOptions,
     choice: given.ChoiceOptions,
     keys: given.KeyProjections,
     dry_run: given.DryRun = False,
@@ -95,14 +94,7 @@ def export(
     request = ExportRequest(
         model=model,
         options=plan_options(
-            plan,
-            chi,
-            cores,
-            target=target.record(),
-            for_speed=for_speed,
-            hadamard=hadamard,
-            choice=choice.record(),
-            keys=keys.record(),
+            plan, chi, cores, target=target.record(), choice=choice.record(), keys=keys.record(), **allocation.record()
         ),
         out=out,
         force=force,

@@ -71,14 +71,6 @@ PlanName = Annotated[
         "dense: as it is; file: your own. All but auto and corrected use calibration text only with --calib.",
     ),
 ]
-ForSpeed = Annotated[bool, typer.Option("--for-speed", help="auto: nothing that is slower than int4 on this machine.")]
-Hadamard = Annotated[
-    bool,
-    typer.Option(
-        help="auto: let layers take the Hadamard transform of blocks of their input where that makes integers lose less; "
-        "without it, files that older programs open and to-hf keeps exactly."
-    ),
-]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="The file to write.", show_default="MODEL.mpo")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite existing files.")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", show_default=False)]
@@ -196,6 +188,24 @@ class ChoiceOptions:
         from mpo_exporter.plan.options import Choice
 
         return Choice(pattern=self.layers, top_k=self.top_k, share=self.compression_ratio, sensitivity=self.sensitivity)
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationOptions:
+    """What the plan auto may choose from."""
+
+    for_speed: Annotated[bool, typer.Option(help="auto: nothing that is slower than int4 on this machine.")] = False
+    hadamard: Annotated[
+        bool,
+        typer.Option(
+            help="auto: let layers take the Hadamard transform of their input where that makes integers lose less. "
+            "Without it the file opens in older programs, and to-hf can keep its integers."
+        ),
+    ] = True
+
+    def record(self) -> dict[str, bool]:
+        """The fields of the plan's options by name."""
+        return {"for_speed": self.for_speed, "hadamard": self.hadamard}
 
 
 @dataclass(frozen=True, slots=True)

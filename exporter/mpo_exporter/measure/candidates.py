@@ -304,3 +304,43 @@ def tails(matrix: Tensor, chis: Sequence[int]) -> Curve:
         squares = torch.linalg.svdvals(basis.T @ wide).square()
     kept = squares.double().clamp(min=0).cumsum(0)
     return tuple((chi, max(total - float(kept[chi - 1]), 0.0)) for chi in ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a survey tries of every layer; the fields are its arguments, and `rows` of its `care`."""
+
+    grids: tuple[Grid, ...] | None
+    chis: tuple[int, ...]
+    hadamard: bool
+    complete: bool
+    rows: int
+
+    def layer(
+        self, linear: LinearSpec, matrix: Matrix, sensitivity: Sensitivity
+    ) -> tuple[list[Candidate], Alone | None, float]:
+        """The candidates of a layer, the losses of cores alone if asked for, and what its loss is divided by by a transform.
+
+        Raises:
+            ConfigError: naming the layer, when its values are not finite.
+        """
+        block, gain = 0, 1.0
+        try:
+            if self.hadamard:
+                block, gain = transform_gain(linear, matrix, sensitivity, self.rows)
+            found = candidates(
+                linear,
+                matrix,
+                sensitivity,
+                self.grids,
+                self.chis,
+                hadamard=block,
+                every=self.complete,
+                sampled=self.rows,
+            )
+            sensitivity.turned(matrix, 0)
+            with_alone = self.complete and linear.name not in (EMBEDDING, HEAD)
+            cores = alone(matrix, sensitivity, self.chis) if with_alone else None
+        except ConfigError as error:
+            raise ConfigError(f"{linear.name}: {error}") from None
+        return found, cores, gain

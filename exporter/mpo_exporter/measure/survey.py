@@ -30,7 +30,7 @@ from mpo_exporter.measure.candidates import (
     Curve,
     Matrix,
     Sensitivity,
-    alone,
+    Tried,
     candidates,
     table_sensitivity,
     transform_gain,
@@ -39,7 +39,7 @@ from mpo_exporter.progress import Log, Progress, no_log, silent
 from mpo_exporter.quantize.grid import Grid
 from mpo_exporter.terms import Candidate
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
-from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
+from mpo_formats.architecture import EMBEDDING, full_rank
 from mpo_formats.codec import to_json
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import DenseWeights, Weights
@@ -178,31 +178,18 @@ def survey(
     """
     kept: Store = Memory() if store is None else store
     names = [linear.name for linear in source.spec.linears]
-    asked = None if grids is None else [asdict(grid) for grid in grids]
-    kept.scope("survey", digest_of([VERSION, asdict(care), complete, hadamard, list(chis), asked]))
+    tried = Tried(None if grids is None else tuple(grids), tuple(chis), hadamard, complete, care.rows)
+    kept.scope("survey", digest_of([VERSION, asdict(care), asdict(tried)]))
     done = {name for name in names if kept.read(f"survey-layer-{name}")}
 
     def measure() -> None:
         for name, sensitivity in sensitivities(source, calibration, care.windows, progress, kept):
-            matrix = dense_matrix(source, name)
-            linear, block, gain = source.spec.linear(name), 0, 1.0
-            try:
-                if hadamard:
-                    block, gain = transform_gain(linear, matrix, sensitivity, care.rows)
-                found = candidates(
-                    linear, matrix, sensitivity, grids, chis, hadamard=block, every=complete, sampled=care.rows
-                )
-                sensitivity.turned(matrix, 0)
-                cores = alone(matrix, sensitivity, chis) if complete and name not in (EMBEDDING, HEAD) else None
-            except ConfigError as error:
-                raise ConfigError(f"{name}: {error}") from None
+            found, cores, gain = tried.layer(source.spec.linear(name), dense_matrix(source, name), sensitivity)
             if name == EMBEDDING:
                 # Single precision, as in the cache: an export with a cached survey gives the same bytes as one without.
                 kept.write("survey-table", {"table": sensitivity.hessian.astype(np.float32)})
-            kept.write(
-                f"survey-layer-{name}",
-                {"row": json_array([row_data(found), None if cores is None else asdict(cores), gain])},
-            )
+            row = [row_data(found), None if cores is None else asdict(cores), gain]
+            kept.write(f"survey-layer-{name}", {"row": json_array(row)})
             done.add(name)
             progress("surveying", len(done), len(names))
 
@@ -303,7 +290,7 @@ def sensitivities(
 def survey_file(
     source: DenseWeights, walk: Calibration, text: TokenText, care: Care, hadamard: bool = True
 ) -> CacheFile:
-    """The cache file of a survey, named by the digests of the model and of the calibration text."""
+    """The cache file of a survey, named by the digests of the model and of the calibration text, and the basis."""
     key = {
         "version": VERSION,
         "architecture": hashlib.sha256(to_json(source.architecture).encode()).hexdigest(),
@@ -316,7 +303,8 @@ def survey_file(
         "cores": [[grid.bits, grid.group, grid.zeros] for grid in CORED],
         "bonds": list(LADDER),
     }
-    return CacheFile("survey", source.folder.resolve().name, (source.sha256(), text.sha256), key)
+    parts = (source.sha256(), text.sha256, *(() if hadamard else ("no-hadamard",)))
+    return CacheFile("survey", source.folder.resolve().name, parts, key)
 
 
 def cached_survey(

@@ -17,7 +17,7 @@ from mpo_exporter.plan.budget import allocated_layers, default_size, file_bytes,
 from mpo_exporter.plan.named import acted_on, demanded, plan_layers
 from mpo_exporter.plan.options import Choice, Options, Target
 from mpo_exporter.progress import Log, Progress, no_log, silent
-from mpo_exporter.terms import GROUP, Candidate, integers, operator, stored_bytes
+from mpo_exporter.terms import GROUP, Candidate, hadamard_block, integers, operator, stored_bytes
 from mpo_formats import ConfigError, Dense, LinearSpec, ModelSpec, Mpo, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.text.token_text import TokenText
@@ -182,7 +182,8 @@ class Planner:
                 return min((linear, replace(linear, terms=(Dense("bf16"),))), key=stored_bytes)
             cores = () if linear.name in (EMBEDDING, HEAD) else (demanded(linear, options),)
             stored = (Quantized(grid.bits, grid.group, grid.zeros) for grid in grids)
-            return min((replace(linear, terms=(base, *cores)) for base in stored), key=stored_bytes)
+            block = hadamard_block(linear.in_features) if self.hadamard else 0  # which the header says in some bytes
+            return min((replace(linear, terms=(base, *cores), hadamard=block) for base in stored), key=stored_bytes)
 
         return file_bytes(replace(spec, linears=tuple(map(smallest, self.source.spec.linears))))
 
