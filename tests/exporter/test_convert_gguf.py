@@ -108,7 +108,10 @@ def test_a_written_file_gives_the_same_logits(
 def test_transforms_are_undone_and_their_integers_rounded(tmp_path: Path) -> None:
     plain = small(tmp_path / "a.mpo", {DOWN: (Quantized(4, 32, False),), QUERY: (Quantized(8, 32, False),)})
     with MpoFile(plain) as opened:
-        linears = tuple(dataclasses.replace(one, hadamard=32 * (one.name != VALUE)) for one in opened.spec.linears)
+        linears = tuple(
+            dataclasses.replace(one, hadamard=min(32, one.in_features) * (one.name != VALUE))
+            for one in opened.spec.linears
+        )
         spec = dataclasses.replace(opened.spec, linears=linears)
         arrays = {tensor.name: opened.array(tensor.name) for tensor in content_tensors(spec)}
         tiny.write(tmp_path / "b.mpo", spec, arrays)
@@ -116,7 +119,7 @@ def test_transforms_are_undone_and_their_integers_rounded(tmp_path: Path) -> Non
     assert {"1 matrices as Q5_1, rounded", "1 matrices as Q8_0, rounded"} <= set(said)
     theirs = Gguf(tmp_path / "b.gguf")
     with MpoFile(tmp_path / "b.mpo") as opened:
-        for name, share in ((DOWN, 0.02), (QUERY, 0.01), (UP, 1e-6), (VALUE, 0.0)):
+        for name, share in ((DOWN, 0.05), (QUERY, 0.01), (UP, 1e-6), (VALUE, 0.0)):
             expected = matrix(opened, opened.spec.linear(name))
             found = np.float64(widen(theirs.array(f"{name}.0.weight"), theirs.dtype(f"{name}.0.weight")).numpy())
             assert np.linalg.norm(found - expected) <= share * np.linalg.norm(expected), name
