@@ -3,7 +3,7 @@
     python benchmarks/synthetic.py --size 2b --plan 4 --out /tmp/granite-2b-4bit.mpo
 
 A plan is a width (8, 6, 5, 4, 3, 2), a mixture such as 2,3,4 (blocks take the widths in turn), `dense` for bf16, each with
-cores where `+chi32` follows. Groups are 32 columns at 4 bits and more, 64 below; the embedding has 6 bits (as wide as the
+cores where `+chi32` follows, and of inputs that are Hadamard-transformed in blocks of 128 where `+h` does. Groups are 32 columns at 4 bits and more, 64 below; the embedding has 6 bits (as wide as the
 rest where that is 8, bf16 in `dense`).
 """
 
@@ -53,15 +53,16 @@ class SyntheticPlan:
 
     widths: tuple[int, ...]
     chi: int = 0
+    hadamard: int = 0
 
     @classmethod
     def parse(cls, text: str) -> SyntheticPlan:
-        """Reads `4`, `2,3,4`, `dense`, each perhaps followed by `+chi32`."""
-        found = re.fullmatch(r"(dense|[2-8](?:,[2-8])*)(?:\+chi(\d+))?", text)
+        """Reads `4`, `2,3,4`, `dense`, each perhaps followed by `+chi32` and by `+h`."""
+        found = re.fullmatch(r"(dense|[2-8](?:,[2-8])*)(?:\+chi(\d+))?(\+h)?", text)
         if not found:
-            raise SystemExit(f"--plan {text}: expected a width, widths with commas or dense, and perhaps +chi32")
+            raise SystemExit(f"--plan {text}: expected a width, widths with commas or dense, and perhaps +chi32 and +h")
         widths = () if found[1] == "dense" else tuple(map(int, found[1].split(",")))
-        return cls(widths, int(found[2] or 0))
+        return cls(widths, int(found[2] or 0), 128 if found[3] else 0)
 
     def terms(self, name: str, rows: int, columns: int) -> tuple[Term, ...]:
         """The terms of one layer."""
@@ -106,7 +107,7 @@ def granite(size: str) -> Architecture:
 def synthetic_linears(size: str, plan: SyntheticPlan) -> tuple[LinearSpec, ...]:
     """The layers of a plan."""
     return tuple(
-        LinearSpec(name, rows, columns, None, plan.terms(name, rows, columns))
+        LinearSpec(name, rows, columns, None, plan.terms(name, rows, columns), plan.hadamard)
         for name, rows, columns, _ in granite(size).linear_sizes()
     )
 

@@ -24,6 +24,7 @@ PAGES = (ROOT / "docs" / "results.md", ROOT / "docs" / "paper.md")
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"^(<!-- table: ([\w-]+) -->\n\n)((?:\|.*\n)*)", re.MULTILINE)
 HEADLINE = "2026-11-30-headline.json"
+SMOLLM2 = "2026-11-30-smollm2.json"
 # Numbers in granite-nano's embedding, which no plan replaces.
 NANO_EMBEDDING = 4096 * 512
 HEALED = "2026-11-27-healing-h200.json"
@@ -80,17 +81,31 @@ def ours_at(rows: Iterable[Row], kind: str) -> Row:
     return found
 
 
-def smollm2_by_hand() -> str:
-    """SmolLM2: llama.cpp's types, and ours at the same bytes, measured by hand."""
-    rows = rows_of("2026-11-29-smollm2-by-hand.json")
-    ours = {row["megabytes"]: row["kl_mean"] for row in rows if row["family"] == "auto"}
+def smollm2() -> str:
+    """SmolLM2: llama.cpp's types, and ours at the same bytes, with and without transforms."""
+    rows = rows_of(SMOLLM2)
+    found = {(row["family"], row["name"]): row for row in rows}
+    body = []
+    for row in sorted(rows, key=lambda row: row["file_bytes"]):
+        if row["family"] != "llama.cpp":
+            continue
+        ours, plain = (found.get((family, f"bytes of {row['name']}")) for family in ("auto", "auto, no transforms"))
+        cells = [f"{row['file_bytes'] / 1e6:.2f}", row["name"], kl(row["kl_mean"])]
+        cells += ["" if one is None else kl(one["kl_mean"]) for one in (plain, ours)]
+        cells.append("" if ours is None else f"{ours['kl_mean'] / row['kl_mean']:.2f}")
+        cells += [f"{row['perplexity']:.2f}", "" if ours is None else f"{ours['perplexity']:.2f}"]
+        body.append(cells)
+    head = ("MB", "llama.cpp", "KL theirs", "ours, no transforms", "KL ours", "ours / theirs", "perplexity theirs", "ours")
+    return table(head, body)
+
+
+def transforms(name: str) -> str:
+    """What transforms of a layer's input do to the error of integers."""
     body = [
-        (f"{row['megabytes']:g}", row["size"], f"{row['kl_mean']:g}", f"{ours[row['megabytes']]:g}", f"{ratio:.2f}")
-        for row in rows
-        if row["family"] == "llama.cpp" and row["megabytes"] in ours
-        for ratio in (ours[row["megabytes"]] / row["kl_mean"],)
+        (row["transform"], str(row["layers"]), f"{row['spread']:.2f}", *(f"{row[f'error_{bits}']:.3f}" for bits in (2, 3, 4)))
+        for row in rows_of(name)
     ]
-    return table(("MB", "llama.cpp", "KL theirs", "KL ours (`auto`)", "ours / theirs"), body)
+    return table(("transform", "matrices", "spread", "2 bits", "3 bits", "4 bits"), body)
 
 
 def cores() -> str:
@@ -540,7 +555,9 @@ def k_proj() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
-    "smollm2-by-hand": smollm2_by_hand,
+    "smollm2": smollm2,
+    "transforms-smollm2": partial(transforms, "2026-11-30-transforms-smollm2.json"),
+    "transforms-nano": partial(transforms, "2026-11-30-transforms-granite-nano.json"),
     "cores": cores,
     "calibration-domain": calibration_domain,
     "plans": plans,

@@ -40,7 +40,9 @@ from mpo_runtime.measure import Logits, compare, cut_windows, window_logits
 from mpo_runtime.models.registry import decoder_for
 
 # llama.cpp's types, with the bits per weight that they have where rows are a multiple of 256.
-TYPES = {"Q4_K_M": 4.5, "Q3_K_M": 3.4375, "IQ3_XXS": 3.0625, "Q2_K": 2.625, "IQ2_XS": 2.3125}
+TYPES = {"Q4_K_M": 4.5, "Q3_K_M": 3.4375, "IQ3_XXS": 3.0625, "Q2_K": 2.625, "IQ2_XS": 2.3125, "IQ4_NL": 4.5}
+# Of these all matrices are of the type; of the others some are of a larger one.
+PURE = ("IQ4_NL",)
 SIZES = (4.25, 3.5, 3.0, 2.5)
 # χ = 112 leaves SmolLM2's tensorized matrices 30 % of their parameters, which is what the paper reports.
 PLANS: dict[str, tuple[str, ...]] = {"int4": (), "paper": ("--chi", "112"), "k-proj": ()}
@@ -117,7 +119,8 @@ def make_peers(arguments: argparse.Namespace) -> dict[str, Path]:
         files[kind] = work / f"{kind}.gguf"
         if not files[kind].exists():
             part = work / "part.gguf"
-            call(arguments.llama_bin / "llama-quantize", "--imatrix", matrix, dense, part, kind, threads)
+            pure = ["--pure"] if kind in PURE else []
+            call(arguments.llama_bin / "llama-quantize", "--imatrix", matrix, *pure, dense, part, kind, threads)
             part.replace(files[kind])
     return files
 

@@ -36,7 +36,7 @@ Matrix = NDArray[np.float64]
 GROUP, BITS = 64, (2, 3, 4)
 BLOCKS = (16, 32, 64, 128, 256, 512)
 # Rows of a matrix that are rounded, at most; steps of fitting, and the power of the mean that stands for a group's largest value.
-ROWS, STEPS, POWER = 1024, 150, 8.0
+ROWS, STEPS, POWER = 512, 100, 8.0
 
 
 def blocked(columns: int, block: int, signs: Matrix | None = None) -> Matrix:
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="as mpo-export takes it")
     parser.add_argument("--calib", type=Path, help="calibration text; the embedded one where not given")
     parser.add_argument("--windows", type=int, default=32, help="of 256 tokens of it")
-    parser.add_argument("--blocks", type=int, nargs="*", help="of the model; four spread over it where not given")
+    parser.add_argument("--blocks", type=int, nargs="*", help="of the model; three spread over it where not given")
     parser.add_argument(
         "--fit", nargs="*", default=["q_proj", "down_proj"], help="layers whose rotations are fitted too"
     )
@@ -136,7 +136,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with open_source(find_source(arguments.model).folder) as source, tempfile.TemporaryDirectory() as folder:
         last = source.architecture.num_hidden_layers - 1
-        chosen = arguments.blocks or [0, last // 3, 2 * last // 3, last]
+        chosen = arguments.blocks or [0, last // 2, last]
         text = calibration_text(source, arguments.calib)
         for names, moment in calibration_walk(source, text, Path(folder), arguments.windows).dense():
             for name in names:
