@@ -2,9 +2,9 @@
 
     python benchmarks/synthetic.py --size 2b --plan 4 --out /tmp/granite-2b-4bit.mpo
 
-A plan is a width (8, 6, 5, 4, 3, 2), a mixture such as 2,3,4 (blocks take the widths in turn), `dense` for bf16, each with
-cores where `+chi32` follows, and of inputs that are Hadamard-transformed in blocks of 128 where `+h` does. Groups are 32 columns at 4 bits and more, 64 below; the embedding has 6 bits (as wide as the
-rest where that is 8, bf16 in `dense`).
+A plan is a width (8, 6, 5, 4, 3, 2), a mixture such as 2,3,4 (blocks take the widths in turn), or `dense` for bf16; each with
+cores where `+chi32` follows, and with inputs that are Hadamard-transformed in blocks of 128 where `+h` does. Groups are 32
+columns at 4 bits and more, 64 below; the embedding has 6 bits (as wide as the rest where that is 8, bf16 in `dense`).
 """
 
 from __future__ import annotations

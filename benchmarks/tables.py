@@ -95,14 +95,28 @@ def smollm2() -> str:
         cells.append("" if ours is None else f"{ours['kl_mean'] / row['kl_mean']:.2f}")
         cells += [f"{row['perplexity']:.2f}", "" if ours is None else f"{ours['perplexity']:.2f}"]
         body.append(cells)
-    head = ("MB", "llama.cpp", "KL theirs", "ours, no transforms", "KL ours", "ours / theirs", "perplexity theirs", "ours")
+    head = (
+        "MB",
+        "llama.cpp",
+        "KL theirs",
+        "ours, no transforms",
+        "KL ours",
+        "ours / theirs",
+        "perplexity theirs",
+        "ours",
+    )
     return table(head, body)
 
 
 def transforms(name: str) -> str:
     """What transforms of a layer's input do to the error of integers."""
     body = [
-        (row["transform"], str(row["layers"]), f"{row['spread']:.2f}", *(f"{row[f'error_{bits}']:.3f}" for bits in (2, 3, 4)))
+        (
+            row["transform"],
+            str(row["layers"]),
+            f"{row['spread']:.2f}",
+            *(f"{row[f'error_{bits}']:.3f}" for bits in (2, 3, 4)),
+        )
         for row in rows_of(name)
     ]
     return table(("transform", "matrices", "spread", "2 bits", "3 bits", "4 bits"), body)

@@ -30,8 +30,8 @@ def term_text(term: Term) -> str:
 
 
 def layer_text(linear: LinearSpec) -> str:
-    """A layer's terms, summed."""
-    return " + ".join(map(term_text, linear.terms))
+    """A layer's terms, summed; `of H128` where they take the Hadamard transform of blocks of 128 inputs."""
+    return " + ".join(map(term_text, linear.terms)) + (f" of H{linear.hadamard}" if linear.hadamard else "")
 
 
 def prefixes(spec: ModelSpec) -> list[tuple[int, int]]:

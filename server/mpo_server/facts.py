@@ -145,6 +145,7 @@ def layers(model: Model) -> Iterator[dict[str, Any]]:
             "bits": 8 * linear_bytes(linear) / (linear.out_features * linear.in_features),
             "integers": next((term.bits for term in linear.terms if isinstance(term, Quantized)), None),
             "chi": max(bonds, default=None),
+            "hadamard": linear.hadamard,
             "terms": [_term(linear, index) for index in range(len(linear.terms))],
         }
 

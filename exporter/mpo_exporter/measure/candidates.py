@@ -87,6 +87,10 @@ class Sensitivity:
         """The expected loss of setting a matrix [O, I] to zero."""
         return float(self.rows @ ((matrix @ self.hessian) * matrix).sum(1)) / 2
 
+    def scaled(self, factor: float) -> Sensitivity:
+        """The same with all costs times a factor."""
+        return Sensitivity(self.moment, factor * self.rows)
+
     def turned(self, matrix: Matrix, block: int) -> Matrix:
         """A matrix [O, I] that acts on the inputs' Hadamard transform in blocks of `block`, whose moment H then is."""
         if self.moment is not None:

@@ -165,7 +165,7 @@ class Layer:
     """What a matrix is stored as, its size, and its relative error ‖W − Ŵ‖ / ‖W‖ in the norm `norm`.
 
     The norm `activations` is √tr(R C Rᵀ) with the second moment C that the report measured; `fit` is the same with the
-    moment that the export fitted the layer to; `weights` is the Frobenius norm.
+    moment that the export fitted the layer to; `weights` is the Frobenius norm. `hadamard` inputs are transformed together.
     """
 
     name: str
@@ -179,6 +179,7 @@ class Layer:
     error: float | None
     norm: Norm | None
     spectrum: Spectrum | None
+    hadamard: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ def decision(linear: LinearSpec) -> Layer:
         error=None,
         norm=None,
         spectrum=None,
+        hadamard=linear.hadamard,
     )
 
 

@@ -135,5 +135,10 @@ def place(layer: Layer) -> str:
 
 
 def terms(layer: Layer) -> str:
-    """A layer's terms, such as `int4/32 + mpo χ=8`."""
-    return " + ".join(term.text for term in layer.terms)
+    """A layer's terms, such as `int4/32 + mpo χ=8`; `of H128` where they take the transform of blocks of 128 inputs."""
+    return " + ".join(term.text for term in layer.terms) + transform(layer)
+
+
+def transform(layer: Layer) -> str:
+    """Which transform of its input a layer takes, such as ` of H128`."""
+    return f" of H{layer.hadamard}" if layer.hadamard else ""

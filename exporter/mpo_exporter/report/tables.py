@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mpo_exporter.report.facts import Layer, Measured, Report, Texts, WithoutCores
-from mpo_exporter.report.markup import Child, Markup, change, compact, element, percent, place, short, terms
+from mpo_exporter.report.markup import (
+    Child,
+    Markup,
+    change,
+    compact,
+    element,
+    percent,
+    place,
+    short,
+    terms,
+    transform,
+)
 from mpo_runtime.cli.console import size_text
 
 # How an error's norm is written in the table of layers.
@@ -201,7 +212,7 @@ def decision_table(report: Report) -> Markup:
     rows: dict[str, list[Layer]] = {}
     for layer in report.layers:
         kinds = " + ".join(term.text if not term.chi else f"cores in {term.bits} bits" for term in layer.terms)
-        rows.setdefault(kinds, []).append(layer)
+        rows.setdefault(kinds + transform(layer), []).append(layer)
     weights = sum(layer.rows * layer.columns for layer in report.layers)
     whole = sum(layer.bytes for layer in report.layers)
     written = []
