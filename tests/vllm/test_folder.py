@@ -48,7 +48,7 @@ def test_names_are_flat_and_fused_layers_stay_together(tmp_path: Path) -> None:
 
 
 def test_other_tables_are_refused() -> None:
-    with pytest.raises(ConfigError, match="quantization_config: expected version 1, found 2; mpo-export to-vllm again"):
-        read_layers({"version": 2, "layers": []})
+    with pytest.raises(ConfigError, match="quantization_config: expected version 2, found 1; mpo-export to-vllm again"):
+        read_layers({"version": 1, "layers": []})
     with pytest.raises(ConfigError, match=r"quantization_config: layers\[0\].*; mpo-export to-vllm again"):
-        read_layers({"version": 1, "layers": [{"name": "a"}]})
+        read_layers({"version": 2, "layers": [{"name": "a"}]})
