@@ -3,8 +3,9 @@
     python benchmarks/pictures.py
     python benchmarks/pictures.py --out build --format png
 
-quality: KL against the size of the file; left granite-nano (quality.py with rows of peers.py, healing.py), right SmolLM2, by
-hand. speed: tokens per second against the size of the file, with the limit of the read bandwidth, and peak memory (decode.py).
+quality: KL against the size of the file; left granite-nano (quality.py with rows of peers.py, healing.py), right SmolLM2
+(trained_model.py). speed: tokens per second against the size of the file, with the limit of the read bandwidth, and peak
+memory (decode.py).
 chi: what smaller χ of one file and healing give (healing.py). Needs matplotlib (`pip install 'mpo-runtime[report]'`).
 """
 
@@ -21,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 QUALITY = RESULTS / "2026-11-26-quality.json"
 HEALING = RESULTS / "2026-11-27-healing-h200.json"
 DECODING = RESULTS / "2026-11-26-decode-2b.json"
-SMOLLM2 = RESULTS / "2026-11-29-smollm2-by-hand.json"
+SMOLLM2 = RESULTS / "2026-11-30-smollm2.json"
 # Files of integers that healing.py healed on a million tokens of the embedded text.
 HEALED = ("auto, 4.25 bits", "auto, 3.3 bits", "auto, 3.0 bits", "auto, 2.5 bits")
 OURS, THEIRS, CORES = "#0b62a4", "#d1495b", "#4c956c"
@@ -89,23 +90,21 @@ def draw_types(axes: Any, types: Iterable[tuple[str, Point]], offsets: Mapping[s
 
 
 def draw_smollm2(axes: Any) -> None:
-    """SmolLM2: ours at the bytes of llama.cpp's types."""
+    """SmolLM2: ours at the bytes of llama.cpp's types, with and without transforms of inputs."""
     rows = rows_of(SMOLLM2)
-    ours = sorted((row["megabytes"], row["kl_mean"]) for row in rows if row["family"] == "auto")
+
+    def points(family: str) -> list[Point]:
+        return sorted((row["file_bytes"] / 1e6, row["kl_mean"]) for row in rows if row["family"] == family)
+
+    ours, plain = points("auto"), points("auto, no transforms")
     axes.plot(*zip(*ours, strict=True), "o-", color=OURS, linewidth=2, markersize=5)
-    label(axes, ours[1], "this project", OURS, (-12, -9), "right")
-    default = next((row["megabytes"], row["kl_mean"]) for row in rows if row["size"].startswith("default"))
-    axes.plot(*default, "o", color=OURS, markersize=6, markerfacecolor="white")
-    label(axes, default, "default", OURS, (-6, -13))
+    label(axes, ours[len(ours) // 2], "this project", OURS, (-8, -10), "right")
+    if plain:
+        axes.plot(*zip(*plain, strict=True), "o:", color=OURS, linewidth=1.2, markersize=4, markerfacecolor="white")
+        label(axes, plain[0], "without transforms", OURS, (9, 4))
     types = [row for row in rows if row["family"] == "llama.cpp"]
-    points = [(row["size"], (row["megabytes"], row["kl_mean"])) for row in types]
-    draw_types(axes, points, {"Q4_0": (7, -8), "IQ3_XXS": (5, 9)})
-    axes.set(
-        title="SmolLM2-135M (trained by others; measured by hand)",
-        xlim=(69, 113),
-        ylim=(0.009, 0.5),
-        xlabel="file, MB",
-    )
+    draw_types(axes, [(row["name"], (row["file_bytes"] / 1e6, row["kl_mean"])) for row in types], {"IQ3_XXS": (7, -3)})
+    axes.set(title="SmolLM2-135M (trained by others)", xlim=(74, 114), ylim=(0.006, 0.7), xlabel="file, MB")
 
 
 def draw_quality(left: Any, right: Any) -> None:

@@ -4,9 +4,9 @@
 
 For matrices of a few blocks, and a sample of the embedding's rows: error-compensated integers in groups of 64, as they are
 and after a Hadamard transform of blocks of 16 to 512 inputs, with and without random signs, after a random rotation of all
-inputs, and after one of blocks of 64 that was fitted. The error is that of the outputs in the norm of the input's second
-moment, relative to no transform. The spread is the arithmetic over the geometric mean of what a rounding error of each column
-costs once later columns have made up for it: 1 is the least that any rotation can reach.
+inputs, and after fitted rotations of blocks of 64, one for all blocks or one for each. The error is that of the outputs in the
+norm of the input's second moment, relative to no transform. The spread is the arithmetic over the geometric mean of what a
+rounding error of each column costs once later columns have made up for it: 1 is the least that any rotation can reach.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def blocked(columns: int, block: int, signs: Matrix | None = None) -> Matrix:
     return found if signs is None else found * signs
 
 
-def fitted(matrix: Matrix, second: Matrix) -> Matrix:
-    """Rotations of every block of 64 inputs, each with its own, that lower what integers are expected to lose.
+def fitted(matrix: Matrix, second: Matrix, *, shared: bool) -> Matrix:
+    """Rotations of every block of 64 inputs, `shared` by all or each its own, that lower what integers are expected to lose.
 
     They start at the Hadamard transform and move by Cayley's parametrisation. The loss is the sum over groups and rows of the
     squared range of a group, as a power mean, times the costs of its columns' errors.
@@ -56,7 +56,7 @@ def fitted(matrix: Matrix, second: Matrix) -> Matrix:
     weights, moment = torch.from_numpy(matrix), torch.from_numpy(second / np.trace(second) * columns)
     moment = moment + 0.01 * torch.eye(columns)
     start = torch.from_numpy(blocked(block, block)).expand(count, block, block)
-    skew = torch.zeros(count, block, block, dtype=torch.float64, requires_grad=True)
+    skew = torch.zeros(1 if shared else count, block, block, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([skew], lr=2e-3)
 
     def rotation() -> torch.Tensor:
@@ -89,7 +89,8 @@ def rotations(matrix: Matrix, second: Matrix, *, fit: bool) -> Iterator[tuple[st
     yield f"blocks of {GROUP}, random signs", blocked(columns, GROUP, signs)
     yield "random rotation of all inputs", np.linalg.qr(random.standard_normal((columns, columns)))[0]
     if fit:
-        yield f"fitted rotations of blocks of {GROUP}", fitted(matrix, second)
+        yield f"fitted, one for all blocks of {GROUP}", fitted(matrix, second, shared=True)
+        yield f"fitted, one for each block of {GROUP}", fitted(matrix, second, shared=False)
 
 
 def spread(second: Matrix) -> float:
