@@ -108,6 +108,16 @@ def smollm2() -> str:
     return table(head, body)
 
 
+def transforms_speed() -> str:
+    """What transforms cost a step and a prompt."""
+    rows = {row["name"]: row for row in rows_of("2026-11-30-decode-2b-transforms.json")}
+    body = []
+    for bits in ("4", "2"):
+        for name, row in ((f"{bits} bits", rows[f"mpo {bits}"]), ("… of transformed inputs", rows[f"mpo {bits}/h"])):
+            body.append((name, f"{row['decode_tokens_per_second']:.2f}", f"{row['prompt_tokens_per_second']:.1f}"))
+    return table(("file", "decoding, tokens/s", "prompt of 256, tokens/s"), body)
+
+
 def transforms(name: str) -> str:
     """What transforms of a layer's input do to the error of integers."""
     body = [
@@ -571,6 +581,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "smollm2": smollm2,
     "transforms-smollm2": partial(transforms, "2026-11-30-transforms-smollm2.json"),
+    "transforms-speed": transforms_speed,
     "transforms-nano": partial(transforms, "2026-11-30-transforms-granite-nano.json"),
     "cores": cores,
     "calibration-domain": calibration_domain,

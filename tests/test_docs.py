@@ -263,4 +263,4 @@ def test_the_pictures_are_drawn_from_the_results(tmp_path: Path, monkeypatch: py
         pictures.draw(name, tmp_path / f"{name}.svg")
         assert words(tmp_path / f"{name}.svg") == words(ROOT / "docs" / f"{name}.svg"), "run benchmarks/pictures.py"
     points = [row["kl_mean"] for row in pictures.rows_of(pictures.SMOLLM2)]
-    assert len(points) == 12 and len(pictures.healed_points(pictures.rows_of(pictures.HEALING))) == len(pictures.HEALED)
+    assert len(points) == 14 and len(pictures.healed_points(pictures.rows_of(pictures.HEALING))) == len(pictures.HEALED)
