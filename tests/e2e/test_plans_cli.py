@@ -160,8 +160,8 @@ def test_the_saved_plan_is_the_one_that_was_carried_out(
     done = run("mpo-export", folder, "--max-kl", 0.01, "--save-plan", "plan.json", *TEXT, *QUICK)
     assert done.code == 0 and len(carried_out) == 2, done
     with MpoFile("little.mpo") as file:
-        saved = read_plan(Path("plan.json")).terms(file.spec)
-        assert {linear.name: linear.terms for linear in file.spec.linears} == saved
+        saved = read_plan(Path("plan.json")).layers(file.spec)
+        assert {linear.name: linear for linear in file.spec.linears} == saved
     refused = run("mpo-export", folder, "--out", "other.mpo", "--save-plan", "plan.json", *TEXT, *QUICK)
     refused.assert_error("mpo-export", "plan.json: exists already", "--save-plan", "--force")
     assert not Path("other.mpo").exists()
