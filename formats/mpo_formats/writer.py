@@ -8,7 +8,6 @@ folder is synced. A failure before the rename leaves the target unchanged.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import os
@@ -202,15 +201,10 @@ def spec_metadata(spec: ModelSpec) -> dict[str, str]:
         "layouts": to_json(Layouts()),
         "architecture": to_json(spec.architecture, version),
         "layers": to_json(spec.linears, version),
-        "vectors": to_json(spec_rows(spec.vectors)),
-        "files": to_json(spec_rows(spec.files)),
+        "vectors": to_json(spec.vectors, version),
+        "files": to_json(spec.files, version),
         "provenance": to_json(spec.provenance),
     }
-
-
-def spec_rows(records: tuple[Any, ...]) -> list[Any]:
-    """A table's records as plain data."""
-    return [dataclasses.asdict(record) for record in records]
 
 
 def sync_folder(folder: Path) -> None:

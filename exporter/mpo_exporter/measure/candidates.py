@@ -204,7 +204,7 @@ def candidates(
 def transform_gain(
     linear: LinearSpec, matrix: Matrix, sensitivity: Sensitivity, sampled: int = USUAL.rows
 ) -> tuple[int, float]:
-    """The Hadamard block that lowers the expected loss of a layer's integers, and what it is divided by; (0, 1) if none does."""
+    """The Hadamard block that lowers the expected loss of a layer's integers, and by which factor; (0, 1) if none does."""
     block = hadamard_block(linear.in_features)
     grids = fitted([PROBE], linear.in_features)
     require_finite(matrix, "matrix")
@@ -323,7 +323,7 @@ class Tried:
     def layer(
         self, linear: LinearSpec, matrix: Matrix, sensitivity: Sensitivity
     ) -> tuple[list[Candidate], Alone | None, float]:
-        """The candidates of a layer, the losses of cores alone if asked for, and what its loss is divided by by a transform.
+        """The candidates of a layer, the losses of cores alone if asked for, and the factor by which a transform lowers its loss.
 
         Raises:
             ConfigError: naming the layer, when its values are not finite.
