@@ -134,13 +134,15 @@ class TorchSpans:
 
     def append(self, block: int, k: Tensor, v: Tensor) -> None:
         """Writes keys and values [1, K, S, D] of the new tokens to their pages."""
-        token = 0
+        token, both = 0, torch.stack((k[0], v[0]))
         for span in self.spans:
-            for position in range(span.start, span.start + span.count):
-                page = self.pages.held[span.pages[position // PAGE]]
-                page[block, 0, :, position % PAGE] = k[0, :, token]
-                page[block, 1, :, position % PAGE] = v[0, :, token]
-                token += 1
+            position, end = span.start, span.start + span.count
+            while position < end:
+                index, first = divmod(position, PAGE)
+                count = min(PAGE - first, end - position)
+                page = self.pages.held[span.pages[index]]
+                page[block, :, :, first : first + count] = both[:, :, token : token + count]
+                token, position = token + count, position + count
 
     def rows(self, block: int) -> Iterator[tuple[int, int, Tensor]]:
         """For each sequence its first token, its new tokens, and its keys and values [2, 1, K, end, D]."""

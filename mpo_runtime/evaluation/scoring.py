@@ -1,19 +1,26 @@
-"""Log-probabilities of continuations. Requests that begin alike follow one another, and what they share is run once."""
+"""Log-probabilities of continuations. Requests that begin alike share what they begin with, and many are run in one step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpo_runtime.engine import PREFILL_CHUNK, shared_prefix
+from mpo_runtime.engine.pages import PagePool, PrefixTree
+from mpo_runtime.engine.sequence import Part, run_step
+from mpo_runtime.engine.sequence import Sequence as Text
 from mpo_runtime.measure import Logits, log_softmax
 from mpo_runtime.models.decoder import Decoder
 
 # Token ids of a prompt, and of what follows it.
 Pair = tuple[list[int], list[int]]
+# Bytes of the KV cache that keep beginnings of texts for the texts after them.
+KEPT_BYTES = 256 << 20
+# Texts whose continuations are run together at most.
+TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +31,39 @@ class Score:
     greedy: bool
 
 
+@dataclass(slots=True)
+class Asked:
+    """A row of token ids, whose last `count` positions are scored, for the requests (index, continuation) that share it."""
+
+    row: tuple[int, ...]
+    count: int
+    requests: list[tuple[int, NDArray[np.int64]]] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """What comes before the scored positions."""
+        return self.row[: len(self.row) - self.count]
+
+    def add(self, index: int, following: list[int]) -> None:
+        """Notes a request for this row."""
+        self.requests.append((index, np.array(following[-self.count :])))
+        self.nats.append(0.0)
+        self.greedy.append(True)
+
+    def count_in(self, position: int, logits: Logits) -> None:
+        """Adds what the logits [S, vocabulary] say of the continuations from their token `position` on."""
+        scores = log_softmax(logits)
+        best = scores.argmax(-1)
+        for place, (_, following) in enumerate(self.requests):
+            ids = following[position : position + len(scores)]
+            self.nats[place] += float(np.take_along_axis(scores, ids[:, None], -1).astype(np.float64).sum())
+            self.greedy[place] &= bool((best == ids).all())
+
+
 class Scorer:
-    """Scores continuations with one KV cache, whose tokens are reused as far as two requests agree.
+    """Scores continuations; what texts have in common with earlier ones is kept in pages of the KV cache.
 
     Args:
         chunk: tokens that are run at once.
@@ -36,9 +74,8 @@ class Scorer:
         self.longest = network.architecture.max_position_embeddings
         self.chunk = chunk
         self.ran = 0  # tokens that went through the model
-        self._cache: Any = None
-        self._held: tuple[int, ...] = ()
-        self._last: tuple[tuple[int, ...], int, Logits] | None = None
+        self._pool = PagePool(network.ops.new_pages(network.architecture))
+        self._tree = PrefixTree(self._pool, KEPT_BYTES)
 
     def scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Score]]:
         """Yields the index and the score of every pair, in the order in which they share most.
@@ -46,41 +83,65 @@ class Scorer:
         A prompt that is too long for the model loses tokens at its beginning, as in lm-eval. Prompts and continuations hold
         at least one token.
         """
-        if not pairs:
-            return
-        inputs = [tuple((prompt + following)[-(self.longest + 1) :][:-1]) for prompt, following in pairs]
-        self._reserve(max(map(len, inputs)))
-        for index in sorted(range(len(pairs)), key=lambda place: inputs[place]):
-            yield index, self._score(inputs[index], pairs[index][1])
+        asked: dict[tuple[tuple[int, ...], int], Asked] = {}
+        for index, (prompt, following) in enumerate(pairs):
+            row = tuple((prompt + following)[-(self.longest + 1) :][:-1])
+            count = min(len(following), len(row))
+            asked.setdefault((row, count), Asked(row, count)).add(index, following)
+        for batch in self._batches([asked[key] for key in sorted(asked)]):
+            prompts = sorted({one.prompt for one in batch})
+            common = prompts[0][: shared_prefix(prompts[0], prompts[-1])]
+            if len(prompts) > 1:
+                self._run([Asked(common, 0)])
+            self._run([Asked(prompt, 0) for prompt in prompts])
+            self._run(batch)
+            for one in batch:
+                for (index, _), nats, greedy in zip(one.requests, one.nats, one.greedy, strict=True):
+                    yield index, Score(nats, greedy)
 
-    def _reserve(self, capacity: int) -> None:
-        if self._cache is None or self._cache.capacity < capacity:
-            self._held, self._last = (), None
-            self._cache = self.network.ops.new_cache(self.network.architecture, 1, capacity)
+    def _batches(self, asked: Iterable[Asked]) -> Iterator[list[Asked]]:
+        """The rows in groups that are run together: as many as have about `chunk` tokens of their own."""
+        batch: list[Asked] = []
+        tokens = 0
+        for one in asked:
+            own = len(one.row) - (shared_prefix(batch[-1].row, one.row) if batch else 0)
+            if batch and (tokens + own > self.chunk or len(batch) == TOGETHER):
+                yield batch
+                batch, tokens = [], 0
+            batch.append(one)
+            tokens += own
+        if batch:
+            yield batch
 
-    def _score(self, row: tuple[int, ...], following: list[int]) -> Score:
-        count = min(len(following), len(row))
-        scores = log_softmax(self._logits(row, count))
-        ids = np.array(following[-count:])
-        nats = np.take_along_axis(scores, ids[:, None], -1).astype(np.float64).sum()
-        return Score(float(nats), bool((scores.argmax(-1) == ids).all()))
-
-    def _logits(self, row: tuple[int, ...], count: int) -> Logits:
-        """The logits [count, vocabulary] after each of the last `count` tokens of a row."""
-        if self._last is not None and self._last[:2] == (row, count):
-            return self._last[2]
-        ops, found = self.network.ops, []
-        shared = min(shared_prefix(self._held, row), len(row) - count)
-        self._held = row[:shared]  # in this order: an interrupt leaves it shorter than the cache, never longer
-        self._cache.rewind(shared)
-        for start in range(shared, len(row), self.chunk):
-            part = list(row[start : start + self.chunk])
-            hidden = self.network.hidden(ops.ids([part]), self._cache, [len(part)])
-            self._held += tuple(part)
-            self.ran += len(part)
-            wanted = start + len(part) - (len(row) - count)
-            if wanted > 0:
-                found.append(ops.to_numpy(self.network.logits(hidden[:, -min(wanted, len(part)) :]))[0])
-        logits: Logits = np.concatenate(found)
-        self._last = (row, count, logits)
-        return logits
+    def _run(self, asked: Sequence[Asked]) -> None:
+        """Runs rows after what is kept of their prompts, `chunk` tokens at a time, and keeps those that are prompts."""
+        texts: list[tuple[Asked, Text]] = []
+        try:
+            for one in asked:
+                texts.append((one, Text(self._pool)))
+                texts[-1][1].begin(self._tree, one.prompt, exact=False)
+            left = [(one, text) for one, text in texts if len(text.held) < len(one.row)]
+            while left:
+                parts, scored = [], []
+                room = self.chunk
+                for one, text in left:
+                    at = len(text.held)
+                    end = len(one.prompt) if at < len(one.prompt) else len(one.row)
+                    ids = list(one.row[at : min(end, at + room)])
+                    room -= len(ids)
+                    parts.append(Part(text, ids, few=False, last=0, scored=at >= len(one.prompt)))
+                    scored.append((one, at - len(one.prompt)))
+                    if room == 0:
+                        break
+                outcomes = run_step(self.network, parts, together=True)
+                for part, outcome, (one, position) in zip(parts, outcomes, scored, strict=True):
+                    self.ran += len(part.ids)
+                    if outcome.scored is not None:
+                        one.count_in(position, outcome.scored)
+                left = [(one, text) for one, text in left if len(text.held) < len(one.row)]
+            for one, text in texts:
+                if one.count == 0 and text.held:
+                    text.keep(self._tree, whole=False)
+        finally:
+            for _, text in texts:
+                text.release()
