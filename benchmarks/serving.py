@@ -1,4 +1,4 @@
-"""Servers side by side at several numbers of clients: `mpo-run serve`, `llama-server`, `vllm serve`, and the bare engine.
+"""Servers side by side at several numbers of clients: `mpo-run serve`, `llama-server`, vLLM, ONNX Runtime, the bare engine.
 
     python benchmarks/serving.py --clients 1 2 4 8 16 --engine model.mpo \\
         --server "mpo-run=mpo-run serve model.mpo --parallel 16 --port {port}" \\
@@ -6,10 +6,11 @@
 
 All servers are started and stay. In every round each of them is measured in turn at every number of clients, so that busy
 moments hit all of them and all numbers; the figures are medians over rounds. A server speaks OpenAI's completions and takes
-token ids. Each client sends one request: a prompt of random token ids, and tokens drawn greedily (`--prompt`, `--tokens`). A
-rate is the tokens of all clients over the time from the first request to the last answer. The time between tokens is that from
-a request's first token to its last, over the tokens after the first. CPU seconds are those of the server's process, all threads.
-`--engine` measures the same requests, one at a time, through the engine in a process of its own without a server.
+token ids; variables are set by `env NAME=VALUE` before its command. Each client sends one request: a prompt of random token
+ids, and tokens drawn greedily (`--prompt`, `--tokens`). A rate is the tokens of all clients over the time from the first
+request to the last answer. The time between tokens is that from a request's first token to its last, over the tokens after the
+first. CPU seconds are those of the server's process and of all that it started, all threads. `--engine` measures the same
+requests, one at a time, through the engine in a process of its own without a server.
 """
 
 from __future__ import annotations
@@ -147,12 +148,22 @@ class Engine:
 
 
 def cpu_seconds(process: int) -> float:
-    """CPU seconds that a process has used so far; 0 where the system does not tell."""
-    path = Path(f"/proc/{process}/stat")
-    if not path.exists():
-        return 0.0
-    fields = path.read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU seconds that a process and its children, and theirs, have used so far; 0 where the system does not tell."""
+    parents: dict[int, int] = {}
+    used: dict[int, float] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        number = int(path.parent.name)
+        parents[number] = int(fields[1])
+        # its own time, and that of children that have ended
+        used[number] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    family = {process}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(used.get(number, 0.0) for number in family)
 
 
 @contextmanager

@@ -9,7 +9,11 @@ from typing import Any
 
 
 def generate(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tokens that follow each prompt, drawn greedily, and the log-probabilities of the prompts' tokens."""
+    """The tokens that follow each prompt, drawn greedily, and the log-probabilities of the prompts' tokens.
+
+    Raises:
+        SystemExit: where the request asks for stock vLLM and this process has imported our plugin.
+    """
     from vllm import LLM, SamplingParams
 
     model = LLM(
@@ -22,6 +26,8 @@ def generate(request: dict[str, Any]) -> list[dict[str, Any]]:
     )
     sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, prompt_logprobs=0)
     found = model.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], sampling)
+    if request.get("stock") and (ours := {"mpo_vllm", "mpo_runtime", "mpo_formats"} & set(sys.modules)):
+        sys.exit(f"expected vLLM alone, found {sorted(ours)}")
     return [
         {
             "tokens": list(one.outputs[0].token_ids),
