@@ -248,6 +248,23 @@ def fit_residual(
 ) -> None:
     """Write what rounding to nearest leaves of the matrix to `out` [rows, columns]."""
 
+def has_bf16_products() -> bool:
+    """Whether the vectors of the instruction set in use multiply bf16 (AVX-512 BF16)."""
+
+def bf16_product(
+    left: NDArray[np.float32],
+    left_turned: bool,
+    right: NDArray[np.float32],
+    right_turned: bool,
+    out: NDArray[np.float32],
+    add: bool = False,
+    upper: bool = False,
+) -> None:
+    """Write (or `add`) left · rightᵀ to `out`, factors rounded to bf16 and sums in float32.
+
+    A matrix that is `turned` takes part as its transpose. With `upper`, entries below the diagonal may be left as they are.
+    """
+
 # -- single kernels, for tests (csrc/bind/dequantize.cpp, csrc/bind/kernels.cpp)
 
 def dequantize(

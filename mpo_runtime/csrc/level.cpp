@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "check.hpp"
+#include "fit/product.hpp"
 #include "target.hpp"
 
 #if MPO_X86
@@ -22,11 +23,11 @@ namespace {
 
 #if MPO_X86
 struct Cpu {
-  bool avx2 = false, avx512 = false, vbmi = false, amx = false;
+  bool avx2 = false, avx512 = false, vbmi = false, bf16 = false, amx = false;
 };
 
 #if defined(MPO_EMULATED_INTRINSICS)
-Cpu look() { return {true, true, true, true}; }  // tests: what the CPU lacks is emulated
+Cpu look() { return {true, true, true, true, true}; }  // tests: what the CPU lacks is emulated
 #else
 bool has(std::uint32_t bits, int bit) { return (bits >> bit) & 1u; }
 
@@ -62,8 +63,8 @@ Cpu look() {
   cpu.avx512 = cpu.avx2 && f && dq && bw && vl && vnni && (states & kZmm) == kZmm;
   cpu.vbmi = cpu.avx512 && has(c, 1);
   const bool bf16_tiles = has(d, 22), tile = has(d, 24), int8 = has(d, 25);
-  const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
-  cpu.amx = cpu.vbmi && bf16 && tile && int8 && bf16_tiles && (states & kTile) == kTile && tiles_permitted();
+  cpu.bf16 = cpu.avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
+  cpu.amx = cpu.vbmi && cpu.bf16 && tile && int8 && bf16_tiles && (states & kTile) == kTile && tiles_permitted();
   return cpu;
 }
 #endif
@@ -150,6 +151,13 @@ const Level& level_named(const char* where, const std::string& name) {
   if (!level)
     fail(where, ": this CPU or build has no instruction set '", name, "', expected one of auto, ", joined_names());
   return *level;
+}
+
+const PairKernels* pair_kernels() {
+#if MPO_X86 && !defined(MPO_EMULATED_INTRINSICS)
+  if (cpu().bf16 && active_level().float_panels == &kAvx512FloatPanels) return &kBf16Pairs;
+#endif
+  return nullptr;
 }
 
 bool set_level(const std::string& name) {

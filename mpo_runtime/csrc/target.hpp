@@ -23,6 +23,7 @@
 #define MPO_AVX2 "avx2,fma,f16c"
 #define MPO_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
 #define MPO_VBMI MPO_AVX512 ",avx512vbmi"
+#define MPO_BF16 MPO_AVX512 ",avx512bf16"
 #define MPO_AMX MPO_AVX512 ",avx512bf16,amx-tile,amx-int8,amx-bf16"
 #if defined(__clang__)
 #define MPO_NEON "dotprod"

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.calibrate.moments import Moment, Sums, moment_of
+from mpo_exporter.calibrate.moments import Moment, moment_of
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.store import Memory, PartMissing, Store
+from mpo_exporter.calibrate.sums import Sums
 from mpo_exporter.calibrate.upstream import Record, RecordingOps, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD

@@ -25,6 +25,7 @@ from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, deco
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_exporter.calibrate.store import Store
+from mpo_exporter.calibrate.sums import Sums
 from mpo_exporter.calibrate.upstream import Upstream, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
@@ -38,10 +39,8 @@ Single = NDArray[np.float32]
 UPSTREAMS, BETWEEN = "fit-upstreams", 10.0
 # Layers whose output is added to the residual stream.
 TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
-# Rows of a product that are computed at once, so that its single-precision result takes little memory beside the sums.
-PANEL, HALF_PANEL = 768, 192
-# Batches that are summed in single precision, for sums of at most so many entries.
-BATCHES, MOST_PART = 4, 1 << 24
+# Rows of a matrix that are transformed at once.
+PANEL = 768
 # From a layer's name, its matrix [O, I] and its input's moment to the compressed matrix [O, I].
 Build = Callable[[str, Matrix, "Moment"], NDArray[np.float32]]
 
@@ -119,60 +118,6 @@ def require_finite(matrix: Matrix, name: str) -> None:
         raise ConfigError(
             f"{name}: row {row}, column {column} is {matrix[row, column]}, not finite; check the source model"
         )
-
-
-class Sums:
-    """Running sums of x x̂ᵀ over tokens: those of a few batches in single precision, the sum of these in double precision."""
-
-    def __init__(self) -> None:
-        self.total: Matrix | None = None
-        self.part: Tensor | None = None
-        self.batches = self.tokens = 0
-
-    def add(self, left: Tensor, right: Tensor | None = None) -> None:
-        """Adds Σ_t left_t right_tᵀ of inputs [..., I]; without `right`, Σ_t left_t left_tᵀ, of which the upper half is summed."""
-        left = left.detach().reshape(-1, left.shape[-1])
-        right_ = left if right is None else right.detach().reshape(-1, right.shape[-1])
-        size = left.shape[1]
-        if self.total is None:
-            self.total = np.zeros((size, right_.shape[1]))
-            # Where the sums are large, memory counts for more than time.
-            self.part = left.new_zeros(size, right_.shape[1]) if self.total.size <= MOST_PART else None
-        # Narrow panels leave out nearly all of the lower half; where there is none to leave out, wide ones are faster.
-        panel = HALF_PANEL if right is None else PANEL
-        for start in range(0, size, panel):
-            first = start if right is None else 0
-            rows = slice(start, start + panel)
-            product = left[:, rows].T @ right_[:, first:]
-            if self.part is None:
-                self.total[rows, first:] += product.cpu().numpy()
-            else:
-                self.part[rows, first:] += product
-        self.tokens += left.shape[0]
-        self.batches += 1
-        if self.batches % BATCHES == 0:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Adds the sums in single precision to those in double precision."""
-        if self.total is not None and self.part is not None:
-            self.total += self.part.cpu().numpy()
-            self.part.zero_()
-
-    def mean(self, symmetric: bool) -> Matrix:
-        """The sums divided by the number of tokens; `symmetric` fills the lower half in where only the upper was summed."""
-        if self.total is None:
-            raise ConfigError("calibration: no tokens were seen; give a longer text with --calib")
-        self._flush()
-        total, self.total, self.part = self.total, None, None
-        total /= self.tokens
-        if symmetric:
-            for start in range(0, total.shape[0], HALF_PANEL):
-                rows = slice(start, start + HALF_PANEL)
-                total[start + HALF_PANEL :, rows] = total[rows, start + HALF_PANEL :].T
-                # The block on the diagonal was computed completely, and rounding may have made its halves differ.
-                total[rows, rows] = (total[rows, rows] + total[rows, rows].T) / 2
-        return total
 
 
 class Calibration:

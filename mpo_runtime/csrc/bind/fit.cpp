@@ -1,6 +1,7 @@
 // Rounding matrices to integers, for the exporter: arrays of numpy in and out.
 #include "bind/bind.hpp"
 #include "check.hpp"
+#include "fit/product.hpp"
 #include "fit/rounding.hpp"
 
 #include <nanobind/stl/tuple.h>
@@ -98,6 +99,24 @@ void residual(const Values& values, const Row& weight, const GridOf& given, cons
   rounding_residual(matrix_of(values), weight.data(), grid, search, out.data());
 }
 
+// A matrix or its transpose.
+StridedMatrix strided(const Values& values, bool turned) {
+  const std::size_t width = values.shape(1);
+  return turned ? StridedMatrix{values.data(), width, 1, width} : StridedMatrix{values.data(), values.shape(0), width, 1};
+}
+
+void product(const Values& left, bool left_turned, const Values& right, bool right_turned, const Array<float, 2>& out,
+             bool add, bool upper) {
+  const std::size_t count = left.shape(left_turned ? 0 : 1);
+  const StridedMatrix a = strided(left, left_turned), b = strided(right, right_turned);
+  expect(right.shape(right_turned ? 0 : 1) == count, "product: the right matrix has ", right.shape(right_turned ? 0 : 1),
+         " columns, expected ", count);
+  expect(out.shape(0) == a.rows && out.shape(1) == b.rows, "product: out is ", out.shape(0), " x ", out.shape(1),
+         ", expected ", a.rows, " x ", b.rows);
+  const nb::gil_scoped_release release;
+  add_products(a, b, count, out.data(), add, upper);
+}
+
 }  // namespace
 
 void bind_fit(nb::module_& module) {
@@ -110,6 +129,9 @@ void bind_fit(nb::module_& module) {
              nb::arg("codes").noconvert(), nb::arg("scale").noconvert(), nb::arg("zero").noconvert());
   module.def("fit_errors", &errors, nb::arg("matrix").noconvert(), nb::arg("weight").noconvert(), nb::arg("grids"),
              nb::arg("factors"), nb::arg("turns"), nb::arg("out").noconvert());
+  module.def("has_bf16_products", [] { return pair_kernels() != nullptr; });
+  module.def("bf16_product", &product, nb::arg("left").noconvert(), nb::arg("left_turned"), nb::arg("right").noconvert(),
+             nb::arg("right_turned"), nb::arg("out").noconvert(), nb::arg("add") = false, nb::arg("upper") = false);
   module.def("fit_residual", &residual, nb::arg("matrix").noconvert(), nb::arg("weight").noconvert(), nb::arg("grid"),
              nb::arg("factors"), nb::arg("turns"), nb::arg("out").noconvert());
 }
