@@ -137,6 +137,26 @@ class Ops(Protocol):
         """The result of `forward(ids, cache)`; a backend may record its ops in the first call and replay them later."""
         ...
 
+    def next_logits(
+        self,
+        forward: Callable[[Array, Any], Array],
+        logits: Callable[[Array], Array],
+        ids: Sequence[int],
+        pages: Any,
+        spans: Sequence[Span],
+    ) -> NDArray[np.float32] | None:
+        """The logits [texts, vocabulary] after one generated token of each text, where the backend has a way of its own.
+
+        Args:
+            forward: ids [1, S] and cache to hidden states [1, S, E].
+            logits: hidden states [..., E] to logits [..., vocabulary].
+            ids, spans: the new tokens, and the texts that they belong to.
+
+        Returns:
+            None where it has none for such a step: then `run` and `logits` do it.
+        """
+        return None
+
     def embed(self, table: Array, ids: Array, multiplier: float) -> Array:
         """Token ids [B, S] to multiplier · rows [B, S, E]."""
         ...
@@ -159,6 +179,10 @@ class Ops(Protocol):
     def linear(self, layer: Array, x: Array) -> Array:
         """Σ_t term_t(H x) + bias."""
         ...
+
+    def linears(self, layers: Sequence[Array], x: Array) -> Sequence[Array]:
+        """Several layers with the same input; a backend may compute them at once."""
+        return [self.linear(layer, x) for layer in layers]
 
     def rope_and_append(self, q: Array, k: Array, v: Array, cache: Any, block: int) -> Array:
         """Rotates q [B, S, H·D] and k [B, S, K·D] by position, appends k and v to the cache.

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_formats import Architecture, ConfigError
+from mpo_formats import Architecture, ConfigError, LinearSpec
 from mpo_runtime.backends.ops import PAGE, EditableOps, Span
 from mpo_runtime.layers.linear import Linear, MatrixTerm, float_tensor, load_linear
 from mpo_runtime.memory import available_memory
@@ -171,6 +171,7 @@ class ReferenceOps(EditableOps):
 
     name = "reference"
     row_exact = False
+    kv_types: ClassVar[dict[str, torch.dtype]] = KV_TYPES
 
     def __init__(
         self,
@@ -181,21 +182,26 @@ class ReferenceOps(EditableOps):
         held: bool | None = None,
         kv_type: str = "f32",
     ) -> None:
-        if kv_type not in KV_TYPES:
-            raise ConfigError(f"kv-type {kv_type}: expected one of {', '.join(KV_TYPES)}")
-        self.kv_type = KV_TYPES[kv_type]
+        if kv_type not in self.kv_types:
+            raise ConfigError(f"kv-type {kv_type}: expected one of {', '.join(self.kv_types)} with backend {self.name}")
+        self.kv_type = self.kv_types[kv_type]
         spec = weights.spec
         self.device = torch.device(device)
         if held is None:
             held = spec.architecture.parameters() * 4 <= HELD_SHARE * free_memory(device)
         self.held = held
+        self.vocabulary = spec.architecture.vocab_size
         self._linears: dict[str, Linear] = {
-            linear.name: load_linear(weights, linear, chi=chi, held=held, device=self.device) for linear in spec.linears
+            linear.name: self.load_layer(weights, linear, chi) for linear in spec.linears
         }
         self._vectors: dict[str, Tensor] = {
             vector.name: float_tensor(weights, f"{vector.name}.weight").to(self.device) for vector in spec.vectors
         }
         self.frequencies = torch.from_numpy(rotations(spec.architecture)).to(self.device)
+
+    def load_layer(self, weights: Weights, spec: LinearSpec, chi: int | None) -> Linear:
+        """A layer, loaded for this backend."""
+        return load_linear(weights, spec, chi=chi, held=self.held, device=self.device)
 
     def weights(self, layer: str) -> Linear | Tensor:
         """The loaded layer or vector of that name."""

@@ -134,6 +134,12 @@ def _run_together(model: Decoder, parts: abc.Sequence[Part]) -> list[Outcome]:
     ops, store = model.ops, parts[0].sequence.pool.store
     spans = [Span(part.sequence.pages, len(part.sequence.held), len(part.ids), part.few) for part in parts]
     ids = [token for part in parts for token in part.ids]
+    if all(len(part.ids) == part.last == 1 and part.few and not part.scored for part in parts):
+        found = ops.next_logits(model.forward, model.logits, ids, store, spans)
+        if found is not None:
+            for part in parts:
+                part.sequence.extend(part.ids, few=True)
+            return [Outcome(found[index : index + 1]) for index in range(len(parts))]
     hidden = ops.run(model.forward, ops.ids([ids]), ops.spans(store, spans))
     for part in parts:
         part.sequence.extend(part.ids, few=part.few)

@@ -69,7 +69,7 @@ class Decoder:
 
     def project(self, h: Array, name: str) -> tuple[Array, Array, Array]:
         """Queries [B, S, H·D], keys and values [B, S, K·D] of h [B, S, E], in the block `name`."""
-        q, k, v = (self.ops.linear(self.ops.weights(f"{name}.self_attn.{part}_proj"), h) for part in "qkv")
+        q, k, v = self.ops.linears([self.ops.weights(f"{name}.self_attn.{part}_proj") for part in "qkv"], h)
         return q, k, v
 
     def attend(self, q: Array, k: Array, v: Array, cache: Cache, block: int) -> Array:
@@ -79,7 +79,7 @@ class Decoder:
 
     def feed_forward(self, h: Array, name: str) -> Array:
         """The gated MLP on h [B, S, E], in the block `name`."""
-        gate, up = (self.ops.linear(self.ops.weights(f"{name}.mlp.{part}_proj"), h) for part in ("gate", "up"))
+        gate, up = self.ops.linears([self.ops.weights(f"{name}.mlp.{part}_proj") for part in ("gate", "up")], h)
         return self.ops.linear(self.ops.weights(f"{name}.mlp.down_proj"), self.ops.swiglu(gate, up))
 
     def add(self, x: Array, y: Array) -> Array:
