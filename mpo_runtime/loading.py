@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpo_formats import ConfigError
-from mpo_formats.layout import content_tensors
 from mpo_runtime import native, residence
 from mpo_runtime.backends.ops import check_activations
 from mpo_runtime.engine import Speculation
 from mpo_runtime.engine.scheduler import PARALLEL
 from mpo_runtime.engine.sequence import checked_context
 from mpo_runtime.machine import usable_cpus
-from mpo_runtime.memory import require_memory
 from mpo_runtime.model import Model
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.onnx.manifest import is_exported
+from mpo_runtime.room import require_room
 from mpo_runtime.text.chat_template import ChatTemplate
 from mpo_runtime.text.tokenizer import Tokenizer
 from mpo_runtime.weights import store
@@ -52,7 +51,7 @@ def load(
     parallel: int = PARALLEL,
     prefix_bytes: int | None = None,
     speculate: Speculation | None = None,
-    deterministic: bool = True,
+    deterministic: bool | None = None,
 ) -> Model:
     """Loads a `.mpo` or GGUF file, a Hugging Face folder or a model of the local store.
 
@@ -60,20 +59,21 @@ def load(
         path: a file, a folder, or a name that `mpo-run list` shows.
         chi: uses only the first `chi` values of every bond: a smaller, faster, less accurate model from the same file.
         device: `cpu`, a torch device such as `cuda`, or `auto`: the GPU where torch sees one.
-        backend: `native`, `triton`, `reference`, or `auto`: native on a CPU where its kernels were built, else reference.
+        backend: `native`, `triton`, `reference`, or `auto`: triton on a CUDA device, native on a CPU where its kernels were
+            built, else reference.
         threads: CPU threads of this process, for all its models; None keeps their number, which starts at all cores that
             the process may use (a container's CPU quota is heeded).
         context: tokens that the KV cache holds; where None, the longest context of the model, but at most 4,096.
-        kv_type: element type of the KV cache: f32, f16, bf16, or int8 with the native backend only. `auto` is f16 where the
-            native backend multiplies integer weights with int8 activations, whose rounding is far coarser, and f32 elsewhere.
-        activations: what the native backend multiplies integer weights with: `int8` or `float`.
+        kv_type: element type of the KV cache: f32, f16, bf16, or int8, which the reference has not. `auto` is f16 on a GPU, and
+            where the native backend multiplies integers with int8 activations, whose rounding is far coarser; else f32.
+        activations: what integers are multiplied with, `int8` or `float`; on a GPU several tokens in bf16, or in float32.
         load: where the native backend reads weights from: `map`, the mapped file; `copy`, memory of its own, into which they
             are moved in the background; `auto`, the faster of the two by a short measurement.
         verify: checks the file's checksums first.
         engine: `mpo`, this runtime; `onnx`, ONNX Runtime, for a folder of `mpo-run export-onnx`; `auto`, what fits the path.
-        parallel, prefix_bytes, speculate, deterministic: how many texts are generated at a time, what is kept of the KV cache
-            for later prompts, whether tokens are drafted from what a text repeats, and whether texts are the same beside
-            others (engine/scheduler.py).
+        parallel, prefix_bytes, speculate: how many texts are generated at a time, what is kept of the KV cache for later
+            prompts, and whether tokens are drafted from what a text repeats (engine/scheduler.py).
+        deterministic: whether texts are the same beside others; None: except with triton, whose batches would run one by one.
 
     Raises:
         MpoError: for a missing, damaged or unsupported file, or an option out of range.
@@ -81,48 +81,33 @@ def load(
     if engine not in ENGINES:
         raise ConfigError(f"engine {engine}: expected one of {', '.join(ENGINES)}")
     options: dict[str, Any] = {"chi": chi, "kv_type": kv_type, "activations": activations}
-    options |= {"backend": backend, "device": find_device(device), "load": load}
+    options |= {"backend": backend, "device": checked_device(device), "load": load}
     if engine == "onnx" or (engine == "auto" and is_exported(Path(path))):
         return load_onnx(Path(path), {**options, "speculate": speculate}, context=context, threads=threads)
     weights = open_weights(path, verify=verify)
     try:
-        if choose_backend(backend, options["device"]) != "reference":
-            require_room(weights, str(path), checked_context(weights.spec.architecture, context), options)
+        chosen = require_fit(weights, str(path), context, options)
         network = load_network(weights, threads=threads, **options)
-        text = read_text_files(weights)
+        tokenizer, template = read_text_files(weights)
         more: dict[str, Any] = {"parallel": parallel, "prefix_bytes": prefix_bytes, "speculate": speculate}
-        more |= {"context": context, "deterministic": deterministic}
-        return Model(weights, network, text[0], text[1], **more)
+        more |= {"context": context, "deterministic": chosen != "triton" if deterministic is None else deterministic}
+        return Model(weights, network, tokenizer, template, **more)
     except BaseException:
         weights.close()
         raise
 
 
-def require_room(weights: Weights, name: str, context: int, options: Mapping[str, Any]) -> None:
-    """Refuses a model whose weights and KV cache of one text are more than the memory that is available.
+def require_fit(weights: Weights, name: str, context: int | None, options: Mapping[str, Any]) -> str:
+    """The backend of a model; raises ConfigError where the model does not fit into the memory that it would run in.
 
-    With `load` map the weights do not count: the system reads them from the file as they are needed, however slowly.
-
-    Raises:
-        ConfigError: where they do not fit.
+    The reference is not asked: it rebuilds matrices from the file where memory does not suffice.
     """
-    architecture, on_gpu = weights.spec.architecture, options["device"] != "cpu"
-    kind = native_kv_type(weights, options["kv_type"], options["activations"])
-    rows = 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * context
-    cache = rows * {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}.get(kind, 4) * architecture.head_dim
-    mapped = options["load"] == "map" and not on_gpu
-    size = 0 if mapped else sum(tensor.size for tensor in content_tensors(weights.spec))
-    remedy = (
-        "close other programs, or take a smaller --ctx-size, --kv-type int8, or a file with fewer bits (--target-size)"
-    )
-    remedy += "" if mapped or on_gpu else "; --load map reads the weights from the disk, slowly"
-    available = None
-    if on_gpu:
-        from mpo_runtime.backends.reference import free_memory
-
-        check_device(options["device"])
-        available = free_memory(options["device"])
-    require_memory(name, size, cache, remedy, available)
+    chosen = choose_backend(options["backend"], options["device"])
+    if chosen != "reference":
+        kv_type = decided_kv_type(weights, chosen, options["kv_type"], options["activations"])
+        context = checked_context(weights.spec.architecture, context)
+        require_room(weights, name, context, {**options, "kv_type": kv_type})
+    return chosen
 
 
 def load_onnx(path: Path, options: Mapping[str, Any], *, context: int | None, threads: int | None) -> Model:
@@ -176,36 +161,34 @@ def load_network(
     check_activations(activations)
     residence.check_load(load)
     ops: Ops
-    device = find_device(device)
+    device = checked_device(device)
     chosen = choose_backend(backend, device)
+    kv_type = decided_kv_type(weights, chosen, kv_type, activations)
     if chosen == "native":
         from mpo_runtime.backends.native import NativeOps
 
         native.instruction_set()
         native.set_threads(checked_threads(threads))
-        kv_type = native_kv_type(weights, kv_type, activations)
         ops = NativeOps(weights, chi=chi, kv_type=kv_type, activations=activations)
         ops.load, ops.residence = residence.start(weights, load)
     elif chosen == "triton":
         from mpo_runtime.backends.triton import TritonOps
 
-        check_device(device)
-        kind = "f16" if kv_type == "auto" else kv_type
-        ops = TritonOps(weights, chi=chi, device=device, kv_type=kind, exact=activations == "float")
+        ops = TritonOps(weights, chi=chi, device=device, kv_type=kv_type, exact=activations == "float")
     else:
         from mpo_runtime.backends.reference import ReferenceOps
 
         set_threads(threads)
-        check_device(device)
-        ops = ReferenceOps(weights, chi=chi, device=device, kv_type="f32" if kv_type == "auto" else kv_type)
+        ops = ReferenceOps(weights, chi=chi, device=device, kv_type=kv_type)
     return decoder_for(weights.spec.architecture, ops)
 
 
-def native_kv_type(weights: Weights, kv_type: str, activations: str) -> str:
-    """The element type of the native backend's KV cache, `auto` decided."""
+def decided_kv_type(weights: Weights, backend: str, kv_type: str, activations: str) -> str:
+    """The element type of a backend's KV cache, `auto` decided."""
     if kv_type != "auto":
         return kv_type
-    return "f16" if activations == "int8" and has_integers(weights) else "f32"
+    rounds = backend == "native" and activations == "int8" and has_integers(weights)
+    return "f16" if rounds or backend == "triton" else "f32"
 
 
 def find_device(device: str) -> str:
@@ -224,7 +207,7 @@ def choose_backend(backend: str, device: str) -> Literal["native", "triton", "re
 
     Raises:
         ConfigError: for another name, for native kernels that were not built or cannot run on the device, or where Triton
-            is absent or has no GPU.
+            is absent or has no GPU. `auto` never takes the reference on a CUDA device: it is slow there, so it is asked for.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend}: expected one of {', '.join(BACKENDS)}")
@@ -235,9 +218,12 @@ def choose_backend(backend: str, device: str) -> Literal["native", "triton", "re
             raise ConfigError(
                 "backend native: its kernels were not built; install a C++ compiler and mpo-runtime again"
             )
-    if backend == "triton":
+    if backend == "triton" or (backend == "auto" and device.startswith("cuda")):
         if importlib.util.find_spec("triton") is None:
-            raise ConfigError("backend triton: needs the package triton; pip install 'mpo-runtime[gpu]'")
+            where = "backend triton" if backend == "triton" else f"device {device}"
+            raise ConfigError(
+                f"{where}: needs the package triton; pip install 'mpo-runtime[gpu]', or add --backend reference (slow)"
+            )
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError("backend triton: runs on a GPU; add --device cuda")
         return "triton"
@@ -280,6 +266,13 @@ def _heed_quota() -> None:
 
     if usable_cpus() < torch.get_num_threads():
         torch.set_num_threads(usable_cpus())
+
+
+def checked_device(device: str) -> str:
+    """The device that a name stands for (`find_device`); raises ConfigError as `check_device` does."""
+    found = find_device(device)
+    check_device(found)
+    return found
 
 
 def check_device(device: str) -> None:

@@ -36,7 +36,7 @@ KvType = Annotated[
     typer.Option(
         "--kv-type",
         envvar="MPO_KV_TYPE",
-        help="What the KV cache is stored in: f32, f16, bf16, int8 (native); auto: f16 with --activations int8.",
+        help="What the KV cache is stored in: f32, f16, bf16, int8; auto: f16 on a GPU and with --activations int8.",
     ),
 ]
 Threads = Annotated[
@@ -50,14 +50,14 @@ Backend = Annotated[
     str,
     typer.Option(
         envvar="MPO_BACKEND",
-        help="native (C++), triton (GPU, not yet run on one), reference (torch), or auto: native on a CPU where it was built.",
+        help="native (C++), triton (GPU), reference (torch), or auto: triton on a GPU, native on a CPU where it was built.",
     ),
 ]
 Activations = Annotated[
     str,
     typer.Option(
         envvar="MPO_ACTIVATIONS",
-        help="What the native backend multiplies integer weights with: int8 (fast), or float (as the reference).",
+        help="What integer weights are multiplied with: int8 (fast; on a GPU bf16), or float (as the reference).",
     ),
 ]
 EngineName = Annotated[

@@ -271,14 +271,20 @@ class MeasureOptions:
 class MachineOptions:
     """What to compute on."""
 
-    device: Annotated[str, typer.Option(envvar="MPO_DEVICE", help="cpu, or a torch device such as cuda.")] = "cpu"
+    device: Annotated[
+        str,
+        typer.Option(
+            envvar="MPO_DEVICE", help="cpu, a torch device such as cuda, or auto: the GPU where torch sees one."
+        ),
+    ] = "cpu"
     threads: Annotated[int | None, typer.Option("--threads", "-t", envvar="MPO_THREADS", help="CPU threads.")] = None
 
     def record(self) -> Machine:
         """The machine."""
         from mpo_exporter.request import Machine
+        from mpo_runtime.loading import find_device
 
-        return Machine(self.device, self.threads)
+        return Machine(find_device(self.device), self.threads)
 
 
 @dataclass(frozen=True, slots=True)
