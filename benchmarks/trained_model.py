@@ -228,9 +228,9 @@ class Judge:
         figures = accuracy.measure(str(path), tasks, arguments.limit, None, 0)
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"
         return {
-            "accuracy": {name: task[accuracy.MAIN[name]] for name, task in figures["tasks"].items()},
+            "accuracy": {name: task[accuracy.main_figure(name)] for name, task in figures["tasks"].items()},
             "accuracy_mean": figures["mean"],
-            "right": {name: task["right"][accuracy.MAIN[name]] for name, task in figures["tasks"].items()},
+            "right": {name: task["right"][accuracy.main_figure(name)] for name, task in figures["tasks"].items()},
         }
 
 

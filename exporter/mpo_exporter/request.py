@@ -111,6 +111,7 @@ class ExportRequest:
         options: of the plan.
         out: the file to write; None for one named after the model, in the current folder.
         force: overwrites existing files.
+        tasks: JSONL files of questions, on which accuracy is measured before and after.
         prefixes: values of χ; the file's prefixes of these bond dimensions are measured too.
         report: a folder for the report; None makes none.
         dry_run: prints the plan and its predictions, and writes no file.
@@ -129,6 +130,7 @@ class ExportRequest:
     force: bool = False
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     measure: MeasureRequest = field(default_factory=MeasureRequest)
+    tasks: tuple[Path, ...] = ()
     prefixes: tuple[int, ...] = ()
     healing: HealingRequest | None = None
     report: Path | None = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.windows import COUNT, cut_calibration
 from mpo_exporter.plan.options import Options
 from mpo_exporter.source import Source, data_folder, require_finite_weights
+from mpo_formats import ConfigError
+from mpo_runtime.evaluation.questions import Task, read_task
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, TokenText, read_tokens
 
 # Multiply-adds and tokens that measuring may take if the user says nothing: at most a minute on two slow cores.
@@ -36,6 +39,17 @@ def held_out_text(source: Source, path: Path | None, tokens: int | None) -> tupl
         if tokens < LEAST_TOKENS:
             return None, "the model is large for this machine; give --measure-tokens N to measure all the same"
     return whole.first(tokens), ""
+
+
+def read_tasks(source: Source, paths: Sequence[Path]) -> tuple[Task, ...]:
+    """The questions of JSONL files.
+
+    Raises:
+        ConfigError: for a file that cannot be read, or a model without tokenizer.
+    """
+    if paths and source.tokenizer is None:
+        raise ConfigError(f"--task {paths[0]}: the model has no tokenizer.json to read questions with")
+    return tuple(map(read_task, paths))
 
 
 def calibration_text(source: Source, path: Path | None = None) -> TokenText:

@@ -1,7 +1,8 @@
 """The tasks of `--tasks`: names that lm-eval knows, its YAML files, and local JSONL files, which need no network.
 
-Rows of a JSONL file are {query, choices, gold} (the best choice is asked for), {context, continuation} (the last word is to
-be predicted greedily) or {question, answer} (an answer is generated; the last number of both is compared).
+Rows of a JSONL file are {query, choices, gold} (the best answer is asked for), {context, choices, gold} (the best end of a
+text), {context, continuation} (the last word is to be predicted greedily) or {question, answer} (an answer is generated; the
+last number of both is compared).
 """
 
 from __future__ import annotations
@@ -77,10 +78,11 @@ def jsonl_task(path: Path) -> dict[str, Any]:
         "metadata": {"version": 1},
     }
     if "choices" in row:
-        prompt = PROMPTS.get(path.stem, OTHER_PROMPT)
+        prompt = "{context}" if "query" not in row else PROMPTS.get(path.stem, OTHER_PROMPT)
+        asked = prompt.replace("{query}", "{{query.rstrip()}}").replace("{context}", "{{context.rstrip()}}")
         return common | {
             "output_type": "multiple_choice",
-            "doc_to_text": prompt.replace("{query}", "{{query.rstrip()}}"),
+            "doc_to_text": asked,
             "doc_to_choice": "choices",
             "doc_to_target": "gold",
             "metric_list": [metric("acc"), metric("acc_norm")],

@@ -25,15 +25,16 @@ from mpo_exporter.plan.file import write_plan
 from mpo_exporter.plan.options import Options
 from mpo_exporter.plan.planner import Planner, with_default_target
 from mpo_exporter.plan.predict import Prediction, predict
+from mpo_exporter.report.accuracy import measured_accuracy
 from mpo_exporter.report.command import make_report
-from mpo_exporter.report.facts import WithoutCores
+from mpo_exporter.report.facts import Accuracy, WithoutCores
 from mpo_exporter.report.job import Job, prepare
 from mpo_exporter.report.layers import Recorder
 from mpo_exporter.report.terminal import HealedStage, print_report
 from mpo_exporter.request import ExportRequest
 from mpo_exporter.source import Source, open_source
 from mpo_exporter.terms import stored_bytes
-from mpo_exporter.texts import calibration_for, held_out_text
+from mpo_exporter.texts import calibration_for, held_out_text, read_tasks
 from mpo_exporter.work import work_folder, working
 from mpo_formats import ModelSpec, MpoFile, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD, full_rank
@@ -42,6 +43,7 @@ from mpo_runtime import __version__
 from mpo_runtime.cli import console
 from mpo_runtime.cli.console import size_text
 from mpo_runtime.cli.inspect import layer_text
+from mpo_runtime.evaluation.questions import Task
 
 # Exports that --max-kl may take: each one's measured KL corrects the next one's plan.
 MOST_EXPORTS = 3
@@ -57,6 +59,7 @@ def run_export(request: ExportRequest) -> Result | None:
     with open_source(request.model) as source:
         target = request.target(source.name)
         request.check_paths(target)
+        tasks = read_tasks(source, request.tasks)
         earlier = None if request.report is None or request.dry_run else prepare(request.report, request.force)
         reserved = check_healing(source, request.healing) if request.healing else {}
         task, reason, fitted_to = resolved(request, source, target, reserved)
@@ -76,7 +79,8 @@ def run_export(request: ExportRequest) -> Result | None:
         healed = heal_exported(source, result, request.healing, task.text, task.device) if request.healing else None
         notes = healing_notes(healed) if healed else []
         if request.report is None:
-            print_report(result, task.text, reason, HealedStage(healed.comparison, notes) if healed else None, plain)
+            stage = HealedStage(healed.comparison, notes) if healed else None
+            print_report(result, task.text, reason, stage, plain, accuracy_of(source, target, tasks, task.device))
             print_next_step(target)
             return result
         for note in notes:
@@ -94,6 +98,7 @@ def run_export(request: ExportRequest) -> Result | None:
                 fit_windows=task.windows,
                 device=task.device,
                 threads=request.machine.threads,
+                tasks=tasks,
                 without_cores=request.compare_cores if task.options.demands_cores else None,
                 earlier=earlier,
                 comparison=better.comparison,
@@ -102,6 +107,14 @@ def run_export(request: ExportRequest) -> Result | None:
             ),
         )
         return result
+
+
+def accuracy_of(source: Source, path: Path, tasks: tuple[Task, ...], device: str) -> tuple[Accuracy, ...]:
+    """The accuracy of both models on the tasks; nothing where there are none."""
+    if not tasks:
+        return ()
+    with console.progress("questions") as update:
+        return measured_accuracy(source, path, tasks, device, update)
 
 
 def work_key(source: Source, task: ExportTask) -> dict[str, Any]:

@@ -77,6 +77,7 @@ def export(
     calibration: given.CalibrationOptions,
     force: given.Force = False,
     measure: given.MeasureOptions,
+    task: given.Tasks = None,
     report: given.ReportFolder = None,
     certify_chi: given.Prefixes = None,
     heal: given.Heal = False,
@@ -100,6 +101,7 @@ def export(
         force=force,
         calibration=calibration.record(),
         measure=measure.record(),
+        tasks=tuple(task or ()),
         prefixes=tuple(certify_chi or ()),
         healing=bounds.request(heal, heal_text),
         report=report,
@@ -230,6 +232,7 @@ def report_command(
         bool, typer.Option("--force", "-f", help="Write into a folder that holds something else.")
     ] = False,
     measure: given.MeasureOptions,
+    task: given.Tasks = None,
     calib: Annotated[
         Path | None,
         typer.Option(help="Text for the errors of the layers, .jsonl or .txt.", show_default="a built-in one"),
@@ -254,6 +257,7 @@ def report_command(
             out=out,
             force=force,
             measure=measure.record(),
+            tasks=tuple(task or ()),
             calib=calib,
             calib_windows=calib_windows,
             without_cores=without_cores,

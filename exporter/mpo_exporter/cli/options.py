@@ -88,6 +88,14 @@ LeastBits = Annotated[
     int,
     typer.Option("--least-bits", help="Store narrower integers in so many bits, exactly; vLLM on a CPU takes 4 only."),
 ]
+Tasks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--task",
+        help="A JSONL file of questions, on which accuracy is measured before and after; may be repeated.",
+        show_default=False,
+    ),
+]
 Prefixes = Annotated[
     list[int] | None,
     typer.Option("--certify-chi", help="Measure the file's prefix at this χ too; may be repeated.", show_default=False),

@@ -14,7 +14,7 @@ from mpo_exporter.report.page import page
 from mpo_exporter.report.terminal import print_whole
 from mpo_exporter.request import Machine, MeasureRequest, check_folder
 from mpo_exporter.source import Source, open_source
-from mpo_exporter.texts import calibration_for, held_out_text
+from mpo_exporter.texts import calibration_for, held_out_text, read_tasks
 from mpo_formats import ConfigError
 from mpo_runtime.cli import console
 
@@ -28,6 +28,7 @@ class ReportCommand:
         teacher: the dense model that it was made from, as `open_source` takes it.
         out: the folder to write into.
         force: write into a folder that has other contents.
+        tasks: JSONL files of questions, on which accuracy is measured.
         calib: the calibration text; None: the built-in one.
         calib_windows: windows of it on which layers are measured; None: as many as take about half a minute.
         without_cores: make and measure a file of the same size without cores; None: where the model is small.
@@ -41,6 +42,7 @@ class ReportCommand:
     out: Path
     force: bool = False
     measure: MeasureRequest = field(default_factory=MeasureRequest)
+    tasks: tuple[Path, ...] = ()
     calib: Path | None = None
     calib_windows: int | None = None
     without_cores: bool | None = None
@@ -65,6 +67,7 @@ def run_report(command: ReportCommand) -> Report:
     windows = COUNT if command.calib_windows is None else command.calib_windows
     with open_source(command.teacher) as source:
         held_out, reason = held_out_text(source, command.measure.text, command.measure.tokens)
+        tasks = read_tasks(source, command.tasks)
         calibration, _ = calibration_for(source, Options(), command.calib, windows)
         print(f"measuring {command.file} beside {source.name} into {command.out}", flush=True)
         job = Job(
@@ -79,6 +82,7 @@ def run_report(command: ReportCommand) -> Report:
             device=command.machine.device,
             threads=command.machine.threads,
             without_cores=command.without_cores,
+            tasks=tasks,
             earlier=earlier,
         )
         return make_report(source, job)

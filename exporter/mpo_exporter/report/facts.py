@@ -106,6 +106,17 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Accuracy:
+    """The share of a task's questions that both models answer rightly, and the standard error of the compressed one's."""
+
+    task: str
+    questions: int
+    dense: float
+    compressed: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class Speed:
     """Decoding speed in tokens per second at batch 1, for each round, in which the models take turns; and the medians."""
 
@@ -345,6 +356,7 @@ class Report:
     machine: Machine
     costs: tuple[Cost, ...]
     missing: dict[str, str]
+    accuracy: tuple[Accuracy, ...] = ()
 
     def __post_init__(self) -> None:
         if self.version != VERSION:

@@ -16,9 +16,11 @@ from mpo_exporter.calibrate.windows import WINDOW
 from mpo_exporter.certify import Certifier
 from mpo_exporter.export import ExportTask, Listener, without_cores
 from mpo_exporter.progress import Progress, silent
+from mpo_exporter.report.accuracy import measured_accuracy
 from mpo_exporter.report.facts import (
     FORMAT,
     VERSION,
+    Accuracy,
     Calibrated,
     Cost,
     Layer,
@@ -115,6 +117,7 @@ class Gatherer:
         sizes = sizes_of(spec, self.source.spec, self.file.size)
         found = self.quality()
         quality = Measured.of(found, job.text) if found and job.text else None
+        accuracy = self.accuracy()
         speed, memory, texts = self.runs()
         layers, calibrated = self.layers()
         cored = sum(any(term.chi for term in layer.terms) for layer in layers)
@@ -146,6 +149,7 @@ class Gatherer:
             machine=machine_of(job.device),
             costs=tuple(self.costs),
             missing=self.missing,
+            accuracy=accuracy,
         )
 
     def quality(self) -> Comparison | None:
@@ -157,6 +161,13 @@ class Gatherer:
             return None
         with self.timed("quality"):
             return self.compared(self.job.file, self.job.text)
+
+    def accuracy(self) -> tuple[Accuracy, ...]:
+        """The accuracy of both models on the job's tasks."""
+        if not self.job.tasks:
+            return ()
+        with self.timed("accuracy"):
+            return measured_accuracy(self.source, self.job.file, self.job.tasks, self.job.device, self.progress)
 
     def compared(self, path: Path, text: TokenText) -> Comparison:
         """A file against the dense model on a text."""

@@ -13,6 +13,7 @@ from mpo_exporter.measure.survey import Survey
 from mpo_exporter.report.facts import FORMAT, Compression, Report, from_text, to_text
 from mpo_formats import FormatError, OutputError
 from mpo_formats.writer import sync_folder
+from mpo_runtime.evaluation.questions import Task
 from mpo_runtime.measure import Comparison
 from mpo_runtime.text.token_text import TokenText
 
@@ -32,6 +33,7 @@ class Job:
         calib_windows: windows of it on which layers are measured; None: as many as take about half a minute.
         fit_windows: windows of it to which a file without cores is fitted.
         without_cores: make and measure a file of the same size without cores; None: where the model is small.
+        tasks: of questions, on which accuracy is measured.
         comparison, surveyed, compression: what the export measured, so that it is not measured again.
         earlier: the report that was in the folder before.
     """
@@ -47,6 +49,7 @@ class Job:
     device: str = "cpu"
     threads: int | None = None
     without_cores: bool | None = None
+    tasks: tuple[Task, ...] = ()
     comparison: Comparison | None = None
     surveyed: Survey | None = None
     compression: Compression | None = None

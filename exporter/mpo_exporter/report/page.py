@@ -140,7 +140,10 @@ def quality_section(report: Report) -> Markup | None:
         "Quality",
         lead,
         element(
-            "div", quality_table(found), element("div", quality_plot(report), points_details(report)), class_="pair"
+            "div",
+            quality_table(found, report.accuracy),
+            element("div", quality_plot(report), points_details(report)),
+            class_="pair",
         ),
     )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mpo_exporter.report.facts import Layer, Measured, Report, Texts, WithoutCores
+from mpo_exporter.report.facts import Accuracy, Layer, Measured, Report, Texts, WithoutCores
 from mpo_exporter.report.markup import (
     Child,
     Markup,
@@ -54,9 +54,9 @@ def grid(heads: Sequence[str], rows: Sequence[Sequence[Child]], numbers: int = 1
     return element("div", element("table", element("thead", head), element("tbody", body)), class_="scroll")
 
 
-def quality_table(quality: Measured) -> Markup:
-    """The quality of both models on the held-out text."""
-    rows = (
+def quality_table(quality: Measured, accuracy: Sequence[Accuracy] = ()) -> Markup:
+    """The quality of both models on the held-out text, and their accuracy on questions."""
+    rows = [
         (
             "Perplexity ± standard error",
             f"{quality.dense_perplexity:.2f} ± {quality.dense_error:.2f}",
@@ -68,7 +68,15 @@ def quality_table(quality: Measured) -> Markup:
         ("Same most likely token", "100 %", percent(quality.same_top1)),
         ("Logits, mean cosine", "1", f"{quality.cosine:.5f}"),
         ("Logits, mean squared error", "0", compact(quality.mse, 4)),
-    )
+        *(
+            (
+                f"Accuracy, {one.task} ({one.questions} questions) ± standard error",
+                percent(one.dense),
+                f"{percent(one.compressed)} ± {percent(one.error)}",
+            )
+            for one in accuracy
+        ),
+    ]
     return grid(("", "dense", "this file"), rows)
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mpo_exporter.export import Result
 from mpo_exporter.plan.named import K_PROJ
-from mpo_exporter.report.facts import Measured, Memory, Report, Sizes, Speed, Texts, WithoutCores
+from mpo_exporter.report.facts import Accuracy, Measured, Memory, Report, Sizes, Speed, Texts, WithoutCores
 from mpo_exporter.report.job import JSON, PAGE
 from mpo_exporter.report.sizes import sizes_of
 from mpo_runtime.cli.console import size_text
@@ -35,6 +35,7 @@ class Rows:
     memory: Memory | None = None
     texts: Texts | None = None
     plain: WithoutCores | None = None
+    accuracy: Sequence[Accuracy] = ()
     healed: bool = False
     healed_quality: Measured | None = None
     logits: bool = False  # shows what the logits differ by, which is shown beside speed or texts in any case
@@ -54,12 +55,14 @@ def print_report(
     reason: str,
     healed: HealedStage | None = None,
     plain: WithoutCores | None = None,
+    accuracy: Sequence[Accuracy] = (),
 ) -> None:
     """Prints the sizes and the quality of an exported file, also after healing if it was healed.
 
     Args:
         text: what quality was measured on, None where it was not measured, for `reason`.
         plain: a file of the same size without cores, if one was made to compare with.
+        accuracy: on questions, of the file that was written last.
     """
     quality = Measured.of(result.comparison, text) if result.comparison and text else None
     again = Measured.of(healed.comparison, text) if healed and healed.comparison and text else None
@@ -69,6 +72,7 @@ def print_report(
         result.core_layers,
         len(result.spec.linears),
         plain=plain,
+        accuracy=accuracy,
         healed=healed is not None,
         healed_quality=again,
         logits=result.spec.provenance.options.get("plan") == K_PROJ.name,
@@ -96,6 +100,7 @@ def print_whole(report: Report, folder: Path) -> None:
                 report.memory,
                 report.texts,
                 report.without_cores,
+                report.accuracy,
             )
         )
     )
@@ -170,6 +175,10 @@ def table(rows: Rows) -> Table:
         add("decoding, tokens/s", f"{dense_rate:.1f}", f"{rate:.1f}", change(rate, dense_rate))
     if rows.quality:
         quality_rows(add, rows.quality, rows.healed_quality, full=bool(rows.speed or rows.texts or rows.logits))
+    for one in rows.accuracy:
+        share = f"{100 * one.compressed:.1f} ± {100 * one.error:.1f} %"
+        name, gain = f"accuracy, {one.task} ({one.questions} questions)", 100 * (one.compressed - one.dense)
+        add(name, f"{100 * one.dense:.1f} %", "" if rows.healed else share, f"{gain:+.1f} points", healed=share)
     if rows.texts:
         texts = rows.texts
         share = "" if texts.dense_repeated is None else f"{100 * texts.dense_repeated:.1f} %"
