@@ -23,6 +23,7 @@ QUALITY = RESULTS / "2026-11-26-quality.json"
 HEALING = RESULTS / "2026-11-27-healing-h200.json"
 DECODING = RESULTS / "2026-11-26-decode-2b.json"
 SMOLLM2 = RESULTS / "2026-11-30-smollm2.json"
+ACCURACY = RESULTS / "2026-11-30-smollm2-tasks.json"
 # Files of integers that healing.py healed on a million tokens of the embedded text.
 HEALED = ("auto, 4.25 bits", "auto, 3.3 bits", "auto, 3.0 bits", "auto, 2.5 bits")
 OURS, THEIRS, CORES = "#0b62a4", "#d1495b", "#4c956c"
@@ -105,6 +106,35 @@ def draw_smollm2(axes: Any) -> None:
     types = [row for row in rows if row["family"] == "llama.cpp"]
     draw_types(axes, [(row["name"], (row["file_bytes"] / 1e6, row["kl_mean"])) for row in types], {"IQ3_XXS": (7, -3)})
     axes.set(title="SmolLM2-135M (trained by others)", xlim=(74, 114), ylim=(0.006, 0.7), xlabel="file, MB")
+
+
+def draw_accuracy(left: Any, right: Any) -> None:
+    """SmolLM2: mean accuracy on six tasks against the size of the file, and against KL, for every file that was asked."""
+    rows = rows_of(ACCURACY)
+    dense = next(row for row in rows if row["family"] == "dense")
+    groups = (
+        ("auto", "o", OURS, "this project, auto"),
+        ("llama.cpp", "s", THEIRS, "llama.cpp"),
+        ("int4", "^", OURS, "this project, int4"),
+        ("paper", "D", CORES, "paper (cores)"),
+        ("k-proj", "v", CORES, "k-proj (low rank)"),
+    )
+    for axes, along in ((left, lambda row: row["file_bytes"] / 1e6), (right, lambda row: row["kl_mean"])):
+        axes.axhline(100 * dense["accuracy_mean"], color="#666666", linewidth=1.2, linestyle=":")
+        for family, marker, color, text in groups:
+            for healed in (False, True):
+                found = [row for row in rows if row["family"] == family and row.get("healed", False) == healed]
+                if found:
+                    points = sorted((along(row), 100 * row["accuracy_mean"]) for row in found)
+                    face = "white" if healed else color
+                    name = f"{text}, healed" if healed else text
+                    axes.plot(
+                        *zip(*points, strict=True), marker, color=color, markersize=6, markerfacecolor=face, label=name
+                    )
+    left.set(title="SmolLM2-135M: six tasks", xlabel="file, MB", ylabel="mean accuracy, % of the questions")
+    left.legend(fontsize=9, loc="lower right", frameon=False)
+    right.set(title="the same against KL", xlabel="KL to the uncompressed model", xscale="log")
+    right.annotate("dense", (right.get_xlim()[1], 100 * dense["accuracy_mean"]), fontsize=9, ha="right", va="bottom")
 
 
 def draw_quality(left: Any, right: Any) -> None:

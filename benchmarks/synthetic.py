@@ -4,7 +4,8 @@
 
 A plan is a width (8, 6, 5, 4, 3, 2), a mixture such as 2,3,4 (blocks take the widths in turn), or `dense` for bf16; each with
 cores where `+chi32` follows, and with inputs that are Hadamard-transformed in blocks of 128 where `+h` does. Groups are 32
-columns at 4 bits and more, 64 below; the embedding has 6 bits (as wide as the rest where that is 8, bf16 in `dense`).
+columns at 4 bits and more, 64 below; the embedding has 6 bits (as wide as the rest where that is 8, bf16 in `dense`). Or it is
+one of mpo-export's named plans: `int4`, `paper+chi600`, `k-proj`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpo_exporter.plan.named import plan_layers
+from mpo_exporter.plan.options import Options
 from mpo_exporter.terms import operator
 from mpo_formats import (
     Architecture,
@@ -54,13 +57,16 @@ class SyntheticPlan:
     widths: tuple[int, ...]
     chi: int = 0
     hadamard: int = 0
+    named: str = ""
 
     @classmethod
     def parse(cls, text: str) -> SyntheticPlan:
-        """Reads `4`, `2,3,4`, `dense`, each perhaps followed by `+chi32` and by `+h`."""
+        """Reads `4`, `2,3,4`, `dense`, each perhaps followed by `+chi32` and by `+h`; or a named plan, perhaps with a χ."""
+        if found := re.fullmatch(r"(int4|paper|k-proj)(?:\+chi(\d+))?", text):
+            return cls((), int(found[2] or 0), named=found[1])
         found = re.fullmatch(r"(dense|[2-8](?:,[2-8])*)(?:\+chi(\d+))?(\+h)?", text)
         if not found:
-            raise SystemExit(f"--plan {text}: expected a width, widths with commas or dense, and perhaps +chi32 and +h")
+            raise SystemExit(f"--plan {text}: expected a width, widths with commas, dense or a named plan")
         widths = () if found[1] == "dense" else tuple(map(int, found[1].split(",")))
         return cls(widths, int(found[2] or 0), 128 if found[3] else 0)
 
@@ -106,6 +112,9 @@ def granite(size: str) -> Architecture:
 
 def synthetic_linears(size: str, plan: SyntheticPlan) -> tuple[LinearSpec, ...]:
     """The layers of a plan."""
+    if plan.named:
+        dense = synthetic_spec(size, synthetic_linears(size, SyntheticPlan(())), {})
+        return plan_layers(dense, Options(plan.named, plan.chi or None))
     return tuple(
         LinearSpec(name, rows, columns, None, plan.terms(name, rows, columns), plan.hadamard)
         for name, rows, columns, _ in granite(size).linear_sizes()

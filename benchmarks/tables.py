@@ -25,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"^(<!-- table: ([\w-]+) -->\n\n)((?:\|.*\n)*)", re.MULTILINE)
 HEADLINE = "2026-11-30-headline.json"
 SMOLLM2 = "2026-11-30-smollm2.json"
+SMOLLM2_TASKS = "2026-11-30-smollm2-tasks.json"
 # Numbers in granite-nano's embedding, which no plan replaces.
 NANO_EMBEDDING = 4096 * 512
 HEALED = "2026-11-27-healing-h200.json"
@@ -106,6 +107,70 @@ def smollm2() -> str:
         "ours",
     )
     return table(head, body)
+
+
+def name_of(row: Row) -> str:
+    """What a row of trained_model.py is called in a table."""
+    name = (
+        f"{row['family']} {row['name']}".strip().replace("auto bytes of", "ours, bytes of").replace("auto ", "ours, ")
+    )
+    return name + (", healed" if row.get("healed") else "")
+
+
+def paired_error(row: Row, other: Row) -> float:
+    """The standard error of the difference of two models' mean accuracies on the same questions."""
+    variance = 0.0
+    for task, mine in row["right"].items():
+        differences = [int(one) - int(two) for one, two in zip(mine, other["right"][task], strict=True)]
+        variance += statistics.variance(differences) / len(differences)
+    return float(variance**0.5) / len(row["right"])
+
+
+def smollm2_tasks() -> str:
+    """SmolLM2: accuracy on six tasks, of llama.cpp's types and of ours, by size."""
+    rows = sorted(rows_of(SMOLLM2_TASKS), key=lambda row: (row["file_bytes"], row["family"]))
+    dense = next(row for row in rows if row["family"] == "dense")
+    tasks = list(dense["accuracy"])
+    body = []
+    for row in rows:
+        cells = [name_of(row), f"{row['file_bytes'] / 1e6:.1f}", kl(row["kl_mean"]), f"{row['perplexity']:.2f}"]
+        cells += [f"{100 * row['accuracy'][task]:.0f}" for task in tasks]
+        change = "" if row is dense else f"{100 * (row['accuracy_mean'] - dense['accuracy_mean']):+.1f}"
+        error = "" if row is dense else f" ± {100 * paired_error(row, dense):.1f}"
+        body.append([*cells, f"{100 * row['accuracy_mean']:.1f}", change + error])
+    names = [task.replace("_", " ").removesuffix(" openai") for task in tasks]
+    return table(("file", "MB", "KL", "perplexity", *names, "mean", "minus dense"), body)
+
+
+def paper_smollm2() -> str:
+    """CompactifAI's claims beside SmolLM2's figures, on six tasks."""
+    rows = rows_of(SMOLLM2_TASKS)
+    dense = next(row for row in rows if row["family"] == "dense")
+    parameters = 8 * dense["file_bytes"] / dense["bits_per_weight"]
+    columns = [row for row in rows if row["family"] in ("paper", "int4") or row["name"] in ("3.0 bits", "2.5 bits")]
+    columns.sort(key=lambda row: (row["family"] != "paper", row["file_bytes"], row.get("healed", False)))
+
+    def left(row: Row) -> str:
+        return "100 %" if row["core_share"] is None else percent(row["core_share"])
+
+    def points(row: Row) -> str:
+        change = 100 * (row["accuracy_mean"] - dense["accuracy_mean"])
+        return f"{100 * row['accuracy_mean']:.1f} ({change:+.1f} ± {100 * paired_error(row, dense):.1f})"
+
+    body = [
+        ("memory below fp32", "93 %", *(percent(1 - row["file_bytes"] / (4 * parameters)) for row in columns)),
+        ("parameters of the matrices that are left", "30 %", *map(left, columns)),
+        (f"accuracy, six tasks (dense {100 * dense['accuracy_mean']:.1f})", "2 to 3 fewer", *map(points, columns)),
+        (
+            "perplexity (dense " + f"{dense['perplexity']:.2f})",
+            "not given",
+            *(f"{r['perplexity']:.1f}" for r in columns),
+        ),
+        ("KL to the dense model", "not given", *(kl(row["kl_mean"]) for row in columns)),
+    ]
+    names = [f"`{row['family']}`" + (f", {row['name']}" if row["name"] else "") for row in columns]
+    names = [name + (", healed" if row.get("healed") else "") for name, row in zip(names, columns, strict=True)]
+    return table(("", "LLaMA-2 7B, as published", *names), body)
 
 
 def transforms_speed() -> str:
@@ -580,6 +645,8 @@ def k_proj() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "smollm2": smollm2,
+    "smollm2-tasks": smollm2_tasks,
+    "paper-smollm2": paper_smollm2,
     "transforms-smollm2": partial(transforms, "2026-11-30-transforms-smollm2.json"),
     "transforms-speed": transforms_speed,
     "transforms-nano": partial(transforms, "2026-11-30-transforms-granite-nano.json"),
