@@ -39,6 +39,8 @@ NEO: Config = {
 }
 # What the config.json of each family has beside the settings of a Llama.
 OWN: dict[str, Config] = {
+    "granite": {},
+    "llama": {},
     "mistral": {"sliding_window": 6, "attention_bias": None},
     "qwen2": {"attention_bias": None, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "qwen3": {"head_dim": 16, "use_sliding_window": False},
@@ -53,7 +55,9 @@ OWN: dict[str, Config] = {
         "mlp_bias": None,
     },
 }
-FAMILIES = (*OWN, "gpt_neo")
+EVERY = (*OWN, "gpt_neo")
+# Those that have no tests of their own in test_decoder.py.
+FAMILIES = EVERY[2:]
 
 
 def family_config(kind: str, **changes: Any) -> Config:
@@ -61,7 +65,7 @@ def family_config(kind: str, **changes: Any) -> Config:
     if kind == "gpt_neo":
         config = NEO | changes
         return {key: value for key, value in config.items() if value is not None}
-    plain = {} if kind == "granitemoehybrid" else LLAMA_LIKE
+    plain = {} if kind.startswith("granite") else LLAMA_LIKE
     changes = {"model_type": kind, "architectures": None, **plain, **OWN[kind], **changes}
     config = granite_config(**changes)
     return config | {key: None for key in ("sliding_window",) if key in changes and changes[key] is None}

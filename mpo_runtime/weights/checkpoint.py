@@ -211,7 +211,9 @@ class Checkpoint:
     def _find(self, name: str, shape: tuple[int, ...]) -> Stored:
         stored = self._stored.get(name)
         if stored is None:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing; download the folder again")
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} is missing{self._beside(name)}; download the folder again"
+            )
         if stored.shape != shape:
             raise CheckpointError(
                 f"{self.folder}: tensor {name} has shape {list(stored.shape)}, config.json demands "
@@ -223,6 +225,12 @@ class Checkpoint:
         weight = ELEMENTS[self._find(f"{name}.weight", (rows, columns)).dtype][0]
         bias_type = ELEMENTS[self._find(f"{name}.bias", (rows,)).dtype][0] if bias else None
         return LinearSpec(name, rows, columns, bias_type, (Dense(weight),))
+
+    def _beside(self, name: str) -> str:
+        """What a module has beside a tensor that is missing, in words: another family may store it there."""
+        module = name.rsplit(".", 2)[0]
+        found = sorted(one.removeprefix(f"{module}.") for one in self._stored if one.startswith(f"{module}."))
+        return f", while {module} has {', '.join(found[:8])}" if module.count(".") > 2 and found else ""
 
     def _vector(self, name: str, size: int) -> VectorSpec:
         return VectorSpec(name, size, ELEMENTS[self._find(f"{name}.weight", (size,)).dtype][0])
@@ -315,7 +323,8 @@ def place_tensor(shard: Path, name: str, row: Any, data: int, size: int) -> Stor
         raise CheckpointError(f"{damaged}: its header does not say where {name} lies; download it again") from None
     if dtype not in ELEMENTS:
         raise CheckpointError(
-            f"{shard}: {name} has type {dtype}, expected one of {', '.join(ELEMENTS)}; give the unquantised model"
+            f"{shard}: {name} has type {dtype}, expected one of {', '.join(ELEMENTS)}; "
+            f"{'convert it to F32' if dtype == 'F64' else 'give the unquantised model'}"
         )
     if data + end > size:
         raise CheckpointError(f"{damaged}: {name} ends at byte {data + end}, the file at {size}; download it again")

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mpo_formats.architecture import ModelType
 from mpo_runtime.models.decoder import Decoder
-from tests.families import FAMILIES, family_config, write_family
+from tests.families import EVERY, FAMILIES, family_config, write_family
 from tests.helpers import Config, forward, network, some_ids
 from tests.runtime.native_cases import needs_native
 
@@ -113,7 +114,7 @@ def test_any_configuration_equals_transformers(kind: str, data: st.DataObject, s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", EVERY)
 def test_both_backends_as_a_whole_and_token_by_token(tmp_path: Path, kind: str, backend: str) -> None:
     model = write_family(tmp_path, family_config(kind))
     row = some_ids(LENGTH)
@@ -122,6 +123,21 @@ def test_both_backends_as_a_whole_and_token_by_token(tmp_path: Path, kind: str, 
     np.testing.assert_allclose(forward(ours, [row, row])[1:], expected, atol=1e-4)
     for first in (1, 20):
         np.testing.assert_allclose(stepwise(ours, row, first), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", EVERY)
+def test_tensors_of_several_types_in_one_folder(tmp_path: Path, kind: str, backend: str) -> None:
+    """Partners such as q, k and v differ in type; each tensor is used as it is stored."""
+    model = write_family(tmp_path, family_config(kind))
+    types = [torch.float32, torch.bfloat16, torch.float16]
+    tensors = load_file(tmp_path / "model.safetensors")
+    mixed = {name: tensors[name].to(types[place % 3]) for place, name in enumerate(sorted(tensors))}
+    save_file(mixed, tmp_path / "model.safetensors", {"format": "pt"})
+    model.load_state_dict({name: tensor.float() for name, tensor in mixed.items()}, strict=False)
+    row = some_ids(LENGTH)
+    ours = network(tmp_path, backend=backend, activations="float")
+    np.testing.assert_allclose(forward(ours, [row]), theirs(model, [row]), atol=1e-4)
 
 
 @needs_native

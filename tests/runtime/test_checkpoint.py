@@ -222,6 +222,17 @@ def alone(index: str) -> Callable[[Path], None]:
     return damage
 
 
+def renamed(old: str, new: str) -> Callable[[Path], Any]:
+    """Gives a tensor of the folder another name."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / SHARD)
+        tensors[new] = tensors.pop(old)
+        save_file(tensors, folder / SHARD, {"format": "pt"})
+
+    return change
+
+
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1044992\n"
 NORM = "model.norm.weight"
 DAMAGED = "model.safetensors: truncated or damaged shard: "
@@ -289,6 +300,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "integers": (
         replaced(NORM, torch.ones(32, dtype=torch.int8)),
         f"{NORM} has type I8, expected one of F32, F16, BF16",
+    ),
+    "double precision": (
+        replaced(NORM, torch.ones(32, dtype=torch.float64)),
+        "has type F64, expected one of F32, F16, BF16; convert",
+    ),
+    "queries under another name": (
+        renamed("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.query.weight"),
+        "q_proj.weight is missing, while model.layers.0.self_attn has k_proj.bias, k_proj.weight, o_proj.bias, ",
     ),
     "unknown tensor": (
         replaced("model.layers.0.self_attn.q_norm.weight", torch.ones(8)),

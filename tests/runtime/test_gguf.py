@@ -173,6 +173,19 @@ def test_qwen(tmp_path: Path, kind: str, tied: bool) -> None:
     np.testing.assert_allclose(forward(network(path), rows), expected, atol=1e-4)
 
 
+def test_a_mistral_is_a_llama_in_gguf(tmp_path: Path) -> None:
+    """llama.cpp gives both one name; logits are those of transformers' Mistral."""
+    config = family_config("mistral", sliding_window=None, bos_token_id=None)
+    model = write_family(tmp_path / "folder", config)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    path = write_gguf(tmp_path / "model.gguf", config | {"model_type": "llama"}, tensors, tokenizer=letters())
+    assert Gguf(path).architecture.model_type == "llama"
+    rows = [some_ids(20)]
+    with torch.inference_mode():
+        expected = model(torch.tensor(rows)).logits.numpy()
+    np.testing.assert_allclose(forward(network(path), rows), expected, atol=1e-4)
+
+
 def theirs(path: Path, rows: list[list[int]]) -> NDArray[np.float32]:
     """Logits [B, S, vocabulary] as transformers computes them in float32 from its own reading of the file."""
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -433,11 +446,13 @@ def test_a_granite_without_rotary_embedding_is_refused(tmp_path: Path) -> None:
         Gguf(path)
 
 
-def test_other_architectures_are_named(tmp_path: Path) -> None:
-    config = llama_config(num_hidden_layers=1) | {"model_type": "gemma2"}
+@pytest.mark.parametrize("kind", ["gemma2", "granitehybrid", "gpt_neo", "gptneox"])
+def test_other_architectures_are_named(tmp_path: Path, kind: str) -> None:
+    """Among them llama.cpp's name for Granite 4, and a name that it has not for GPT-Neo."""
+    config = llama_config(num_hidden_layers=1) | {"model_type": kind}
     path = write_gguf(tmp_path / "model.gguf", config, arrays(config))
     with pytest.raises(
-        CheckpointError, match=r"the architecture 'gemma2' is not supported; expected one of granite, llama"
+        CheckpointError, match=rf"the architecture '{kind}' is not supported; expected one of granite, llama"
     ):
         Gguf(path)
 

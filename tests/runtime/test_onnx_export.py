@@ -24,7 +24,7 @@ from mpo_runtime.onnx.export import OnnxRequest, export_onnx
 from mpo_runtime.onnx.graph import Graph
 from mpo_runtime.onnx.manifest import DATA, MANIFEST, MODEL, read_manifest
 from mpo_runtime.onnx.session import Session
-from tests.families import family_config, write_family
+from tests.families import EVERY, family_config, write_family
 from tests.helpers import forward, granite_config, network, some_ids, write_folder
 from tests.runtime.onnx_cases import Plain, folder_of, reference
 
@@ -255,9 +255,9 @@ def test_damaged_files_about_text_are_found_first(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "granitemoehybrid", "gpt_neo"])
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("is_plain", [False, True])
-def test_other_families(family: str, is_plain: bool, tmp_path: Path) -> None:
+def test_every_family(family: str, is_plain: bool, tmp_path: Path) -> None:
     source = tmp_path / "model"
     config = family_config(family, hidden_size=64)
     write_family(source, config)

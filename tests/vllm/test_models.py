@@ -100,7 +100,8 @@ def test_the_text_is_ours(files: dict[str, Path], tmp_path: Path, name: str) -> 
     for one, prompt in zip(found, PROMPTS, strict=True):
         scores = log_softmax(window_logits(model, np.array(prompt)))
         expected = [scores[index, token] for index, token in enumerate(prompt[1:])]
-        np.testing.assert_allclose(one["prompt_logprobs"], expected, atol=1e-3)
+        # Sums in another order: our own backends differ by as much on SmolLM2, whose unlikely tokens have -20 nats.
+        np.testing.assert_allclose(one["prompt_logprobs"], expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["cores", "mixed"])
