@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mpo_exporter.calibrate.upstream import WindowOps
 from mpo_exporter.progress import Progress, silent
 from mpo_formats import Certificate, MpoFile, Quality
-from mpo_runtime.backends.reference import ReferenceOps
 from mpo_runtime.measure import Comparison, compare
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
@@ -23,7 +23,7 @@ class Certifier:
     """
 
     def __init__(self, dense: Weights, text: TokenText, *, device: str = "cpu", progress: Progress = silent) -> None:
-        self.dense = decoder_for(dense.spec.architecture, ReferenceOps(dense, device=device))
+        self.dense = decoder_for(dense.spec.architecture, WindowOps(dense, device=device))
         self.text, self.device, self.progress = text, device, progress
 
     def compare(self, path: Path, chi: int | None = None) -> Comparison:
@@ -34,7 +34,7 @@ class Certifier:
         """
         stage = "measuring" if chi is None else f"measuring χ={chi}"
         with MpoFile(path) as file:
-            ours = decoder_for(file.spec.architecture, ReferenceOps(file, chi=chi, device=self.device))
+            ours = decoder_for(file.spec.architecture, WindowOps(file, chi=chi, device=self.device))
             return compare(
                 ours, self.dense, self.text.ids, progress=lambda done, total: self.progress(stage, done, total)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,18 +62,6 @@ class Hessian:
     weight: Tensor
     mean: float
 
-    def solve(self, sides: Tensor) -> Tensor:
-        """X [O, I] with X (C / mean + damping · 1) = sides [O, I], in float32."""
-        # H = F D² Fᵀ with F the feedback and D² the weights.
-        found = torch.linalg.solve_triangular(
-            self.feedback.T, sides[:, self.order], upper=False, left=False, unitriangular=True
-        )
-        found /= self.weight
-        found = torch.linalg.solve_triangular(self.feedback, found, upper=True, left=False, unitriangular=True)
-        result = torch.empty_like(found)
-        result[:, self.order] = found
-        return result
-
 
 def decompose(second: Matrix, group: int, damping: float) -> Hessian:
     """The Hessian of inputs of second moment C [I, I], its columns in the processing order for groups of that size.
@@ -94,6 +83,36 @@ def decompose(second: Matrix, group: int, damping: float) -> Hessian:
     matrix = whole.float()[order][:, order].div_(unit)
     matrix.diagonal().add_(load)
     return Hessian(order, matrix, root.div_(pivots), pivots.square(), mean)
+
+
+def pivots(second: Matrix, group: int, damping: float) -> NDArray[np.float32]:
+    """The weights R_jj² [I] of `decompose`, in the inputs' own order; in single precision, which is enough for estimates.
+
+    Raises:
+        ConfigError: as `decompose` does.
+    """
+    found = np.empty(len(second), np.float32)
+    whole = torch.from_numpy(second).float()
+    mean = float(whole.diagonal().double().mean())
+    if not 0 < mean < math.inf:
+        hessian = decompose(second, group, damping)
+        found[hessian.order.numpy()] = hessian.weight.numpy()
+        return found
+    backwards = processing_order(whole.diagonal(), group).flip(0)
+    root, _ = _root(whole[backwards][:, backwards].div_(mean), damping)
+    found[backwards.numpy()] = root.diagonal().square().numpy()
+    return found
+
+
+def ridge(second: Matrix, damping: float) -> tuple[Tensor, float]:
+    """The lower triangular root [I, I] of C / mean(diag C) + damping · 1, or of more where that is singular, and the mean.
+
+    In single precision; the mean is 1 where C is zero.
+    """
+    whole = torch.from_numpy(second).float()
+    mean = float(whole.diagonal().double().mean())
+    unit = mean if mean > 0 else 1.0
+    return _root(whole.div_(unit), damping)[0], unit
 
 
 def _root(scaled: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, decompose
+from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, decompose, pivots, ridge
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_exporter.calibrate.store import Store
@@ -39,6 +39,8 @@ Single = NDArray[np.float32]
 UPSTREAMS, BETWEEN = "fit-upstreams", 10.0
 # Layers whose output is added to the residual stream.
 TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
+# The largest input of which more than one root is kept.
+KEPT = 4096
 # Rows of a matrix that are transformed at once.
 PANEL = 768
 # From a layer's name, its matrix [O, I] and its input's moment to the compressed matrix [O, I].
@@ -66,6 +68,8 @@ class Moment:
     drift: Single | None = None
     hadamard: int = 0
     _hessians: dict[tuple[int, float], Hessian] = field(default_factory=dict, init=False, repr=False)
+    _ridge: tuple[float, tuple[Tensor, float]] | None = field(default=None, init=False, repr=False)
+    _pivots: dict[tuple[int, int], Single] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def root(self) -> Matrix:
@@ -88,7 +92,25 @@ class Moment:
                 transform_in_place(self.drift, size)
         self.hadamard = block
         self._hessians.clear()
+        self._ridge = None
         self.__dict__.pop("root", None)
+
+    def pivots(self, group: int, basis: int) -> Single:
+        """The weights R_jj² [I] of `hessian`, of the inputs' transform in blocks of `basis`, in the order of these.
+
+        All that were asked for are kept, so that layers with one input turn it no more often than one of them.
+        """
+        key = (group, basis)
+        if key not in self._pivots:
+            self.turn(basis)
+            self._pivots[key] = pivots(self.second, group, DAMPING)
+        return self._pivots[key]
+
+    def ridge(self, damping: float) -> tuple[Tensor, float]:
+        """The root of C with a load on its diagonal, and the unit that it is in: see `hessian.ridge`; the last one is kept."""
+        if self._ridge is None or self._ridge[0] != damping:
+            self._ridge = damping, ridge(self.second, damping)
+        return self._ridge[1]
 
     def hessian(self, group: int, damping: float = DAMPING) -> Hessian:
         """The damped Hessian, its columns in the processing order for groups of that size.
@@ -99,6 +121,7 @@ class Moment:
         key = (group, damping)
         if key not in self._hessians:
             self._hessians.clear()  # before the new one takes its memory
+            self._ridge = self._ridge if len(self.second) <= KEPT else None
             self._hessians[key] = decompose(self.second, group, damping)
         return self._hessians[key]
 

@@ -67,7 +67,21 @@ class Resume:
     reached: bool = False
 
 
-class RecordingOps(ReferenceOps):
+class WindowOps(ReferenceOps):
+    """The reference ops, with attention over whole windows in one operation."""
+
+    def attention(self, q: Tensor, cache: TorchCache | TorchSpans, block: int, scale: float, window: int) -> Tensor:
+        """Causal grouped-query attention of q [B, H, S, D] over the cache, as [B, S, H·D]."""
+        count = q.shape[2]
+        if not isinstance(cache, TorchCache) or any(cache.lengths) or count != cache.capacity or 0 < window < count:
+            return super().attention(q, cache, block, scale, window)
+        keys, values = cache.held[block].float()
+        with small_products():
+            mixed = F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+        return mixed.transpose(1, 2).reshape(q.shape[0], count, -1)
+
+
+class RecordingOps(WindowOps):
     """The reference ops that record the inputs of the layers; matrices are read from the mapped file at every use.
 
     With a `resume`, the ops before its layers are skipped: they return one of their inputs. Of these results only the
@@ -109,15 +123,7 @@ class RecordingOps(ReferenceOps):
 
     def attention(self, q: Tensor, cache: TorchCache | TorchSpans, block: int, scale: float, window: int) -> Tensor:
         """Causal grouped-query attention of q [B, H, S, D] over the cache, as [B, S, H·D]."""
-        if self.skipping:
-            return q
-        count = q.shape[2]
-        if not isinstance(cache, TorchCache) or any(cache.lengths) or count != cache.capacity or 0 < window < count:
-            return super().attention(q, cache, block, scale, window)
-        keys, values = cache.held[block].float()  # whole windows, which torch attends to in one operation
-        with small_products():
-            mixed = F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=True)
-        return mixed.transpose(1, 2).reshape(q.shape[0], count, -1)
+        return q if self.skipping else super().attention(q, cache, block, scale, window)
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU."""

@@ -87,8 +87,7 @@ def build_linear(
         matrix = hadamard_transform(matrix, linear.hadamard)
         if moment is not None:
             moment.turn(linear.hadamard)
-            group = next((term.group for term in linear.terms if isinstance(term, Quantized)), 1)
-            matrix = target(matrix, moment, group=group)
+            matrix = target(matrix, moment)
         built = _fit(linear, matrix, moment, method or Method())
         return replace(built, matrix=hadamard_transform(built.matrix, linear.hadamard))
     except ConfigError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.moments import Moment, require_finite
+from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.effort import USUAL
 from mpo_exporter.fit.common import unfold
 from mpo_exporter.fit.search import EXACT_SIZE, whiten
@@ -51,6 +53,8 @@ LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # model); FINER for all other widths.
 DESCENT = {2: 0.85, 3: 0.9}
 FINER = 0.91
+# A matrix whose smaller side is above this is tried with cores only if bounds on its singular values let them pay.
+BOUNDED = 640
 # Vectors and power iterations that find a largest singular value, and by how much its square may be underestimated.
 SKETCH, POWERS, SAFETY = 8, 4, 1.25
 
@@ -90,12 +94,6 @@ class Sensitivity:
     def scaled(self, factor: float) -> Sensitivity:
         """The same with all costs times a factor."""
         return Sensitivity(self.moment, factor * self.rows)
-
-    def turned(self, matrix: Matrix, block: int) -> Matrix:
-        """A matrix [O, I] that acts on the inputs' Hadamard transform in blocks of `block`, whose moment H then is."""
-        if self.moment is not None:
-            self.moment.turn(block)
-        return hadamard_transform(matrix, block)
 
     def sample(self, matrix: Matrix, count: int = USUAL.rows) -> tuple[Matrix, Sensitivity]:
         """`count` rows of `matrix` [O, I] with about the expected loss of all; a matrix of few rows as it is.
@@ -167,7 +165,7 @@ def candidates(
 
     require_finite(matrix, "matrix")
     grids = (TURNED_GRIDS if hadamard else GRIDS) if grids is None else grids
-    matrix = sensitivity.turned(matrix, hadamard)
+    matrix = hadamard_transform(matrix, hadamard)
     peak = float(np.abs(matrix).max(initial=0.0))
     fitting = [grid for grid in fitted(grids, linear.in_features) if peak <= LARGEST * implicit_zero(grid.bits)]
     lossless = candidate(0.0, *linear.terms, hadamard=0)
@@ -176,7 +174,7 @@ def candidates(
         return [lossless] if lossless.bytes <= narrow.bytes else [narrow, lossless]
     group = max(grid.group for grid in fitting)
     rows, counted = sensitivity.sample(matrix, sampled)
-    losses = expected_errors(rows, sensitivity.moment, fitting, group) @ counted.rows / 2
+    losses = expected_errors(rows, sensitivity.moment, fitting, group, hadamard) @ counted.rows / 2
     result, bases = [], {}
     for grid, loss in zip(fitting, map(float, losses), strict=True):
         base, share = Quantized(grid.bits, grid.group, grid.zeros), DESCENT.get(grid.bits, FINER)
@@ -191,13 +189,19 @@ def candidates(
     for grid in picked:
         sizes = [candidate(0.0, bases[grid], operator(*shape, chi, "int8")) for chi in chis if chi < min(matrix.shape)]
         share = DESCENT.get(grid.bits, FINER)
-        # The sampled rows overestimate what cores take off, and cost less: most matrices are done with them.
-        if not every and not may_pay(weighted_residual(rows, counted, grid, group), share, sizes, hull):
+        # Of large matrices, bounds are cheaper than singular values. The sampled rows overestimate what cores take off, and
+        # cost less: most matrices are done with them.
+        bounded = not every and min(matrix.shape) > BOUNDED
+        if bounded and not may_pay(weighted_residual(rows, counted, grid, group, hadamard), share, sizes, hull):
             continue
-        whitened = weighted_residual(matrix, sensitivity, grid, group)
-        if every or rows is matrix or may_pay(whitened, share, sizes, hull):
+        whitened = weighted_residual(matrix, sensitivity, grid, group, hadamard)
+        if bounded and rows is not matrix and not may_pay(whitened, share, sizes, hull):
+            continue
+        with nullcontext() if every else fast_products():
             curve = tails(whitened, chis)
-            result += [replace(one, loss=share * loss) for one, (_, loss) in zip(sizes, curve, strict=True)]
+        found = [replace(one, loss=share * loss) for one, (_, loss) in zip(sizes, curve, strict=True)]
+        if every or any(one.loss < line_at(hull, one.bytes) for one in found):
+            result += found
     return [*result, lossless]
 
 
@@ -212,15 +216,16 @@ def transform_gain(
         return 0, 1.0
     rows, counted = sensitivity.sample(matrix, sampled)
     losses = []
-    for basis in (0, block):
-        turned = sensitivity.turned(rows, basis)
-        losses.append(float((expected_errors(turned, sensitivity.moment, grids) @ counted.rows)[0]))
+    for basis, tried in ((0, GRIDS), (block, TURNED_GRIDS)):
+        group = max(grid.group for grid in fitted(tried, linear.in_features))  # as for the candidates
+        errors = expected_errors(hadamard_transform(rows, basis), sensitivity.moment, grids, group, basis)
+        losses.append(float((errors @ counted.rows)[0]))
     return (block, losses[0] / losses[1]) if 0 < losses[1] < losses[0] else (0, 1.0)
 
 
-def weighted_residual(matrix: Matrix, sensitivity: Sensitivity, grid: Grid, group: int) -> Tensor:
+def weighted_residual(matrix: Matrix, sensitivity: Sensitivity, grid: Grid, group: int, basis: int) -> Tensor:
     """The error [O, I] that rounding is expected to leave, each entry times the root of what its square costs in nats."""
-    residuals, weight = expected_residuals(matrix, sensitivity.known, [grid], group)
+    residuals, weight = expected_residuals(matrix, sensitivity.known, [grid], group, basis)
     rows, columns = np.sqrt(sensitivity.rows / 2).astype(np.float32), np.sqrt(weight).astype(np.float32)
     return torch.from_numpy(rows[:, None] * next(residuals).astype(np.float32) * columns)
 
@@ -237,6 +242,12 @@ def lower_hull(row: Sequence[Candidate]) -> list[tuple[int, float]]:
             hull.pop()
         hull.append((size, loss))
     return hull
+
+
+def line_at(hull: Sequence[tuple[int, float]], size: int) -> float:
+    """The loss at a number of bytes on the line through the corners of a hull."""
+    bytes_, losses = zip(*hull, strict=True)
+    return float(np.interp(size, bytes_, losses))
 
 
 def may_pay(whitened: Tensor, share: float, sizes: Sequence[Candidate], hull: Sequence[tuple[int, float]]) -> bool:
@@ -258,11 +269,10 @@ def may_pay(whitened: Tensor, share: float, sizes: Sequence[Candidate], hull: Se
         basis = torch.linalg.qr(gram @ basis).Q
     largest = SAFETY * float(torch.linalg.eigvalsh(basis.T @ gram @ basis)[-1])
     total, squares = float(gram.trace()), float(gram.square().sum(dtype=torch.float64))
-    bytes_, losses = zip(*hull, strict=True)
     for one in sizes:
         chi = max(bond for term in one.terms if isinstance(term, Mpo) for bond in term.bonds)
         most = min(chi * largest, math.sqrt(chi * squares))
-        if share * max(total - most, 0.0) < float(np.interp(one.bytes, bytes_, losses)):
+        if share * max(total - most, 0.0) < line_at(hull, one.bytes):
             return True
     return False
 
@@ -300,7 +310,7 @@ def tails(matrix: Tensor, chis: Sequence[int]) -> Curve:
     wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).float()
     total = float(wide.square().sum(dtype=torch.float64))
     if smallest <= EXACT_SIZE:
-        squares = torch.linalg.eigvalsh(wide @ wide.T).flip(0)
+        squares = torch.linalg.eigvalsh(torch.nn.functional.linear(wide, wide)).flip(0)
     else:
         start = torch.randn(wide.shape[1], min(ranks[-1] + 16, smallest), generator=torch.Generator().manual_seed(0))
         basis = torch.linalg.qr(wide @ start).Q
@@ -342,8 +352,9 @@ class Tried:
                 every=self.complete,
                 sampled=self.rows,
             )
-            sensitivity.turned(matrix, 0)
             with_alone = self.complete and linear.name not in (EMBEDDING, HEAD)
+            if sensitivity.moment is not None and (with_alone or linear.name == EMBEDDING):
+                sensitivity.moment.turn(0)
             cores = alone(matrix, sensitivity, self.chis) if with_alone else None
         except ConfigError as error:
             raise ConfigError(f"{linear.name}: {error}") from None

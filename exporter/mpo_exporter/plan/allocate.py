@@ -53,8 +53,9 @@ def starts(fronts: Mapping[str, Sequence[Candidate]], budget: int) -> list[dict[
     largest = max(fronts, key=lambda name: fronts[name][-1].bytes - fronts[name][0].bytes)
     rest = sum(row[0].bytes for name, row in fronts.items() if name != largest)
     fitting = [one for one in fronts[largest] if rest + one.bytes <= budget]
-    set_beforehand = (descend_hulls({**fronts, largest: [one]}, budget) for one in fitting)
-    return [descend_hulls(fronts, budget), *sorted(set_beforehand, key=total_loss)[:TRIED]]
+    hulls = {name: hull(row) for name, row in fronts.items()}
+    set_beforehand = (descend({**hulls, largest: [one]}, budget) for one in fitting)
+    return [descend(hulls, budget), *sorted(set_beforehand, key=total_loss)[:TRIED]]
 
 
 def improved(
@@ -95,8 +96,12 @@ def hull(row: Sequence[Candidate]) -> list[Candidate]:
 
 
 def descend_hulls(fronts: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
+    """`descend` on the hulls of these fronts."""
+    return descend({name: hull(row) for name, row in fronts.items()}, budget)
+
+
+def descend(hulls: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
     """Takes the steepest steps of all layers' hulls as long as they fit; a layer whose next step does not fit stops."""
-    hulls = {name: hull(row) for name, row in fronts.items()}
     chosen = {name: row[0] for name, row in hulls.items()}
     left = budget - sum(candidate.bytes for candidate in chosen.values())
     steps = [(-slope(row[0], row[1]), name, 1) for name, row in hulls.items() if len(row) > 1]

@@ -64,11 +64,19 @@ def least_bytes(spec: ModelSpec, candidates: Candidates) -> int:
     )
 
 
-def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int) -> tuple[LinearSpec, ...]:
+def charged_rows(spec: ModelSpec, candidates: Candidates) -> dict[str, list[Candidate]]:
+    """The candidates of every layer that no other one beats, each with its `charge`."""
+    return {linear.name: [charge(linear, one) for one in front(candidates[linear.name])] for linear in spec.linears}
+
+
+def allocated_layers(
+    spec: ModelSpec, candidates: Candidates, target_bytes: int, charged: Candidates | None = None
+) -> tuple[LinearSpec, ...]:
     """The layers of a file of at most `target_bytes`, header and embedded files included, and hardly less.
 
     Args:
         spec: of the file to write, with any terms.
+        charged: the `charged_rows` of these, if they were computed before.
 
     Raises:
         PlanError: when even the smallest candidates make a larger file.
@@ -79,7 +87,7 @@ def allocated_layers(spec: ModelSpec, candidates: Candidates, target_bytes: int)
             f"target: {target_bytes:,} bytes are too few, the smallest file of this model takes {least:,}; "
             "give a larger target"
         )
-    charged = {linear.name: [charge(linear, one) for one in front(candidates[linear.name])] for linear in spec.linears}
+    charged = charged_rows(spec, candidates) if charged is None else charged
     weights = {linear.name: linear.out_features * linear.in_features for linear in spec.linears}
     low = sum(min(one.bytes for one in row) for row in charged.values())
     high, budget = target_bytes, low + target_bytes - least
@@ -138,8 +146,13 @@ def floored(candidates: Candidates, weights: Mapping[str, int], budget: int) -> 
     return kept if sum(min(one.bytes for one in row) for row in kept.values()) <= budget else candidates
 
 
-def layers_within_loss(spec: ModelSpec, candidates: Candidates, most: float) -> tuple[LinearSpec, ...]:
+def layers_within_loss(
+    spec: ModelSpec, candidates: Candidates, most: float, charged: Candidates | None = None
+) -> tuple[LinearSpec, ...]:
     """The layers of the smallest file with an expected loss of at most `most` nats per token, to 0.2 % of its bytes.
+
+    Args:
+        charged: as `allocated_layers` takes them.
 
     Raises:
         PlanError: if no plan reaches that loss.
@@ -150,14 +163,15 @@ def layers_within_loss(spec: ModelSpec, candidates: Candidates, most: float) -> 
         raise PlanError(f"--max-kl {most:g}: the least that any plan of this model is expected to reach is {least:.4g}")
     best = with_choice(spec, largest).linears
     low, high = least_bytes(spec, candidates), file_bytes(with_choice(spec, largest))
+    charged = charged_rows(spec, candidates) if charged is None else charged
     while high - low > PRECISION * high:
         middle = (low + high) // 2
-        planned = allocated_layers(spec, candidates, middle)
+        planned = allocated_layers(spec, candidates, middle, charged)
         if (found := expected_loss(planned, candidates)) is not None and found <= most:
             best, high = planned, middle
         else:
             low = middle
-    smallest = allocated_layers(spec, candidates, low)
+    smallest = allocated_layers(spec, candidates, low, charged)
     found = expected_loss(smallest, candidates)
     return smallest if found is not None and found <= most else best
 
@@ -207,10 +221,11 @@ def default_size(spec: ModelSpec, source: ModelSpec, candidates: Candidates) -> 
     """
     bits = default_bytes(source)
     most = max(DEFAULT_KL, sum(one.loss for one in finest(candidates).values()))
-    by_kl = layers_within_loss(spec, candidates, most)
+    charged = charged_rows(spec, candidates)
+    by_kl = layers_within_loss(spec, candidates, most, charged)
     bits_loss = None
     if bits >= least_bytes(spec, candidates):
-        bits_loss = expected_loss(allocated_layers(spec, candidates, bits), candidates)
+        bits_loss = expected_loss(allocated_layers(spec, candidates, bits, charged), candidates)
     kl_loss = expected_loss(by_kl, candidates) or 0.0
     return DefaultSize(bits, file_bytes(replace(spec, linears=by_kl)), bits_loss, kl_loss)
 

@@ -28,6 +28,9 @@ from mpo_formats import ConfigError
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
 
+# Added to the diagonal of C where a layer makes up for the errors of those before it, as a share of its mean: what a text of a
+# few thousand tokens shows along directions of little weight is chance.
+RIDGE = 0.2
 # Rows that are rounded at once: their arrays should stay in the CPU's caches.
 ROWS = 2048
 # The most passes of descent over scales and codes.
@@ -36,25 +39,25 @@ TURNS = 5
 TOLERANCE = 0.01
 
 
-def target(matrix: Matrix, moment: Moment, damping: float = DAMPING, group: int = 1) -> Matrix:
+def target(matrix: Matrix, moment: Moment, damping: float = RIDGE) -> Matrix:
     """The matrix to fit: W, or (W E[x x̂ᵀ] + D) C⁻¹ where the inputs x̂ differ from the dense model's x.
 
     That is the least-squares map from x̂ to W x. It compensates the errors of earlier layers as far as a linear map can, and
-    with D = E[(h − ĥ) x̂ᵀ] / m (`Moment.drift`) also the error of the residual stream that the output is added to.
+    with D = E[(h − ĥ) x̂ᵀ] / m (`Moment.drift`) also the error of the residual stream that the output is added to. By how
+    much W changes is a ridge regression.
 
     Args:
-        group: the group in which the result is quantised afterwards, so that the same Hessian serves for both.
+        damping: added to the diagonal of C for that, as a share of its mean.
     """
     if moment.cross is None:
         return matrix
     # W (cross + load) + D = (W + Δ) (C + load): only the change Δ is solved for, so single precision is enough.
-    known = moment.hessian(group, damping)
     difference = np.subtract(moment.cross, moment.second, dtype=np.float32)
     change = torch.from_numpy(matrix).float() @ torch.from_numpy(difference)
     if moment.drift is not None:
         change += torch.from_numpy(moment.drift).float()
-    change = known.solve(change / (known.mean if known.mean > 0 else 1.0))
-    result: Matrix = matrix + change.numpy()
+    root, mean = moment.ridge(damping)
+    result: Matrix = matrix + torch.cholesky_solve(change.T / mean, root).T.numpy()
     return result
 
 
@@ -109,7 +112,7 @@ def compensated(
 
 
 def expected_residuals(
-    matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None = None
+    matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None = None, basis: int | None = None
 ) -> tuple[Iterator[Matrix], Vector]:
     """The error that compensated rounding is expected to leave on several grids, estimated without doing the rounding.
 
@@ -119,6 +122,7 @@ def expected_residuals(
 
     Args:
         group: the group size that orders the columns; None for the largest of the grids.
+        basis: the Hadamard blocks of the matrix; None for those in which the moment is.
 
     Returns:
         The residuals r [O, I], one for each grid and computed when it is read, and d [I].
@@ -126,7 +130,7 @@ def expected_residuals(
     Raises:
         ConfigError: as `compensated` does.
     """
-    weight, scaled = _expected_weight(matrix, moment, grids, group)
+    weight, scaled = _expected_weight(matrix, moment, grids, group, basis)
     single = matrix.astype(np.float32)
     if native.usable():
         return (native.residual(single, weight.numpy(), grid).astype(np.float64) for grid in grids), scaled
@@ -134,11 +138,18 @@ def expected_residuals(
     return (_residual(values, weight, grid) for grid in grids), scaled
 
 
-def expected_errors(matrix: Matrix, moment: Moment | None, grids: Sequence[Grid], group: int | None = None) -> Matrix:
+def expected_errors(
+    matrix: Matrix,
+    moment: Moment | None,
+    grids: Sequence[Grid],
+    group: int | None = None,
+    basis: int | None = None,
+) -> Matrix:
     """Σ_j r_j² d_j of each row on each of several grids [grids, O], with r and d of `expected_residuals`.
 
     Args:
         moment: of the input; without one d is 1 and r the error of rounding to nearest.
+        group, basis: as `expected_residuals` takes them.
 
     Raises:
         ConfigError: as `compensated` does.
@@ -146,7 +157,7 @@ def expected_errors(matrix: Matrix, moment: Moment | None, grids: Sequence[Grid]
     if moment is None:
         weight, scaled = torch.ones(matrix.shape[1]), np.ones(matrix.shape[1])
     else:
-        weight, scaled = _expected_weight(matrix, moment, grids, group)
+        weight, scaled = _expected_weight(matrix, moment, grids, group, basis)
     if not native.usable():
         values = torch.from_numpy(matrix.astype(np.float32).T.copy())
         return np.array([np.square(_residual(values, weight, grid)) @ scaled for grid in grids])
@@ -155,14 +166,15 @@ def expected_errors(matrix: Matrix, moment: Moment | None, grids: Sequence[Grid]
     return result
 
 
-def _expected_weight(matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None) -> tuple[Tensor, Vector]:
+def _expected_weight(
+    matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None, basis: int | None
+) -> tuple[Tensor, Vector]:
     """The weights R_jj² of the columns [I] in their own order, and these times the mean of C's diagonal."""
     for grid in grids:
         check(matrix, moment, grid.group)
         require_range(float(np.abs(matrix).max(initial=0.0)), Levels(grid.bits, grid.zeros))
-    hessian = moment.hessian(group or max((grid.group for grid in grids), default=1))
-    weight = torch.empty_like(hessian.weight)
-    weight[hessian.order] = hessian.weight
+    largest = group or max((grid.group for grid in grids), default=1)
+    weight = torch.from_numpy(moment.pivots(largest, moment.hadamard if basis is None else basis))
     return weight, weight.double().numpy() * float(np.trace(moment.second)) / len(moment.second)
 
 
