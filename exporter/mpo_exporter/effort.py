@@ -37,7 +37,7 @@ class Effort:
 
 USUAL = Care()
 QUICK = Effort("quick", 0, USUAL)
-NORMAL = Effort("normal", 64, USUAL)
+NORMAL = Effort("normal", 80, USUAL)
 BEST = Effort("best", 96, Care(96, 1024))
 EFFORTS = {effort.name: effort for effort in (QUICK, NORMAL, BEST)}
 

@@ -224,6 +224,35 @@ def test_a_changed_upstream_is_made_up_for() -> None:
     assert target(matrix, Moment(second)) is matrix
 
 
+@pytest.mark.parametrize("damping", [0.05, 0.5])
+def test_the_change_of_a_target_is_a_ridge_regression(damping: float) -> None:
+    source = np.random.default_rng(1)
+    matrix, second = weights(24, 64, 2), moment_of(64, 1)
+    cross, drift = second + source.standard_normal((64, 64)), source.standard_normal((24, 64))
+    sides = matrix @ (cross - second) + drift
+    wanted = matrix + sides @ np.linalg.inv(second + damping * np.trace(second) / 64 * np.eye(64))
+    moment = Moment(second, cross, drift=drift)
+    for _ in range(2):  # with the root computed, and with the one that was kept
+        np.testing.assert_allclose(target(matrix, moment, damping), wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("group", [16, 64])
+def test_pivots_of_both_bases_are_those_of_the_hessians(group: int) -> None:
+    second = moment_of(128, 3)
+    known, moment = {}, Moment(second.copy())
+    for basis in (0, 32):
+        moment.turn(basis)
+        hessian = moment.hessian(group)
+        known[basis] = np.empty(128, np.float32)
+        known[basis][hessian.order.numpy()] = hessian.weight.numpy()
+    fresh = Moment(second.copy())
+    for basis in (0, 32, 0, 32):
+        np.testing.assert_allclose(fresh.pivots(group, basis), known[basis], rtol=2e-3)
+    assert np.array_equal(fresh.pivots(group, 0), fresh.pivots(group, 0))
+    empty = Moment(np.zeros((128, 128)))
+    np.testing.assert_allclose(empty.pivots(group, 0), empty.hessian(group).weight.numpy(), rtol=1e-6)
+
+
 def test_the_expected_error_is_near_the_real_one() -> None:
     matrix, moment = weights(64, 128, 0), moment_of(128, 0)
     grids = [Grid(bits, 32) for bits in (2, 3, 4)]

@@ -14,11 +14,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from mpo_exporter.calibrate import moments, precision
-from mpo_exporter.calibrate.moments import Calibration, Moment, Sums
+from mpo_exporter.calibrate import precision, sums
+from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.calibrate.spill import mapped_file
+from mpo_exporter.calibrate.sums import Sums
+from mpo_exporter.calibrate.upstream import WindowOps
 from mpo_formats import ConfigError, OutputError
 from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.measure import window_logits
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import VOCABULARY, granite_config, random_tensors, write_folder, write_weights
 
@@ -124,7 +129,8 @@ def test_an_unchanged_model_has_one_moment(tmp_path: Path) -> None:
 
 
 def test_sums_over_panels_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "PANEL", 5)
+    monkeypatch.setattr(sums, "PANEL", 5)
+    monkeypatch.setattr(sums, "HALF_PANEL", 5)
     source = torch.Generator().manual_seed(0)
     left, right = (torch.randn(3, 4, 13, generator=source) for _ in range(2))
     second, cross = Sums(), Sums()
@@ -189,6 +195,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from mpo_exporter.calibrate.moments import Calibration
+from mpo_runtime.backends.reference import ReferenceOps
+from mpo_runtime.measure import window_logits
+from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.weights.checkpoint import Checkpoint
 from mpo_runtime.memory import peak_memory
 
@@ -218,3 +227,12 @@ def test_a_block_of_eight_billion_parameters_takes_less_than_8_gb(tmp_path: Path
     )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 8e9
+
+
+def test_attention_of_whole_windows_is_that_of_the_reference(tmp_path: Path) -> None:
+    weights = Checkpoint(write_folder(tmp_path / "model"))
+    found = []
+    for ops in (WindowOps(weights), ReferenceOps(weights)):
+        model = decoder_for(weights.spec.architecture, ops)
+        found.append(window_logits(model, WINDOWS[0]))
+    np.testing.assert_allclose(*found, atol=1e-5 * np.abs(found[0]).max())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpo_exporter.calibrate.windows import cut_calibration
+from mpo_exporter.calibrate.windows import COUNT, cut_calibration
 from mpo_exporter.source import open_source
 from mpo_exporter.texts import calibration_text
 from mpo_formats import ConfigError
@@ -44,7 +44,7 @@ def test_windows_are_no_longer_than_the_context(source: Checkpoint) -> None:
 
 def test_the_embedded_text_fills_the_windows_of_the_embedded_model() -> None:
     with open_source("demo") as demo:
-        assert cut_calibration(calibration_text(demo), demo.architecture).shape == (96, 256)
+        assert cut_calibration(calibration_text(demo), demo.architecture).shape == (COUNT, 256)
 
 
 def test_chat_rows_pass_through_the_template(tmp_path: Path) -> None:

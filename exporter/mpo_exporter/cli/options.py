@@ -245,7 +245,7 @@ class CalibrationOptions:
         int | None,
         typer.Option(
             help="Windows of 256 tokens to calibrate on, the more the better; 0 uses no text.",
-            show_default="96",
+            show_default="80, 96 with --effort best",
         ),
     ] = None
 

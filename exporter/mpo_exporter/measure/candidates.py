@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -189,20 +189,40 @@ def candidates(
     for grid in picked:
         sizes = [candidate(0.0, bases[grid], operator(*shape, chi, "int8")) for chi in chis if chi < min(matrix.shape)]
         share = DESCENT.get(grid.bits, FINER)
-        # Of large matrices, bounds are cheaper than singular values. The sampled rows overestimate what cores take off, and
-        # cost less: most matrices are done with them.
         bounded = not every and min(matrix.shape) > BOUNDED
-        if bounded and not may_pay(weighted_residual(rows, counted, grid, group, hadamard), share, sizes, hull):
-            continue
-        whitened = weighted_residual(matrix, sensitivity, grid, group, hadamard)
-        if bounded and rows is not matrix and not may_pay(whitened, share, sizes, hull):
-            continue
-        with nullcontext() if every else fast_products():
-            curve = tails(whitened, chis)
-        found = [replace(one, loss=share * loss) for one, (_, loss) in zip(sizes, curve, strict=True)]
-        if every or any(one.loss < line_at(hull, one.bytes) for one in found):
-            result += found
+        tried = [(matrix, sensitivity)] if rows is matrix or not bounded else [(rows, counted), (matrix, sensitivity)]
+        residuals = (weighted_residual(*one, grid, group, hadamard) for one in tried)
+        result += paying(residuals, share, sizes, None if every else hull, bounded)
     return [*result, lossless]
+
+
+def paying(
+    residuals: Iterator[Tensor],
+    share: float,
+    sizes: Sequence[Candidate],
+    hull: Sequence[tuple[int, float]] | None,
+    bounded: bool,
+) -> list[Candidate]:
+    """Cores beside integers with their losses; none where no χ lowers the loss more than integers do.
+
+    Args:
+        residuals: the weighted ones of a matrix; before it perhaps those of sampled rows, which overestimate what cores take
+            off, and cost less.
+        share, sizes, hull: as `may_pay` takes them; without a hull all cores are given.
+        bounded: asks `may_pay` first, which is cheaper than the singular values of a large matrix.
+    """
+    for whitened in residuals:
+        if bounded and hull and not may_pay(whitened, share, sizes, hull):
+            return []
+    with nullcontext() if hull is None else fast_products():
+        curve = tails(whitened, [largest_bond(one) for one in sizes])
+    found = [replace(one, loss=share * loss) for one, (_, loss) in zip(sizes, curve, strict=True)]
+    return found if hull is None or any(one.loss < line_at(hull, one.bytes) for one in found) else []
+
+
+def largest_bond(candidate: Candidate) -> int:
+    """The largest χ of a candidate's cores."""
+    return max(bond for term in candidate.terms if isinstance(term, Mpo) for bond in term.bonds)
 
 
 def transform_gain(
@@ -270,7 +290,7 @@ def may_pay(whitened: Tensor, share: float, sizes: Sequence[Candidate], hull: Se
     largest = SAFETY * float(torch.linalg.eigvalsh(basis.T @ gram @ basis)[-1])
     total, squares = float(gram.trace()), float(gram.square().sum(dtype=torch.float64))
     for one in sizes:
-        chi = max(bond for term in one.terms if isinstance(term, Mpo) for bond in term.bonds)
+        chi = largest_bond(one)
         most = min(chi * largest, math.sqrt(chi * squares))
         if share * max(total - most, 0.0) < line_at(hull, one.bytes):
             return True
