@@ -267,6 +267,8 @@ def measure_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for row in planned(peers):
         if arguments.only and row.family not in arguments.only:
             continue
+        if row.family != "dense" and not re.search(arguments.names, row.name):
+            continue
         if time.monotonic() > until:
             print(f"{row.family} {row.name}: not begun in time; repeat the command")
             continue
@@ -315,6 +317,7 @@ def main() -> None:
     parser.add_argument("--heal-tokens", default="200k", help="tokens to heal on; 0: no healing")
     parser.add_argument("--heal-text", type=Path, help="the calibration text where it is not given")
     parser.add_argument("--only", nargs="*", default=[], help="rows of these families: dense, llama.cpp, auto, int4, …")
+    parser.add_argument("--names", default="", help="of these, rows whose name has this regular expression")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no row after this time")
     parser.add_argument("--bf16", action="store_true", help="accuracy from bf16 products: faster on a CPU with AMX")
     parser.add_argument("--threads", type=int, default=2)
