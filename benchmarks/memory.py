@@ -86,7 +86,7 @@ def walk(folder: Path, windows: int) -> list[dict[str, object]]:
         before = time.monotonic()
         if name == EMBEDDING:
             return matrix.astype(np.float32)
-        wanted = target(matrix, moment, group=GROUP)
+        wanted = target(matrix, moment)
         found = compensated(wanted, moment, 4, GROUP, turns=1).matrix().astype(np.float32)
         row = {
             "layer": name,

@@ -39,6 +39,7 @@ def test_the_kernel_multiplies_rounded_factors(rows: int, columns: int, tokens: 
 def test_sums_in_bf16(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not small:  # as for matrices that are too large for sums in single precision beside those in double
         monkeypatch.setattr("mpo_exporter.calibrate.sums.MOST_PART", 0)
+        monkeypatch.setattr("mpo_exporter.calibrate.sums.PANEL", 200)
     source = torch.Generator().manual_seed(0)
     x, y = (torch.randn(5, 300, 500, generator=source) for _ in range(2))
     for right in (None, y):

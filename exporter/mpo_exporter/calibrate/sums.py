@@ -44,8 +44,9 @@ class Sums:
 
     def _add(self, left: Tensor, right: Tensor, symmetric: bool) -> None:
         """Adds products of panels of columns."""
-        # Narrow panels leave out nearly all of the lower half; where there is none to leave out, wide ones are faster.
-        panel = HALF_PANEL if symmetric else PANEL
+        # Narrow panels leave out nearly all of the lower half. Where there is none to leave out, wide ones are faster, and for
+        # the kernel, which arranges all of `right` for each panel.
+        panel = HALF_PANEL if symmetric and not kernel_takes(left, right) else PANEL
         for start in range(0, left.shape[1], panel):
             first = start if symmetric else 0
             rows = slice(start, start + panel)

@@ -17,7 +17,7 @@ from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.upstream import HELD_BYTES
 from mpo_exporter.effort import Effort
-from mpo_exporter.measure.candidates import GRIDS, fitted
+from mpo_exporter.measure.candidates import BOUNDED, CORED, GRIDS, fitted
 from mpo_exporter.quantize.gptq import compensated, expected_errors
 from mpo_exporter.quantize.rounding import round_to_nearest
 from mpo_formats import Architecture
@@ -26,9 +26,12 @@ from mpo_runtime.memory import peak_memory
 
 # Sizes of the pieces that are measured, and seconds that each is repeated for.
 TOKENS, WIDEST, ROWS, SECONDS = 1024, 2048, 64, 0.12
-# What elementwise work and attention take beside the products of a block, as a share of these at the width `HALF`; it falls
-# with the width, since products grow with its square.
-BESIDE, HALF = 0.6, 576
+# What elementwise work and attention take beside the products of a block, as a share of exact products at the width `HALF`; it
+# falls with the width, since products grow with its square.
+BESIDE, HALF = 0.63, 576
+# Roots and solutions of a moment, in products of its size; what is done with its entries beside that, in weights that are rounded
+# to nearest.
+ROOTS, PASSES = 2.5, 23
 # What measuring takes beside its products: attention without bf16, and the vocabulary's softmax twice.
 MEASURED = 1.7
 # Memory of the program itself, and of activations for each token and unit of width in a batch.
@@ -138,7 +141,8 @@ def export_cost(
     block = sum(rows * columns for name, rows, columns in sizes if name not in (EMBEDDING, HEAD))
     head = architecture.vocab_size * architecture.hidden_size
     tokens, sampled = windows * window, min(windows, effort.care.windows) * window
-    beside = 1 + BESIDE * HALF / (HALF + architecture.hidden_size)
+    beside = rates.exact * BESIDE * HALF / (HALF + architecture.hidden_size)
+    forward = block * (rates.product + beside)  # of a token through all blocks
     # Layers with one input share a moment: q, k and v; gate and up.
     inputs = {(name.rsplit(".", 1)[0], columns): columns for name, _, columns in sizes if name not in (EMBEDDING, HEAD)}
     squares = sum(columns**2 for columns in inputs.values())
@@ -148,17 +152,19 @@ def export_cost(
     weights = sum(rows * columns for _, rows, columns in sizes)
     stages = {}
     if surveyed and windows:
-        stages["gradients"] = rates.product * tokens * block * beside
-        backward = 2 * sampled * block * beside + sampled * squares + 2.5 * sampled * head
-        stages["surveying"] = rates.product * backward + rates.exact * cubes + rates.grid * judged * (len(GRIDS) + 2)
+        stages["gradients"] = tokens * forward
+        backward = sampled * (rates.product * (2 * block + squares + 4 * head) + 3 * beside * block)
+        sides = [sorted((min(rows, effort.care.rows), columns)) for _, rows, columns in sizes]
+        values = sum(side**2 * (other + 3 * side) for side, other in sides if side <= BOUNDED)
+        tried = rates.grid * judged * (len(GRIDS) + 2) + rates.exact * len(CORED) * values
+        stages["surveying"] = backward + rates.exact * cubes + tried
     elif surveyed:
         stages["surveying"] = rates.grid * judged * len(GRIDS)
     if windows:
         moments = tokens * (2 * squares + out)
         fits = sum(rows * columns**2 for _, rows, columns in sizes)
-        stages["fitting"] = (
-            rates.product * (2 * tokens * block * beside + moments) + rates.exact * 2 * cubes + rates.rounding * fits
-        )
+        roots = rates.exact * ROOTS * cubes + rates.nearest * PASSES * squares
+        stages["fitting"] = tokens * 2 * forward + rates.product * moments + roots + rates.rounding * fits
     else:
         stages["fitting"] = rates.nearest * weights
     stages["measuring"] = rates.exact * 2 * measured_tokens * (block + head) * MEASURED
