@@ -301,7 +301,7 @@ class Fitting:
             for names, moment in walk.dense():
                 if names == (EMBEDDING,):
                     self.table = moment.second
-        table = None if self.table is None else Moment(self.table.copy(), None, walk.windows.size)
+        table = None if self.table is None else Moment(self.table.copy(), None, walk.windows.size, device=walk.device)
         embedding = self.layer(linears[EMBEDDING], table).matrix.astype(np.float32)
 
         walk.compress(

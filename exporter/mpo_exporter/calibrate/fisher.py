@@ -197,11 +197,11 @@ class Backwards:
         if kept is not None and self.store.read(GRADIENT) is not None:
             return Inputs(
                 self._head_names(),
-                Moment(kept["second"], None, self.windows.size),
+                Moment(kept["second"], None, self.windows.size, device=str(self.ops.device)),
                 {self._head_names()[0]: kept["fisher"]},
             )
         squares, sums = Squares(), Sums()
-        generator = torch.Generator(self.ops.device).manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         (name,) = self._head_names()
         state, front, parts = self._state(f"survey-state-{self.blocks}"), self._state(FRONT), []
         with fast_products(), self.ops.holding([name]):
@@ -250,7 +250,8 @@ class Backwards:
         self.progress(2 * self.blocks - block, 2 * self.blocks)
 
     def _inputs(self, names: tuple[str, ...], sums: Sums | None, squares: Squares) -> Inputs:
-        moment = moment_of(names, sums, None) if sums and self.moments else Moment(np.zeros((0, 0)))
+        device = str(self.ops.device)
+        moment = moment_of(names, sums, None, device=device) if sums and self.moments else Moment(np.zeros((0, 0)))
         return Inputs(names, moment, {name: (squares.sums[name] / self.tokens).cpu().numpy() for name in names})
 
 
@@ -287,7 +288,7 @@ def head_gradient(model: Decoder, squares: Squares, x: Tensor, generator: torch.
 
     Args:
         squares: the head's own Fisher information is added to it.
-        generator: on the device of x.
+        generator: on the CPU, so that every device draws the same labels.
     """
     name = EMBEDDING if model.architecture.tie_word_embeddings else HEAD
     flat = x.reshape(-1, x.shape[-1])
@@ -299,7 +300,7 @@ def head_gradient(model: Decoder, squares: Squares, x: Tensor, generator: torch.
         if not torch.isfinite(chances).all():
             raise ConfigError("the logits are not finite on the calibration text; check the source model")
         # Inverse transform sampling: torch.multinomial would draw a random number for every token of the vocabulary.
-        drawn = torch.rand(len(part), 1, generator=generator, device=part.device)
+        drawn = torch.rand(len(part), 1, generator=generator).to(part.device)
         labels = torch.searchsorted(chances.cumsum(-1), drawn).clamp_(max=chances.shape[-1] - 1)
         # The expectation over the drawn label: E[(p_o − [o = label])²] = p_o (1 − p_o).
         squares.add(name, chances * (1 - chances) / model.architecture.logits_scaling**2)

@@ -63,8 +63,8 @@ class Hessian:
     mean: float
 
 
-def decompose(second: Matrix, group: int, damping: float) -> Hessian:
-    """The Hessian of inputs of second moment C [I, I], its columns in the processing order for groups of that size.
+def decompose(second: Matrix, group: int, damping: float, device: str = "cpu") -> Hessian:
+    """The Hessian of inputs of second moment C [I, I] on a device, its columns in the processing order for groups of that size.
 
     Raises:
         ConfigError: when C has values that are not finite.
@@ -72,7 +72,7 @@ def decompose(second: Matrix, group: int, damping: float) -> Hessian:
     if not np.isfinite(second).all():
         raise ConfigError("second moment: has values that are not finite; check the source model and the text")
     mean = float(np.trace(second)) / len(second)
-    whole = torch.from_numpy(second if mean > 0 else np.zeros_like(second))
+    whole = torch.from_numpy(second if mean > 0 else np.zeros_like(second)).to(device)
     unit = mean if mean > 0 else 1.0
     order = processing_order(whole.diagonal(), group)
     # The lower triangular root of the matrix with rows and columns reversed, reversed again, is the upper triangular root.
@@ -85,14 +85,14 @@ def decompose(second: Matrix, group: int, damping: float) -> Hessian:
     return Hessian(order, matrix, root.div_(pivots), pivots.square(), mean)
 
 
-def pivots(second: Matrix, group: int, damping: float) -> NDArray[np.float32]:
+def pivots(second: Matrix, group: int, damping: float, device: str = "cpu") -> NDArray[np.float32]:
     """The weights R_jj² [I] of `decompose`, in the inputs' own order; in single precision, which is enough for estimates.
 
     Raises:
         ConfigError: as `decompose` does.
     """
     found = np.empty(len(second), np.float32)
-    whole = torch.from_numpy(second).float()
+    whole = torch.from_numpy(second).to(device).float()
     mean = float(whole.diagonal().double().mean())
     if not 0 < mean < math.inf:
         hessian = decompose(second, group, damping)
@@ -100,16 +100,16 @@ def pivots(second: Matrix, group: int, damping: float) -> NDArray[np.float32]:
         return found
     backwards = processing_order(whole.diagonal(), group).flip(0)
     root, _ = _root(whole[backwards][:, backwards].div_(mean), damping)
-    found[backwards.numpy()] = root.diagonal().square().numpy()
+    found[backwards.cpu().numpy()] = root.diagonal().square().cpu().numpy()
     return found
 
 
-def ridge(second: Matrix, damping: float) -> tuple[Tensor, float]:
+def ridge(second: Matrix, damping: float, device: str = "cpu") -> tuple[Tensor, float]:
     """The lower triangular root [I, I] of C / mean(diag C) + damping · 1, or of more where that is singular, and the mean.
 
     In single precision; the mean is 1 where C is zero.
     """
-    whole = torch.from_numpy(second).float()
+    whole = torch.from_numpy(second).to(device).float()
     mean = float(whole.diagonal().double().mean())
     unit = mean if mean > 0 else 1.0
     return _root(whole.div_(unit), damping)[0], unit

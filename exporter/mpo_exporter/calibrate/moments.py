@@ -58,6 +58,8 @@ class Moment:
     E[(h − ĥ) x̂ᵀ] / m [O, I] for a layer whose output is added, m times, to the residual stream ĥ: it says how the output
     would have to change so that the stream becomes the dense model's h again.
 
+    `device` is where the Hessian is, and with it the rounding of the layers' integers; the arrays here are on the CPU.
+
     Layers with one input share one object, so that the root and the Hessian are computed once for all of them. Only the last
     Hessian is kept, because each takes as much memory as C.
     """
@@ -67,6 +69,7 @@ class Moment:
     tokens: int = 0
     drift: Single | None = None
     hadamard: int = 0
+    device: str = "cpu"
     _hessians: dict[tuple[int, float], Hessian] = field(default_factory=dict, init=False, repr=False)
     _ridge: tuple[float, tuple[Tensor, float]] | None = field(default=None, init=False, repr=False)
     _pivots: dict[tuple[int, int], Single] = field(default_factory=dict, init=False, repr=False)
@@ -103,13 +106,13 @@ class Moment:
         key = (group, basis)
         if key not in self._pivots:
             self.turn(basis)
-            self._pivots[key] = pivots(self.second, group, DAMPING)
+            self._pivots[key] = pivots(self.second, group, DAMPING, self.device)
         return self._pivots[key]
 
     def ridge(self, damping: float) -> tuple[Tensor, float]:
         """The root of C with a load on its diagonal, and the unit that it is in: see `hessian.ridge`; the last one is kept."""
         if self._ridge is None or self._ridge[0] != damping:
-            self._ridge = damping, ridge(self.second, damping)
+            self._ridge = damping, ridge(self.second, damping, self.device)
         return self._ridge[1]
 
     def hessian(self, group: int, damping: float = DAMPING) -> Hessian:
@@ -122,7 +125,7 @@ class Moment:
         if key not in self._hessians:
             self._hessians.clear()  # before the new one takes its memory
             self._ridge = self._ridge if len(self.second) <= KEPT else None
-            self._hessians[key] = decompose(self.second, group, damping)
+            self._hessians[key] = decompose(self.second, group, damping, self.device)
         return self._hessians[key]
 
 
@@ -157,7 +160,7 @@ class Calibration:
         folder: for the temporary files: N · W · E · 4 bytes for each upstream, and in `compress` the inputs of the last two
             groups of layers of a block. They are removed at the end.
         batch: windows that are run at once.
-        device: that they are run on; moments and fits are on the CPU.
+        device: that they are run on, and integers are rounded on; cores are fitted on the CPU.
 
     Raises:
         ConfigError: for windows that are not [N, W] or are empty.
@@ -193,7 +196,7 @@ class Calibration:
             for block in range(self.architecture.num_hidden_layers):
                 sums = measure_block(dense, block)
                 for names in list(sums):
-                    yield names, moment_of(names, sums.pop(names), None)
+                    yield names, moment_of(names, sums.pop(names), None, device=self.device)
             yield self._head(), self._head_moment(dense, None)
 
     def compress(
@@ -242,7 +245,7 @@ class Calibration:
         before: tuple[str, ...] = ()
         with ExitStack() as compressed:
             for names in input_groups(dense, block):
-                moment = moment_of(names, *measure_input(dense, ours, block, before))
+                moment = moment_of(names, *measure_input(dense, ours, block, before), device=self.device)
                 for name in names:
                     built = build(name, dense_matrix(self.source, name), moment)
                     spec = self.source.spec.linear(name)
@@ -284,7 +287,7 @@ class Calibration:
                 second.add(x)
                 if change is not None and dense is not None:
                     change.add(dense.normed(rows) - x, x)
-        return moment_of(self._head(), second, change)
+        return moment_of(self._head(), second, change, device=self.device)
 
 
 def compressed_blocks(store: Store | None) -> int:
@@ -342,8 +345,10 @@ def measure_input(
     return second, change, drift if residual and scale else None
 
 
-def moment_of(names: tuple[str, ...], second: Sums, change: Sums | None, drift: Sums | None = None) -> Moment:
-    """The moment from the sums of x̂ x̂ᵀ, (x − x̂) x̂ᵀ and the drift.
+def moment_of(
+    names: tuple[str, ...], second: Sums, change: Sums | None, drift: Sums | None = None, *, device: str = "cpu"
+) -> Moment:
+    """The moment from the sums of x̂ x̂ᵀ, (x − x̂) x̂ᵀ and the drift, for fits on a device.
 
     Raises:
         ConfigError: naming the first layer, when the input was not finite.
@@ -353,7 +358,7 @@ def moment_of(names: tuple[str, ...], second: Sums, change: Sums | None, drift: 
     whole = second.mean(symmetric=True)
     across = None if change is None else (change.mean(symmetric=False) + whole).astype(np.float32)
     drifted = None if drift is None else drift.mean(symmetric=False).astype(np.float32)
-    moment = Moment(whole, across, tokens, drifted)
+    moment = Moment(whole, across, tokens, drifted, device=device)
     for part in (moment.second, moment.cross, moment.drift):
         if part is not None and not np.isfinite(part).all():
             raise ConfigError(f"{names[0]}: its input is not finite on the calibration text; check the source model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,10 +18,13 @@ BATCHES, MOST_PART = 4, 1 << 24
 
 
 class Sums:
-    """Running sums of x x̂ᵀ over tokens: those of a few batches in single precision, the sum of these in double precision."""
+    """Running sums of x x̂ᵀ over tokens: those of a few batches in single precision, the sum of these in double precision.
+
+    They are on the device of the inputs; `mean` brings them to the CPU.
+    """
 
     def __init__(self) -> None:
-        self.total: Matrix | None = None
+        self.total: Tensor | None = None
         self.part: Tensor | None = None
         self.batches = self.tokens = 0
 
@@ -30,9 +34,9 @@ class Sums:
         right_ = left if right is None else right.detach().reshape(-1, right.shape[-1])
         size = left.shape[1]
         if self.total is None:
-            self.total = np.zeros((size, right_.shape[1]))
+            self.total = left.new_zeros((size, right_.shape[1]), dtype=torch.float64)
             # Where the sums are large, memory counts for more than time.
-            self.part = left.new_zeros(size, right_.shape[1]) if self.total.size <= MOST_PART else None
+            self.part = left.new_zeros(size, right_.shape[1]) if self.total.numel() <= MOST_PART else None
         if self.part is not None and kernel_takes(left, right_):
             add_outer(left, right_, self.part, upper=right is None)
         else:
@@ -58,12 +62,12 @@ class Sums:
             if self.part is not None:
                 self.part[rows, first:] += product
             elif self.total is not None:
-                self.total[rows, first:] += product.cpu().numpy()
+                self.total[rows, first:] += product
 
     def _flush(self) -> None:
         """Adds the sums in single precision to those in double precision."""
         if self.total is not None and self.part is not None:
-            self.total += self.part.cpu().numpy()
+            self.total += self.part
             self.part.zero_()
 
     def mean(self, symmetric: bool) -> Matrix:
@@ -71,7 +75,8 @@ class Sums:
         if self.total is None:
             raise ConfigError("calibration: no tokens were seen; give a longer text with --calib")
         self._flush()
-        total, self.total, self.part = self.total, None, None
+        total: Matrix = self.total.cpu().numpy()
+        self.total = self.part = None
         total /= self.tokens
         if symmetric:
             for start in range(0, total.shape[0], HALF_PANEL):

@@ -222,7 +222,7 @@ def output_fisher(model: Decoder, ids: NDArray[np.int64], batch: int, device: st
         batch: windows that are run at once.
     """
     blocks = model.architecture.num_hidden_layers
-    generator, squares = torch.Generator(device).manual_seed(0), Squares()
+    generator, squares = torch.Generator().manual_seed(0), Squares()
     for start in range(0, ids.shape[0], batch):
         with torch.no_grad():
             states = [model.embed(torch.from_numpy(ids[start : start + batch]).to(device))]

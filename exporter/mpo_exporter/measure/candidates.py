@@ -247,7 +247,8 @@ def weighted_residual(matrix: Matrix, sensitivity: Sensitivity, grid: Grid, grou
     """The error [O, I] that rounding is expected to leave, each entry times the root of what its square costs in nats."""
     residuals, weight = expected_residuals(matrix, sensitivity.known, [grid], group, basis)
     rows, columns = np.sqrt(sensitivity.rows / 2).astype(np.float32), np.sqrt(weight).astype(np.float32)
-    return torch.from_numpy(rows[:, None] * next(residuals).astype(np.float32) * columns)
+    residual = rows[:, None] * next(residuals).astype(np.float32) * columns
+    return torch.from_numpy(residual).to(sensitivity.known.device)
 
 
 def lower_hull(row: Sequence[Candidate]) -> list[tuple[int, float]]:
@@ -284,7 +285,7 @@ def may_pay(whitened: Tensor, share: float, sizes: Sequence[Candidate], hull: Se
     """
     wide = whitened if whitened.shape[0] <= whitened.shape[1] else whitened.T
     gram = wide @ wide.T
-    basis = torch.randn(len(gram), min(SKETCH, len(gram)), generator=torch.Generator().manual_seed(0))
+    basis = start_basis(len(gram), min(SKETCH, len(gram)), gram)
     for _ in range(POWERS):
         basis = torch.linalg.qr(gram @ basis).Q
     largest = SAFETY * float(torch.linalg.eigvalsh(basis.T @ gram @ basis)[-1])
@@ -332,12 +333,17 @@ def tails(matrix: Tensor, chis: Sequence[int]) -> Curve:
     if smallest <= EXACT_SIZE:
         squares = torch.linalg.eigvalsh(torch.nn.functional.linear(wide, wide)).flip(0)
     else:
-        start = torch.randn(wide.shape[1], min(ranks[-1] + 16, smallest), generator=torch.Generator().manual_seed(0))
+        start = start_basis(wide.shape[1], min(ranks[-1] + 16, smallest), wide)
         basis = torch.linalg.qr(wide @ start).Q
         basis = torch.linalg.qr(wide @ (wide.T @ basis)).Q
         squares = torch.linalg.svdvals(basis.T @ wide).square()
-    kept = squares.double().clamp(min=0).cumsum(0)
+    kept = squares.double().clamp(min=0).cumsum(0).cpu()
     return tuple((chi, max(total - float(kept[chi - 1]), 0.0)) for chi in ranks)
+
+
+def start_basis(rows: int, columns: int, beside: Tensor) -> Tensor:
+    """Random vectors [rows, columns], the same on every device, on the device of another tensor."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(beside.device)
 
 
 @dataclass(frozen=True, slots=True)

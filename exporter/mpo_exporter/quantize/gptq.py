@@ -4,7 +4,8 @@ The error is E = tr[(W − Ŵ) C (W − Ŵ)ᵀ] with the second moment C of the 
 the later columns are adjusted to compensate the rounding error of the earlier ones. Then scales and codes are improved in
 turns as long as that lowers E (descent.py). Rows do not depend on each other.
 
-This is the torch code, which runs where no native kernels were built; native.py has the same in C++.
+This is the torch code, which runs on other devices than the CPU and where no native kernels were built; native.py has the same
+in C++.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ Vector = NDArray[np.float64]
 # Added to the diagonal of C where a layer makes up for the errors of those before it, as a share of its mean: what a text of a
 # few thousand tokens shows along directions of little weight is chance.
 RIDGE = 0.2
-# Rows that are rounded at once: their arrays should stay in the CPU's caches.
-ROWS = 2048
+# Rows that are rounded at once: on a CPU their arrays should stay in its caches, elsewhere launches should be few.
+ROWS, ROWS_ELSEWHERE = 2048, 1 << 16
 # The most passes of descent over scales and codes.
 TURNS = 5
 # Descent ends when a pass lowers E by less than this share.
@@ -53,11 +54,13 @@ def target(matrix: Matrix, moment: Moment, damping: float = RIDGE) -> Matrix:
         return matrix
     # W (cross + load) + D = (W + Δ) (C + load): only the change Δ is solved for, so single precision is enough.
     difference = np.subtract(moment.cross, moment.second, dtype=np.float32)
-    change = torch.from_numpy(matrix).float() @ torch.from_numpy(difference)
+    change = torch.from_numpy(matrix.astype(np.float32)).to(moment.device) @ torch.from_numpy(difference).to(
+        moment.device
+    )
     if moment.drift is not None:
-        change += torch.from_numpy(moment.drift).float()
+        change += torch.from_numpy(moment.drift).float().to(moment.device)
     root, mean = moment.ridge(damping)
-    result: Matrix = matrix + torch.cholesky_solve(change.T / mean, root).T.numpy()
+    result: Matrix = matrix + torch.cholesky_solve(change.T / mean, root).T.cpu().numpy()
     return result
 
 
@@ -83,19 +86,20 @@ def compensated(
     """
     check(matrix, moment, group)
     hessian = moment.hessian(group, damping)
-    if native.usable():
+    if native.usable(moment.device):
         require_range(float(np.abs(matrix).max(initial=0.0)), Levels(bits, zeros))
         grid = Grid(bits, group, zeros)
         found = native.compensated(matrix.astype(np.float32), hessian, grid, turns, TOLERANCE)
         return Integers(found[0], found[1], found[2] if zeros else None, bits, group)
     problem, order = Problem(hessian.matrix, group, Levels(bits, zeros)), hessian.order
-    wanted = torch.from_numpy(matrix).float()
+    wanted = torch.from_numpy(matrix.astype(np.float32)).to(moment.device)
+    size = ROWS if moment.device == "cpu" else ROWS_ELSEWHERE
     parts = [
-        _rows(problem, hessian, wanted[start : start + ROWS, order].T.contiguous(), turns)
-        for start in range(0, len(wanted), ROWS)
+        _rows(problem, hessian, wanted[start : start + size, order].T.contiguous(), turns)
+        for start in range(0, len(wanted), size)
     ]
     codes = torch.cat([part.codes for part in parts], 1)
-    restored = torch.empty(codes.shape, dtype=torch.uint8)
+    restored = codes.new_empty(codes.shape, dtype=torch.uint8)
     restored[order] = codes.to(torch.uint8)
     groups = order[::group] // group
     scale, zero = (
@@ -103,9 +107,9 @@ def compensated(
         for stacked in (torch.cat([getattr(part, name) for part in parts], 1) for name in ("scale", "zero"))
     )
     return Integers(
-        restored.T.contiguous().numpy(),
-        scale.T.half().contiguous().numpy(),
-        zero.T.half().contiguous().numpy() if zeros else None,
+        restored.T.contiguous().cpu().numpy(),
+        scale.T.half().contiguous().cpu().numpy(),
+        zero.T.half().contiguous().cpu().numpy() if zeros else None,
         bits,
         group,
     )
@@ -132,10 +136,10 @@ def expected_residuals(
     """
     weight, scaled = _expected_weight(matrix, moment, grids, group, basis)
     single = matrix.astype(np.float32)
-    if native.usable():
+    if native.usable(moment.device):
         return (native.residual(single, weight.numpy(), grid).astype(np.float64) for grid in grids), scaled
-    values = torch.from_numpy(single.T.copy())
-    return (_residual(values, weight, grid) for grid in grids), scaled
+    values = torch.from_numpy(single.T.copy()).to(moment.device)
+    return (_residual(values, weight, grid).T.double().cpu().numpy() for grid in grids), scaled
 
 
 def expected_errors(
@@ -158,9 +162,10 @@ def expected_errors(
         weight, scaled = torch.ones(matrix.shape[1]), np.ones(matrix.shape[1])
     else:
         weight, scaled = _expected_weight(matrix, moment, grids, group, basis)
-    if not native.usable():
-        values = torch.from_numpy(matrix.astype(np.float32).T.copy())
-        return np.array([np.square(_residual(values, weight, grid)) @ scaled for grid in grids])
+    if not native.usable("cpu" if moment is None else moment.device):
+        values, costs = torch.from_numpy(matrix.astype(np.float32).T.copy()).to(weight.device), torch.from_numpy(scaled)
+        costs = costs.to(weight.device)
+        return np.array([(costs @ _residual(values, weight, grid).double().square()).cpu().numpy() for grid in grids])
     found = native.errors(matrix.astype(np.float32), weight.numpy(), grids).astype(np.float64)
     result: Matrix = found * (scaled.sum() / max(float(weight.sum(dtype=torch.float64)), 1e-300))
     return result
@@ -175,18 +180,18 @@ def _expected_weight(
         require_range(float(np.abs(matrix).max(initial=0.0)), Levels(grid.bits, grid.zeros))
     largest = group or max((grid.group for grid in grids), default=1)
     weight = torch.from_numpy(moment.pivots(largest, moment.hadamard if basis is None else basis))
-    return weight, weight.double().numpy() * float(np.trace(moment.second)) / len(moment.second)
+    costs = weight.double().numpy() * float(np.trace(moment.second)) / len(moment.second)
+    return weight.to(moment.device), costs
 
 
-def _residual(values: Tensor, weight: Tensor, grid: Grid) -> Matrix:
-    """The error [O, I] of rounding values [I, O] to nearest on searched grids."""
+def _residual(values: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+    """The error [I, O] of rounding values [I, O] to nearest on searched grids."""
     levels, rest = Levels(grid.bits, grid.zeros), torch.empty_like(values)
     for start in range(0, len(values), grid.group):
         inside = slice(start, start + grid.group)
         scale, zero = search(values[inside], weight[inside], levels)
         rest[inside] = values[inside] - scale * (encode(values[inside], inverse(scale), zero, levels) - zero)
-    result: Matrix = rest.T.double().numpy()
-    return result
+    return rest
 
 
 def check(matrix: Matrix, moment: Moment, group: int) -> None:

@@ -22,9 +22,9 @@ Stored = tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]
 _allowed = True
 
 
-def usable() -> bool:
-    """Whether the native kernels are there and were not ruled out."""
-    return _allowed and native.available()
+def usable(device: str = "cpu") -> bool:
+    """Whether the native kernels are there, were not ruled out, and run on the device."""
+    return _allowed and device == "cpu" and native.available()
 
 
 @contextmanager
