@@ -15,23 +15,21 @@ import triton.language as tl
 
 
 @triton.jit
-def spread(packed, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bytes [R, N] as codes [R, N · 8 / BITS] of BITS bits, in the order of the columns."""
-    if BITS == 8:
-        codes = packed
-    elif BITS == 4:
-        codes = tl.interleave(packed & 15, packed >> 4)
-    elif BITS == 2:
-        codes = tl.interleave(
-            tl.interleave(packed & 3, (packed >> 4) & 3), tl.interleave((packed >> 2) & 3, packed >> 6)
-        )
+def spread(  # type: ignore[no-untyped-def]
+    packed, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, TO: tl.constexpr
+):
+    """The codes of BITS bits at the places FIRST, FIRST + STEP, … of integers [R, N], moved to bit TO: [R, N · COUNT] in order.
+
+    One shift and one mask for each code.
+    """
+    if COUNT == 1:
+        if FIRST >= TO:  # noqa: SIM108 - of constants, so that one of them is compiled
+            codes = (packed >> (FIRST - TO)) & (((1 << BITS) - 1) << TO)
+        else:
+            codes = (packed << (TO - FIRST)) & (((1 << BITS) - 1) << TO)
     else:
-        even = tl.interleave(
-            tl.interleave(packed & 1, (packed >> 4) & 1), tl.interleave((packed >> 2) & 1, (packed >> 6) & 1)
-        )
-        odd = tl.interleave(
-            tl.interleave((packed >> 1) & 1, (packed >> 5) & 1), tl.interleave((packed >> 3) & 1, packed >> 7)
-        )
+        even = spread(packed, FIRST, 2 * STEP, COUNT // 2, BITS, TO)
+        odd = spread(packed, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, TO)
         codes = tl.interleave(even, odd)
     return codes
 
@@ -39,18 +37,58 @@ def spread(packed, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 # How several tokens are multiplied: on the matrix units in bf16; in float32; or rounded to bf16 and multiplied in float32, for
 # the interpreter, which takes the bits of bf16 for integers in `tl.dot`.
 BF16, EXACT, EMULATED = 0, 1, 2
+# Columns whose products are added up before they are scaled; every group is a multiple.
+CHUNK = tl.constexpr(8)
+# Codes from bit 15 on, taken for floats, are q · 2⁻¹³⁴: the factor of what they are multiplied with, and that of such products.
+RAISED, LOWERED = tl.constexpr(2.0**100), tl.constexpr(2.0**-34)
 
 
 @triton.jit
-def plane_codes(plane, row, first, rows, INPUTS: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The codes [R, COUNT] of a plane from column `first` on, 0 outside of the matrix."""
-    byte = first * BITS // 8 + tl.arange(0, COUNT * BITS // 8)
-    width: tl.constexpr = INPUTS * BITS // 8
+def plane_codes(  # type: ignore[no-untyped-def]
+    plane, row, first, rows, INPUTS: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, TO: tl.constexpr
+):
+    """The codes [R, COUNT] of a plane from column `first` on, at bit TO; 0 outside of the matrix.
+
+    The plane is read as it is typed: in words of 32 bits where its rows are whole words, else in bytes.
+    """
+    word: tl.constexpr = 32 if plane.dtype.element_ty == tl.int32 else 8
+    width: tl.constexpr = INPUTS * BITS // word
+    place = first * BITS // word + tl.arange(0, COUNT * BITS // word)
     inside = row[:, None] < rows
     if INPUTS % COUNT != 0:
-        inside = inside & (byte[None, :] < width)
-    packed = tl.load(plane + row[:, None].to(tl.int64) * width + byte[None, :], mask=inside, other=0).to(tl.int32)
-    return spread(packed, BITS)
+        inside = inside & (place[None, :] < width)
+    packed = tl.load(plane + row[:, None].to(tl.int64) * width + place[None, :], mask=inside, other=0).to(tl.int32)
+    return spread(packed, 0, BITS, word // BITS, BITS, TO)
+
+
+@triton.jit
+def codes_of(  # type: ignore[no-untyped-def]
+    low, high, row, first, rows,
+    INPUTS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, COUNT: tl.constexpr, TO: tl.constexpr,
+):  # fmt: skip
+    """The codes [R, COUNT] of a matrix from column `first` on, at bit TO of int32; 0 outside."""
+    codes = plane_codes(low, row, first, rows, INPUTS, LOW, COUNT, TO)
+    if HIGH > 0:
+        codes = codes | plane_codes(high, row, first, rows, INPUTS, HIGH, COUNT, TO + LOW)
+    return codes
+
+
+@triton.jit
+def grids_of(  # type: ignore[no-untyped-def]
+    scale, zero, row, first, rows,
+    INPUTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Scales and zeros of the groups [R, G] from column `first` on; scales are 0 outside of the matrix."""
+    groups: tl.constexpr = INPUTS // GROUP
+    group = first // GROUP + tl.arange(0, COUNT // GROUP if COUNT > GROUP else 1)
+    place = row[:, None].to(tl.int64) * groups + group[None, :]
+    inside = (row[:, None] < rows) & (group[None, :] < groups)
+    factor = tl.load(scale + place, mask=inside, other=0).to(tl.float32)
+    if ZEROS:
+        middle = tl.load(zero + place, mask=inside, other=0).to(tl.float32)
+    else:
+        middle = tl.zeros_like(factor) + (1.5 if BITS == 2 else (1 << (BITS - 1)))
+    return factor, middle
 
 
 @triton.jit
@@ -63,20 +101,10 @@ def weights_of(  # type: ignore[no-untyped-def]
 
     COUNT is a multiple of GROUP, or divides it.
     """
-    codes = plane_codes(low, row, first, rows, INPUTS, LOW, COUNT)
-    if HIGH > 0:
-        codes = codes | (plane_codes(high, row, first, rows, INPUTS, HIGH, COUNT) << LOW)
-    groups: tl.constexpr = INPUTS // GROUP
+    codes = codes_of(low, high, row, first, rows, INPUTS, LOW, HIGH, COUNT, 0).to(tl.float32)
+    factor, middle = grids_of(scale, zero, row, first, rows, INPUTS, LOW + HIGH, GROUP, ZEROS, COUNT)
     within: tl.constexpr = COUNT // GROUP if COUNT > GROUP else 1
-    group = first // GROUP + tl.arange(0, within)
-    place = row[:, None].to(tl.int64) * groups + group[None, :]
-    inside = (row[:, None] < rows) & (group[None, :] < groups)
-    factor = tl.load(scale + place, mask=inside, other=0).to(tl.float32)
-    if ZEROS:
-        middle = tl.load(zero + place, mask=inside, other=0).to(tl.float32)
-    else:
-        middle = tl.zeros_like(factor) + (1.5 if LOW + HIGH == 2 else (1 << (LOW + HIGH - 1)))
-    parts = tl.reshape(codes.to(tl.float32), (row.shape[0], within, COUNT // within))
+    parts = tl.reshape(codes, (row.shape[0], within, COUNT // within))
     return tl.reshape(parts * factor[:, :, None] - (middle * factor)[:, :, None], (row.shape[0], COUNT))
 
 
@@ -91,15 +119,24 @@ def product_tile(  # type: ignore[no-untyped-def]
     part = tl.program_id(2)
     chunks: tl.constexpr = (((INPUTS + COLUMNS - 1) // COLUMNS) + PARTS - 1) // PARTS
     if TOKENS == 1:
+        # Σ (q − zero) x = Σ q x − zero Σ x: scales and zeros are applied to sums of CHUNK columns. The bits of a code are
+        # taken for a float, a subnormal one, which needs no conversion; RAISED · x makes the product a normal one.
         token = tl.program_id(1)
-        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        within: tl.constexpr = COLUMNS // GROUP if COLUMNS > GROUP else 1
+        each: tl.constexpr = COLUMNS // CHUNK // within
+        sums = tl.zeros((ROWS, within, each), tl.float32)
         for step in range(chunks):
             first = (part * chunks + step) * COLUMNS
             column = first + tl.arange(0, COLUMNS)
-            w = weights_of(low, high, scale, zero, row, first, rows, INPUTS, LOW, HIGH, GROUP, ZEROS, COLUMNS)
+            codes = codes_of(low, high, row, first, rows, INPUTS, LOW, HIGH, COLUMNS, 15)
+            tiny = codes.to(tl.float32, bitcast=True)
             values = tl.load(x + token * INPUTS + column, mask=column < INPUTS, other=0).to(tl.float32)
-            sums += w * values[None, :]
-        tl.store(y + (part * tokens + token).to(tl.int64) * width + at + row, tl.sum(sums, 1), mask=row < rows)
+            products = tl.reshape(tiny * (values * RAISED)[None, :], (ROWS, within, each, CHUNK))
+            plain = tl.sum(tl.reshape(values, (within, each, CHUNK)), 2)
+            factor, middle = grids_of(scale, zero, row, first, rows, INPUTS, LOW + HIGH, GROUP, ZEROS, COLUMNS)
+            sums += factor[:, :, None] * (tl.sum(products, 3) - (middle * LOWERED)[:, :, None] * plain[None, :, :])
+        total = tl.sum(tl.sum(sums, 2), 1) * (1 / LOWERED)
+        tl.store(y + (part * tokens + token).to(tl.int64) * width + at + row, total, mask=row < rows)
     else:
         token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
         several = tl.zeros((ROWS, TOKENS), tl.float32)

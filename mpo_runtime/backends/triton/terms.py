@@ -35,7 +35,7 @@ class IntegerTerm:
             return torch.from_numpy(np.array(weights.array(f"{prefix}.{name}"))).to(device)
 
         bits = PLANES[term.bits]
-        self.planes = [put(f"q{plane}") for plane in bits]
+        self.planes = [words(put(f"q{plane}")) for plane in bits]
         self.low, self.high = bits[0], bits[1] if len(bits) > 1 else 0
         self.scale = put("scale")
         self.zero = put("zero") if term.zeros else None
@@ -70,6 +70,12 @@ class IntegerTerm:
     def weight(self) -> Tensor:
         """The matrix [out, in]."""
         return self.rows(torch.arange(self.outputs, device=self.scale.device))
+
+
+def words(plane: Tensor) -> Tensor:
+    """A plane of R rows in words of 32 bits [R, N] where its rows are whole words, else in bytes."""
+    rows = plane.flatten(1)
+    return rows if rows.shape[1] % 4 else rows.view(torch.int32)
 
 
 class Settings:
