@@ -46,6 +46,7 @@ def test_the_emulated_device_is_one(device: str) -> None:
     assert torch.equal(there.cpu(), torch.diag(torch.tensor([1.0, 2, 2])))
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("plan", ["int4", pytest.param("auto", marks=pytest.mark.long)])
 def test_an_export_on_another_device_is_the_same(folder: Path, tmp_path: Path, device: str, plan: str) -> None:
     """Up to the order of sums: a batched product need not add up as single ones do."""
@@ -59,4 +60,4 @@ def test_an_export_on_another_device_is_the_same(folder: Path, tmp_path: Path, d
     assert found[0].spec.linears == found[1].spec.linears
     here, there = (one.comparison for one in found)
     assert here is not None and there is not None
-    assert there.kl_mean == pytest.approx(here.kl_mean, rel=0.1)
+    assert there.kl_mean == pytest.approx(here.kl_mean, rel=0.05)
