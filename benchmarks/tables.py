@@ -558,7 +558,7 @@ def export_speed() -> str:
     names = {"opening": "open", "gradients": "forward", "surveying": "backward, candidates", "fitting": "fit"}
     names |= {"measuring": "measure", "imatrix": "imatrix", "quantize": "quantize"}
     body = []
-    for row in rows_of("2026-11-30-export-speed.json"):
+    for row in rows_of("2026-11-30-export-speed-again.json"):
         parts = [
             f"{names[name]} {digits(stage['processor_seconds'])}"
             for name, stage in row["stages"].items()
