@@ -1,12 +1,12 @@
-"""Draws the pictures of README and docs from the results of other benchmarks: docs/quality.svg, speed.svg, chi.svg.
+"""Draws the pictures of README and docs from the results of other benchmarks: docs/quality.svg, accuracy.svg, speed.svg, chi.svg.
 
     python benchmarks/pictures.py
     python benchmarks/pictures.py --out build --format png
 
 quality: KL against the size of the file; left granite-nano (quality.py with rows of peers.py, healing.py), right SmolLM2
-(trained_model.py). speed: tokens per second against the size of the file, with the limit of the read bandwidth, and peak
-memory (decode.py).
-chi: what smaller χ of one file and healing give (healing.py). Needs matplotlib (`pip install 'mpo-runtime[report]'`).
+(trained_model.py). accuracy: six tasks on SmolLM2 against size and KL (trained_model.py --tasks). speed: tokens per second
+against the size of the file, with the limit of the read bandwidth, and peak memory (decode.py). chi: what smaller χ of one file
+and healing give (healing.py). Needs matplotlib (`pip install 'mpo-runtime[report]'`).
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def draw_chi(left: Any, right: Any) -> None:
         axes.legend(fontsize=9, frameon=False)
 
 
-FIGURES = {"quality": draw_quality, "speed": draw_speed, "chi": draw_chi}
+FIGURES = {"quality": draw_quality, "speed": draw_speed, "accuracy": draw_accuracy, "chi": draw_chi}
 
 
 def draw(name: str, path: Path) -> None:

@@ -674,6 +674,8 @@ def k_proj() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "smollm2": smollm2,
+    "smollm2-tasks": smollm2_tasks,
+    "paper-smollm2": paper_smollm2,
     "transforms-smollm2": partial(transforms, "2026-11-30-transforms-smollm2.json"),
     "transforms-speed": transforms_speed,
     "transforms-nano": partial(transforms, "2026-11-30-transforms-granite-nano.json"),

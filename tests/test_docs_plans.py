@@ -28,6 +28,7 @@ ELSEWHERE = {
     "--device",
     "--threads",
     "--version",
+    "--task",
     "--calib",
     "--calib-windows",
     "--help",
