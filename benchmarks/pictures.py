@@ -131,7 +131,11 @@ def draw_accuracy(left: Any, right: Any) -> None:
                     axes.plot(
                         *zip(*points, strict=True), marker, color=color, markersize=6, markerfacecolor=face, label=name
                     )
-    left.set(title="SmolLM2-135M: six tasks", xlabel="file, MB", ylabel="mean accuracy, % of the questions")
+    left.set(
+        title="SmolLM2-135M: six tasks", xlabel="file, MB", xscale="log", ylabel="mean accuracy, % of the questions"
+    )
+    left.set_xticks([40, 60, 80, 100, 200])
+    left.xaxis.set_minor_formatter("")
     left.legend(fontsize=9, loc="lower right", frameon=False)
     right.set(title="the same against KL", xlabel="KL to the uncompressed model", xscale="log")
     right.annotate("dense", (right.get_xlim()[1], 100 * dense["accuracy_mean"]), fontsize=9, ha="right", va="bottom")
