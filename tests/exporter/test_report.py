@@ -118,7 +118,7 @@ def test_quality_is_what_the_measure_says(report: Report, job: Job, source: Path
         assert models == pytest.approx([value for one in sides for value in (one.perplexity, one.error)], rel=1e-4)
         differences = [found.kl_mean, found.kl_999, found.cosine, found.mse]
         wanted = [expected.kl_mean, expected.kl_999, expected.cosine, expected.mse]
-        assert differences == pytest.approx(wanted, rel=1e-4) and found.same_top1 == expected.same_top1
+        assert differences == pytest.approx(wanted, rel=1e-4, abs=1e-8) and found.same_top1 == expected.same_top1
         assert (found.text, found.tokens, found.window) == (TEXT.name, TEXT.ids.size, expected.model.window)
     assert alone.compression is None and "give --report to the export" in alone.missing["compression"]
     assert {layer.norm for layer in alone.layers} == {"weights"}
