@@ -176,6 +176,16 @@ def paper_smollm2() -> str:
     return table(("", "LLaMA-2 7B, as published", *names), body)
 
 
+def speculation() -> str:
+    """Decoding with and without drafts from the text itself."""
+    body = []
+    for row in rows_of("2026-11-30-speculation-smollm2.json"):
+        cells = [row["task"], *(str(row[key]) for key in ("prompt_tokens", "tokens", "drafted", "accepted"))]
+        cells += [f"{row[f'{way}_tokens_per_second']:.0f}" for way in ("plain", "ngram")]
+        body.append([*cells, f"{row['ratio']:.2f}"])
+    return table(("task", "prompt", "tokens", "drafted", "kept", "plain, tokens/s", "with drafts", "ratio"), body)
+
+
 def transforms_speed() -> str:
     """What transforms cost a step and a prompt."""
     rows = {row["name"]: row for row in rows_of("2026-11-30-decode-2b-transforms.json")}
@@ -676,6 +686,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2": smollm2,
     "smollm2-tasks": smollm2_tasks,
     "paper-smollm2": paper_smollm2,
+    "speculation": speculation,
     "transforms-smollm2": partial(transforms, "2026-11-30-transforms-smollm2.json"),
     "transforms-speed": transforms_speed,
     "transforms-nano": partial(transforms, "2026-11-30-transforms-granite-nano.json"),
