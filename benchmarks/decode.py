@@ -31,6 +31,7 @@ from synthetic import SyntheticPlan, granite, write_synthetic
 from mpo_runtime.bench.meters import read_bandwidth
 from mpo_runtime.engine import Engine
 from mpo_runtime.loading import load_network, open_weights
+from mpo_runtime.residence import LOADS
 
 PROMPT = 32
 
@@ -51,7 +52,7 @@ class Contestant:
 def ours(path: Path, name: str, arguments: argparse.Namespace) -> Contestant:
     """A `.mpo` file in this runtime."""
     weights = open_weights(path)
-    network = load_network(weights, threads=arguments.threads, **arguments.backend)
+    network = load_network(weights, threads=arguments.threads, load=arguments.load)
     engine = Engine(network, context=max(arguments.prompt, PROMPT) + arguments.tokens + 8)
     random = np.random.default_rng(0)
     vocabulary = network.architecture.vocab_size
@@ -223,9 +224,9 @@ def main() -> None:
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program")
     parser.add_argument("--gguf", type=Path, action="append", default=[])
     parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--load", choices=LOADS, default="auto", help="map: for files that are together larger than memory")
     parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
-    arguments.backend = {}
     result = run(arguments)
     print(f"\nread bandwidth {result['read_bandwidth']:.1f} GB/s; kernels {result['kernels']}\n")
     print(markdown(result))
