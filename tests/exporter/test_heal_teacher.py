@@ -77,7 +77,7 @@ def test_what_the_teacher_says(teacher: Path) -> None:
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_an_error_costs_what_is_expected(tmp_path: Path, block: int) -> None:
-    """½ Σ F e² of random errors at a block's output, against the divergence that they cause."""
+    """½ Σ F e² of random relative errors at a block's output, against the divergence that they cause."""
     folder = write_folder(tmp_path, granite_config())
     source = Checkpoint(folder)
     dense = decoder_for(source.spec.architecture, WindowOps(source))
@@ -88,7 +88,8 @@ def test_an_error_costs_what_is_expected(tmp_path: Path, block: int) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def disturbed(_: torch.nn.Module, __: object, y: torch.Tensor) -> torch.Tensor:
-        return y + ERROR_SIZE * torch.randn(y.shape, generator=generator, dtype=y.dtype)
+        size = y.square().mean(-1, keepdim=True).sqrt()
+        return y + ERROR_SIZE * size * torch.randn(y.shape, generator=generator, dtype=y.dtype)
 
     with torch.no_grad():
         clean = model(ids).logits.log_softmax(-1)
@@ -100,7 +101,7 @@ def test_an_error_costs_what_is_expected(tmp_path: Path, block: int) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_loss_counts_errors_of_blocks(teacher: Path, rough: Path, recompute: bool) -> None:
-    """Σ weight · (KL + Σ G e²) of a file that is 4 bits of its teacher, both of them run by transformers."""
+    """Σ weight · (KL + Σ G e²) of a file that is 4 bits of its teacher, e relative errors, both run by transformers."""
     theirs, log_p = outputs(teacher, IDS[:, :-1])
     generator = torch.Generator().manual_seed(1)
     weight = torch.rand(IDS[:, 1:].shape, generator=generator)
@@ -125,7 +126,10 @@ def test_the_loss_counts_errors_of_blocks(teacher: Path, rough: Path, recompute:
                 ours.append(x.double())
             log_q = model.logits(model.normed(x)).double().log_softmax(-1)
     expected_kl = float((weight * (log_p.exp() * (log_p - log_q)).sum(-1)).sum())
-    errors = sum((ours[block] - theirs[block]).square() @ scale.double() for block, scale in matched.items())
+    errors = sum(
+        (ours[block] - theirs[block]).square() / theirs[block].square().mean(-1, keepdim=True) @ scale.double()
+        for block, scale in matched.items()
+    )
     assert kl == pytest.approx(expected_kl, rel=1e-4)
     assert loss == pytest.approx(expected_kl + float((weight * errors).sum()), rel=1e-4)
 

@@ -40,6 +40,8 @@ SORT_AT = 0.8
 FISHER_WINDOWS = 16
 # Windows whose activations weight the bonds when they are sorted.
 SORT_WINDOWS = 16
+# Of the teacher's outputs on disk; changed when what they mean changes.
+MEANING = "relative errors"
 # Before the names of parameters in a checkpoint, beside the optimizer's tensors.
 MODEL = "model."
 
@@ -137,7 +139,7 @@ class Session:
             used = max(steps, self._steps(self.settings.block_share) or 0) * self.settings.batch
             self.data = self.data.first(used)
         shape = (len(self.data.windows), self.data.span, min(self.settings.top_k, self.architecture.vocab_size))
-        asked = (self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:], self.matched, weighs)
+        asked = (MEANING, self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:], self.matched, weighs)
         key = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
         files = TeacherFiles(self.folder, key, shape, self.architecture, self.matched)
         seconds = self._seconds()
@@ -163,7 +165,7 @@ class Session:
         """Trains each block alone to reproduce the dense model's block output, given the healed blocks before it.
 
         Args:
-            fisher: F [blocks, E]; the loss ½ Σ F e² is the KL that an output's errors e are expected to cause.
+            fisher: F [blocks, E]; the loss ½ Σ F e² is the KL that an output's relative errors e are expected to cause.
         """
         blocks = self.architecture.num_hidden_layers
         steps = self._steps(self.settings.block_share)

@@ -65,6 +65,22 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * gradients[0], None, None, None, None, None
 
 
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """(output − target) / r, r the root mean square of the target over its last axis [E].
+
+    What reads a block's output normalises it first, so an error counts relative to the output's size. Without this, the
+    few tokens whose outputs are a thousand times as large as the others' (massive activations, arXiv 2402.17762) would be
+    nearly the whole loss.
+    """
+    target = target.float()
+    return (output.float() - target) / size_of_outputs(target)
+
+
+def size_of_outputs(states: Tensor) -> Tensor:
+    """The root mean squares [..., 1] of outputs [..., E], at least 1e-8."""
+    return states.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+
+
 # (logits [T, V], labels [T], weight [T], scores [T, K], chosen [T, K], λ): Σ weight · (KL + λ · nll), Σ weight · KL.
 # `scores` are the teacher's K largest log-probabilities, at the tokens `chosen`; all other tokens form one class "rest":
 # KL = Σ_k p_k (log p_k − log q_k) + p_rest (log p_rest − log q_rest). This is the exact KL where K is the whole vocabulary,
@@ -121,7 +137,7 @@ class Student(nn.Module):
         trainables: all layers and vectors of the model.
         cross_entropy: λ.
         recompute: run blocks again in the backward pass instead of keeping their intermediate results.
-        matched: for each matched block, G [E]: the factors of the squared errors of its output in the loss.
+        matched: for each matched block, G [E]: the factors of the squared relative errors of its output in the loss.
     """
 
     def __init__(
@@ -143,7 +159,7 @@ class Student(nn.Module):
     def forward(self, batch: Batch, chi: int | None = None) -> Tensor:
         """Shape [2]: the loss Σ weight · (KL + λ · cross entropy + Σ G e²), and Σ weight · KL alone.
 
-        e are the errors of the matched blocks' outputs; `chi` cuts all bonds to their first `chi` values.
+        e are the relative errors of the matched blocks' outputs; `chi` cuts all bonds to their first `chi` values.
         """
         self.ops.trainables, self.ops.chi = self.trainables, chi
         x, matching = self.model.embed(batch.inputs), batch.weight.new_zeros(2)
@@ -151,7 +167,7 @@ class Student(nn.Module):
         for block in range(self.model.architecture.num_hidden_layers):
             x = recomputed(run_block, self.model, x, block) if self.recompute else run_block(self.model, x, block)
             if block in self.matched:
-                error = (x.float() - wanted.pop(0)).square().mul(self.matched[block]).sum(-1)
+                error = relative_error(x, wanted.pop(0)).square().mul(self.matched[block]).sum(-1)
                 matching = matching + torch.stack(((error * batch.weight).sum(), matching[1]))
         x = self.model.normed(x).flatten(0, 1)
         flat = [part.flatten(0, 1) for part in (batch.labels, batch.weight, batch.scores, batch.chosen)]
@@ -166,7 +182,7 @@ class Student(nn.Module):
 
 
 class BlockStudent(nn.Module):
-    """One block and its loss: the weighted squared error of its output."""
+    """One block and its loss: the weighted squared relative error of its output."""
 
     def __init__(self, model: Decoder, ops: HealingOps, trainables: Trainables, block: int) -> None:
         super().__init__()
@@ -174,10 +190,10 @@ class BlockStudent(nn.Module):
         self.trainables, self.block = trainables, block
 
     def forward(self, batch: tuple[Tensor, Tensor, Tensor], chi: int | None = None) -> Tensor:
-        """Shape [2]: Σ (y − target)² · weight [E] for inputs x [B, S, E], twice (the loss, and the figure to show)."""
+        """Shape [2]: Σ e² · weight [E] for inputs x [B, S, E], e relative errors; twice (the loss, and the figure to show)."""
         x, target, weight = batch
         self.ops.trainables, self.ops.chi = self.trainables, chi
-        loss = ((run_block(self.model, x, self.block) - target).square() * weight).sum()
+        loss = (relative_error(run_block(self.model, x, self.block), target).square() * weight).sum()
         return torch.stack((loss, loss.detach()))
 
 

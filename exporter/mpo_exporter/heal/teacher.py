@@ -21,6 +21,7 @@ from torch import Tensor
 from mpo_exporter.calibrate.fisher import Squares, head_gradient
 from mpo_exporter.calibrate.spill import claim
 from mpo_exporter.heal.ops import WindowOps, autocast, head_tokens, run_block
+from mpo_exporter.heal.student import size_of_outputs
 from mpo_exporter.heal.workers import Progress
 from mpo_exporter.source import Source
 from mpo_formats import Architecture, CheckpointError
@@ -212,9 +213,10 @@ def taught(
 
 
 def output_fisher(model: Decoder, ids: NDArray[np.int64], batch: int, device: str) -> Tensor:
-    """F [blocks, E] = E[(∂L/∂h)²] at each block's output h, L the loss in nats of labels drawn from the model itself.
+    """F [blocks, E] = E[(r ∂L/∂h)²] at each block's output h, L the loss in nats of labels drawn from the model itself.
 
-    An error e of that output raises the KL from the unchanged model by about ½ Σ F e² (Martens 2020, section 9).
+    r is the root mean square of h at its token. An error r·e of that output raises the KL from the unchanged model by about
+    ½ Σ F e² (Martens 2020, section 9).
 
     Args:
         model: over WindowOps.
@@ -228,9 +230,11 @@ def output_fisher(model: Decoder, ids: NDArray[np.int64], batch: int, device: st
             states = [model.embed(torch.from_numpy(ids[start : start + batch]).to(device))]
             for block in range(blocks):
                 states.append(run_block(model, states[-1], block))
+        size = size_of_outputs(states[-1].float())
         gradient = head_gradient(model, squares, states.pop(), generator)
         for block in reversed(range(blocks)):
-            squares.add(str(block), gradient.square())
+            squares.add(str(block), (size * gradient).square())
+            size = size_of_outputs(states[-1].float())
             x = states.pop().requires_grad_()
             (gradient,) = torch.autograd.grad(run_block(model, x, block), x, gradient)
     return torch.stack([squares.sums[str(block)] for block in range(blocks)]).float() / ids.size
