@@ -20,7 +20,7 @@ from mpo_exporter.certify import Certifier
 from mpo_exporter.effort import NORMAL, QUICK, Effort
 from mpo_exporter.fit.layer import Built, Method, build_linear, widen
 from mpo_exporter.measure.survey import Survey
-from mpo_exporter.plan.budget import allocated_layers, default_bytes
+from mpo_exporter.plan.budget import allocated_layers, default_bytes, file_bytes
 from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.planner import Planner
 from mpo_exporter.plan.predict import record_outcome, within_kl
@@ -59,11 +59,13 @@ class Listener:
     Args:
         log: is given a sentence for each cached measurement that was found, stale or made.
         fitted: is given the fit of every layer; None spares computing it.
+        planned: is given the size of the file in bytes, before anything is fitted.
     """
 
     progress: Progress = silent
     log: Log = no_log
     fitted: Callable[[Fitted], None] | None = None
+    planned: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,8 @@ def export(source: Source, task: ExportTask, listener: Listener | None = None) -
     spilled = task.work.temporary() if task.work else task.target.parent
     planner = planner_for(source, task, spilled, listener)
     spec = planned_spec(source, task, planner)
+    if listener.planned:
+        listener.planned(file_bytes(spec))
     comparisons: list[Comparison] = []
 
     def certify(path: Path) -> Certificates:
@@ -162,16 +166,16 @@ def export(source: Source, task: ExportTask, listener: Listener | None = None) -
     return replace(result_of(task.target, spec, source.spec, comparison), surveyed=planner.surveyed)
 
 
-def without_cores(source: Source, file: ModelSpec, file_bytes: int, task: ExportTask, listener: Listener) -> Result:
+def without_cores(source: Source, file: ModelSpec, most_bytes: int, task: ExportTask, listener: Listener) -> Result:
     """Fits integers alone, chosen as the plan `auto` does, in at most the bytes of a file with cores, and measures them.
 
     Args:
-        file, file_bytes: of the file with cores.
+        file, most_bytes: the spec and the size of the file with cores.
         task: its target is where the file without cores is written; it needs calibration text, and text to measure on.
     """
     planner = planner_for(source, task, task.target.parent, listener)
     rows = {name: without_operators(row) for name, row in planner.survey(complete=False).candidates.items()}
-    layers = allocated_layers(file, rows, file_bytes)
+    layers = allocated_layers(file, rows, most_bytes)
     plain = replace(task, options=Options("int4"), text=None, layers=layers, surveyed=planner.surveyed)
     result = export(source, plain, listener)
     if task.text is None:

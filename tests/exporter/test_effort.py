@@ -109,14 +109,17 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(
 ) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
-    with export_progress({"fitting": 1.0}, 8.0) as update:
+    pace = Pace({"fitting": 1.0}, 8.0)
+    with export_progress(pace) as update:
         for done in range(1, 31):
             clock.now += 1
+            if done == 15:
+                pace.planned(12_000_000)
             update("fitting", done, 30)
     assert capsys.readouterr().err.splitlines() == [
         "export: fitting 10/30 layers, 3 of 8 MB, 20 s left",
-        "export: fitting 20/30 layers, 5 of 8 MB, 10 s left",
-        "export: fitting 30/30 layers, 8 of 8 MB, 0 s left",
+        "export: fitting 20/30 layers, 8 of 12 MB, 10 s left",
+        "export: fitting 30/30 layers, 12 of 12 MB, 0 s left",
     ]
 
 

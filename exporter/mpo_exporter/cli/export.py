@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpo_exporter.calibrate.windows import WINDOW
-from mpo_exporter.cli.progress import export_progress
+from mpo_exporter.cli.progress import Pace, export_progress
 from mpo_exporter.effort import QUICK, find_effort
 from mpo_exporter.export import ExportTask, Listener, Result, export, planned_spec, planner_for, without_cores
 from mpo_exporter.heal.command import check_healing, heal_exported, healing_notes
@@ -176,9 +176,10 @@ def export_within_kl(source: Source, task: ExportTask, *, recorded: bool) -> tup
     """
     cost = expected_cost(source, task)
     for number in range(MOST_EXPORTS):
-        with export_progress(cost.stages, expected_bytes(source, task) / 1e6) as update:
+        pace = Pace(cost.stages, expected_bytes(source, task) / 1e6)
+        with export_progress(pace) as update:
             recorder = Recorder(update)
-            listener = Listener(recorder.progress, log, recorder.fitted if recorded else None)
+            listener = Listener(recorder.progress, log, recorder.fitted if recorded else None, pace.planned)
             result = export(source, replace(task, force=task.force or number > 0), listener)
         if not exceeds_kl(result, task.options, again=number + 1 < MOST_EXPORTS):
             break

@@ -22,13 +22,17 @@ class Pace:
 
     Args:
         stages: the work of each stage, in any unit, in the order of the stages; a stage that is not named has none.
-        megabytes: of the file to write.
+        megabytes: of the file to write; an estimate until the plan is made (`planned`).
     """
 
     stages: Mapping[str, float]
     megabytes: float
     started: float = field(default_factory=lambda: time.monotonic())
     first: float | None = None
+
+    def planned(self, file_bytes: int) -> None:
+        """Takes the size of the file from its plan."""
+        self.megabytes = file_bytes / 1e6
 
     def share(self, stage: str, done: int, total: int) -> float:
         """The share of all work that is done, 0 to 1."""
@@ -58,9 +62,8 @@ class Pace:
 
 
 @contextmanager
-def export_progress(stages: Mapping[str, float], megabytes: float) -> Iterator[Progress]:
+def export_progress(pace: Pace) -> Iterator[Progress]:
     """Shows progress on standard error; yields the function that it is told to."""
-    pace = Pace(stages, megabytes)
     if not sys.stderr.isatty():
         last = time.monotonic()
 
