@@ -26,6 +26,7 @@ MARKER = re.compile(r"^(<!-- table: ([\w-]+) -->\n\n)((?:\|.*\n)*)", re.MULTILIN
 HEADLINE = "2026-11-30-headline.json"
 SMOLLM2 = "2026-11-30-smollm2.json"
 SMOLLM2_TASKS = "2026-11-30-smollm2-tasks.json"
+METHODS_8B = "2026-11-30-decode-8b-methods.json"
 KEYS_NEO = "2026-11-30-k-proj-neo.json"
 KEYS_SMOLLM2 = "2026-11-30-k-proj-smollm2.json"
 SERVING = "2026-11-30-serving-smollm2.json"
@@ -174,6 +175,23 @@ def paper_smollm2() -> str:
     names = [f"`{row['family']}`" + (f", {row['name']}" if row["name"] else "") for row in columns]
     names = [name + (", healed" if row.get("healed") else "") for name, row in zip(names, columns, strict=True)]
     return table(("", "LLaMA-2 7B, as published", *names), body)
+
+
+def smollm2_samples() -> str:
+    """What files of SmolLM2 answer to two prompts, most likely token by token."""
+    body = []
+    for row in sorted(rows_of(SMOLLM2_TASKS), key=lambda row: -row["kl_mean"]):
+        answers = [shortened(text) for text in list(row["samples"].values())[:2]]
+        body.append((name_of(row), kl(row["kl_mean"]), *answers))
+    return table(("file", "KL", *list(rows_of(SMOLLM2_TASKS)[0]["samples"])[:2]), body)
+
+
+def shortened(text: str, most: int = 110) -> str:
+    """A text as one cell of a table: on one line, cut after `most` characters, at a word."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    if not line:
+        return "(nothing)" if not text else "(line breaks)"
+    return line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " …"
 
 
 def speculation() -> str:
@@ -681,10 +699,67 @@ def k_proj() -> str:
     return table(head, body)
 
 
+def paper_8b() -> str:
+    """Both published methods at Granite 3.3 8B's sizes with random weights: bytes, memory and speed."""
+    rows = {row["name"]: row for row in rows_of(METHODS_8B)}
+    dense, columns = (
+        rows["mpo dense"],
+        [rows[name] for name in ("mpo paper/chi870", "mpo k-proj", "mpo 4", "mpo dense")],
+    )
+    parameters = dense["bytes"] / 2
+
+    def beside_dense(row: Row, figure: str, digits: int) -> str:
+        change = "" if row is dense else f" ({100 * (row[figure] / dense[figure] - 1):+.0f} %)"
+        return f"{row[figure]:.{digits}f}{change}"
+
+    body = [
+        ("file, GB", "", "", *(f"{row['bytes'] / 1e9:.2f}" for row in columns)),
+        ("memory below fp32", "93 %", "", *(percent(1 - row["bytes"] / (4 * parameters)) for row in columns)),
+        (
+            "peak memory of a process, GB",
+            "",
+            "−29 to −35 %",
+            *(
+                f"{row['launch']['peak_bytes'] / 1e9:.1f}"
+                + (
+                    ""
+                    if row is dense
+                    else f" ({100 * (row['launch']['peak_bytes'] / dense['launch']['peak_bytes'] - 1):+.0f} %)"
+                )
+                for row in columns
+            ),
+        ),
+        (
+            "decoding, tokens/s",
+            "+25 %",
+            "+3 to +8 %",
+            *(beside_dense(row, "decode_tokens_per_second", 2) for row in columns),
+        ),
+        (
+            "prompt of 128, tokens/s",
+            "",
+            "",
+            *(beside_dense(row, "prompt_tokens_per_second", 1) for row in columns),
+        ),
+        ("first token of a new process, s", "", "", *(f"{row['launch']['first_token_s']:.1f}" for row in columns)),
+    ]
+    head = (
+        "",
+        "CompactifAI, published",
+        "key projections, published",
+        "`paper`, χ = 870",
+        "`k-proj`",
+        "4 bits",
+        "dense bf16",
+    )
+    return table(head, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "smollm2": smollm2,
     "smollm2-tasks": smollm2_tasks,
+    "smollm2-samples": smollm2_samples,
     "paper-smollm2": paper_smollm2,
     "speculation": speculation,
     "transforms-smollm2": partial(transforms, "2026-11-30-transforms-smollm2.json"),
