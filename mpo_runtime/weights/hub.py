@@ -13,11 +13,11 @@ from typing import Any
 from mpo_formats.errors import CheckpointError, ConfigError, MpoError, OutputError
 from mpo_runtime.weights import store
 
-# Short names of models on the hub, for export and pull.
+# Short names of models on the hub, for export and pull, with the commits that they mean. The id alone takes the newest.
 ALIASES = {
-    "granite": "ibm-granite/granite-3.3-8b-instruct",
-    "granite-2b": "ibm-granite/granite-3.3-2b-instruct",
-    "granite-4-micro": "ibm-granite/granite-4.0-micro",
+    "granite": "ibm-granite/granite-3.3-8b-instruct@51dd4bc2ade4059a6bd87649d68aa11e4fb2529b",
+    "granite-2b": "ibm-granite/granite-3.3-2b-instruct@707f574c62054322f6b5b04b6d075f0a8f05e0f0",
+    "granite-4-micro": "ibm-granite/granite-4.0-micro@56111ae135df9c53a78c99028e7bc24035a9e979",
 }
 
 

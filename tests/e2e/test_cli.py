@@ -271,7 +271,13 @@ def test_run_options_that_cannot_be_honoured(
             "nobody/nothing",
             ("nobody/nothing: cannot be downloaded", "offline", "copy the model's folder here", "FOLDER"),
         ),
-        ("granite-2b", ("ibm-granite/granite-3.3-2b-instruct: cannot be downloaded", "mpo-export FOLDER")),
+        (
+            "granite-2b",
+            (
+                "ibm-granite/granite-3.3-2b-instruct@707f574c62054322f6b5b04b6d075f0a8f05e0f0: cannot be downloaded",
+                "mpo-export FOLDER",
+            ),
+        ),
     ],
 )
 def test_models_that_are_not_here(run: Run, tmp_path: Path, model: str, words: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def model(tmp_path: Path) -> KnownModel:
 def test_the_table_of_known_models() -> None:
     for name, model in KNOWN.items():
         assert model.name == name and store.check_name(name)
-        assert model.identifier.count("/") == 1 and model.requirement.count("==") == 1
+        assert re.fullmatch(r"[\w-]+/[\w.-]+@[0-9a-f]{40}", model.identifier) and model.requirement.count("==") == 1
         assert len(model.wheel_sha256) == len(model.file_sha256) == 64
 
 

@@ -257,7 +257,7 @@ def test_pulling_a_revision_and_a_short_name(folder: Path, home: Path, monkeypat
     with pytest.raises(ConfigError, match="owner/tiny@: expected a branch, tag or commit after @"):
         hub.pull("owner/tiny@", replace=True)
     assert CliRunner().invoke(app, ["pull", "granite-4-micro"]).exit_code == 0
-    assert fake.asked == ("ibm-granite/granite-4.0-micro", None)
+    assert fake.asked == ("ibm-granite/granite-4.0-micro", "56111ae135df9c53a78c99028e7bc24035a9e979")
     assert [entry.name for entry in store.entries()] == ["granite-4-micro", "owner/tiny"]
 
 
