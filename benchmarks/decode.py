@@ -224,7 +224,9 @@ def main() -> None:
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program")
     parser.add_argument("--gguf", type=Path, action="append", default=[])
     parser.add_argument("--transformers", action="store_true")
-    parser.add_argument("--load", choices=LOADS, default="auto", help="map: for files that are together larger than memory")
+    parser.add_argument(
+        "--load", choices=LOADS, default="auto", help="map: for files that are together larger than memory"
+    )
     parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
     result = run(arguments)

@@ -100,7 +100,9 @@ def pull_known(model: KnownModel, name: str | None, say: Say, *, replace: bool =
 
 def asking(model: KnownModel) -> str:
     """What is said before the hub is asked."""
-    return f"{model.name}: asking the hub for {hub.split_revision(model.identifier)[0]}, at most {HUB_SECONDS:g} seconds"
+    return (
+        f"{model.name}: asking the hub for {hub.split_revision(model.identifier)[0]}, at most {HUB_SECONDS:g} seconds"
+    )
 
 
 def without_remedy(error: CheckpointError) -> str:
