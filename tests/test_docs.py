@@ -235,7 +235,10 @@ def test_every_table_of_results_is_backed(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert unbacked(made_up, tmp_path) == ["A", "B"]
     (tmp_path / "b.json").write_text("{}")
     assert unbacked(made_up, tmp_path) == ["A"]
-    assert tables.written("<!-- table: plans -->\n\n| made | up |\n") == "<!-- table: plans -->\n\n" + tables.plans()
+    assert (
+        tables.written("<!-- table: plans -->\n\n| made | up |\n")
+        == "<!-- table: plans -->\n\n" + tables.TABLES["plans"]()
+    )
 
 
 def test_every_file_of_results_has_its_place() -> None:
