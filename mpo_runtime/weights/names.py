@@ -55,3 +55,28 @@ def spec_names(kind: ModelType, name: str) -> tuple[str, ...]:
     A name that the family does not have comes back as it is.
     """
     return RENAMED[kind](name) if kind in RENAMED else (name,)
+
+
+NEO_STORED = {ours: f"transformer.{theirs}" for theirs, ours in NEO.items()}
+NEO_BLOCK_STORED = {ours: theirs for theirs, ours in NEO_BLOCK.items()}
+BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def checkpoint_name(kind: ModelType, name: str) -> str:
+    """The name in a checkpoint of a tensor by SPEC.md's name; parts that a checkpoint holds as one matrix have the same.
+
+    The inverse of `spec_names`; parts follow one another in the order in which that names them.
+    """
+    module, _, part = name.rpartition(".")
+    block = BLOCK.fullmatch(module)
+    if kind == "granitemoehybrid" and block and block[2].startswith("mlp."):
+        inner = "output" if block[2] == "mlp.down_proj" else "input"
+        return f"model.layers.{block[1]}.shared_mlp.{inner}_linear.{part}"
+    if kind != "gpt_neo":
+        return name
+    if module.endswith("_bias"):  # of a norm
+        module, part = module.removesuffix("_bias"), "bias"
+        block = BLOCK.fullmatch(module)
+    if block:
+        return f"transformer.h.{block[1]}.{NEO_BLOCK_STORED[block[2]]}.{part}"
+    return f"{NEO_STORED.get(module, module)}.{part}"

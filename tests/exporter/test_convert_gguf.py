@@ -171,3 +171,26 @@ def test_granite_nano_with_its_tokenizer(tmp_path: Path) -> None:
     assert fields["tokenizer.chat_template"] == (template or b"").decode()
     assert fields["tokenizer.ggml.pre"] == "qwen2" and fields["tokenizer.ggml.eos_token_id"] == end[0]
     assert fields["general.architecture"] == "granite" and len(reader.tensors) == 43 + 13
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope": Rope(10000.0, "yarn", 4.0, 1.0, 8.0, 16)},
+            "RoPE scaling yarn cannot be written .* the architecture granite",
+        ),
+        (
+            llama(model_type="qwen3", rope=Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 32)),
+            "RoPE scaling llama3 cannot be written as a GGUF file of the architecture qwen3 yet; use to-hf",
+        ),
+        (llama(model_type="qwen3", attention_bias=True), "attention_bias is True: a qwen3 in a GGUF file has none"),
+        (llama(model_type="mistral", windows=(5,)), "its blocks attend to windows of positions"),
+    ],
+    ids=str,
+)
+def test_what_llama_cpp_does_not_read_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    file = small(tmp_path / "a.mpo", {}, **changes)
+    with pytest.raises(ConfigError, match=message):
+        write_gguf(GgufRequest(file, tmp_path / "a.gguf"))
+    assert not (tmp_path / "a.gguf").exists()

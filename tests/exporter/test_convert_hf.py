@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo_exporter.cli.main import main
 from mpo_exporter.convert import folder as folder_module
+from mpo_exporter.convert.families import block_windows, model_config
 from mpo_exporter.convert.hf import HfRequest, write_hf
 from mpo_exporter.plan.options import Options
 from mpo_exporter.source import embedded_model
@@ -22,6 +24,7 @@ from mpo_formats import ConfigError, Dense, Mpo, MpoFile, Quantized, Rope, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_formats.reference import integer_tensor
 from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.config import architecture_from_config
 from tests.exporter.convert_cases import llama, write
 from tests.formats.tiny import DOWN, GATE, KEY, QUERY, TERMS, UP, VALUE
 from tests.helpers import export_folder, forward, network
@@ -146,6 +149,109 @@ def test_a_llama_with_multipliers_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "model.mpo", {}, **llama(residual_multiplier=0.5))
     with pytest.raises(ConfigError, match=r"residual_multiplier is 0\.5: a llama in a Hugging Face folder has 1"):
         write_hf(HfRequest(file, tmp_path / "hf", "dense"))
+
+
+NEO = {
+    "model_type": "gpt_neo",
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (llama(windows=(5,)), r"windows are \[5\]: a llama in a Hugging Face folder has none"),
+        ({"windows": (5,)}, r"windows are \[5\]: a granite in a Hugging Face folder has none"),
+        (
+            llama(model_type="mistral", windows=(5, 0), num_hidden_layers=2),
+            r"windows are \[5, 0\]: a mistral in a Hugging Face folder has one window for all blocks",
+        ),
+        (
+            llama(model_type="qwen3", windows=(5, 0, 6), num_hidden_layers=3),
+            r"windows are \[5, 0, 6\]: a qwen3 in a Hugging Face folder has one size of them",
+        ),
+        (llama(model_type="mistral", attention_bias=True), "attention_bias is True: a mistral .* has False"),
+        (llama(model_type="qwen2"), "attention_bias is False: a qwen2 .* has True"),
+        (llama(model_type="qwen3", mlp_bias=True), "mlp_bias is True: a qwen3 .* has False"),
+        (NEO | {"num_key_value_heads": 1}, "num_key_value_heads is 1: a gpt_neo .* has 2"),
+        (NEO | {"head_dim": 8}, "head_dim is 8: a gpt_neo .* has 16"),
+        (NEO | {"attention_multiplier": 0.25}, r"attention_multiplier is 0\.25: a gpt_neo .* has 1"),
+    ],
+    ids=str,
+)
+def test_what_a_family_cannot_say_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    file = write(tmp_path / "model.mpo", {}, **changes)
+    with pytest.raises(ConfigError, match=message):
+        write_hf(HfRequest(file, tmp_path / "hf", "dense"))
+    assert not (tmp_path / "hf").exists()
+
+
+SAID: dict[str, dict[str, Any]] = {
+    "granite": {"attention_bias": True, "mlp_bias": True, "pad_token_id": 3},
+    "llama of llama3": llama(rope=LLAMA3),
+    "mistral": llama(model_type="mistral", windows=(7,), rope=YARN, eos_token_ids=(3,)),
+    "qwen2 with some windows": llama(
+        model_type="qwen2", attention_bias=True, windows=(0, 9, 9, 0, 9), num_hidden_layers=5
+    ),
+    "qwen2 without": llama(model_type="qwen2", attention_bias=True, eos_token_ids=()),
+    "qwen3": llama(model_type="qwen3", attention_bias=True, windows=(9,), tie_word_embeddings=False),
+    "granitemoehybrid": {"model_type": "granitemoehybrid", "attention_bias": True, "rope": LLAMA3},
+    "gpt_neo": NEO | {"windows": (0, 9), "num_hidden_layers": 3, "tie_word_embeddings": False},
+    "gpt_neo without windows": NEO,
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_config_json_says_what_the_file_says(case: str) -> None:
+    from tests.formats import tiny
+
+    architecture = tiny.model({}, **SAID[case]).architecture
+    found = architecture_from_config(json.loads(json.dumps(model_config(architecture, "float32"))), {}, "config")
+    assert block_windows(found) == block_windows(architecture)
+    assert found == dataclasses.replace(architecture, windows=found.windows, rope=found.rope)
+    assert architecture.learned_positions or found.rope == architecture.rope
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("gate", [Quantized(2, 32, False), Quantized(3, 16, True), Dense("bf16")], ids=str)
+def test_gate_and_up_that_a_checkpoint_keeps_as_one(tmp_path: Path, gate: Term) -> None:
+    """In granitemoehybrid they stand one below the other: packed in the scheme that holds both, or both as floats."""
+    file = write(tmp_path / "model.mpo", integers(4) | {GATE: (gate,)}, model_type="granitemoehybrid")
+    write_hf(HfRequest(file, tmp_path / "hf", dtype="f32"))
+    groups = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
+    joined = "model.layers.0.shared_mlp.input_linear"
+    [weights] = [
+        group["weights"] for group in groups["config_groups"].values() if {joined, "Linear"} & set(group["targets"])
+    ] or [None]
+    assert (joined in groups["ignore"]) == isinstance(gate, Dense)
+    if isinstance(gate, Quantized):
+        assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, gate.group, not gate.zeros)
+    if not getattr(gate, "zeros", False):  # transformers does not load zeros
+        ours = forward(network(file), [IDS])[0]
+        np.testing.assert_allclose(logits(tmp_path / "hf", torch.float32, IDS), ours, atol=1e-4 * np.abs(ours).max())
+        return
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    schemes = QuantizationConfig.model_validate(groups).config_groups.values()
+    [scheme] = [scheme for scheme in schemes if joined in scheme.targets]
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    parts = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(joined)}
+    parts["weight_scale"] = parts["weight_scale"].double()
+    weight = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+    with MpoFile(file) as opened:
+        expected = [
+            integer_tensor(opened, f"{name}.0", bits, zeros) for name, bits, zeros in ((GATE, 3, True), (UP, 4, False))
+        ]
+    np.testing.assert_array_equal(weight, np.concatenate(expected))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -13,11 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mpo_formats.architecture import ModelType
 from mpo_runtime.models.decoder import Decoder
+from mpo_runtime.weights.checkpoint import Checkpoint
+from mpo_runtime.weights.names import checkpoint_name, spec_names
 from tests.families import EVERY, FAMILIES, family_config, write_family
 from tests.helpers import Config, forward, network, some_ids
 from tests.runtime.native_cases import needs_native
@@ -185,3 +188,20 @@ def test_the_table_of_architectures_names_tests_that_exist() -> None:
         for file, test in re.findall(r"`(?:(tests/[\w/]+\.py)|(test_\w+))`", text):
             source = (ROOT / file).read_text(encoding="utf-8") if file else source
             assert not test or f"def {test}(" in source, f"{number}: {test}"
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_names_in_a_checkpoint_and_back(tmp_path: Path, kind: str) -> None:
+    """Every tensor of the file has its name in what transformers writes; parts of one matrix come in their order."""
+    write_family(tmp_path, family_config(kind))
+    model_type = cast(ModelType, kind)
+    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
+        stored = set(opened.keys())
+    spec = Checkpoint(tmp_path).spec
+    ours = [f"{linear.name}.weight" for linear in spec.linears] + [f"{vector.name}.weight" for vector in spec.vectors]
+    ours += [f"{linear.name}.bias" for linear in spec.linears if linear.bias]
+    found: dict[str, list[str]] = {}
+    for name in ours:
+        found.setdefault(checkpoint_name(model_type, name), []).append(name)
+    assert set(found) == stored
+    assert all(spec_names(model_type, name) == tuple(parts) for name, parts in found.items())

@@ -319,7 +319,7 @@ def to_gguf_command(
     ] = 2048,
     force: given.Force = False,
 ) -> None:
-    """Write a .mpo file of integers, llama or granite, for llama.cpp; rounded where its types differ, and measured."""
+    """Write a .mpo file of integers for llama.cpp: granite, llama, mistral, qwen2, qwen3; rounded where need be, and measured."""
     from mpo_exporter.convert.gguf import GgufRequest, write_gguf
 
     target = file.with_suffix(".gguf") if out is None else out

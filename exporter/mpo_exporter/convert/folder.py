@@ -12,87 +12,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpo_formats import Architecture, ConfigError, MpoFile, Rope
+from mpo_formats import ConfigError, MpoFile
 
-CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM"}
-MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 # Bytes of a shard; one more tensor may follow.
 SHARD = 4 << 30
 WEIGHTS = "model*.safetensors*"
-
-
-def require_expressible(architecture: Architecture, name: str, target: str) -> None:
-    """Raises ConfigError for an architecture that the converters do not know how to write, or a llama with multipliers.
-
-    Args:
-        name, target: the file and the format, for messages.
-    """
-    kind = architecture.model_type
-    if kind not in CLASSES:
-        known = ", ".join(CLASSES)
-        raise ConfigError(f"{name}: model_type {kind} cannot be written as {target} yet; expected one of {known}")
-    plain = (1.0, 1.0, architecture.head_dim**-0.5, 1.0)
-    for key, expected in zip(MULTIPLIERS, plain, strict=True):
-        found = getattr(architecture, key)
-        if kind == "llama" and abs(found - expected) > 1e-6 * expected:
-            raise ConfigError(f"{name}: {key} is {found:g}: a llama in {target} has {expected:g}")
-
-
-def model_config(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """The content of config.json.
-
-    Args:
-        dtype: torch's name of the type of what is stored as floats, such as `bfloat16`.
-    """
-    ends = list(architecture.eos_token_ids)
-    config: dict[str, Any] = {
-        "architectures": [CLASSES[architecture.model_type]],
-        "model_type": architecture.model_type,
-        "hidden_act": "silu",
-        "dtype": dtype,
-        "torch_dtype": dtype,  # the name before transformers 5
-        "rope_theta": architecture.rope.theta,
-        "rope_scaling": rope_scaling(architecture.rope),
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-    }
-    same = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "attention_bias",
-        "mlp_bias",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "pad_token_id",
-        *(MULTIPLIERS if architecture.model_type == "granite" else ()),
-    )
-    return config | {key: getattr(architecture, key) for key in same}
-
-
-def rope_scaling(rope: Rope) -> dict[str, Any] | None:
-    """The entry `rope_scaling` of config.json."""
-    if rope.scaling == "default":
-        return None
-    settings: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling == "llama3":
-        settings |= {
-            key: getattr(rope, key)
-            for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        }
-    elif rope.scaling == "yarn":
-        settings |= {
-            "beta_slow": rope.low_freq_factor,
-            "beta_fast": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-            "attention_factor": rope.attention_factor,
-        }
-    return settings
 
 
 class FolderWriter:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpo_exporter.convert.folder import require_expressible
+from mpo_exporter.convert.families import require_expressible
 from mpo_exporter.convert.gguf_blocks import Integers, choose_type, packed
 from mpo_exporter.convert.gguf_text import add_tokenizer
 from mpo_formats import Architecture, ConfigError, Dense, LinearSpec, MpoFile, OutputError, Quantized, Rope
@@ -24,7 +24,10 @@ from mpo_runtime.measure import Comparison, compare
 from mpo_runtime.rope import inverse_frequencies
 from mpo_runtime.text.token_text import BUILT_IN_TEXT, read_tokens
 from mpo_runtime.weights.gguf import Gguf, import_gguf, stored_name
+from mpo_runtime.weights.gguf_config import REORDERED
 
+# llama.cpp's name of each family's architecture.
+NAMES = {"granite": "granite", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 FLOATS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 
@@ -51,13 +54,13 @@ def write_gguf(request: GgufRequest) -> list[str]:
         OutputError: for an existing file, without `force`.
     """
     package = import_gguf(request.out)
-    with MpoFile(request.file, verify=True) as file:
-        require_expressible(file.spec.architecture, file.name, "a GGUF file")
-        if file.spec.architecture.rope.scaling == "yarn":
-            raise ConfigError(f"{file.name}: RoPE scaling yarn cannot be written as a GGUF file yet; use to-hf")
+    with MpoFile(request.file) as file:
+        require_expressible(file.spec.architecture, file.name, "a GGUF file", NAMES, windows=False)
+        require_settings(file)
         require_integers(file)
         if request.out.exists() and not request.force:
             raise OutputError(f"{request.out}: exists already; give another --out, or --force")
+        file.verify()
         partial = request.out.with_name(f".{request.out.name[:64]}.{secrets.token_hex(4)}.partial")
         try:
             counts = write_tensors(package, file, partial)
@@ -73,6 +76,18 @@ def write_gguf(request: GgufRequest) -> list[str]:
     return [*notes, f"wrote {request.out}, {request.out.stat().st_size:,} bytes"]
 
 
+def require_settings(file: MpoFile) -> None:
+    """Raises ConfigError for settings that llama.cpp does not read for an architecture."""
+    architecture = file.spec.architecture
+    kind, scaling = NAMES[architecture.model_type], architecture.rope.scaling
+    if scaling == "yarn" or (scaling == "llama3" and kind not in REORDERED):
+        raise ConfigError(
+            f"{file.name}: RoPE scaling {scaling} cannot be written as a GGUF file of the architecture {kind} yet; use to-hf"
+        )
+    if kind == "qwen3" and architecture.attention_bias:
+        raise ConfigError(f"{file.name}: attention_bias is True: a qwen3 in a GGUF file has none; use to-hf")
+
+
 def require_integers(file: MpoFile) -> None:
     """Raises ConfigError for a layer with cores or several terms."""
     for linear in file.spec.linears:
@@ -86,7 +101,7 @@ def require_integers(file: MpoFile) -> None:
 def write_tensors(package: Any, file: MpoFile, path: Path) -> Counter[tuple[str, bool]]:
     """Writes metadata and tensors; returns how many matrices there are of each type, and whether these are exact."""
     architecture = file.spec.architecture
-    writer = package.GGUFWriter(path, architecture.model_type)
+    writer = package.GGUFWriter(path, NAMES[architecture.model_type])
     counts: Counter[tuple[str, bool]] = Counter()
     try:
         add_architecture(writer, package, architecture, file.spec.provenance.source)
@@ -183,10 +198,10 @@ def read_integers(file: MpoFile, linear: LinearSpec) -> Integers:
 
 
 def reordered(array: NDArray[Any], linear: LinearSpec, architecture: Architecture) -> NDArray[Any]:
-    """Rows in llama.cpp's order: in queries and keys, row j of a head beside row j + D/2."""
+    """Rows in llama.cpp's order: in queries and keys of some architectures, row j of a head beside row j + D/2."""
     heads = {"q_proj": architecture.num_attention_heads, "k_proj": architecture.num_key_value_heads}
     count = heads.get(linear.name.rpartition(".")[2])
-    if count is None:
+    if count is None or NAMES[architecture.model_type] not in REORDERED:
         return np.ascontiguousarray(array)
     halves = array.reshape(count, 2, -1, *array.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)

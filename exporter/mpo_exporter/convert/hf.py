@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpo_exporter.convert.folder import FolderWriter, model_config, require_expressible
+from mpo_exporter.convert.families import model_config, require_expressible
+from mpo_exporter.convert.folder import FolderWriter
 from mpo_formats import ConfigError, Dense, LinearSpec, MpoFile, Quantized
-from mpo_formats.architecture import EMBEDDING, HEAD
+from mpo_formats.architecture import EMBEDDING, HEAD, POSITIONS
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import unpack
 from mpo_runtime.layers.linear import float_tensor, load_linear
+from mpo_runtime.weights.names import checkpoint_name
 
 FORMATS = ("compressed-tensors", "dense")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -76,40 +78,59 @@ def write_hf(request: HfRequest) -> list[str]:
         FormatError: for a damaged file.
         ConfigError: for what the format cannot hold, named.
     """
-    with MpoFile(request.file, verify=True) as file:
+    with MpoFile(request.file) as file:
         architecture = file.spec.architecture
         require_expressible(architecture, file.name, "a Hugging Face folder")
         writer = FolderWriter(request.out, force=request.force)
+        file.verify()
         config = model_config(architecture, str(DTYPES[request.dtype]).removeprefix("torch."))
-        schemes: dict[str, Scheme] = {}
+        modules, schemes = stored_modules(file), {}
         notes = []
         if request.form == "compressed-tensors":
             own = {linear.name: scheme for linear in file.spec.linears if (scheme := own_scheme(file, linear))}
             require_integers(file, own)
-            schemes = fused_schemes(own, request.least_bits)
-            config["quantization_config"] = quantization_config(schemes, file.spec.linears)
-            notes = packing_notes(file, own, schemes)
+            wanted = fused_schemes(own, request.least_bits)
+            schemes = {
+                name: wanted[parts[0].name]
+                for name, parts in modules.items()
+                if all(part.name in wanted for part in parts)
+            }
+            config["quantization_config"] = quantization_config(schemes, modules)
+            notes = packing_notes(file, own, wanted)
         with writer:
-            for linear in file.spec.linears:
-                write_linear(writer, file, linear, schemes.get(linear.name), request.dtype)
+            for name, parts in modules.items():
+                write_module(writer, file, name, parts, schemes.get(name), request.dtype)
             for vector in file.spec.vectors:
-                name = f"{vector.name}.weight"
-                writer.tensor(name, converted(float_tensor(file, name), name, request.dtype))
+                name = checkpoint_name(architecture.model_type, f"{vector.name}.weight")
+                values = converted(float_tensor(file, f"{vector.name}.weight"), name, request.dtype)
+                writer.tensor(name, values.view(-1, architecture.hidden_size) if vector.name == POSITIONS else values)
             writer.text_files(file, config)
     return [*notes, f"wrote {request.out}, {writer.total:,} bytes of tensors"]
 
 
-def write_linear(writer: FolderWriter, file: MpoFile, linear: LinearSpec, scheme: Scheme | None, dtype: str) -> None:
-    """Writes a layer: packed in its scheme, or as a matrix where it has none."""
+def stored_modules(file: MpoFile) -> dict[str, list[LinearSpec]]:
+    """The modules of the folder with a matrix, by name and in order, and the layers whose rows each holds one after another."""
+    modules: dict[str, list[LinearSpec]] = {}
+    for linear in file.spec.linears:
+        name = checkpoint_name(file.spec.architecture.model_type, f"{linear.name}.weight").removesuffix(".weight")
+        modules.setdefault(name, []).append(linear)
+    return modules
+
+
+def write_module(
+    writer: FolderWriter, file: MpoFile, name: str, parts: list[LinearSpec], scheme: Scheme | None, dtype: str
+) -> None:
+    """Writes a module: packed in its scheme, or as a matrix where it has none."""
     if scheme:
-        for part, tensor in packed_tensors(file, linear, scheme).items():
-            writer.tensor(f"{linear.name}.{part}", tensor)
+        for part, tensor in packed_tensors(file, parts, scheme).items():
+            writer.tensor(f"{name}.{part}", tensor)
     else:
-        weight = load_linear(file, linear, chi=None, held=False, device=torch.device("cpu")).weight()
-        writer.tensor(f"{linear.name}.weight", converted(weight, linear.name, dtype))
-    if linear.bias is not None:
-        name = f"{linear.name}.bias"
-        writer.tensor(name, converted(float_tensor(file, name), name, dtype))
+        device = torch.device("cpu")
+        weight = torch.cat([load_linear(file, one, chi=None, held=False, device=device).weight() for one in parts])
+        writer.tensor(f"{name}.weight", converted(weight, name, dtype))
+    biases = [float_tensor(file, f"{one.name}.bias") for one in parts if one.bias is not None]
+    if biases:
+        writer.tensor(f"{name}.bias", converted(torch.cat(biases), name, dtype))
 
 
 def converted(values: Tensor, name: str, dtype: str) -> Tensor:
@@ -197,20 +218,27 @@ def packing_notes(file: MpoFile, own: Mapping[str, Scheme], schemes: Mapping[str
     return notes
 
 
-def packed_tensors(file: MpoFile, linear: LinearSpec, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of a layer in the form `pack-quantized`: weight_packed, weight_scale, weight_shape, weight_zero_point."""
+def packed_tensors(file: MpoFile, parts: list[LinearSpec], scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors of a module in the form `pack-quantized`: weight_packed, weight_scale, weight_shape, weight_zero_point.
+
+    Args:
+        parts: the layers whose rows stand one after another, all in the same scheme.
+    """
     pack_to_int32 = import_compressed_tensors("compressors.pack_quantized").pack_to_int32
-    codes, scale, zero = signed_integers(file, linear)
-    finer = (linear.in_features // scheme.group) // scale.shape[1]
+    columns = parts[0].in_features
+    found = [signed_integers(file, linear) for linear in parts]
+    spread = [columns // scheme.group // scale.shape[1] for _, scale, _ in found]
+    codes = np.concatenate([codes for codes, _, _ in found])
+    scales = np.concatenate([np.repeat(one[1], finer, axis=1) for one, finer in zip(found, spread, strict=True)])
     tensors = {
         "weight_packed": pack_to_int32(torch.from_numpy(codes), scheme.bits),
-        "weight_scale": torch.from_numpy(np.repeat(scale, finer, axis=1)),
-        "weight_shape": torch.tensor([linear.out_features, linear.in_features]),
+        "weight_scale": torch.from_numpy(scales),
+        "weight_shape": torch.tensor([codes.shape[0], columns]),
     }
     if scheme.zeros:
-        zeros = np.zeros_like(scale, np.int8) if zero is None else zero
-        wide = torch.from_numpy(np.repeat(zeros, finer, axis=1))
-        tensors["weight_zero_point"] = pack_to_int32(wide, scheme.bits, packed_dim=0)
+        zeros = [np.zeros_like(scale, np.int8) if zero is None else zero for _, scale, zero in found]
+        wide = np.concatenate([np.repeat(zero, finer, axis=1) for zero, finer in zip(zeros, spread, strict=True)])
+        tensors["weight_zero_point"] = pack_to_int32(torch.from_numpy(wide), scheme.bits, packed_dim=0)
     return tensors
 
 
@@ -236,7 +264,7 @@ def signed_integers(
     return (codes - middle).astype(np.int8), scale, None
 
 
-def quantization_config(schemes: Mapping[str, Scheme], linears: tuple[LinearSpec, ...]) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, Scheme], modules: Mapping[str, list[LinearSpec]]) -> dict[str, Any]:
     """The entry `quantization_config` of config.json, as the package compressed-tensors writes it."""
     quantization = import_compressed_tensors("quantization")
     groups = {}
@@ -254,7 +282,7 @@ def quantization_config(schemes: Mapping[str, Scheme], linears: tuple[LinearSpec
         groups[f"group_{index}"] = quantization.QuantizationScheme(
             targets=targets, weights=weights, format="pack-quantized"
         )
-    dense = [linear.name for linear in linears if linear.name not in schemes and linear.name != EMBEDDING]
+    dense = [name for name, parts in modules.items() if name not in schemes and parts[0].name != EMBEDDING]
     config = quantization.QuantizationConfig(
         config_groups=groups,
         format="pack-quantized",

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpo_exporter.convert.folder import FolderWriter, model_config, require_expressible
+from mpo_exporter.convert.families import model_config, require_expressible
+from mpo_exporter.convert.folder import FolderWriter
 from mpo_formats import LinearSpec, MpoFile
 from mpo_formats.layout import term_tensors
 from mpo_runtime.layers.linear import float_tensor
@@ -15,6 +16,8 @@ from mpo_runtime.weights.vllm_folder import flat_name, plain_layers, quantizatio
 
 # What vLLM calculates in unless --dtype says otherwise.
 DTYPE = "bfloat16"
+# The families that the plugin was tested with.
+KINDS = ("granite", "llama")
 
 
 def write_vllm(path: Path, out: Path, *, force: bool) -> list[str]:
@@ -24,12 +27,14 @@ def write_vllm(path: Path, out: Path, *, force: bool) -> list[str]:
         FormatError: for a damaged file.
         ConfigError: for an architecture that the plugin does not serve, or a folder that holds something, without `force`.
     """
-    with MpoFile(path, verify=True) as file:
+    with MpoFile(path) as file:
         architecture = file.spec.architecture
-        require_expressible(architecture, file.name, "a folder for vLLM")
+        require_expressible(architecture, file.name, "a folder for vLLM", KINDS)
+        writer = FolderWriter(out, force=force)
+        file.verify()
         config = model_config(architecture, DTYPE) | {"quantization_config": quantization_config(file.spec.linears)}
         plain = plain_layers(file.spec.linears)
-        with FolderWriter(out, force=force) as writer:
+        with writer:
             for linear in file.spec.linears:
                 for name in tensor_names(linear):
                     stored = f"{linear.name}.weight" if linear.name in plain else flat_name(linear.name, name)
