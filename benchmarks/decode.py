@@ -33,8 +33,6 @@ from mpo_runtime.engine import Engine
 from mpo_runtime.loading import load_network, open_weights
 from mpo_runtime.residence import LOADS
 
-PROMPT = 32
-
 
 @dataclass
 class Contestant:
@@ -53,13 +51,13 @@ def ours(path: Path, name: str, arguments: argparse.Namespace) -> Contestant:
     """A `.mpo` file in this runtime."""
     weights = open_weights(path)
     network = load_network(weights, threads=arguments.threads, load=arguments.load)
-    engine = Engine(network, context=max(arguments.prompt, PROMPT) + arguments.tokens + 8)
+    engine = Engine(network, context=max(arguments.prompt, arguments.before) + arguments.tokens + 8)
     random = np.random.default_rng(0)
     vocabulary = network.architecture.vocab_size
 
     def decode() -> float:
         # Every step runs one new token.
-        engine.prefill([int(token) for token in random.integers(0, vocabulary, PROMPT)])
+        engine.prefill([int(token) for token in random.integers(0, vocabulary, arguments.before)])
         token = 1
         start = time.perf_counter()
         for _ in range(arguments.tokens):
@@ -110,7 +108,7 @@ def transformers_bf16(arguments: argparse.Namespace) -> Contestant:
 
     @torch.inference_mode()
     def decode() -> float:
-        ids = torch.randint(0, model.vocab_size, (1, PROMPT))
+        ids = torch.randint(0, model.vocab_size, (1, arguments.before))
         out = network(ids, use_cache=True)
         start = time.perf_counter()
         for _ in range(arguments.tokens):
@@ -175,7 +173,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "prompt_tokens_per_second": statistics.median(entrant.prompted) if entrant.prompted else None,
                 "gigabytes_per_second": speed * entrant.bytes / 1e9,
                 "share_of_bandwidth": statistics.median(shares),
-                "launch": asdict(launch(entrant.path, arguments.threads)) if entrant.path else None,
+                "launch": asdict(launch(entrant.path, arguments.threads)) if entrant.path and arguments.start else None,
             }
         )
     return {
@@ -219,6 +217,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the synthetic files")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=16, help="decoded in a stretch")
+    parser.add_argument("--before", type=int, default=32, help="tokens that are read before a stretch")
+    parser.add_argument(
+        "--start", action=argparse.BooleanOptionalAction, default=True, help="time starting the files too"
+    )
     parser.add_argument("--prompt", type=int, default=0, help="length of the timed prompt; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program")
