@@ -61,6 +61,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "batches-idle": speed_tables.batches_idle,
     "prompts-idle": speed_tables.prompts_idle,
     "k-proj": method_tables.k_proj,
+    "paper-8b": method_tables.paper_8b,
 }
 
 
