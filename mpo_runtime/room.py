@@ -12,8 +12,9 @@ from mpo_runtime.memory import require_memory
 from mpo_runtime.weights.protocol import Weights
 
 BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}
-# Tokens of a prompt that are run at once, and texts in a step: what activations are counted for.
-TOKENS, TEXTS = 256, 16
+# Tokens of a prompt that are run at once on a GPU, and texts in a step: what activations are counted for; and the largest
+# matrix that is written as floats for a prompt (backends/triton).
+TOKENS, TEXTS, LARGEST_MATRIX = 1024, 16, 1 << 28
 
 
 def require_room(weights: Weights, name: str, context: int, options: Mapping[str, Any]) -> None:
@@ -74,7 +75,8 @@ def device_bytes(spec: ModelSpec, *, exact: bool, chi: int | None) -> int:
 
 
 def working_bytes(spec: ModelSpec) -> int:
-    """About what a step takes besides, in float32: activations of a part of a prompt, logits of a batch."""
+    """About what a step takes besides: activations of a part of a prompt and logits of a batch in float32, and a matrix."""
     architecture = spec.architecture
     activations = TOKENS * 4 * (10 * architecture.hidden_size + 6 * architecture.intermediate_size)
-    return activations + 3 * TEXTS * 4 * architecture.vocab_size
+    matrix = 4 * min(max(rows * columns for _, rows, columns, _ in architecture.linear_sizes()), LARGEST_MATRIX)
+    return activations + 3 * TEXTS * 4 * architecture.vocab_size + matrix

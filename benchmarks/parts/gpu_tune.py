@@ -23,7 +23,7 @@ from parts.gpu_models import Cold
 # [out, in] of a block at 8B: queries, keys and values; output; gate and up; down.
 SHAPES = {"8b": ((6144, 4096), (4096, 4096), (25600, 4096), (4096, 12800)), "dry": ((64, 128), (32, 256))}
 # Tokens that stand for each class.
-TOKENS = {"1": 1, "16": 16, "32": 32, "64": 64, MANY: 2048}
+TOKENS = {"1": 1, "16": 16, "32": 32, "64": 64, MANY: 256}  # longer prompts are multiplied by torch
 # What is tried, one field after the other from the present best.
 TRIED: dict[str, tuple[int, ...]] = {
     "rows": (16, 32, 64, 128),

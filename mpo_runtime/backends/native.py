@@ -112,6 +112,8 @@ class NativeOps(Ops):
         # Forward passes are weak keys: a strong one would keep the model alive, and the model keeps this op set alive.
         self.recorded: dict[Any, tuple[_native.Program, int]] = {}
 
+    prompt_tokens = 256
+
     @cached_property
     def row_exact(self) -> bool:
         """Whether a token's result does not depend on the others in a step, in any bit.

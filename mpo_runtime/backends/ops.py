@@ -109,6 +109,11 @@ class Ops(Protocol):
         """Whether a token's result does not depend on what else is in the step, in any bit."""
         ...
 
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens of a prompt are best run at once."""
+        ...
+
     def weights(self, layer: str) -> Array:
         """The loaded layer or vector of that name."""
         ...

@@ -171,6 +171,7 @@ class ReferenceOps(EditableOps):
 
     name = "reference"
     row_exact = False
+    prompt_tokens = 256
     kv_types: ClassVar[dict[str, torch.dtype]] = KV_TYPES
 
     def __init__(

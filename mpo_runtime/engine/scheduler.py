@@ -51,7 +51,7 @@ class Scheduler:
         parallel: texts that are in a step at most, 1 to 64; others wait in order of arrival.
         prefix_bytes: of the KV cache that are kept for later prompts with the same beginning; None for one whole context.
         speculate: `ngram` drafts tokens from what the text repeats; None drafts nothing. The text is the same.
-        chunk: tokens of prompts that are run in a step.
+        chunk: tokens of prompts that are run in a step; None for what suits the backend.
         deterministic: a text with a seed, or at temperature 0, is the same whatever else runs. Where the backend's kernels
             round a row differently beside others (Ops.row_exact), the texts of a step are then run one by one.
 
@@ -67,7 +67,7 @@ class Scheduler:
         parallel: int = PARALLEL,
         prefix_bytes: int | None = None,
         speculate: Speculation | None = None,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
         deterministic: bool = True,
     ) -> None:
         self.model = model
@@ -78,8 +78,9 @@ class Scheduler:
             raise ConfigError(f"speculate {speculate}: expected ngram")
         if prefix_bytes is not None and prefix_bytes < 0:
             raise ConfigError(f"prefix_bytes: expected 0 or more, found {prefix_bytes}")
-        self.parallel, self.chunk, self.speculate = parallel, chunk, speculate
-        self.deterministic = deterministic
+        self.parallel, self.speculate, self.deterministic = parallel, speculate, deterministic
+        # Where results depend on it, only whole runs of so many tokens are shared: shorter ones then.
+        self.chunk = chunk or (PREFILL_CHUNK if deterministic else model.ops.prompt_tokens)
         self.pool = PagePool(model.ops.new_pages(model.architecture))
         whole = -(-self.context // PAGE) * self.pool.store.page_bytes
         self.tree = PrefixTree(self.pool, whole if prefix_bytes is None else prefix_bytes)

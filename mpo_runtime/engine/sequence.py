@@ -171,16 +171,16 @@ class Engine:
 
     Args:
         context: tokens that the sequence may have; where None, the longest context of the model, but at most 4,096.
-        chunk: tokens of a prompt that are run at once.
+        chunk: tokens of a prompt that are run at once; None for what suits the backend.
 
     Raises:
         ConfigError: for a context of less than 2 tokens or above the model's longest.
     """
 
-    def __init__(self, model: Decoder, *, context: int | None = None, chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(self, model: Decoder, *, context: int | None = None, chunk: int | None = None) -> None:
         self.model = model
         self.context = checked_context(model.architecture, context)
-        self.chunk = chunk
+        self.chunk = chunk or model.ops.prompt_tokens
         self.sequence = Sequence(PagePool(model.ops.new_pages(model.architecture)))
 
     def prefill(self, ids: abc.Sequence[int]) -> Logits:

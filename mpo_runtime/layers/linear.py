@@ -157,10 +157,11 @@ class Linear:
         return hadamard_transform(torch.stack([term.weight() for term in self.terms]).sum(0), self.spec.hadamard)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # recorded steps on a GPU read them as long as they live
 def hadamard_matrix(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The Hadamard transform [block, block]."""
-    return torch.from_numpy(hadamard_signs(block) * block**-0.5).to(device, dtype)
+    """The Hadamard transform [block, block]; may be kept for a backward pass, whoever asks for it first."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(hadamard_signs(block) * block**-0.5).to(device, dtype)
 
 
 def hadamard_transform(rows: Tensor, block: int) -> Tensor:

@@ -1,8 +1,10 @@
 """Compiles the Triton kernels for a GPU without having one: `python -m tests.kernels.compile_triton [CAPABILITY …]`.
 
 Every launch of a few steps over small models is noted and compiled for each compute capability by Triton's own compiler and
-ptxas, down to the machine code; nothing runs. Prints registers, spills and shared memory of each kernel, and fails where a
-kernel does not compile. It must run with TRITON_INTERPRET=0, so the test starts it as a process of its own.
+ptxas, down to the machine code; nothing runs. Products of single matrices are compiled for as many columns as at 8B, whose
+loops Triton pipelines, and attention for heads of 128 and 256. Prints the shared memory of each kernel, and fails where one
+does not compile, needs more shared memory than the GPU gives a program, or multiplies codes with subnormal numbers taken for 0.
+It must run with TRITON_INTERPRET=0, so the test starts it as a process of its own.
 """
 
 from __future__ import annotations
@@ -36,11 +38,15 @@ TYPES = {
     torch.int64: "*i64",
 }
 KERNELS = {
-    products: ("integer_products", "integer_rows"),
+    products: ("integer_products", "integer_rows", "integer_matrix"),
     elementwise: ("sum_parts", "rms_norm", "add_and_norm", "swiglu"),
     attention: ("rotate_and_append", "attention_part", "attention_join"),
 }
 OPTIONS = {"num_warps", "num_stages"}
+# Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide).
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+# Columns of the largest matrices of a model of 8B, and into how many shares they are cut.
+COLUMNS, PARTS = 12800, 4
 # Terms of layers: every number of bits, groups smaller and larger than a tile's columns, zeros or none, and mixtures.
 STORED: tuple[tuple[Term, ...], ...] = (
     (Quantized(4, 64, False),),
@@ -124,13 +130,52 @@ def noted_launches() -> list[tuple[Any, ...]]:
     return list(noted.values())
 
 
+def attention_launches() -> list[tuple[Any, ...]]:
+    """The launches of a step's attention over every kind of KV cache, with large heads."""
+    noted: dict[Any, tuple[Any, ...]] = {}
+    kernels = ("rotate_and_append", "attention_part", "attention_join")
+    with ExitStack() as patched:
+        for module, names in KERNELS.items():
+            for name in names:
+                kept = noted if name in kernels else {}
+                patched.enter_context(mock.patch.object(module, name, Launches(getattr(module, name), kept)))
+        for size in (128, 256):
+            sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1}
+            spec = model({}, **sizes, head_dim=size, num_hidden_layers=1, vocab_size=32)
+            for kv_type, exact in (("f32", True), ("f16", True), ("f16", False), ("bf16", False), ("int8", False)):
+                ops = TritonOps(Held(spec, arrays(spec, 1)), device="cpu", kv_type=kv_type, exact=exact)
+                network, pages = decoder_for(spec.architecture, ops), ops.new_pages(spec.architecture)
+                pages.grow(2)
+                ops.next_logits(network.forward, network.logits, [1] * 4, pages, [Span([0], 5, 1, True)] * 4)
+    return list(noted.values())
+
+
+def at_full_size(launches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The launches, each kind of product of a single matrix once, with as many columns as at 8B."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for kernel, signature, constants, attributes, options in launches:
+        wide = constants
+        if kernel.fn.__name__ == "integer_products" and constants["MATRICES"] == 1:
+            wide = constants | {"INPUTS": COLUMNS, "PARTS": PARTS}
+        key = str((kernel.fn.__name__, signature, wide, options))
+        found.setdefault(key, (kernel, signature, wide, attributes, options))
+    return list(found.values())
+
+
 def main() -> None:
     capabilities = [int(name) for name in sys.argv[1:]] or [90]
-    found = noted_launches()
+    found = at_full_size(noted_launches()) + attention_launches()
     for capability in capabilities:
         for kernel, signature, constants, attributes, options in found:
             source = ASTSource(kernel, signature, constants, attributes)
             made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            if made.metadata.shared > SHARED[capability]:
+                raise SystemExit(
+                    f"sm_{capability} {kernel.fn.__name__} {constants}: needs {made.metadata.shared} bytes of shared memory, "
+                    f"expected at most {SHARED[capability]}"
+                )
+            if kernel.fn.__name__ == "integer_products" and ".ftz" in made.asm["ptx"]:
+                raise SystemExit(f"sm_{capability} {kernel.fn.__name__} {constants}: treats subnormal numbers as 0")
             short = {
                 name: value
                 for name, value in constants.items()

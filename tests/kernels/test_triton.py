@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from hypothesis import strategies as st
 
 from mpo_formats import ConfigError, Dense, Mpo, Quantized, Term
 from mpo_formats.layout import PLANES
-from mpo_runtime.backends.triton import tiles
+from mpo_runtime.backends.triton import products, tiles
+from mpo_runtime.backends.triton import terms as terms_module
 from mpo_runtime.backends.triton.lazy import Parts, Residual, resolved
-from mpo_runtime.backends.triton.terms import Group
+from mpo_runtime.backends.triton.terms import Group, main_term
 from mpo_runtime.backends.triton.tiles import Tile, tiles_for, write_entry
 from tests.formats.tiny import GATE, KEY, QUERY, VALUE, arrays, model
 from tests.kernels.triton_cases import DEVICE, assert_near, both, normal, poisoned
@@ -48,6 +50,42 @@ def test_products_with_integers(bits: int, group: int, zeros: bool, tokens: int)
         ours, reference = both(weights, exact=exact)
         expected = reference.linear(reference.weights(GATE), x)
         assert_near(resolved(ours.linear(ours.weights(GATE), x.to(DEVICE))), expected, tolerance)
+
+
+@pytest.mark.parametrize("bits", sorted(PLANES))
+@pytest.mark.parametrize(("group", "zeros"), [(16, False), (256, True)])
+def test_matrices_as_floats_for_long_prompts(
+    bits: int, group: int, zeros: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terms_module, "LONG_PROMPT", 6)
+    weights = layer((Quantized(bits, group, zeros),), 20, 768, True, bits)
+    x = normal(2, 3, 768, seed=bits)
+    for exact, tolerance in ((True, 1e-5), (False, 2e-2)):
+        ours, reference = both(weights, exact=exact)
+        expected = reference.linear(reference.weights(GATE), x)
+        with mock.patch.object(products, "integer_products", None):
+            assert_near(resolved(ours.linear(ours.weights(GATE), x.to(DEVICE))), expected, tolerance)
+        assert_near(main_term(ours.weights(GATE)).weight(), reference.weights(GATE).terms[0].weight(), 1e-6)
+
+
+def test_very_large_matrices_are_not_written_as_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terms_module, "LONG_PROMPT", 6)
+    monkeypatch.setattr(terms_module, "LARGEST_MATRIX", 20 * 64 - 1)
+    ours, reference = both(layer((Quantized(4, 16, False),), 20, 64, False, 1), exact=True)
+    x = normal(1, 6, 64)
+    with mock.patch.object(products, "integer_matrix", None):
+        assert_near(
+            resolved(ours.linear(ours.weights(GATE), x.to(DEVICE))), reference.linear(reference.weights(GATE), x), 1e-5
+        )
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e4])
+def test_inputs_of_all_sizes(size: float) -> None:
+    """Codes are multiplied as subnormal floats with raised inputs: neither may leave the range of float32."""
+    ours, reference = both(layer((Quantized(8, 32, True),), 20, 64, False, 1))
+    x = size * normal(1, 1, 64)
+    expected = reference.linear(reference.weights(GATE), x)
+    assert_near(resolved(ours.linear(ours.weights(GATE), x.to(DEVICE))), expected, 1e-5)
 
 
 @pytest.mark.long
@@ -182,7 +220,7 @@ def test_tables_of_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         tiles_for("card")
     monkeypatch.delenv("MPO_TILES")
     tiles_for.cache_clear()
-    for wrong in ({"rows": 24}, {"tokens": 8}, {"warps": 3}, {"stages": 0}):
+    for wrong in ({"rows": 24}, {"columns": 16}, {"tokens": 8}, {"warps": 3}, {"stages": 0}):
         with pytest.raises(ConfigError, match="tiles"):
             replace(Tile(16, 64, 16, 512, 4, 3), **wrong)
 

@@ -24,7 +24,7 @@ from tests.runtime.native_cases import Held
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FLOATS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.int8: 2e-2}
 KERNELS = {
-    products: ("integer_products", "integer_rows"),
+    products: ("integer_products", "integer_rows", "integer_matrix"),
     elementwise: ("sum_parts", "rms_norm", "add_and_norm", "swiglu"),
     attention: ("rotate_and_append", "attention_part", "attention_join"),
 }

@@ -44,11 +44,12 @@ class WindowCache:
     v: Tensor
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def unseen_mask(length: int, window: int, device: torch.device) -> Tensor:
     """The mask [S, S] of what causal attention must not see: later positions, and those before the window, if not 0."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device)
-    return mask.triu(1) | mask.tril(-window) if window else mask.triu(1)
+    with torch.inference_mode(False):  # it may be kept for a backward pass, whoever asks for it first
+        mask = torch.ones(length, length, dtype=torch.bool, device=device)
+        return mask.triu(1) | mask.tril(-window) if window else mask.triu(1)
 
 
 class WindowOps(ReferenceOps):

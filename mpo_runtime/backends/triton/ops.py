@@ -32,8 +32,9 @@ from mpo_runtime.backends.triton.tiles import tiles_for
 from mpo_runtime.layers.linear import Linear
 from mpo_runtime.weights.protocol import Weights
 
-# Positions that attention of single tokens reads at a time.
-STRETCH = 64
+# Positions that attention of single tokens reads at a time; fewer where keys and values of so many would not fit into the
+# shared memory of every card (99 KiB).
+STRETCH, STRETCH_BYTES = 64, 1 << 15
 # Programs of that attention that should be under way, and the most shares of a text that it sums apart.
 ATTENTION_PROGRAMS, MOST_PARTS = 512, 32
 
@@ -70,6 +71,7 @@ class TritonOps(ReferenceOps):
     """
 
     name = "triton"
+    prompt_tokens = 1024  # of which each reads all weights, as floats: terms.py
     kv_types: ClassVar = {**KV_TYPES, "int8": torch.int8}
 
     def __init__(
@@ -221,6 +223,8 @@ class TritonOps(ReferenceOps):
         kv_heads = pages.shape[2]
         wanted = min(max(ATTENTION_PROGRAMS // (count * kv_heads), 1), MOST_PARTS)
         parts, width, group = 1 << (wanted.bit_length() - 1), triton.next_power_of_2(size), heads // kv_heads
+        dot = self.attention_type()
+        stretch = STRETCH if STRETCH * width * (2 if dot in (1, 2) else 4) <= STRETCH_BYTES else STRETCH // 2
         mixed = q.new_empty((count, heads, parts, size))
         highest, total = (q.new_empty((count, heads, parts)) for _ in range(2))
         kernels.attention_part[(count, kv_heads, parts)](
@@ -228,7 +232,7 @@ class TritonOps(ReferenceOps):
             cache.place[first:end], mixed, highest, total, scale, window, block,
             heads, kv_heads, pages.shape[0], cache.table.shape[1],
             GROUP=group, QUERIES=max(triton.next_power_of_2(group), 16), SIZE=size, WIDTH=max(width, 16), PAGE=PAGE,
-            STRETCH=STRETCH, PARTS=parts, INT8=pages.int8, DOT=self.attention_type(),
+            STRETCH=stretch, PARTS=parts, INT8=pages.int8, DOT=dot,
         )  # fmt: skip
         kernels.attention_join[(count * heads,)](
             mixed, highest, total, y[first:end], SIZE=size, WIDTH=width, PARTS=parts
@@ -256,7 +260,12 @@ class TritonOps(ReferenceOps):
             if window:
                 mask &= there > here - window
         k, v = held.to(dtype)
+        shared = q.shape[1] // k.shape[1]
+        if (
+            mask is not None and shared > 1
+        ):  # with a mask torch's fused kernels take as many heads of keys as of queries
+            k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
         mixed = F.scaled_dot_product_attention(
-            q.to(dtype), k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q.to(dtype), k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared > 1
         )
         return mixed[0].transpose(0, 1).float()

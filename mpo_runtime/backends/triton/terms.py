@@ -15,14 +15,18 @@ from mpo_formats import Dense, LinearSpec, Mpo, Quantized
 from mpo_formats.layout import PLANES
 from mpo_runtime.backends.triton import products
 from mpo_runtime.backends.triton.lazy import Parts
-from mpo_runtime.backends.triton.tiles import Tiles
+from mpo_runtime.backends.triton.tiles import FEW, Tiles
 from mpo_runtime.layers.linear import Linear, MpoTerm, float_tensor, hadamard_transform, load_cores, widen
 from mpo_runtime.weights.protocol import Weights
 
 # Matrices that one launch multiplies: queries, keys and values.
 MOST_MATRICES = 3
-# Columns of a looked-up row in a program.
-ROW_COLUMNS = 256
+# Columns of a looked-up row in a program, and of a tile of a matrix that is written as floats; its rows.
+ROW_COLUMNS, MATRIX_ROWS = 256, 16
+# From so many tokens on a matrix is written as floats and multiplied by torch: unpacking it for each tile of tokens, between
+# which the matrix units wait, then takes longer than writing and reading 2 bytes a weight. Larger matrices (a vocabulary's)
+# are multiplied as they are stored, because of the memory.
+LONG_PROMPT, LARGEST_MATRIX = 512, 1 << 28
 
 
 class IntegerTerm:
@@ -67,9 +71,15 @@ class IntegerTerm:
         )
         return y
 
-    def weight(self) -> Tensor:
-        """The matrix [out, in]."""
-        return self.rows(torch.arange(self.outputs, device=self.scale.device))
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix [out, in], rounded to a float type."""
+        columns = max(self.group, ROW_COLUMNS)
+        y = torch.empty((self.outputs, self.columns), dtype=dtype, device=self.scale.device)
+        products.integer_matrix[(triton.cdiv(self.outputs, MATRIX_ROWS), triton.cdiv(self.columns, columns))](
+            *self.arguments()[:4], y, self.outputs, INPUTS=self.columns, **self.constants(),
+            ROWS=MATRIX_ROWS, COLUMNS=columns,
+        )  # fmt: skip
+        return y
 
 
 def words(plane: Tensor) -> Tensor:
@@ -96,7 +106,12 @@ def multiply(terms: Sequence[IntegerTerm], x: Tensor) -> Tensor:
     Returns [P, T, out], whose sum over P is meant.
     """
     tokens, x, columns, settings = x.shape[0], x.contiguous(), terms[0].columns, terms[0].settings
-    tile = settings.tiles.choose(tokens, max(term.bits for term in terms))
+    if tokens >= LONG_PROMPT and all(term.outputs * columns <= LARGEST_MATRIX for term in terms):
+        return multiply_as_floats(terms, x)
+    # In float32 a tile for many tokens would need more than all registers, and more shared memory than some cards have.
+    tile = settings.tiles.choose(
+        min(tokens, FEW) if settings.dtype == torch.float32 else tokens, max(t.bits for t in terms)
+    )
     tiles = sum(triton.cdiv(term.outputs, tile.rows) for term in terms)
     parts = tile.parts(tiles, tokens, columns)
     width = sum(term.outputs for term in terms)
@@ -108,9 +123,19 @@ def multiply(terms: Sequence[IntegerTerm], x: Tensor) -> Tensor:
         constants |= term.constants(str(index))
     products.integer_products[(tiles, triton.cdiv(tokens, tile.tokens), parts)](
         x, y, tokens, width, *arguments, INPUTS=columns, MATRICES=len(terms), **constants,
-        ROWS=tile.rows, COLUMNS=tile.columns, TOKENS=tile.tokens, PARTS=parts, MODE=settings.mode,
+        ROWS=tile.rows, COLUMNS=tile.columns, TOKENS=tile.tokens, PARTS=parts, MODE=settings.mode, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    return y
+
+
+def multiply_as_floats(terms: Sequence[IntegerTerm], x: Tensor) -> Tensor:
+    """What `multiply` returns, [1, T, out], by torch's products with the matrices as floats, one after the other."""
+    y = x.new_empty((1, x.shape[0], sum(term.outputs for term in terms)), dtype=torch.float32)
+    x, first = x.to(terms[0].settings.dtype), 0
+    for term in terms:
+        y[0, :, first : first + term.outputs] = F.linear(x, term.weight(x.dtype))
+        first += term.outputs
     return y
 
 

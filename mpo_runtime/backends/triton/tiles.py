@@ -19,6 +19,7 @@ from mpo_formats import ConfigError
 SHIPPED = Path(__file__).with_name("tiles.json")
 # The most tokens of each class but the last.
 CLASSES = {"1": 1, "16": 16, "32": 32, "64": 64}
+FEW = max(CLASSES.values())
 MANY = "many"
 WARPS = (1, 2, 4, 8, 16)
 LARGEST = 4096
@@ -49,9 +50,10 @@ class Tile:
         for name, value in sizes.items():
             if not 1 <= value <= LARGEST or value & (value - 1):
                 raise ConfigError(f"tiles: {name}: expected a power of two up to {LARGEST}, found {value}")
-        if self.rows < 16 or self.columns < 16 or 1 < self.tokens < 16:
+        # A plane of one bit is read in words of 32 columns.
+        if self.rows < 16 or self.columns < 32 or 1 < self.tokens < 16:
             raise ConfigError(
-                f"tiles: expected rows and columns from 16 on, and 1 or at least 16 tokens, found {sizes}"
+                f"tiles: expected rows from 16 on, columns from 32 on, and 1 or at least 16 tokens, found {sizes}"
             )
         if self.warps not in WARPS or not 1 <= self.stages <= 8 or not 1 <= self.programs <= 1 << 20:
             raise ConfigError(
