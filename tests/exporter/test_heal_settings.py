@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mpo_exporter.heal.settings import MOST_MATCHING, Settings
 from mpo_exporter.heal.train import (
+    CORE_FACTORS,
     FEWEST_STEPS,
     FULL_RATE_STEPS,
     LAST_RATE,
+    Trainer,
     chosen_chi,
     chosen_windows,
     learning_rate,
     walking_rate,
 )
+from mpo_exporter.heal.workers import Workers
 from mpo_formats import ConfigError
 
 
@@ -77,3 +82,38 @@ def test_blocks_are_matched_where_text_is_scarce() -> None:
     assert Settings().matching(18_000_000, 250_000) == MOST_MATCHING
     assert Settings().matching(260_000, 200_000) == 1.3
     assert Settings(match_weight=0.0).matching(18_000_000, 250_000) == 0.0
+
+
+class Bowl(torch.nn.Module):
+    """The loss Σ x² of 64 numbers, all 1: a step of h leaves 64 (1 − h)², which is less than before for h below 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = torch.nn.Parameter(torch.ones(64))
+
+    def forward(self, batch: torch.Tensor, chi: int | None) -> torch.Tensor:
+        loss = (self.x * batch).square().sum()
+        return torch.stack((loss, loss.detach()))
+
+
+@pytest.mark.parametrize(("rate", "factor"), [(1.9, 1.0), (2.1, 0.3), (21.0, 0.03), (1e9, CORE_FACTORS[-1])])
+def test_the_rate_of_cores_falls_until_a_step_does_no_harm(rate: float, factor: float) -> None:
+    bowl = Bowl()
+    learning = [("core", bowl.x, 1.0)]
+    trainer = Trainer(bowl, SimpleNamespace(learning=lambda: learning), Settings(core_rate=rate), Workers())  # type: ignore[arg-type]
+    assert trainer.tame([torch.ones(64)]) == factor
+    assert bowl.x.tolist() == [1.0] * 64 and bowl.x.grad is None
+    assert trainer.rates() == pytest.approx([rate * factor])
+    trainer.restart()
+    assert trainer.rates() == pytest.approx([rate * factor])
+
+
+def test_without_cores_no_rate_falls() -> None:
+    bowl = Bowl()
+    trainer = Trainer(
+        bowl,
+        SimpleNamespace(learning=lambda: [("scale", bowl.x, 1.0)]),  # type: ignore[arg-type]
+        Settings(scale_rate=5.0),
+        Workers(),
+    )
+    assert trainer.tame([torch.ones(64)]) == 1.0 and trainer.rates() == [5.0]

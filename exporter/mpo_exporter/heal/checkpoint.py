@@ -32,6 +32,7 @@ class Record:
         seconds, tokens: spent so far.
         began: the value of `seconds` when the training of the whole model began.
         rates: the optimizer's learning rates before the schedule.
+        core_factor: what the rate of cores was lowered by.
         ordered: whether the bonds were already sorted once.
         block_curves, curve: the loss of every step, for each block and for the whole model.
     """
@@ -43,6 +44,7 @@ class Record:
     tokens: int = 0
     began: float = 0.0
     rates: list[float] = field(default_factory=list)
+    core_factor: float = 1.0
     ordered: bool = False
     block_curves: list[list[float]] = field(default_factory=list)
     curve: list[float] = field(default_factory=list)

@@ -214,15 +214,19 @@ class Session:
         ours, theirs = streams
         trainer = Trainer(student, student.trainables, settings, self.workers)
         weight = fisher / (2 * settings.batch * ours.states.shape[1])
-        begin, step, curve = self.clock.seconds(), 0, list[float]()
-        while (done := self.workers.agree(extent.done(step, self.clock.seconds() - begin))) < 1:
-            self.place = f"step {step + 1} of block {block}"
+
+        def batches(step: int) -> list[tuple[Tensor, Tensor, Tensor]]:
             rows = chosen_windows(ours.states.shape[0], settings.batch, step, settings.seed)
-            batches = [
+            return [
                 (ours.read(part).to(device), theirs.read(part).to(device), weight)
                 for part in share_of(rows, settings, self.workers)
             ]
-            loss, _ = trainer.step(batches, done, None, self.place)
+
+        begin, step, curve = self.clock.seconds(), 0, list[float]()
+        trainer.tame(batches(0))
+        while (done := self.workers.agree(extent.done(step, self.clock.seconds() - begin))) < 1:
+            self.place = f"step {step + 1} of block {block}"
+            loss, _ = trainer.step(batches(step), done, None, self.place)
             curve.append(loss)
             step += 1
             self.progress(f"block {block}", done, f"expected KL {loss:.5f}")
@@ -244,10 +248,16 @@ class Session:
         student = self._student(everything, lesson.fisher)
         trainer = Trainer(student, everything, settings, self.workers, fixed=not student.recompute)
         if record.step:
+            trainer.set_core_factor(record.core_factor)
             trainer.set_rates(record.rates)
             restore_optimizer(trainer.optimizer, self.saved)
         else:
             record.began = self.clock.seconds()
+            record.core_factor = trainer.tame(self._batches(0, lesson))
+            if record.core_factor < 1:
+                self.progress(
+                    "healing", 0, f"cores learn at {record.core_factor:g} of their rate: more would raise the loss"
+                )
         self.saved = {}
         seconds = self._seconds()
         left = None if seconds is None else max(seconds - record.began, SHORTEST)

@@ -45,7 +45,8 @@ class Settings:
         batch: windows in an optimizer step, over all devices together.
         micro_batch: windows that a device runs at once; gradients of the rest of its share are accumulated.
         block_share: share of the tokens spent on training single blocks, before the whole model is trained.
-        core_rate: learning rate of cores, relative to each core's root mean square.
+        core_rate: learning rate of cores, relative to each core's root mean square; lowered where a first step at this
+            rate would raise the loss (Trainer.tame).
         code_rate: learning rate of integers, in units of their grid's step; halved for each bit above 4.
         scale_rate: relative learning rate of scales (of zeros: in grid steps); halved for each bit above 4, except for
             the scales of integer cores. Below 100 and above 1,000 steps, `code_rate` and `scale_rate` are lowered.

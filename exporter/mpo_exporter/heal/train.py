@@ -36,6 +36,8 @@ FASTEST_COOLING = 3.0
 FEWEST_STEPS = 100
 FULL_RATE_STEPS = 1000
 WALKING = ("code", "scale")
+# What the rate of cores is multiplied by, tried in this order (see Trainer.tame).
+CORE_FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 # On a GPU, steps are recorded as a graph after this many; recording does not pay off in shorter trainings.
 STEPS_BEFORE_GRAPH = 20
 # Passes before the recording, on the recording's stream: libraries allocate their workspaces during the first ones.
@@ -155,12 +157,13 @@ class Trainer:
         self.graphs = alike and workers.count == 1 and workers.device.startswith("cuda")
         self.graph: GraphedStep | None = None
         self.steps = 0
+        self.core_factor = 1.0
         self.restart()
 
     def restart(self) -> None:
         """Starts with a new optimizer, without the state of the old one."""
         rates = {
-            "core": self.settings.core_rate,
+            "core": self.settings.core_rate * self.core_factor,
             "code": self.settings.code_rate,
             "scale": self.settings.scale_rate,
             "norm": self.settings.norm_rate,
@@ -175,6 +178,51 @@ class Trainer:
         if not groups:
             raise ConfigError("healing: the file has nothing to train: no cores, integers or norms")
         self.optimizer = torch.optim.AdamW(list(groups.values()), betas=BETAS, weight_decay=0.0, fused=True)
+
+    def tame(self, parts: Sequence[Any]) -> float:
+        """Lowers the rate of cores until a first step at that rate does not raise the loss; returns the factor.
+
+        The first step of Adam moves every number by its rate, against the sign of its gradient. In models with massive
+        activations (arXiv 2402.17762) such a step changes the products with them far more than all others, and a rate that
+        is right elsewhere ruins the model in one step.
+
+        Args:
+            parts: this process's share of a batch, in micro-batches.
+        """
+        groups = [group for group in self.optimizer.param_groups if group["kind"] == "core"]
+        if not groups:
+            return 1.0
+        before = float(self.workers.total(self._passes(parts, None))[0])
+        steps = [
+            (parameter, parameter.detach().clone(), group["rate"] * parameter.grad.sign())
+            for group in groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        self.optimizer.zero_grad()
+        for factor in CORE_FACTORS:
+            if float(self.workers.total(self._moved(steps, factor, parts))[0]) <= before:
+                break
+        self.set_core_factor(factor)
+        return factor
+
+    @torch.no_grad()
+    def _moved(self, steps: Sequence[tuple[Tensor, Tensor, Tensor]], factor: float, parts: Sequence[Any]) -> Tensor:
+        """The figures of a batch after steps (parameter, its value, its change) times `factor`, which are taken back."""
+        for parameter, value, change in steps:
+            parameter.copy_(value - factor * change)
+        with autocast(self.workers.device):
+            figures = torch.stack([self.module(part, None) for part in parts]).sum(0)
+        for parameter, value, _ in steps:
+            parameter.copy_(value)
+        return figures
+
+    def set_core_factor(self, factor: float) -> None:
+        """Multiplies the rate of cores, from now on and after every restart."""
+        for group in self.optimizer.param_groups:
+            if group["kind"] == "core":
+                group["rate"] *= factor / self.core_factor
+        self.core_factor = factor
 
     def rates(self) -> list[float]:
         """The learning rates of the groups before the schedule; a checkpoint has to keep them."""
