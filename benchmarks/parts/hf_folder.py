@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpo_exporter.convert.folder import FolderWriter, model_config, require_expressible
-from mpo_exporter.convert.hf import write_linear
+from mpo_exporter.convert.families import model_config, require_expressible
+from mpo_exporter.convert.folder import FolderWriter
+from mpo_exporter.convert.hf import stored_modules, write_module
+from mpo_formats.architecture import POSITIONS
 from mpo_runtime.layers.linear import float_tensor
+from mpo_runtime.weights.names import checkpoint_name
 
 
 def write_hf_folder(weights: Any, folder: Path) -> None:
@@ -15,8 +18,10 @@ def write_hf_folder(weights: Any, folder: Path) -> None:
     spec = weights.spec
     require_expressible(spec.architecture, folder.name, "a Hugging Face folder")
     with FolderWriter(folder, force=False) as writer:
-        for linear in spec.linears:
-            write_linear(writer, weights, linear, None, "f32")
+        for name, parts in stored_modules(weights).items():
+            write_module(writer, weights, name, parts, None, "f32")
         for vector in spec.vectors:
-            writer.tensor(f"{vector.name}.weight", float_tensor(weights, f"{vector.name}.weight"))
+            values = float_tensor(weights, f"{vector.name}.weight")
+            shaped = values.view(-1, spec.architecture.hidden_size) if vector.name == POSITIONS else values
+            writer.tensor(checkpoint_name(spec.architecture.model_type, f"{vector.name}.weight"), shaped)
         writer.text_files(weights, model_config(spec.architecture, "float32"))
