@@ -143,6 +143,7 @@ class Recording(TorchDispatchMode):
                 patch.stop()
 
     def replay(self) -> None:
-        """Does everything again."""
-        for action in self.work:
-            action()
+        """Does everything again; backward passes are recorded as what they did."""
+        with torch.no_grad():
+            for action in self.work:
+                action()
