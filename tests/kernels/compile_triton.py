@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mpo_exporter.heal import fused
 from mpo_formats import Dense, Mpo, Quantized, Term
 from mpo_runtime.backends.ops import Span
 from mpo_runtime.backends.triton import TritonOps, attention, elementwise, products
@@ -150,6 +151,22 @@ def attention_launches() -> list[tuple[Any, ...]]:
     return list(noted.values())
 
 
+def healing_launches() -> list[tuple[Any, ...]]:
+    """The launches of healing's kernels: latent numbers and codes, matrices in bf16 and float32."""
+    noted: dict[Any, tuple[Any, ...]] = {}
+    with ExitStack() as patched:
+        for name in ("write_cells", "write_gradients"):
+            patched.enter_context(mock.patch.object(fused, name, Launches(getattr(fused, name), noted)))
+        for group in (16, 256):
+            for codes in (torch.zeros(64, 256), torch.zeros(64, 256, dtype=torch.uint8)):
+                for dtype in (torch.bfloat16, torch.float32):
+                    patched.enter_context(mock.patch.object(fused, "product_dtype", lambda device, dtype=dtype: dtype))
+                    scale = torch.ones(64, 256 // group, requires_grad=True)
+                    matrix = fused.fused_cells(codes, scale, torch.zeros_like(scale), 7)
+                    matrix.backward(torch.zeros_like(matrix))
+    return list(noted.values())
+
+
 def at_full_size(launches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """The launches, each kind of product of a single matrix once, with as many columns as at 8B."""
     found: dict[str, tuple[Any, ...]] = {}
@@ -164,7 +181,7 @@ def at_full_size(launches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 def main() -> None:
     capabilities = [int(name) for name in sys.argv[1:]] or [90]
-    found = at_full_size(noted_launches()) + attention_launches()
+    found = at_full_size(noted_launches()) + attention_launches() + healing_launches()
     for capability in capabilities:
         for kernel, signature, constants, attributes, options in found:
             source = ASTSource(kernel, signature, constants, attributes)

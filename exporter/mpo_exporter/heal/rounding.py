@@ -6,6 +6,8 @@ The gradient passes straight through the rounding (Bengio et al. 2013).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,16 @@ _round: Callable[[Tensor, torch.dtype], Tensor] = _Rounded.apply
 cells: Callable[[Tensor, Tensor, Tensor, int], Tensor] = _Cells.apply
 # (codes [R, C], scale [R, groups], zero [R, groups]): scale · (codes − zero) [R, C].
 dequantize: Callable[[Tensor, Tensor, Tensor], Tensor] = _Dequantized.apply
+
+
+@cache
+def fused_kernels(device: str) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
+    """What takes the place of `cells` and `dequantize` for whole matrices on a kind of device: kernels on a GPU, with Triton."""
+    if device != "cuda" or find_spec("triton") is None:
+        return None
+    from mpo_exporter.heal.fused import fused_cells
+
+    return fused_cells
 
 
 def rounded(values: Tensor, dtype: str) -> Tensor:

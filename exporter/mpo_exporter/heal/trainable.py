@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpo_exporter.heal.rounding import TYPES, cells, dequantize, rounded, stored
+from mpo_exporter.heal.rounding import TYPES, cells, dequantize, fused_kernels, rounded, stored
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, VectorSpec
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import implicit_zero, pack, unpack
@@ -65,8 +65,11 @@ class Grid(nn.Module):
         return scale, self.base_zero if self.shift is None else rounded(self.base_zero + self.shift, "f16")
 
     def weight(self) -> Tensor:
-        """The matrix [R, C]."""
-        return self._values(*self.scale_and_zero(), slice(None))
+        """The matrix [R, C], for products: kernels on a GPU round it to the type of those."""
+        scale, zero = self.scale_and_zero()
+        if (fused := fused_kernels(scale.device.type)) is not None:
+            return fused(self.codes if self.latent is None else self.latent, scale, zero, (1 << self.bits) - 1)
+        return self._values(scale, zero, slice(None))
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows `ids` [T] of the matrix, as [T, C]."""
