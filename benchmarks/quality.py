@@ -3,6 +3,7 @@
     python benchmarks/quality.py --quick --minutes 20
     python benchmarks/quality.py --out benchmarks/results/DATE-quality.json
     python benchmarks/quality.py --calib-domain web        # calibrated on one domain, measured on all three
+    python benchmarks/quality.py --columns --heal-tokens 50k      # integers, rotated, with cores; before and after healing
 
 At each of ten sizes from 2.3 to 8 bits a weight of the whole file: integers rounded to nearest and error-compensated, widths
 allocated layer by layer, each without cores and with int8 cores of χ 8 to 64 beside every matrix; and cores alone (plain SVD,
@@ -10,6 +11,9 @@ whitened SVD, the published MPO, the MPO fitted on activations). Every row is a 
 the runtime. Its settings were chosen on valid text; the figures are one run on test text. A row is appended to --rows, a
 file of JSON lines, as soon as it is measured, so a stopped run continues where it was, and --minutes, --family and --size do
 parts. Rows of llama.cpp's types come from benchmarks/peers.py: give its result with --peers.
+
+--columns makes another table, of any model that mpo-export takes: the plan `auto` at 2.0 to 3.0 bits without transforms, with
+them, and with them and cores beside every matrix, each before and after the same healing (parts/columns.py).
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import hashlib
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from parts.columns import measure_columns
 from parts.judge import DOMAINS, Judge, calibration_tokens, domain_texts
 from parts.results import write_results
 from parts.rows import Row, make_row, planned_rows, vector_bytes
@@ -186,14 +192,28 @@ def measure_rows(bench: Bench, arguments: argparse.Namespace) -> tuple[list[dict
     return rows, missing
 
 
-def main() -> None:
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line, or of `words`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--quick", action="store_true", help="the part of the table that says most for its time")
     parser.add_argument("--family", action="append", help="only rows of this family; may be repeated")
     parser.add_argument("--size", type=float, action="append", help="only rows of this size; may be repeated")
     parser.add_argument("--peers", type=Path, help="result of benchmarks/peers.py, for the table")
-    arguments = parser.parse_args()
+    parser.add_argument("--columns", action="store_true", help="the other table: rotated, with cores; healed")
+    parser.add_argument("--chi", type=int, action="append", help="--columns: χ of the cores; may be repeated; 8")
+    parser.add_argument("--text", type=Path, help="--columns: held-out text; the embedded one where not given")
+    parser.add_argument("--heal-tokens", default="0", help="--columns: tokens to heal each file on; 0: none")
+    parser.add_argument("--heal-text", type=Path, help="--columns: the embedded healing text where not given")
+    parser.add_argument("--threads", type=int, help="--columns: of torch")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = parsed()
+    if arguments.columns:
+        measure_columns(arguments)
+        return
     bench = open_bench(arguments)
     rows, missing = measure_rows(bench, arguments)
     if arguments.peers:

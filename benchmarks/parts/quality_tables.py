@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from parts.cells import Row, kl, percent, rows_of, table
 
@@ -137,6 +137,42 @@ def cores() -> str:
             name = f"… + cores χ = {chi}" if chi else names.get(family, f"{family} alone")
             body.append([name, *(kl(found[size]) if size in found else "–" for size in sizes)])
     return table(("bits per weight", *(f"{size:g}" for size in sizes)), body)
+
+
+# The columns of quality.py --columns, in the order of the table.
+COLUMNS = ("integers", "rotated", "rotated, fitted", "with cores")
+
+
+def columns(files: Mapping[str, str]) -> str:
+    """The table of quality.py --columns; `files` are its results by the model's name."""
+    return columns_table({model: rows_of(name) for model, name in files.items()})
+
+
+def columns_table(models: Mapping[str, Sequence[Row]]) -> str:
+    """For each model and size, before and after healing: KL of the best file of every column; of cores with its χ."""
+    body = []
+    for model, rows in models.items():
+        for size in sorted({row["size"] for row in rows}):
+            for when in ("before", "after"):
+                own = [row for row in rows if row["size"] == size and when in row]
+                cells = []
+                for column in COLUMNS:
+                    found = [row for row in own if row["column"] == column]
+                    least = min(found, key=lambda row: float(row[when]["kl_mean"]), default=None)
+                    refused = any(
+                        row["size"] == size and row["column"] == column and "no_such_file" in row for row in rows
+                    )
+                    cells.append(column_cell(least, when, refused=refused))
+                if own:
+                    body.append([model, f"{size:g}", "no" if when == "before" else "yes", *cells])
+    return table(("model", "bits per weight", "healed", *COLUMNS), body)
+
+
+def column_cell(row: Row | None, when: str, *, refused: bool) -> str:
+    """KL and χ; a dash where no file is that small, and `not measured` where there is no figure."""
+    if row is None:
+        return "–" if refused else "not measured"
+    return kl(row[when]["kl_mean"]) + (f" (χ = {row['chi']})" if row["chi"] else "")
 
 
 def calibration_domain() -> str:

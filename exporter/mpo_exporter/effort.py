@@ -28,17 +28,19 @@ class Effort:
         windows: of the calibration text, at most, that layers are fitted to; 0 uses none: layers are judged by the relative
             errors of their weights and rounded to nearest.
         care: for the survey of a model with calibration text.
+        outputs: windows on which gradients by the layers' outputs are measured, for a rounding that minds them; 0: none.
     """
 
     name: str
     windows: int
     care: Care
+    outputs: int = 0
 
 
 USUAL = Care()
 QUICK = Effort("quick", 0, USUAL)
 NORMAL = Effort("normal", 80, USUAL)
-BEST = Effort("best", 96, Care(96, 1024))
+BEST = Effort("best", 96, Care(96, 1024), outputs=96)
 EFFORTS = {effort.name: effort for effort in (QUICK, NORMAL, BEST)}
 
 

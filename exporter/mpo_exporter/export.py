@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.moments import UPSTREAMS, Calibration, Moment, compressed_blocks
+from mpo_exporter.calibrate.outputs import Outputs
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.upstream import block_linears
 from mpo_exporter.certify import Certifier
@@ -39,6 +40,8 @@ from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import DenseWeights
 
 Matrix = NDArray[np.float64]
+# From a layer's name to the second moment [O, O] of the loss's gradient by its outputs, if there is one.
+OutputMoments = Callable[[str], NDArray[np.float32] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +161,26 @@ def export(source: Source, task: ExportTask, listener: Listener | None = None) -
         store = None if listener.fitted else task.work
         if store is not None:
             store.scope("fit", hashlib.sha256(json.dumps(spec_metadata(spec)).encode()).hexdigest()[:16])
-        Fitting(writer, source.weights, method, listener, table, store).run(planner.walk)
+        outputs = output_moments(source, task, planner, method, listener)
+        Fitting(writer, source.weights, method, listener, table, store, outputs).run(planner.walk)
         writer.commit(certify)
     comparison = comparisons[0] if comparisons else None
     if comparison:
         record_outcome(planner, spec, comparison.kl_mean)
     return replace(result_of(task.target, spec, source.spec, comparison), surveyed=planner.surveyed)
+
+
+def output_moments(
+    source: Source, task: ExportTask, planner: Planner, method: Method, listener: Listener
+) -> OutputMoments:
+    """The moments of gradients by the layers' outputs that integers are rounded with; none where the effort asks for none."""
+    walk, count = planner.walk, task.effort.outputs
+    if walk is None or not count or method.rounding != "compensated":
+        return lambda name: None
+    picks = np.linspace(0, len(walk.windows) - 1, min(count, len(walk.windows))).round().astype(np.int64)
+    outputs = Outputs(source.weights, walk.windows[picks], task.work, device=task.device)
+    outputs.measure(lambda done, total: listener.progress("outputs", done, total))
+    return outputs.moment
 
 
 def without_cores(source: Source, file: ModelSpec, most_bytes: int, task: ExportTask, listener: Listener) -> Result:
@@ -256,6 +273,7 @@ class Fitting:
         table: the second moment that the embedding's rows are rounded with. None measures it if the embedding is the head
             too, and otherwise rounds each row by itself.
         store: keeps the tensors of every layer; those of a run before are taken from it.
+        outputs: the moments of gradients that integers are rounded with.
         done: the number of layers that are written.
     """
 
@@ -265,6 +283,7 @@ class Fitting:
     listener: Listener
     table: Matrix | None = None
     store: Store | None = None
+    outputs: OutputMoments = lambda name: None
     done: int = 0
 
     def run(self, walk: Calibration | None) -> None:
@@ -343,7 +362,7 @@ class Fitting:
         """Fits one layer, keeps its tensors, and writes them."""
         weight = f"{linear.name}.0.weight"
         raw, dtype, start = self.source.array(weight), self.source.dtype(weight), time.perf_counter()
-        built = build_linear(linear, raw, dtype, moment, self.method)
+        built = build_linear(linear, raw, dtype, moment, self.method, self.outputs(linear.name))
         seconds = time.perf_counter() - start
         if self.listener.fitted:
             if moment is not None:

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import quality
-from parts import judge, rows, verdict
+from parts import columns, judge, quality_tables, rows, verdict
 
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.budget import file_bytes
@@ -22,7 +22,7 @@ from mpo_formats import Mpo, PlanError, Quantized
 from mpo_formats.architecture import EMBEDDING
 from mpo_runtime.measure import Comparison, summarise
 from mpo_runtime.weights.checkpoint import Checkpoint
-from tests.helpers import write_folder
+from tests.helpers import BOS, some_ids, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +125,52 @@ def test_domains_of_the_embedded_text() -> None:
     assert list(texts) == list(judge.DOMAINS) and {text.ids.size for text in texts.values()} == {500}
     only = judge.calibration_tokens(source, None, "web")
     assert 0 < only.ids.size < judge.calibration_tokens(source, None, None).ids.size
+
+
+def column(name: str, size: float, chi: int, before: float, after: float) -> dict[str, object]:
+    return {"column": name, "size": size, "chi": chi, "before": {"kl_mean": before}, "after": {"kl_mean": after}}
+
+
+def test_columns_show_the_best_cores_and_say_what_is_not_there() -> None:
+    found = [
+        column("integers", 2.5, 0, 0.15, 0.08),
+        column("rotated", 2.5, 0, 0.125, 0.07),
+        column("with cores", 2.5, 4, 0.135, 0.06),
+        column("with cores", 2.5, 8, 0.165, 0.05),
+        column("rotated", 2.25, 0, 0.25, 0.09),
+        {"column": "with cores", "size": 2.25, "chi": 8, "no_such_file": "too small"},
+    ]
+    lines = quality_tables.columns_table({"demo": found}).split("\n")
+    assert lines[2] == "| demo | 2.25 | no | not measured | 0.250 | not measured | – |"
+    assert lines[4] == "| demo | 2.5 | no | 0.1500 | 0.1250 | not measured | 0.1350 (χ = 4) |"
+    assert lines[5] == "| demo | 2.5 | yes | 0.0800 | 0.0700 | not measured | 0.0500 (χ = 8) |"
+
+
+def test_columns_make_heal_and_keep_files_of_at_most_the_bytes(tmp_path: Path, source: Checkpoint) -> None:
+    text = tmp_path / "ids.npy"
+    np.save(text, np.array(some_ids(700, 3, BOS)))
+    words = [
+        "--model",
+        str(source.folder),
+        "--columns",
+        "--size",
+        "20",
+        "--chi",
+        "2",
+        "--tokens",
+        "64",
+        "--windows",
+        "4",
+    ]
+    words += [word for name in ("--text", "--calib", "--heal-text") for word in (name, str(text))]
+    arguments = quality.parsed([*words, "--heal-tokens", "2k", "--rows", str(tmp_path / "rows.jsonl")])
+    columns.measure_columns(arguments)
+    found = list(quality.Kept(tmp_path / "rows.jsonl").rows.values())
+    assert [row["column"] for row in found] == ["integers", "rotated", "with cores"]
+    parameters = source.spec.architecture.parameters()
+    for row in found:
+        assert row["file_bytes"] <= 20 * parameters / 8
+        assert row["before"]["kl_mean"] > 0 and row["after"]["kl_mean"] > 0
+    assert found[2]["layers_with_cores"] > 0
+    columns.measure_columns(arguments)
+    assert len(quality.Kept(tmp_path / "rows.jsonl").rows) == 3

@@ -107,7 +107,8 @@ EffortName = Annotated[
         "--effort",
         metavar="[quick|normal|best]",
         help="quick: no calibration text, layers are judged and rounded by their weights alone; normal: calibrated, with "
-        "estimates on samples; best: estimates on whole matrices and all windows. --dry-run tells what each takes.",
+        "estimates on samples; best: estimates on whole matrices and all windows, and a rounding that minds which errors of "
+        "outputs go together. --dry-run tells what each takes.",
     ),
 ]
 KeepWork = Annotated[

@@ -13,7 +13,7 @@ from mpo_exporter.progress import Progress
 # Seconds between two lines.
 EVERY = 10.0
 # What is counted in each stage.
-COUNTED = {"gradients": "blocks", "measuring": "windows"}
+COUNTED = {"gradients": "blocks", "outputs": "blocks", "measuring": "windows"}
 
 
 @dataclass(slots=True)

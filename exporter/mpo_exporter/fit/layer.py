@@ -15,6 +15,7 @@ from mpo_exporter.fit.common import Cores, activation_error, contract, second_of
 from mpo_exporter.fit.svd import sequential_svd
 from mpo_exporter.quantize.gptq import TURNS, compensated, target
 from mpo_exporter.quantize.rounding import MOST_LOST, Integers, require_scales, round_to_nearest
+from mpo_exporter.quantize.rows import compensated_rows
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import bf16_to_f32, f32_to_bf16, hadamard_transform
@@ -70,11 +71,19 @@ def narrow(values: Matrix, dtype: str) -> NDArray[Any]:
 
 
 def build_linear(
-    linear: LinearSpec, raw: NDArray[Any], dtype: str, moment: Moment | None = None, method: Method | None = None
+    linear: LinearSpec,
+    raw: NDArray[Any],
+    dtype: str,
+    moment: Moment | None = None,
+    method: Method | None = None,
+    outputs: NDArray[np.float32] | None = None,
 ) -> Built:
     """Fits all terms of a layer to its stored matrix [out, in], in the norm of its input's moment where that is given.
 
     A layer of transformed inputs is fitted in their basis, in which the moment is left (`Moment.turn`).
+
+    Args:
+        outputs: the second moment G [out, out] of the loss's gradient by its outputs, which integers are then rounded for too.
 
     Raises:
         ConfigError: naming the layer, when a value is not finite or outside the range of the stored type.
@@ -88,7 +97,7 @@ def build_linear(
         if moment is not None:
             moment.turn(linear.hadamard)
             matrix = target(matrix, moment)
-        built = _fit(linear, matrix, moment, method or Method())
+        built = _fit(linear, matrix, moment, method or Method(), outputs)
         return replace(built, matrix=hadamard_transform(built.matrix, linear.hadamard))
     except ConfigError as error:
         raise ConfigError(f"{linear.name}: {error}") from None
@@ -127,7 +136,9 @@ def require_half(pairs: Sequence[tuple[Matrix, Matrix]]) -> None:
             )
 
 
-def _fit(linear: LinearSpec, matrix: Matrix, moment: Moment | None, method: Method) -> Built:
+def _fit(
+    linear: LinearSpec, matrix: Matrix, moment: Moment | None, method: Method, outputs: NDArray[np.float32] | None
+) -> Built:
     best: tuple[float, list[Built]] | None = None
     fitted = [Built({}, np.zeros_like(matrix)) for _ in linear.terms]
     rounds = ROUNDS if len(linear.terms) > 1 else 1
@@ -141,7 +152,8 @@ def _fit(linear: LinearSpec, matrix: Matrix, moment: Moment | None, method: Meth
                 stored = narrow(rest, term.dtype)
                 fitted[index] = Built({f"{prefix}.weight": stored}, widen(stored, term.dtype))
             elif isinstance(term, Quantized):
-                integers = quantize(rest, term, moment, method, TURNS if number + 1 == rounds else 1)
+                turns = TURNS if number + 1 == rounds else 1
+                integers = quantize(rest, term, moment, method, turns, outputs)
                 fitted[index] = Built(dict(integer_tensors(prefix, integers)), integers.matrix())
             else:
                 cores = fit_cores(rest, term, moment, method)
@@ -158,10 +170,24 @@ def _fit(linear: LinearSpec, matrix: Matrix, moment: Moment | None, method: Meth
     return Built(tensors, sum((part.matrix for part in parts), np.zeros_like(matrix)))
 
 
-def quantize(matrix: Matrix, term: Quantized, moment: Moment | None, method: Method, turns: int = TURNS) -> Integers:
-    """Rounds a matrix to the term's integers, with compensated rounding where a moment is given and the method says so."""
+def quantize(
+    matrix: Matrix,
+    term: Quantized,
+    moment: Moment | None,
+    method: Method,
+    turns: int = TURNS,
+    outputs: NDArray[np.float32] | None = None,
+) -> Integers:
+    """Rounds a matrix to the term's integers, with compensated rounding where a moment is given and the method says so.
+
+    Args:
+        outputs: G [O, O] as `build_linear` takes it; None rounds the rows without regard for each other.
+    """
     if moment is None or method.rounding == "nearest":
         return round_to_nearest(matrix, term.bits, term.group, zeros=term.zeros)
+    if outputs is not None:
+        whole = outputs.astype(np.float64)
+        return compensated_rows(matrix, moment, whole, term.bits, term.group, zeros=term.zeros, turns=turns)
     return compensated(matrix, moment, term.bits, term.group, zeros=term.zeros, turns=turns)
 
 

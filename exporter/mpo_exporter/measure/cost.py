@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mpo_exporter.calibrate.moments import Moment
+from mpo_exporter.calibrate.outputs import MOST
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.upstream import HELD_BYTES
 from mpo_exporter.effort import Effort
@@ -160,6 +161,10 @@ def export_cost(
         stages["surveying"] = backward + rates.exact * cubes + tried
     elif surveyed:
         stages["surveying"] = rates.grid * judged * len(GRIDS)
+    minded = min(windows, effort.outputs) * window
+    if minded:
+        stages["outputs"] = minded * (forward + rates.product * (2 * block + pairs_of(architecture) + 4 * head))
+        stages["outputs"] += minded * 3 * beside * block
     if windows:
         moments = tokens * (2 * squares + out)
         fits = sum(rows * columns**2 for _, rows, columns in sizes)
@@ -171,7 +176,7 @@ def export_cost(
     return Cost(
         stages,
         memory_of(architecture, source_bytes, tokens, measured_tokens),
-        disk_of(architecture, file_bytes, tokens, sampled if surveyed else 0),
+        disk_of(architecture, file_bytes, tokens, sampled if surveyed else 0, minded),
     )
 
 
@@ -186,10 +191,21 @@ def memory_of(architecture: Architecture, source_bytes: int, tokens: int, measur
     return max(PROGRAM + source_bytes + max(fitting, measuring), peak_memory())
 
 
-def disk_of(architecture: Architecture, file_bytes: int, tokens: int, sampled: int) -> int:
-    """Bytes of disk at most: the file twice, and the states of the survey or those of both upstreams."""
+def pairs_of(architecture: Architecture) -> int:
+    """Entries of the second moments of gradients by the outputs of the blocks' layers."""
+    sizes = architecture.linear_sizes()
+    return sum(rows**2 for name, rows, _, _ in sizes if name not in (EMBEDDING, HEAD) and rows <= MOST)
+
+
+def disk_of(architecture: Architecture, file_bytes: int, tokens: int, sampled: int, minded: int = 0) -> int:
+    """Bytes of disk at most: the file twice, and the states of the survey or those of both upstreams.
+
+    Args:
+        sampled, minded: tokens that gradients are taken on in the survey, and for a rounding that minds outputs.
+    """
     state = 4 * architecture.hidden_size
     survey = state * (sampled * (architecture.num_hidden_layers + 1) + tokens) if sampled else 0
     spilled = sum(4 * tokens * size for size in (architecture.intermediate_size,) if 4 * tokens * size > HELD_BYTES)
     fits = 6 * state * tokens + 4 * spilled
-    return 2 * file_bytes + max(survey, fits)
+    kept = 4 * pairs_of(architecture) if minded else 0
+    return 2 * file_bytes + kept + max(survey, fits, state * minded * architecture.num_hidden_layers)
