@@ -42,6 +42,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "healing-corpus": healing_tables.healing_corpus,
     "healing-lengths": healing_tables.healing_lengths,
     "healing-prefixes": healing_tables.healing_prefixes,
+    "healed-smollm2": healing_tables.healed_smollm2,
     "heal-cost": healing_tables.heal_cost,
     "decoding-2b": speed_tables.decoding_2b,
     "decoding-8b": speed_tables.decoding_8b,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 
 from parts.cells import Row, kl, percent, rows_of, table
+from parts.quality_tables import name_of, paired_error, shortened
 
 HEALED = "2026-11-27-healing-h200.json"
+HEALED_SMOLLM2 = "2026-11-30-smollm2-healed.json"
 HEALED_NAMES = {
     "auto, 4.25 bits": "`auto`, 4.25 bits",
     "auto, 3.3 bits": "`auto`, 3.3 bits",
@@ -99,3 +101,49 @@ def heal_cost() -> str:
             cells.append(" / ".join(f"{ratio:.2f}" for ratio in ratios))
         body.append(cells)
     return table(("what is trained", "granite-nano, 2 CPU threads", "2B sizes, H200"), body)
+
+
+def healed_smollm2() -> str:
+    """SmolLM2 before and after a short healing: divergence, perplexity, accuracy on six tasks, and an answer."""
+    rows = rows_of(HEALED_SMOLLM2)
+    dense = next(row for row in rows if row["family"] == "dense")
+    body = [
+        (
+            "dense",
+            f"{dense['file_bytes'] / 1e6:.1f}",
+            "",
+            f"{dense['perplexity']:.2f}",
+            points(dense),
+            "",
+            answer(dense),
+        )
+    ]
+    for after in rows:
+        if not after.get("healed"):
+            continue
+        key = (after["family"], after["name"], False)
+        before = next(row for row in rows if (row["family"], row["name"], row.get("healed")) == key)
+        change = 100 * (after["accuracy_mean"] - before["accuracy_mean"])
+        body.append(
+            (
+                name_of(before),
+                f"{after['file_bytes'] / 1e6:.1f}",
+                f"{kl(before['kl_mean'])} → {kl(after['kl_mean'])} ({after['kl_mean'] / before['kl_mean']:.2f})",
+                f"{before['perplexity']:.1f} → {after['perplexity']:.1f}",
+                f"{points(before)} → {points(after)}",
+                f"{change:+.1f} ± {100 * paired_error(after, before):.1f}",
+                answer(after),
+            )
+        )
+    head = ("file", "MB", "KL before → healed (left)", "perplexity", "accuracy, six tasks", "change", "says, healed")
+    return table(head, body)
+
+
+def points(row: Row) -> str:
+    """The mean accuracy of a row."""
+    return f"{100 * row['accuracy_mean']:.1f}"
+
+
+def answer(row: Row) -> str:
+    """What a file answers to the first prompt."""
+    return shortened(next(iter(row["samples"].values())), 60)
