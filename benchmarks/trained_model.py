@@ -46,8 +46,8 @@ PURE = ("IQ4_NL",)
 SIZES = (4.25, 3.5, 3.0, 2.5)
 # χ = 112 leaves SmolLM2's tensorized matrices 30 % of their parameters, which is what the paper reports.
 PLANS: dict[str, tuple[str, ...]] = {"int4": (), "paper": ("--chi", "112"), "k-proj": ()}
-# Beside `auto`, to tell what the Hadamard transforms give.
-PLAIN = "auto, no transforms"
+# Beside `auto`, to tell what transforms of inputs give.
+PLAIN, FITTED = "auto, no transforms", "auto, fitted"
 WINDOW = 256
 PROMPTS = ("What is the capital of France?", "Write two sentences about the sea.", "Why is the sky blue?")
 EXPECTED = re.compile(r"predicted KL: ([0-9.e-]+)")
@@ -125,16 +125,20 @@ def make_peers(arguments: argparse.Namespace) -> dict[str, Path]:
     return files
 
 
-def planned(peers: dict[str, Path]) -> Iterator[Row]:
-    """All rows, the dense model first."""
+def planned(peers: dict[str, Path], sizes: Sequence[int] = ()) -> Iterator[Row]:
+    """All rows, the dense model first; `sizes` are files' bytes besides those of the peers."""
     yield Row("dense", "")
     yield from (Row("llama.cpp", kind) for kind in peers)
-    for family, options in (("auto", ()), (PLAIN, ("--no-hadamard",))):
+    families = {"auto": (), FITTED: ("--transforms", "fitted"), PLAIN: ("--transforms", "none")}
+    for family, options in families.items():
         for kind, path in peers.items():
             yield Row(family, f"bytes of {kind}", ("--target-size", str(path.stat().st_size), *options))
+        for size in sizes:
+            yield Row(family, f"{size / 1e6:.2f} MB", ("--target-size", str(size), *options))
     for bits in SIZES:
         yield Row("auto", f"{bits} bits", ("--target-bpw", str(bits)), heal=True)
-        yield Row(PLAIN, f"{bits} bits", ("--target-bpw", str(bits), "--no-hadamard"))
+        for family in (FITTED, PLAIN):
+            yield Row(family, f"{bits} bits", ("--target-bpw", str(bits), *families[family]))
     for kind in peers:
         yield Row("auto", f"{TYPES[kind]} bits, as {kind}", ("--target-bpw", str(TYPES[kind])))
     for plan, options in PLANS.items():
@@ -264,7 +268,7 @@ def measure_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     peers = make_peers(arguments) if arguments.llama_bin else {}
     kept, judge = Kept(arguments.rows), Judge(arguments)
     rows: list[dict[str, Any]] = []
-    for row in planned(peers):
+    for row in planned(peers, arguments.sizes):
         if arguments.only and row.family not in arguments.only:
             continue
         if row.family != "dense" and not re.search(arguments.names, row.name):
@@ -318,6 +322,7 @@ def main() -> None:
     parser.add_argument("--heal-text", type=Path, help="the calibration text where it is not given")
     parser.add_argument("--only", nargs="*", default=[], help="rows of these families: dense, llama.cpp, auto, int4, …")
     parser.add_argument("--names", default="", help="of these, rows whose name has this regular expression")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="files of so many bytes, too")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no row after this time")
     parser.add_argument("--bf16", action="store_true", help="accuracy from bf16 products: faster on a CPU with AMX")
     parser.add_argument("--threads", type=int, default=2)

@@ -50,8 +50,13 @@ class Operator:
 
     def __init__(self, cores: Sequence[Core], reverse: bool, densify_from: int = ...) -> None: ...
 
+class Transform:
+    """A stored transform of inputs: matrices [count, block, block], given one after the other; one is that of every block."""
+
+    def __init__(self, count: int, block: int, matrices: NDArray[np.float32]) -> None: ...
+
 class Linear:
-    """A linear layer [rows, columns]: the sum of its terms, of x or of its Hadamard transform, and a bias."""
+    """A linear layer [rows, columns]: the sum of its terms, of x or of a transform of it, and a bias."""
 
     name: str
     rows: int
@@ -66,6 +71,7 @@ class Linear:
         operators: Sequence[Operator],
         bias: NDArray[np.float32] | None,
         hadamard: int = 0,
+        transform: Transform | None = None,
     ) -> None: ...
 
 # -- programs and the KV cache (csrc/bind/programs.cpp)

@@ -35,7 +35,7 @@ UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "typer", "matplotlib"}
 # The parts of the exporter, lowest first: a module imports its own part and lower ones, never a higher one.
 EXPORTER_PARTS = (
-    {"progress", "terms", "effort"},
+    {"progress", "terms", "effort", "basis"},
     {"calibrate"},
     {"fit", "quantize"},
     {"measure"},

@@ -195,7 +195,8 @@ def core_candidates(bench: Bench) -> dict[str, list[Candidate]]:
     ids = cut_calibration(bench.calibration, bench.source.architecture, count=bench.windows)
     found: dict[str, list[Candidate]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, sensitivity in sensitivities(bench.source, Calibration(bench.source, ids, Path(folder))):
+        groups = sensitivities(bench.source, Calibration(bench.source, ids, Path(folder)))
+        for name, sensitivity in (item for group in groups for item in group.items()):
             if name in (EMBEDDING, HEAD):
                 continue
             linear, matrix = bench.source.spec.linear(name), dense_matrix(bench.source, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpo_exporter.terms import Transforms
 from mpo_formats import ConfigError
 
 
@@ -29,18 +30,20 @@ class Effort:
             errors of their weights and rounded to nearest.
         care: for the survey of a model with calibration text.
         outputs: windows on which gradients by the layers' outputs are measured, for a rounding that minds them; 0: none.
+        transforms: that layers may take of their input, if the user does not say.
     """
 
     name: str
     windows: int
     care: Care
     outputs: int = 0
+    transforms: Transforms = "hadamard"
 
 
 USUAL = Care()
 QUICK = Effort("quick", 0, USUAL)
 NORMAL = Effort("normal", 80, USUAL)
-BEST = Effort("best", 96, Care(96, 1024), outputs=96)
+BEST = Effort("best", 96, Care(96, 1024), outputs=96, transforms="fitted")
 EFFORTS = {effort.name: effort for effort in (QUICK, NORMAL, BEST)}
 
 

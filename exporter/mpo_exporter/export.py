@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpo_exporter.basis import PLAIN, Bases, basis_of
 from mpo_exporter.calibrate.moments import UPSTREAMS, Calibration, Moment, compressed_blocks
 from mpo_exporter.calibrate.outputs import Outputs
 from mpo_exporter.calibrate.store import Store
@@ -33,7 +34,7 @@ from mpo_exporter.texts import calibration_walk
 from mpo_exporter.work import Work
 from mpo_formats import Certificates, CheckpointError, LinearSpec, ModelSpec, MpoWriter, Provenance
 from mpo_formats.architecture import EMBEDDING
-from mpo_formats.layout import content_tensors, linear_tensors
+from mpo_formats.layout import content_tensors, linear_tensors, transform_tensors
 from mpo_formats.writer import spec_metadata
 from mpo_runtime.measure import Comparison
 from mpo_runtime.text.token_text import TokenText
@@ -156,13 +157,14 @@ def export(source: Source, task: ExportTask, listener: Listener | None = None) -
 
     with MpoWriter(task.target, spec, force=task.force, folder=spilled) as writer:
         table = planner.surveyed.table if planner.surveyed else None
+        bases = planner.bases(spec)
         method = task.method or Method(norm=task.options.keeps_norm)
         # A report shows every fit, so it needs them done in this run.
         store = None if listener.fitted else task.work
         if store is not None:
             store.scope("fit", hashlib.sha256(json.dumps(spec_metadata(spec)).encode()).hexdigest()[:16])
         outputs = output_moments(source, task, planner, method, listener)
-        Fitting(writer, source.weights, method, listener, table, store, outputs).run(planner.walk)
+        Fitting(writer, source.weights, method, listener, table, store, outputs, bases).run(planner.walk)
         writer.commit(certify)
     comparison = comparisons[0] if comparisons else None
     if comparison:
@@ -221,7 +223,7 @@ def planner_for(source: Source, task: ExportTask, folder: Path, listener: Listen
         task.surveyed,
         care=task.effort.care,
         store=task.work,
-        hadamard=task.options.hadamard,
+        transforms=task.options.transforms or task.effort.transforms,
         blind=walk is None and task.effort == QUICK,
     )
 
@@ -274,7 +276,9 @@ class Fitting:
             too, and otherwise rounds each row by itself.
         store: keeps the tensors of every layer; those of a run before are taken from it.
         outputs: the moments of gradients that integers are rounded with.
+        bases: the stored transforms that layers take, by their names.
         done: the number of layers that are written.
+        written: the transforms that are written.
     """
 
     writer: MpoWriter
@@ -284,7 +288,9 @@ class Fitting:
     table: Matrix | None = None
     store: Store | None = None
     outputs: OutputMoments = lambda name: None
+    bases: Bases = field(default_factory=dict)
     done: int = 0
+    written: set[str] = field(default_factory=set)
 
     def run(self, walk: Calibration | None) -> None:
         """Writes all tensors in the order of the file; layers are fitted to the walk's text, or to the weights alone.
@@ -362,11 +368,12 @@ class Fitting:
         """Fits one layer, keeps its tensors, and writes them."""
         weight = f"{linear.name}.0.weight"
         raw, dtype, start = self.source.array(weight), self.source.dtype(weight), time.perf_counter()
-        built = build_linear(linear, raw, dtype, moment, self.method, self.outputs(linear.name))
+        outputs, basis = self.outputs(linear.name), basis_of(linear, self.bases)
+        built = build_linear(linear, raw, dtype, moment, self.method, outputs, basis)
         seconds = time.perf_counter() - start
         if self.listener.fitted:
             if moment is not None:
-                moment.turn(0)
+                moment.turn(PLAIN)
             self.listener.fitted(Fitted(linear.name, widen(raw, dtype), built.matrix, moment, seconds))
         if self.store is not None:
             self.store.write(f"fit-{linear.name}", built.tensors)
@@ -374,7 +381,11 @@ class Fitting:
         return built
 
     def write(self, linear: LinearSpec, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Writes the tensors of a layer, and its bias."""
+        """Writes the tensors of a layer, its bias, and before them the transform of its input if it is the first to take it."""
+        if linear.transform and linear.transform.name not in self.written:
+            self.written.add(linear.transform.name)
+            for tensor in transform_tensors(linear.transform):
+                self.writer.write(tensor.name, self.bases[linear.transform.name].tensors[tensor.name])
         for tensor in linear_tensors(linear):
             bias = tensor.name == f"{linear.name}.bias"
             self.writer.write(tensor.name, self.source.array(tensor.name) if bias else tensors[tensor.name])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term
+from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term, Transform
 from mpo_formats.architecture import full_rank
 from mpo_formats.layout import linear_tensors
 from mpo_formats.spec import GROUPS, HADAMARDS, CoreType
@@ -17,26 +18,31 @@ DEFAULT_CHI = 32
 GROUP = 32
 # The largest group of integer cores.
 CORE_GROUP = 64
+# Which transforms of inputs layers may take: none, Hadamard transforms, or also rotations that are fitted to them and stored.
+Transforms = Literal["none", "hadamard", "fitted"]
+TRANSFORMS: tuple[str, ...] = get_args(Transforms)
 # Inputs that are transformed together: larger blocks lower no error any more (docs/method.md).
 LARGEST_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to store a layer: its bytes in the file, its expected loss in nats per token, its terms, and their transform."""
+    """One way to store a layer: its bytes in the file, its expected loss in nats per token, its terms, and what they take."""
 
     bytes: int
     loss: float
     terms: tuple[Term, ...]
     hadamard: int = 0
+    transform: Transform | None = None
 
     def stored(self, linear: LinearSpec) -> LinearSpec:
         """The layer, stored in this way."""
-        return replace(linear, terms=self.terms, hadamard=self.hadamard)
+        return replace(linear, terms=self.terms, hadamard=self.hadamard, transform=self.transform)
 
     def describes(self, linear: LinearSpec) -> bool:
         """Whether the layer is stored in this way."""
-        return (linear.terms, linear.hadamard) == (self.terms, self.hadamard)
+        found = linear.terms, linear.hadamard, linear.transform
+        return found == (self.terms, self.hadamard, self.transform)
 
 
 def fitting_group(columns: int, wanted: int) -> int | None:

@@ -7,7 +7,7 @@ from mpo_formats.codec import VERSIONS
 from mpo_formats.errors import CheckpointError, ConfigError, FormatError, MpoError, OutputError, PlanError
 from mpo_formats.provenance import Certificate, Certificates, Provenance, Quality
 from mpo_formats.reader import MpoFile
-from mpo_formats.spec import Dense, FileSpec, Layouts, LinearSpec, Mpo, Quantized, Term, VectorSpec
+from mpo_formats.spec import Dense, FileSpec, Layouts, LinearSpec, Mpo, Quantized, Term, Transform, VectorSpec
 from mpo_formats.writer import MpoWriter
 
 __all__ = [
@@ -34,5 +34,6 @@ __all__ = [
     "Quantized",
     "Rope",
     "Term",
+    "Transform",
     "VectorSpec",
 ]

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from mpo_formats.codec import VERSIONS, describe
 from mpo_formats.errors import FormatError
 from mpo_formats.provenance import Provenance
-from mpo_formats.spec import FileSpec, LinearSpec, VectorSpec, require, require_choice, require_sizes
+from mpo_formats.spec import FileSpec, LinearSpec, Transform, VectorSpec, require, require_choice, require_sizes
 from mpo_formats.spec import full_rank as full_rank
 
 EMBEDDING = "model.embed_tokens"
@@ -228,11 +228,27 @@ class ModelSpec:
         names = [file.name for file in self.files]
         repeated = sorted({name for name in names if names.count(name) > 1})
         require(not repeated, f"files: {', '.join(repeated)} listed twice")
+        known, taken = {linear.name for linear in self.linears}, dict[str, Transform]()
+        for linear in self.linears:
+            if (one := linear.transform) is None:
+                continue
+            if one.name not in known:
+                raise FormatError(
+                    f"layers: {linear.name}: transform: expected the name of a layer, found {describe(one.name)}"
+                )
+            if taken.setdefault(one.name, one) != one:
+                raise FormatError(f"layers: {linear.name}: transform: {one.name} has another form in a layer before")
 
     @property
     def version(self) -> str:
         """The oldest version of the format that can say this."""
+        if any(linear.transform is not None for linear in self.linears):
+            return VERSIONS[3]
         return VERSIONS[2] if any(linear.hadamard for linear in self.linears) else self.architecture.version
+
+    def transforms(self) -> tuple[Transform, ...]:
+        """The stored transforms of the layers' inputs, each once, in the order of their first use."""
+        return tuple(dict.fromkeys(linear.transform for linear in self.linears if linear.transform is not None))
 
     def linear(self, name: str) -> LinearSpec:
         """The layer of that name; raises KeyError when there is none."""
@@ -242,8 +258,9 @@ class ModelSpec:
         raise KeyError(name)
 
     def stored_parameters(self) -> int:
-        """Numbers that the file stores: matrix entries, core entries, biases and norms."""
+        """Numbers that the file stores: entries of matrices, cores and transforms, biases and norms."""
         total = sum(vector.size for vector in self.vectors)
+        total += sum(one.count * one.block**2 for one in self.transforms())
         for linear in self.linears:
             total += linear.out_features if linear.bias else 0
             for term in linear.terms:

@@ -16,7 +16,7 @@ from mpo_formats.errors import FormatError
 
 # The versions of the format that are read, oldest first (SPEC.md, section 9). A field of a record is marked with metadata:
 # `since`, the version that brought it, or `choices`, the values that it may have in older versions.
-VERSIONS = ("0.2", "0.3", "0.4")
+VERSIONS = ("0.2", "0.3", "0.4", "0.5")
 NEWEST = VERSIONS[-1]
 
 Record = TypeVar("Record")

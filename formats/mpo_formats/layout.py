@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mpo_formats.architecture import ModelSpec
-from mpo_formats.spec import Dense, LinearSpec, Mpo, Quantized, Term
+from mpo_formats.spec import Dense, LinearSpec, Mpo, Quantized, Term, Transform
 
 ALIGNMENT = 64
 CHECKSUMS = "mpo.checksums"
@@ -15,6 +15,7 @@ CERTIFICATE = "mpo.certificate"
 CERTIFICATE_SIZE = 16384
 PADDING = "mpo.padding."
 FILE = "file."
+TRANSFORM = "transform"
 DIGEST_SIZE = 32
 
 # Element type of a tensor: our name -> (safetensors name, bytes).
@@ -75,6 +76,12 @@ def core_tensors(prefix: str, term: Mpo) -> Iterator[TensorSpec]:
             yield TensorSpec(name, term.dtype, shape)
 
 
+def transform_tensors(transform: Transform) -> Iterator[TensorSpec]:
+    """Yields the tensors of a stored transform: one term [count · block, block], its matrices one below the other."""
+    rows = transform.count * transform.block
+    yield from term_tensors(f"{transform.name}.{TRANSFORM}", transform.term, rows, transform.block)
+
+
 def linear_tensors(linear: LinearSpec) -> Iterator[TensorSpec]:
     """Yields the tensors of a layer in file order: its terms, then its bias."""
     for index, term in enumerate(linear.terms):
@@ -90,7 +97,11 @@ def linear_bytes(linear: LinearSpec) -> int:
 
 def content_tensors(model: ModelSpec) -> Iterator[TensorSpec]:
     """Yields every tensor that carries content, in file order, without padding, certificate and checksums."""
+    seen: set[str] = set()
     for linear in model.linears:
+        if linear.transform is not None and linear.transform.name not in seen:
+            seen.add(linear.transform.name)
+            yield from transform_tensors(linear.transform)
         yield from linear_tensors(linear)
     for vector in model.vectors:
         yield TensorSpec(f"{vector.name}.weight", vector.dtype, (vector.size,))

@@ -118,3 +118,18 @@ def hadamard_transform(rows: NDArray[Any], block: int) -> NDArray[Any]:
     blocks *= rows.dtype.type(block**-0.5)
     result: NDArray[Any] = blocks.reshape(rows.shape)
     return result
+
+
+def block_transform(rows: NDArray[Any], matrices: NDArray[Any]) -> NDArray[Any]:
+    """T x for every vector x along the last axis of `rows` [..., n], where T has the matrices [1 or n/b, b, b] on its diagonal.
+
+    The single matrix, if it is one, is that of every block.
+    """
+    count, block, _ = matrices.shape
+    turned = matrices.transpose(0, 2, 1).astype(rows.dtype)
+    if count == 1:
+        result: NDArray[Any] = (rows.reshape(-1, block) @ turned[0]).reshape(rows.shape)
+        return result
+    blocks = rows.reshape(-1, count, block).swapaxes(0, 1) @ turned  # [n/b, rows, b]
+    result = np.ascontiguousarray(blocks.swapaxes(0, 1)).reshape(rows.shape)
+    return result

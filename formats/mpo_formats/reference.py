@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_formats.layout import PLANES
-from mpo_formats.packing import bf16_to_f32, dequantize, hadamard_transform
+from mpo_formats.layout import PLANES, TRANSFORM
+from mpo_formats.packing import bf16_to_f32, block_transform, dequantize, hadamard_transform
 from mpo_formats.reader import MpoFile
-from mpo_formats.spec import Dense, LinearSpec, Mpo, Quantized
+from mpo_formats.spec import Dense, LinearSpec, Mpo, Quantized, Transform
 
 Matrix = NDArray[np.float64]
 
@@ -51,6 +51,16 @@ def contract(parts: list[Matrix]) -> Matrix:
     return result[..., 0]
 
 
+def transform_matrices(file: MpoFile, transform: Transform) -> Matrix:
+    """The matrices [count, block, block] of a stored transform."""
+    prefix, term = f"{transform.name}.{TRANSFORM}", transform.term
+    if isinstance(term, Dense):
+        found = float_tensor(file, f"{prefix}.weight")
+    else:
+        found = integer_tensor(file, prefix, term.bits, term.zeros)
+    return found.reshape(transform.count, transform.block, transform.block)
+
+
 def matrix(file: MpoFile, linear: LinearSpec, chi: int | None = None) -> Matrix:
     """The weight [out, in] of a layer: the sum of its terms, MPO bonds cut to `chi`, in the basis of the layer's input."""
     total = np.zeros((linear.out_features, linear.in_features))
@@ -62,4 +72,6 @@ def matrix(file: MpoFile, linear: LinearSpec, chi: int | None = None) -> Matrix:
             total += integer_tensor(file, prefix, term.bits, term.zeros)
         else:
             total += contract(cores(file, prefix, term, chi))
-    return hadamard_transform(total, linear.hadamard)
+    if linear.transform is None:
+        return hadamard_transform(total, linear.hadamard)
+    return block_transform(total, transform_matrices(file, linear.transform).transpose(0, 2, 1))

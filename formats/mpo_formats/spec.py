@@ -1,7 +1,7 @@
 """The contents of a `.mpo` file as frozen dataclasses that refuse invalid values (SPEC.md, sections 3 and 4).
 
-A linear layer is a sum of terms: y = Σ_t term_t(H x) (+ bias), term ∈ {Dense, Quantized, Mpo}. H is 1 or a block Hadamard
-transform.
+A linear layer is a sum of terms: y = Σ_t term_t(T x) (+ bias), term ∈ {Dense, Quantized, Mpo}. T is 1, a block Hadamard
+transform, or a stored one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ FLOATS: tuple[str, ...] = get_args(FloatType)
 CORE_BITS = {"int8": 8, "int4": 4}
 BITS = (8, 6, 5, 4, 3, 2)
 GROUPS = (16, 32, 64, 128, 256)
-HADAMARDS = (0, 16, 32, 64, 128, 256)
+BLOCKS = (16, 32, 64, 128, 256)
+HADAMARDS = (0, *BLOCKS)
 LARGEST_SIZE = 2**31 - 1
 MOST_CORES = 16
 MOST_TERMS = 8
@@ -165,11 +166,32 @@ Term = Dense | Quantized | Mpo
 
 
 @dataclass(frozen=True, slots=True)
+class Transform:
+    """A stored transform T of inputs: `count` matrices [block, block], one below the other in one term.
+
+    `name` is that of one of the layers that may share it. T x multiplies every block of `block` inputs with the one matrix,
+    or each with its own of as many as there are blocks.
+    """
+
+    name: str
+    block: int
+    count: int
+    term: Dense | Quantized
+
+    def __post_init__(self) -> None:
+        require_name("name", self.name)
+        require_choice("block", self.block, BLOCKS)
+        require_sizes("count", (self.count,), most=LARGEST_SIZE // self.block)
+        if isinstance(self.term, Quantized) and self.block % self.term.group:
+            raise FormatError(f"group {self.term.group} does not divide the block of {self.block}")
+
+
+@dataclass(frozen=True, slots=True)
 class LinearSpec:
     """One linear layer (or the embedding table): out × in, its terms, and its bias if any.
 
     Where `hadamard` is not 0, the terms act on H x, with H the Hadamard transform of every block of `hadamard` inputs: the
-    layer's matrix is (Σ_t term_t) H. H is symmetric and its own inverse.
+    layer's matrix is (Σ_t term_t) H. H is symmetric and its own inverse. `transform` is a stored one in its place.
     """
 
     name: str
@@ -178,6 +200,7 @@ class LinearSpec:
     bias: FloatType | None
     terms: tuple[Term, ...]
     hadamard: int = field(default=0, metadata={"since": "0.4"})
+    transform: Transform | None = field(default=None, metadata={"since": "0.5"})
 
     def __post_init__(self) -> None:
         require_name("layer name", self.name)
@@ -189,6 +212,9 @@ class LinearSpec:
         if self.hadamard and self.in_features % self.hadamard:
             found = f"hadamard: blocks of {self.hadamard} do not divide the {self.in_features} inputs"
             raise FormatError(f"{self.name}: {found}")
+        if self.transform is not None:
+            require(not self.hadamard, f"{self.name}: transform: expected none beside hadamard {self.hadamard}")
+            self._check_transform(self.transform)
         for term in self.terms:
             if isinstance(term, Quantized):
                 if self.in_features % term.group:
@@ -203,6 +229,17 @@ class LinearSpec:
         if product != size:
             found = f"{what} {list(dims)} multiply to {describe(product)}"
             raise FormatError(f"{self.name}: {found}, expected {size}")
+
+    def _check_transform(self, transform: Transform) -> None:
+        blocks, rest = divmod(self.in_features, transform.block)
+        if rest or transform.count not in (1, blocks):
+            found = f"transform: {transform.count} of {transform.block} inputs do not fit the {self.in_features} inputs"
+            raise FormatError(f"{self.name}: {found}")
+
+    @property
+    def transformed(self) -> bool:
+        """Whether the terms take a transform of the inputs."""
+        return self.hadamard != 0 or self.transform is not None
 
     def truncated(self, chi: int) -> LinearSpec:
         """The same layer with every MPO bond cut to its first `chi` values."""

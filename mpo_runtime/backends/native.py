@@ -105,7 +105,10 @@ class NativeOps(Ops):
         self._specs = spec.linears
         self.load = Choice("map", "as asked")
         self.residence: Residence | None = None  # moves the weights, see loading.py
-        self._linears = {linear.name: load_linear(weights, linear, chi=chi) for linear in spec.linears}
+        shared: dict[str, _native.Transform] = {}
+        self._linears = {
+            linear.name: load_linear(weights, linear, chi=chi, transforms=shared) for linear in spec.linears
+        }
         self._vectors = {vector.name: float_vector(weights, f"{vector.name}.weight") for vector in spec.vectors}
         self.head_dim = spec.architecture.head_dim
         self.frequencies = rotations(spec.architecture)
@@ -229,7 +232,7 @@ class NativeOps(Ops):
         return self._apply(lambda program, x: program.layer_norm(x, weight, bias, eps), x)
 
     def linear(self, layer: _native.Linear, x: Array) -> Array:
-        """Σ_t term_t(H x) + bias."""
+        """Σ_t term_t(T x) + bias."""
         return self._apply(lambda program, x: program.linear(x, layer), x)
 
     def rope_and_append(self, q: Array, k: Array, v: Array, cache: Any, block: int) -> Array:

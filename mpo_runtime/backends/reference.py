@@ -211,7 +211,7 @@ class ReferenceOps(EditableOps):
     def replace(self, layer: str, weight: Tensor) -> None:
         """Puts the matrix [out, in] in the place of a layer's terms; its bias stays."""
         present = self._linears[layer]
-        spec = dataclasses.replace(present.spec, hadamard=0)
+        spec = dataclasses.replace(present.spec, hadamard=0, transform=None)
         self._linears[layer] = Linear(spec, [MatrixTerm.of(weight.to(self.device))], present.bias)
 
     @contextmanager

@@ -30,8 +30,15 @@ def term_text(term: Term) -> str:
 
 
 def layer_text(linear: LinearSpec) -> str:
-    """A layer's terms, summed; `of H128` where they take the Hadamard transform of blocks of 128 inputs."""
-    return " + ".join(map(term_text, linear.terms)) + (f" of H{linear.hadamard}" if linear.hadamard else "")
+    """A layer's terms, summed, and the transform of its input that they take."""
+    return " + ".join(map(term_text, linear.terms)) + transform_text(linear)
+
+
+def transform_text(linear: LinearSpec) -> str:
+    """` of H128` for the Hadamard transform of blocks of 128 inputs, ` of T128` for a stored one; empty without."""
+    if linear.transform is not None:
+        return f" of T{linear.transform.block}"
+    return f" of H{linear.hadamard}" if linear.hadamard else ""
 
 
 def prefixes(spec: ModelSpec) -> list[tuple[int, int]]:

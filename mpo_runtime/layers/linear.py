@@ -1,4 +1,4 @@
-"""A linear layer as a sum of terms, in torch: y = Σ_t term_t(H x) (+ bias), term ∈ {Dense, Quantized, Mpo}.
+"""A linear layer as a sum of terms, in torch: y = Σ_t term_t(T x) (+ bias), term ∈ {Dense, Quantized, Mpo}.
 
 The reference backend runs these classes. The product with an integer matrix of any width is the plain product with the
 dequantised one (`mpo_runtime.native.dequantize`); the native backend multiplies without dequantising (csrc/).
@@ -21,6 +21,7 @@ from mpo_formats.layout import PLANES
 from mpo_formats.packing import bf16_to_f32, hadamard_signs
 from mpo_runtime import native
 from mpo_runtime.layers.contraction import choose_order
+from mpo_runtime.layers.transform import transform_matrices
 from mpo_runtime.weights.protocol import Weights
 
 
@@ -128,15 +129,16 @@ TorchTerm = MatrixTerm | MpoTerm
 
 @dataclass(slots=True)
 class Linear:
-    """A loaded layer: its spec, terms and bias."""
+    """A loaded layer: its spec, terms and bias, and the matrices [count, block, block] of the transform of its input, if any."""
 
     spec: LinearSpec
     terms: list[TorchTerm]
     bias: Tensor | None
+    transform: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         """Maps x [..., in] to [..., out]."""
-        flat = hadamard_transform(x.reshape(-1, self.spec.in_features), self.spec.hadamard)
+        flat = block_transform(x.reshape(-1, self.spec.in_features), self.transform)
         y = self.terms[0].apply(flat)
         for term in self.terms[1:]:
             y = y + term.apply(flat)
@@ -150,11 +152,11 @@ class Linear:
         y = self.terms[0].rows(flat)
         for term in self.terms[1:]:
             y = y + term.rows(flat)
-        return hadamard_transform(y, self.spec.hadamard).reshape(*ids.shape, self.spec.in_features)
+        return back_transform(y, self.transform).reshape(*ids.shape, self.spec.in_features)
 
     def weight(self) -> Tensor:
         """The matrix [out, in] that x is multiplied with: terms summed, then transformed."""
-        return hadamard_transform(torch.stack([term.weight() for term in self.terms]).sum(0), self.spec.hadamard)
+        return back_transform(torch.stack([term.weight() for term in self.terms]).sum(0), self.transform)
 
 
 @functools.cache  # recorded steps on a GPU read them as long as they live
@@ -164,11 +166,28 @@ def hadamard_matrix(block: int, dtype: torch.dtype, device: torch.device) -> Ten
         return torch.from_numpy(hadamard_signs(block) * block**-0.5).to(device, dtype)
 
 
-def hadamard_transform(rows: Tensor, block: int) -> Tensor:
-    """The Hadamard transform of every block of `block` elements along the last axis; 0 changes nothing."""
-    if not block:
+def block_transform(rows: Tensor, matrices: Tensor | None) -> Tensor:
+    """T x for every vector x along the last axis of rows [T, in], with matrices [1 or in/b, b, b] for its blocks; None is 1."""
+    if matrices is None:
         return rows
-    return (rows.reshape(-1, block) @ hadamard_matrix(block, rows.dtype, rows.device)).reshape(rows.shape)
+    count, block, _ = matrices.shape
+    turned = matrices.mT.to(rows)
+    if count == 1:
+        return (rows.reshape(-1, block) @ turned[0]).reshape(rows.shape)
+    blocks = rows.reshape(-1, count, block).transpose(0, 1) @ turned  # [in/b, T, b]
+    return blocks.transpose(0, 1).reshape(rows.shape)
+
+
+def back_transform(rows: Tensor, matrices: Tensor | None) -> Tensor:
+    """w T for every row w of a matrix: the row that x is multiplied with, where w is what T x is."""
+    return rows if matrices is None else block_transform(rows, matrices.mT)
+
+
+def load_transform(weights: Weights, spec: LinearSpec, device: torch.device) -> Tensor | None:
+    """The matrices [count, block, block] of the transform of a layer's input in float32; None where it has none."""
+    if spec.transform is None:
+        return hadamard_matrix(spec.hadamard, torch.float32, device)[None] if spec.hadamard else None
+    return torch.from_numpy(transform_matrices(weights, spec.transform)).to(device)
 
 
 def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None, held: bool, device: torch.device) -> Linear:
@@ -187,7 +206,7 @@ def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None, held: bo
         else:
             terms.append(_matrix_term(weights, prefix, term, held, device))
     bias = None if spec.bias is None else float_tensor(weights, f"{spec.name}.bias").to(device)
-    return Linear(spec, terms, bias)
+    return Linear(spec, terms, bias, load_transform(weights, spec, device))
 
 
 def _matrix_term(

@@ -12,11 +12,17 @@ from mpo_formats import Dense, LinearSpec, Mpo, Quantized
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import bf16_to_f32
 from mpo_runtime.layers.contraction import densify_from, sweep_cost
+from mpo_runtime.layers.transform import transform_matrices
 from mpo_runtime.weights.protocol import Weights
 
 
-def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None) -> _native.Linear:
+def load_linear(
+    weights: Weights, spec: LinearSpec, *, chi: int | None, transforms: dict[str, _native.Transform] | None = None
+) -> _native.Linear:
     """A layer whose terms are read directly from the mapped file, every bond cut to its first `chi` values.
+
+    Args:
+        transforms: those of other layers by name; layers that share one are computed together.
 
     Raises:
         ValueError: when a tensor has another size than the layer table says, which cannot happen in a checked file.
@@ -31,7 +37,20 @@ def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None) -> _nati
         else:
             matrices.append(integer_matrix(weights, prefix, term, spec.out_features, spec.in_features))
     bias = None if spec.bias is None else float_vector(weights, f"{spec.name}.bias")
-    return _native.Linear(spec.name, spec.out_features, spec.in_features, matrices, operators, bias, spec.hadamard)
+    transform = load_transform(weights, spec, {} if transforms is None else transforms)
+    sizes = spec.out_features, spec.in_features
+    return _native.Linear(spec.name, *sizes, matrices, operators, bias, spec.hadamard, transform)
+
+
+def load_transform(weights: Weights, spec: LinearSpec, known: dict[str, _native.Transform]) -> _native.Transform | None:
+    """The stored transform of a layer's input, one of those that are known or now among them; None where it has none."""
+    stored = spec.transform
+    if stored is None:
+        return None
+    if stored.name not in known:
+        matrices = transform_matrices(weights, stored)
+        known[stored.name] = _native.Transform(stored.count, stored.block, matrices.reshape(-1))
+    return known[stored.name]
 
 
 def load_operator(weights: Weights, prefix: str, stored: Mpo, kept: Mpo) -> _native.Operator:

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_formats import Dense, LinearSpec, Mpo, Quantized
-from mpo_formats.layout import PLANES
+from mpo_formats.layout import PLANES, TRANSFORM
 from mpo_formats.packing import bf16_to_f32, hadamard_signs, unpack
+from mpo_runtime.layers.transform import transform_matrices
 from mpo_runtime.onnx.cores import Operator
 from mpo_runtime.onnx.graph import Graph
 from mpo_runtime.onnx.integers import Blocks, Integers, container, joined, lay_out
@@ -44,7 +45,7 @@ class Layers:
     lookup_bits: frozenset[int]
     _integers: dict[str, Stored] = field(default_factory=dict)
     _sums: dict[tuple[str, int], str] = field(default_factory=dict)
-    _transforms: dict[tuple[str, int], str] = field(default_factory=dict)
+    _transforms: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def apply(self, layer: LinearSpec, x: str) -> str:
         """The output [..., out] of a layer for the value x [..., in]."""
@@ -68,7 +69,8 @@ class Layers:
         """
         first = layers[0]
         [term, *others] = first.terms
-        alike = all((one.terms, one.hadamard, one.bias) == (first.terms, first.hadamard, None) for one in layers)
+        kind = first.terms, first.hadamard, first.transform, None
+        alike = all((one.terms, one.hadamard, one.transform, one.bias) == kind for one in layers)
         if others or not isinstance(term, Quantized) or not alike:
             return ""
         found = joined([self._laid_out(layer, f"{layer.name}.0", term) for layer in layers])
@@ -88,20 +90,30 @@ class Layers:
             else:
                 y = self._operator(prefix, term).rows(self.graph, ids)
             total = self.graph.add("Add", total, y) if total else y
-        return self._transformed(total, layer)
+        return self._transformed(total, layer, back=True)
 
-    def _transformed(self, x: str, layer: LinearSpec) -> str:
-        """The Hadamard transform of x [B, S, in] that a layer takes, once for all layers that take the same."""
-        block = layer.hadamard
-        if not block:
+    def _transformed(self, x: str, layer: LinearSpec, *, back: bool = False) -> str:
+        """The transform T x of x [B, S, in] that a layer takes, once for all layers that take the same; `back`: x T of rows."""
+        stored = layer.transform
+        if not layer.hadamard and stored is None:
             return x
-        if (x, block) not in self._transforms:
-            matrix = self._once(f"hadamard.{block}", lambda: (hadamard_signs(block) * block**-0.5).astype(np.float32))
-            blocks = self.graph.constant([0, 0, layer.in_features // block, block])
-            parts = self.graph.add("MatMul", self.graph.add("Reshape", x, blocks), matrix)
+        name = f"hadamard.{layer.hadamard}" if stored is None else f"{stored.name}.{TRANSFORM}{'.back' if back else ''}"
+        if (x, name) not in self._transforms:
+            matrices = self._once(name, lambda: self._matrices(layer, back))
+            block, one = (layer.hadamard, True) if stored is None else (stored.block, stored.count == 1)
+            blocks = self.graph.constant([0, 0, layer.in_features // block, *([] if one else [1]), block])
+            parts = self.graph.add("MatMul", self.graph.add("Reshape", x, blocks), matrices)
             whole = self.graph.constant([0, 0, layer.in_features])
-            self._transforms[x, block] = self.graph.add("Reshape", parts, whole)
-        return self._transforms[x, block]
+            self._transforms[x, name] = self.graph.add("Reshape", parts, whole)
+        return self._transforms[x, name]
+
+    def _matrices(self, layer: LinearSpec, back: bool) -> NDArray[np.float32]:
+        """What the blocks of a transformed input, as rows, are multiplied with: [b, b], or [in/b, b, b]."""
+        if layer.transform is None:
+            return np.asarray(hadamard_signs(layer.hadamard) * layer.hadamard**-0.5, np.float32)
+        stored = transform_matrices(self.weights, layer.transform)
+        turned: NDArray[np.float32] = np.ascontiguousarray(stored if back else stored.transpose(0, 2, 1))
+        return turned.reshape(turned.shape[1:]) if layer.transform.count == 1 else turned
 
     def floats(self, name: str) -> str:
         """A stored float tensor in the graph's element type, once."""

@@ -1,21 +1,23 @@
 """A folder for vLLM: what mpo-export writes and the plugin reads. Tensors of a layer under flat names, its terms in config.json.
 
 A tensor `<layer>.0.core1.scale` of a `.mpo` file is called `<layer>.mpo_0_core1_scale`, because vLLM takes what stands before
-the last dot for a module. Biases, norms and everything else have the names of a Hugging Face folder. The entry
-`quantization_config` of config.json has the layer table as the header of a `.mpo` file has it.
+the last dot for a module. A stored transform is there once for every layer that takes it, under that layer's name. Biases,
+norms and everything else have the names of a Hugging Face folder. The entry `quantization_config` of config.json has the layer
+table as the header of a `.mpo` file has it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mpo_formats import ConfigError, Dense, FormatError, LinearSpec
 from mpo_formats.codec import records_from_json, to_json
 
 METHOD = "mpo"
-VERSION = 2
+VERSION = 3
 PREFIX = "mpo_"
 # vLLM's layers that hold several matrices.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -28,7 +30,15 @@ def flat_name(layer: str, tensor: str) -> str:
 
 def quantization_config(linears: Iterable[LinearSpec]) -> dict[str, Any]:
     """The entry `quantization_config` of config.json."""
-    return {"quant_method": METHOD, "version": VERSION, "layers": [json.loads(to_json(linear)) for linear in linears]}
+    own = (with_own_transform(linear) for linear in linears)
+    return {"quant_method": METHOD, "version": VERSION, "layers": [json.loads(to_json(linear)) for linear in own]}
+
+
+def with_own_transform(linear: LinearSpec) -> LinearSpec:
+    """The layer, its stored transform under its own name."""
+    return (
+        linear if linear.transform is None else replace(linear, transform=replace(linear.transform, name=linear.name))
+    )
 
 
 def plain_layers(linears: Iterable[LinearSpec]) -> set[str]:
@@ -36,7 +46,7 @@ def plain_layers(linears: Iterable[LinearSpec]) -> set[str]:
     dense = {
         linear.name
         for linear in linears
-        if len(linear.terms) == 1 and isinstance(linear.terms[0], Dense) and not linear.hadamard
+        if len(linear.terms) == 1 and isinstance(linear.terms[0], Dense) and not linear.transformed
     }
     return {name for name in dense if dense.issuperset(partners(name))}
 

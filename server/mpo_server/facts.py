@@ -146,6 +146,7 @@ def layers(model: Model) -> Iterator[dict[str, Any]]:
             "integers": next((term.bits for term in linear.terms if isinstance(term, Quantized)), None),
             "chi": max(bonds, default=None),
             "hadamard": linear.hadamard,
+            "transform": 0 if linear.transform is None else linear.transform.block,
             "terms": [_term(linear, index) for index in range(len(linear.terms))],
         }
 

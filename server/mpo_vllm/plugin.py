@@ -24,7 +24,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from mpo_formats import ConfigError, LinearSpec
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_formats.layout import TensorSpec, term_tensors
+from mpo_formats.layout import TensorSpec, term_tensors, transform_tensors
 from mpo_runtime import native
 from mpo_runtime.weights.vllm_folder import FUSED, METHOD, flat_name, plain_layers, read_layers
 from mpo_vllm.products import Product, product
@@ -175,12 +175,11 @@ class MpoMethod(LinearMethodBase):
 
 
 def parameter_tensors(spec: LinearSpec) -> dict[str, TensorSpec]:
-    """The tensors of a layer's terms by the names of their parameters in vLLM's layer."""
-    return {
-        flat_name(spec.name, tensor.name).rpartition(".")[2]: tensor
-        for index, term in enumerate(spec.terms)
-        for tensor in term_tensors(f"{spec.name}.{index}", term, spec.out_features, spec.in_features)
-    }
+    """The tensors of a layer's terms and stored transform by the names of their parameters in vLLM's layer."""
+    found = [] if spec.transform is None else list(transform_tensors(spec.transform))
+    for index, term in enumerate(spec.terms):
+        found += term_tensors(f"{spec.name}.{index}", term, spec.out_features, spec.in_features)
+    return {flat_name(spec.name, tensor.name).rpartition(".")[2]: tensor for tensor in found}
 
 
 def as_array(loaded: Tensor | None, tensor: TensorSpec) -> NDArray[Any]:

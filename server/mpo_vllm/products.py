@@ -13,7 +13,7 @@ from mpo_formats import Dense, Mpo, Quantized
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import implicit_zero
 from mpo_runtime import native
-from mpo_runtime.layers.linear import MpoTerm, hadamard_transform, load_cores, widen
+from mpo_runtime.layers.linear import MpoTerm, back_transform, block_transform, load_cores, load_transform, widen
 from mpo_runtime.weights.protocol import Weights
 from mpo_vllm.split import Layer
 
@@ -71,7 +71,8 @@ class TorchProduct:
 
     def __init__(self, layer: Layer, device: torch.device) -> None:
         spec = layer.spec
-        self.out_features, self.hadamard = spec.out_features, spec.hadamard
+        self.out_features = spec.out_features
+        self._transform = load_transform(cast(Weights, layer), spec, device)
         self._terms: list[Any] = []
         for index, term in enumerate(spec.terms):
             prefix = f"{spec.name}.{index}"
@@ -86,7 +87,7 @@ class TorchProduct:
     def apply(self, x: Tensor) -> Tensor:
         """Maps x [T, in] to [T, out], of the same type; cores are applied in float32."""
         total: Tensor | None = None
-        x = hadamard_transform(x, self.hadamard)
+        x = block_transform(x, self._transform)
         for term in self._terms:
             if isinstance(term, MpoTerm):
                 y = term.apply(x.float()).to(x.dtype)
@@ -100,7 +101,8 @@ class TorchProduct:
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows `ids` [T] of the matrix, as [T, in]."""
         found = [term[ids] if isinstance(term, Tensor) else term.rows(ids) for term in self._terms]
-        return hadamard_transform(torch.stack(found).sum(0), self.hadamard).to(dtype)
+        rows: Tensor = torch.stack(found).sum(0)
+        return back_transform(rows, self._transform).to(dtype)
 
 
 class PackedIntegers:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_formats import ConfigError, Dense, FormatError, LinearSpec, Mpo, Quantized, Term
-from mpo_formats.layout import PLANES
+from mpo_formats import ConfigError, Dense, FormatError, LinearSpec, Mpo, Quantized, Term, Transform
+from mpo_formats.layout import PLANES, transform_tensors
 from mpo_formats.packing import bf16_to_f32, dequantize
 
 Arrays = dict[str, NDArray[Any]]
@@ -49,12 +49,13 @@ def share(layer: Layer, axis: Axis, start: int, stop: int) -> Layer:
     spec = layer.spec
     rows = (start, stop) if axis == "rows" else (0, spec.out_features)
     columns = (start, stop) if axis == "columns" else (0, spec.in_features)
-    if spec.hadamard and (columns[0] % spec.hadamard or columns[1] % spec.hadamard):
+    block = spec.hadamard if spec.transform is None else spec.transform.block
+    if block and (columns[0] % block or columns[1] % block):
         raise ConfigError(
-            f"{spec.name}: columns {columns[0]} to {columns[1]} cut through a Hadamard block of {spec.hadamard}; "
-            "use fewer ranks, or export with --no-hadamard"
+            f"{spec.name}: columns {columns[0]} to {columns[1]} cut through a transform of {block} inputs; "
+            "use fewer ranks, or export with --transforms none"
         )
-    arrays: Arrays = {}
+    transform, arrays = cut_transform(layer, columns)
     terms: list[Term] = []
     for index, term in enumerate(spec.terms):
         prefix = f"{spec.name}.{index}"
@@ -70,8 +71,19 @@ def share(layer: Layer, axis: Axis, start: int, stop: int) -> Layer:
             cut, found = cut_cores(layer, prefix, term, axis, start, stop)
         terms.append(cut)
         arrays |= {name: np.ascontiguousarray(array) for name, array in found.items()}
-    kept = LinearSpec(spec.name, rows[1] - rows[0], columns[1] - columns[0], None, tuple(terms), spec.hadamard)
-    return Layer(kept, arrays)
+    sizes = rows[1] - rows[0], columns[1] - columns[0]
+    return Layer(LinearSpec(spec.name, *sizes, None, tuple(terms), spec.hadamard, transform), arrays)
+
+
+def cut_transform(layer: Layer, columns: tuple[int, int]) -> tuple[Transform | None, Arrays]:
+    """The stored transform of whole blocks of a layer's inputs."""
+    stored = layer.spec.transform
+    if stored is None:
+        return None, {}
+    rows = slice(None) if stored.count == 1 else slice(*columns)
+    found = {tensor.name: layer.array(tensor.name)[rows] for tensor in transform_tensors(stored)}
+    count = 1 if stored.count == 1 else (columns[1] - columns[0]) // stored.block
+    return replace(stored, count=count), {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
 def cut_integers(layer: Layer, prefix: str, term: Quantized, rows: tuple[int, int], columns: tuple[int, int]) -> Arrays:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mpo_exporter.basis import PLAIN, Basis
 from mpo_exporter.calibrate.hessian import processing_order
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit.common import activation_error
@@ -240,17 +241,17 @@ def test_the_change_of_a_target_is_a_ridge_regression(damping: float) -> None:
 def test_pivots_of_both_bases_are_those_of_the_hessians(group: int) -> None:
     second = moment_of(128, 3)
     known, moment = {}, Moment(second.copy())
-    for basis in (0, 32):
+    for basis in (PLAIN, Basis(32)):
         moment.turn(basis)
         hessian = moment.hessian(group)
         known[basis] = np.empty(128, np.float32)
         known[basis][hessian.order.numpy()] = hessian.weight.numpy()
     fresh = Moment(second.copy())
-    for basis in (0, 32, 0, 32):
+    for basis in (PLAIN, Basis(32), PLAIN, Basis(32)):
         np.testing.assert_allclose(fresh.pivots(group, basis), known[basis], rtol=2e-3)
-    assert np.array_equal(fresh.pivots(group, 0), fresh.pivots(group, 0))
+    assert np.array_equal(fresh.pivots(group, PLAIN), fresh.pivots(group, PLAIN))
     empty = Moment(np.zeros((128, 128)))
-    np.testing.assert_allclose(empty.pivots(group, 0), empty.hessian(group).weight.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(empty.pivots(group, PLAIN), empty.hessian(group).weight.numpy(), rtol=1e-6)
 
 
 def test_the_expected_error_is_near_the_real_one() -> None:

@@ -1,4 +1,4 @@
-"""Layers that take the Hadamard transform of their input: when they are chosen, how they are fitted, what follows from them."""
+"""Layers that take the Hadamard transform of their input: when it is chosen, how they are fitted, what follows from it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mpo_exporter.basis import PLAIN, Basis
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.calibrate.windows import cut_calibration
 from mpo_exporter.convert.hf import HfRequest, write_hf
 from mpo_exporter.fit.common import activation_error
 from mpo_exporter.fit.layer import build_linear
-from mpo_exporter.measure.candidates import Sensitivity, candidates, transform_gain
+from mpo_exporter.measure.candidates import Sensitivity, candidates
 from mpo_exporter.measure.survey import Survey, packed, survey, unpacked
+from mpo_exporter.measure.tried import transform_gain
 from mpo_exporter.plan.file import read_plan, write_plan
 from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.quantize.grid import Grid
@@ -71,14 +73,14 @@ def test_moments_are_turned_in_place_and_back() -> None:
     moment = Moment(second.copy(), cross.copy(), 7, drift.copy())
     before = moment.hessian(32).matrix.clone()
     transform = hadamard_transform(np.eye(64), 32)
-    moment.turn(32)
+    moment.turn(Basis(32))
     np.testing.assert_allclose(moment.second, transform @ second @ transform, atol=1e-9)
     np.testing.assert_allclose(moment.cross, transform @ cross @ transform, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(moment.drift, drift @ transform, atol=1e-5)
     np.testing.assert_allclose(moment.root @ moment.root.T, moment.second, atol=1e-9)
     assert not torch.allclose(moment.hessian(32).matrix.diagonal().sort()[0], before.diagonal().sort()[0])
-    moment.turn(16)
-    moment.turn(0)
+    moment.turn(Basis(16))
+    moment.turn(PLAIN)
     np.testing.assert_allclose(moment.second, second, atol=1e-9)
     torch.testing.assert_close(moment.hessian(32).matrix, before)
 
@@ -91,8 +93,8 @@ def test_integers_of_transformed_inputs_lose_less_where_inputs_have_outliers(bit
         built = build_linear(linear, matrix().astype(np.float32), "f32", Moment(outliers()))
         errors.append(activation_error(matrix() - built.matrix, outliers()))
     assert errors[1] < 0.7 * errors[0]
-    block, gain = transform_gain(LAYER, matrix(), Sensitivity(Moment(outliers()), np.ones(48)))
-    assert block == 64 and gain > 1.5
+    basis, gain = transform_gain(LAYER, matrix(), Sensitivity(Moment(outliers()), np.ones(48)))
+    assert basis == Basis(64) and gain > 1.5
 
 
 def test_cores_beside_integers_are_fitted_in_the_same_basis() -> None:
@@ -106,7 +108,9 @@ def test_cores_beside_integers_are_fitted_in_the_same_basis() -> None:
 
 
 def test_candidates_with_a_transform_expect_what_is_measured() -> None:
-    found = candidates(LAYER, matrix(), Sensitivity(Moment(outliers()), np.ones(48)), (Grid(3, 32),), (), hadamard=64)
+    found = candidates(
+        LAYER, matrix(), Sensitivity(Moment(outliers()), np.ones(48)), (Grid(3, 32),), (), basis=Basis(64)
+    )
     assert [one.hadamard for one in found] == [64, 0] and found[-1].terms == LAYER.terms
     built = build_linear(found[0].stored(LAYER), matrix().astype(np.float32), "f32", Moment(outliers()))
     difference = matrix() - built.matrix
@@ -137,7 +141,7 @@ def test_files_with_transforms_are_better_at_the_same_size_and_plans_keep_them(
     monkeypatch.setenv("MPO_HOME", str(tmp_path / "home"))
     size, found = Target(bits_per_weight=13), []
     for name, options in {
-        "plain": Options("auto", target=size, hadamard=False),
+        "plain": Options("auto", target=size, transforms="none"),
         "turned": Options("auto", target=size),
     }.items():
         result = export_folder(folder, tmp_path / f"{name}.mpo", options, calibration=TEXT, text=HELD_OUT)
@@ -145,7 +149,7 @@ def test_files_with_transforms_are_better_at_the_same_size_and_plans_keep_them(
         found.append(result)
     plain, turned = found
     assert not any(linear.hadamard for linear in plain.spec.linears) and plain.spec.version == "0.2"
-    assert plain.spec.provenance.options["no_hadamard"] == "True"
+    assert plain.spec.provenance.options["transforms"] == "none"
     assert any(linear.hadamard for linear in turned.spec.linears) and turned.spec.version == "0.4"
     assert turned.comparison.kl_mean < 0.8 * plain.comparison.kl_mean
     write_plan(tmp_path / "plan.json", turned.spec.linears)

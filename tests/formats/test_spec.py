@@ -26,6 +26,7 @@ from mpo_formats import (
     Quality,
     Quantized,
     Rope,
+    Transform,
     VectorSpec,
 )
 from mpo_formats.codec import NEWEST, describe, from_json, parse_json, records_from_json, shorten, to_json
@@ -240,6 +241,7 @@ def fields_of(heading: str) -> list[str]:
         ("**Architecture**", Architecture),
         ("**Rope**", Rope),
         ("**LinearSpec**", LinearSpec),
+        ("**Transform**", Transform),
         ("**Dense**", Dense),
         ("**Quantized**", Quantized),
         ("**Mpo**", Mpo),

@@ -33,6 +33,7 @@ from mpo_formats import (
     Quantized,
     Rope,
     Term,
+    Transform,
 )
 from mpo_formats.layout import content_tensors, linear_tensors
 from tests.formats import tiny
@@ -102,6 +103,13 @@ def features() -> dict[str, ModelSpec]:
     plain = feature({EMBEDDING: (Quantized(4, 32, False),), QUERY: both})
     turned = (dataclasses.replace(one, hadamard=16 * (one.name in (EMBEDDING, QUERY))) for one in plain.linears)
     result["hadamard"] = dataclasses.replace(plain, linears=tuple(turned))
+    # version 0.5: q and k share one matrix of integers, the embedding has a matrix for each block, in floats
+    shared = Transform(QUERY, 16, 1, Quantized(4, 16, False))
+    own = Transform(EMBEDDING, 16, 2, Dense("f16"))
+    stored = {EMBEDDING: own, QUERY: shared, tiny.KEY: shared}
+    plain = feature({EMBEDDING: (Quantized(4, 32, False),), QUERY: both, tiny.KEY: (Dense("f32"),)})
+    turned = (dataclasses.replace(one, transform=stored.get(one.name)) for one in plain.linears)
+    result["transform"] = dataclasses.replace(plain, linears=tuple(turned))
     result["files-certificate"] = feature({}, tuple(FILES))
     return result
 
@@ -192,7 +200,29 @@ def linear_content(linear: LinearSpec) -> tuple[dict[str, np.ndarray[Any, Any]],
     if linear.bias:
         tensors[f"{linear.name}.bias"], _ = float_tensor(f"{linear.name}.bias", (linear.out_features,), linear.bias)
     assert list(tensors) == [tensor.name for tensor in linear_tensors(linear)]
+    if linear.transform is not None:
+        parts, total = stored_transform(linear.transform, total)
+        return parts | tensors, total
     return tensors, transformed(total, linear.hadamard) if linear.hadamard else total
+
+
+def stored_transform(transform: Transform, matrix: Matrix) -> tuple[dict[str, np.ndarray[Any, Any]], Matrix]:
+    """The tensors of a stored transform, and a matrix times it, element by element."""
+    prefix, block = f"{transform.name}.transform", transform.block
+    rows = transform.count * block
+    if isinstance(transform.term, Dense):
+        values, factors = float_tensor(f"{prefix}.weight", (rows, block), transform.term.dtype)
+        tensors = {f"{prefix}.weight": values}
+    else:
+        term = transform.term
+        tensors, factors = integer_tensors(prefix, rows, block, term.bits, term.group, term.zeros)
+    result = np.zeros_like(matrix)
+    for column in range(matrix.shape[1]):
+        start, place = column - column % block, column % block
+        first = start if transform.count > 1 else 0
+        for other in range(block):
+            result[:, column] += matrix[:, start + other] * factors[first + other, place]
+    return tensors, result
 
 
 def transformed(matrix: Matrix, block: int) -> Matrix:

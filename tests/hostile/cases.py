@@ -21,6 +21,13 @@ VALUE = "model.layers.0.self_attn.v_proj"
 OUT = "model.layers.0.self_attn.o_proj"
 GATE = "model.layers.0.mlp.gate_proj"
 NORM = "model.norm.weight"
+# A stored transform of the 32 inputs of q and k.
+TURN = {
+    "name": QUERY,
+    "block": 16,
+    "count": 1,
+    "term": {"kind": "quantized", "bits": 4, "group": 16, "zeros": False},
+}
 
 
 LINES = Path(__file__).with_name("messages.txt").read_text(encoding="utf-8").splitlines()
@@ -90,7 +97,7 @@ METADATA = [
     Case("other-format", "R14", lambda s: (s.metadata.update(format="pt"), s.bytes())[1]),
     Case("no-format", "R14", lambda s: (s.metadata.pop("format"), s.bytes())[1]),
     Case("major-from-the-future", "R15", lambda s: (s.metadata.update(version="1.0"), s.bytes())[1]),
-    Case("minor-from-the-future", "R15", lambda s: (s.metadata.update(version="0.5"), s.bytes())[1]),
+    Case("minor-from-the-future", "R15", lambda s: (s.metadata.update(version="0.6"), s.bytes())[1]),
     Case("version-with-escapes", "R15", lambda s: (s.metadata.update(version="\x1b[2J" * 50), s.bytes())[1]),
     Case("no-version", "R15", lambda s: (s.metadata.pop("version"), s.bytes())[1]),
     Case(
@@ -175,6 +182,20 @@ LAYERS = [
     Case("hadamard-true", "R23", lambda s: s.later().change("layers", (1, "hadamard"), True)),
     Case("no-hadamard", "R22", lambda s: s.later().remove("layers", (1, "hadamard"))),
     Case("hadamard-before-its-time", "R21", lambda s: s.change("layers", (1, "hadamard"), 16)),
+    Case("no-transform", "R22", lambda s: s.later().remove("layers", (1, "transform"))),
+    Case("transform-before-its-time", "R21", lambda s: s.change("layers", (1, "transform"), None)),
+    Case("transform-of-48", "R24", lambda s: s.later(TURN).change("layers", (1, "transform", "block"), 48)),
+    Case(
+        "transform-of-cores", "R25", lambda s: s.later(TURN).change("layers", (1, "transform", "term", "kind"), "mpo")
+    ),
+    Case("transform-of-no-matrices", "R26", lambda s: s.later(TURN).change("layers", (1, "transform", "count"), 0)),
+    Case("group-over-a-block", "R38", lambda s: s.later(TURN).change("layers", (1, "transform", "term", "group"), 32)),
+    Case("transform-over-the-inputs", "R38", lambda s: s.later(TURN).change("layers", (1, "transform", "block"), 64)),
+    Case("too-many-matrices", "R38", lambda s: s.later(TURN).change("layers", (1, "transform", "count"), 3)),
+    Case("two-transforms", "R38", lambda s: s.later(TURN).change("layers", (1, "hadamard"), 16)),
+    Case("transform-of-no-layer", "R38", lambda s: s.later(TURN).change("layers", (1, "transform", "name"), "here")),
+    Case("transform-of-two-forms", "R38", lambda s: s.later(TURN).change("layers", (2, "transform", "count"), 2)),
+    Case("transform-without-tensors", "R56", lambda s: s.later(TURN).bytes()),
     Case("seventeen-cores", "R39", lambda s: s.change("layers", (1, "terms", 1, "out_dims"), [1] * 17)),
     Case("one-core", "R39", lambda s: s.change("layers", (1, "terms", 1, "out_dims"), [16])),
     Case("fewer-in-dims", "R39", lambda s: s.change("layers", (1, "terms", 1, "in_dims"), [32])),

@@ -41,12 +41,13 @@ class Sample:
         self.table: dict[str, Any] = json.loads(raw[8:start])
         self.data = bytearray(raw[start:])
 
-    def later(self) -> Sample:
-        """This sample as version 0.4, whose fields it then has."""
+    def later(self, transform: dict[str, Any] | None = None) -> Sample:
+        """This sample as version 0.5, whose fields it then has; q and k take the transform, whose tensors are missing."""
         record = json.loads(self.metadata["architecture"])
         record["windows"], record["rope"]["attention_factor"] = [], 1.0
-        layers = [{**layer, "hadamard": 0} for layer in json.loads(self.metadata["layers"])]
-        self.metadata.update(version="0.4", architecture=json.dumps(record), layers=json.dumps(layers))
+        layers = [{**layer, "hadamard": 0, "transform": None} for layer in json.loads(self.metadata["layers"])]
+        layers[1]["transform"] = layers[2]["transform"] = transform
+        self.metadata.update(version="0.5", architecture=json.dumps(record), layers=json.dumps(layers))
         return self
 
     @property

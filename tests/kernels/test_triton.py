@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -22,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'mpo-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo_formats import ConfigError, Dense, Mpo, Quantized, Term
+from mpo_formats import ConfigError, Dense, Mpo, Quantized, Term, Transform
 from mpo_formats.layout import PLANES
 from mpo_runtime.backends.triton import products, tiles
 from mpo_runtime.backends.triton import terms as terms_module
@@ -127,15 +128,19 @@ MIXTURES: dict[str, tuple[tuple[Term, ...], ...]] = {
 }
 
 
+# Taken by all three.
+STORED = Transform(QUERY, 32, 2, Quantized(8, 32, False))
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("hadamard", [0, 32])
-def test_layers_with_one_input_in_one_launch(kind: str, tokens: int, hadamard: int) -> None:
+@pytest.mark.parametrize("transform", [{}, {"hadamard": 32}, {"transform": STORED}])
+def test_layers_with_one_input_in_one_launch(kind: str, tokens: int, transform: dict[str, Any]) -> None:
     names, terms = (QUERY, KEY, VALUE), dict(zip((QUERY, KEY, VALUE), MIXTURES[kind], strict=True))
     spec = model(
         terms, hidden_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=16, attention_bias=kind == "bits"
     )
-    turned = (replace(one, hadamard=hadamard) if one.name in names else one for one in spec.linears)
+    turned = (replace(one, **transform) if one.name in names else one for one in spec.linears)
     spec = replace(spec, linears=tuple(turned))
     ours, reference = both(Held(spec, arrays(spec, 3)), exact=True)
     x, chosen = normal(2, tokens, 64, seed=tokens), [ours.weights(name) for name in names]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from mpo_formats import Dense, ModelSpec, Mpo, Quantized, Term
+from mpo_formats import Dense, ModelSpec, Mpo, Quantized, Term, Transform
 from mpo_formats.layout import content_tensors
-from mpo_formats.spec import BITS, GROUPS, HADAMARDS, full_rank
+from mpo_formats.spec import BITS, BLOCKS, GROUPS, HADAMARDS, full_rank
 from mpo_runtime import native
 from tests.formats.tiny import GATE, Arrays, arrays, model
 
@@ -60,10 +60,19 @@ def level(name: str) -> Iterator[None]:
         _native.set_isa("auto")
 
 
-def layer(terms: tuple[Term, ...], out: int, inner: int, bias: bool, seed: int, hadamard: int = 0) -> Held:
+def layer(
+    terms: tuple[Term, ...],
+    out: int,
+    inner: int,
+    bias: bool,
+    seed: int,
+    hadamard: int = 0,
+    transform: Transform | None = None,
+) -> Held:
     """A model whose GATE is the layer [out, inner]."""
     plain = model({GATE: terms}, hidden_size=inner, intermediate_size=out, mlp_bias=bias)
-    linears = (replace(one, hadamard=hadamard) if one.name == GATE else one for one in plain.linears)
+    kinds = {"hadamard": hadamard, "transform": transform}
+    linears = (replace(one, **kinds) if one.name == GATE else one for one in plain.linears)
     spec = replace(plain, linears=tuple(linears))
     return Held(spec, arrays(spec, seed))
 
@@ -96,7 +105,7 @@ def operators(draw: st.DrawFn, out: int, inner: int) -> Mpo:
 
 @st.composite
 def layers(draw: st.DrawFn) -> Held:
-    """A layer of one to three terms, of its inputs or of their Hadamard transform."""
+    """A layer of one to three terms, of its inputs, of their Hadamard transform or of a stored one."""
     out, inner = draw(st.sampled_from(SIZES))
     groups = [size for size in GROUPS if inner % size == 0]
     kinds: list[st.SearchStrategy[Term]] = [
@@ -107,4 +116,13 @@ def layers(draw: st.DrawFn) -> Held:
         kinds.append(st.builds(Quantized, st.sampled_from(BITS), st.sampled_from(groups), st.booleans()))
     terms = draw(st.lists(st.one_of(*kinds), min_size=1, max_size=3))
     hadamard = draw(st.sampled_from([size for size in HADAMARDS if not size or inner % size == 0]))
-    return layer(tuple(terms), out, inner, draw(st.booleans()), draw(st.integers(0, 1000)), hadamard)
+    blocks = [] if hadamard else [size for size in BLOCKS if inner % size == 0]
+    transforms = st.builds(stored, st.just(inner), st.sampled_from(blocks or [16]), st.booleans(), st.booleans())
+    transform = draw(st.none() | transforms) if blocks else None
+    return layer(tuple(terms), out, inner, draw(st.booleans()), draw(st.integers(0, 1000)), hadamard, transform)
+
+
+def stored(inner: int, block: int, own: bool, floats: bool) -> Transform:
+    """A stored transform of GATE, with its own matrix for every block or with one for all."""
+    term = Dense("f16") if floats else Quantized(4, 16, True)
+    return Transform(GATE, block, inner // block if own else 1, term)

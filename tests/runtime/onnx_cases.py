@@ -18,6 +18,7 @@ from mpo_exporter.terms import operator
 from mpo_formats import Dense, LinearSpec, Quantized, Term
 from mpo_runtime.onnx.export import OnnxRequest, export_onnx
 from tests.helpers import forward, network
+from tests.transform_cases import turned
 
 NANO = Path(__file__).resolve().parents[2] / "exporter" / "mpo_exporter" / "data" / "granite-nano"
 BF16: tuple[Term, ...] = (Dense("bf16"),)
@@ -55,6 +56,7 @@ KINDS: dict[str, Any] = {
     "int2": lambda layer: (Quantized(2, 64, False),),
     "zeros": lambda layer: (Quantized(4, 64, True),),
     "hadamard": lambda layer: (Quantized(4, 64, False),),
+    "transform": lambda layer: (Quantized(4, 64, False),),
     "beside": beside,
     "alone": alone,
 }
@@ -64,11 +66,11 @@ def make(kind: str, target: Path) -> Path:
     """granite-nano with the terms of a kind, rounded to nearest: quick and coarse."""
     with open_source(NANO) as source:
         hadamard = 64 if kind == "hadamard" else 0
-        layers = tuple(
-            dataclasses.replace(layer, terms=KINDS[kind](layer), hadamard=hadamard)
-            for layer in source.weights.spec.linears
-        )
-        export(source, ExportTask(target, layers=layers, method=Method("nearest", "svd")))
+        layers, surveyed = source.weights.spec.linears, None
+        if kind == "transform":
+            layers, surveyed = turned(layers, 64)
+        layers = tuple(dataclasses.replace(layer, terms=KINDS[kind](layer), hadamard=hadamard) for layer in layers)
+        export(source, ExportTask(target, layers=layers, method=Method("nearest", "svd"), surveyed=surveyed))
     return target
 
 

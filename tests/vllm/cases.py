@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpo_formats import LinearSpec, Mpo, Quantized, Term
+from mpo_formats import Dense, LinearSpec, Mpo, Quantized, Term, Transform
 from mpo_formats.architecture import EMBEDDING
-from mpo_formats.layout import linear_tensors
+from mpo_formats.layout import linear_tensors, transform_tensors
 from mpo_runtime.layers.linear import load_linear
 from mpo_runtime.weights.vllm_folder import flat_name
 from mpo_vllm.split import Layer
@@ -51,16 +52,24 @@ SIZES = {
     DOWN: (64, 96),
     EMBEDDING: (100, 64),
 }
-# Blocks of the Hadamard transforms of inputs; the layers that are not named take none.
-TRANSFORMS = {QUERY: 32, KEY: 64, UP: 16, DOWN: 16, EMBEDDING: 32}
+# Blocks of the Hadamard transforms of inputs, and stored transforms; the layers that are not named take none.
+TRANSFORMS = {QUERY: 32, UP: 16, EMBEDDING: 32}
+STORED = {
+    KEY: Transform(KEY, 64, 1, Quantized(4, 64, False)),
+    VALUE: Transform(VALUE, 16, 4, Dense("f16")),
+    DOWN: Transform(DOWN, 32, 1, Quantized(8, 32, False)),
+}
 
 
 def layers(transformed: bool = False) -> dict[str, Layer]:
     """Random layers of TERMS by name, without transforms or with TRANSFORMS."""
     found = {}
     for name, terms in TERMS.items():
-        spec = LinearSpec(name, *SIZES[name], None, terms, TRANSFORMS.get(name, 0) if transformed else 0)
-        found[name] = Layer(spec, {tensor.name: values(tensor, 5) for tensor in linear_tensors(spec)})
+        spec = LinearSpec(name, *SIZES[name], None, terms)
+        if transformed:
+            spec = replace(spec, hadamard=TRANSFORMS.get(name, 0), transform=STORED.get(name))
+        tensors = [*(transform_tensors(spec.transform) if spec.transform else ()), *linear_tensors(spec)]
+        found[name] = Layer(spec, {tensor.name: values(tensor, 5) for tensor in tensors})
     return found
 
 

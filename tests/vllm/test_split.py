@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, multiprocessing
 
-from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
-from mpo_formats.layout import linear_tensors
+from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term, Transform
+from mpo_formats.layout import linear_tensors, transform_tensors
 from mpo_runtime.layers.linear import load_linear
 from mpo_runtime.weights.protocol import Weights
 from mpo_vllm.products import NativeProduct, Product, TorchProduct
@@ -78,8 +78,27 @@ def test_shares_of_a_transformed_layer_hold_whole_blocks(axis: Axis) -> None:
     torch.testing.assert_close(found, matrix(whole), rtol=1e-4, atol=1e-4 * float(matrix(whole).abs().max()))
     x = torch.randn(3, parts[0].spec.in_features)
     torch.testing.assert_close(TorchProduct(parts[0], CPU).apply(x), x @ matrix(parts[0]).T, rtol=1e-3, atol=1e-3)
-    with pytest.raises(ConfigError, match="cut through a Hadamard block of 32"):
+    with pytest.raises(ConfigError, match="cut through a transform of 32 inputs"):
         share(whole, "columns", 16, 32)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_shares_of_a_layer_with_a_stored_transform_hold_whole_blocks(axis: Axis, count: int) -> None:
+    plain = layer((Quantized(4, 16, False),))
+    stored = Transform(plain.spec.name, 16, count, Quantized(8, 16, False))
+    turned = {tensor.name: values(tensor, 3) for tensor in transform_tensors(stored)}
+    whole = Layer(replace(plain.spec, transform=stored), {**plain.arrays, **turned})
+    half = 48 if axis == "rows" else 32
+    parts = [share(whole, axis, start, start + half) for start in (0, half)]
+    found = torch.cat([matrix(part) for part in parts], dim=0 if axis == "rows" else 1)
+    torch.testing.assert_close(found, matrix(whole), rtol=1e-4, atol=1e-4 * float(matrix(whole).abs().max()))
+    x = torch.randn(3, parts[0].spec.in_features)
+    expected = x @ matrix(parts[0]).T
+    size = float(expected.abs().max())
+    torch.testing.assert_close(TorchProduct(parts[0], CPU).apply(x), expected, rtol=1e-3, atol=1e-5 * size)
+    with pytest.raises(ConfigError, match="cut through a transform of 16 inputs"):
+        share(whole, "columns", 8, 32)
 
 
 def test_a_share_of_low_rank_becomes_a_matrix() -> None:
@@ -99,7 +118,8 @@ def test_a_share_that_is_no_range_of_the_factors_is_refused() -> None:
 @given(layers(), st.data())
 def test_torch_gives_the_products_of_the_reference(held: Any, data: st.DataObject) -> None:
     spec = held.spec.linear("model.layers.0.mlp.gate_proj")
-    one = Layer(spec, {tensor.name: held.values[tensor.name] for tensor in linear_tensors(spec)})
+    tensors = [*(transform_tensors(spec.transform) if spec.transform else ()), *linear_tensors(spec)]
+    one = Layer(spec, {tensor.name: held.values[tensor.name] for tensor in tensors})
     reference = load_linear(held, spec, chi=None, held=False, device=CPU)
     x = torch.tensor(np.random.default_rng(data.draw(st.integers(0, 9))).standard_normal((3, spec.in_features))).float()
     found = TorchProduct(one, CPU)

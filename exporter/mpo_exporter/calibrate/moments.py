@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.basis import PLAIN, Basis
 from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, decompose, pivots, ridge
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.spill import mapped_file
@@ -29,7 +30,7 @@ from mpo_exporter.calibrate.sums import Sums
 from mpo_exporter.calibrate.upstream import Upstream, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_formats.packing import hadamard_transform
+from mpo_formats.packing import block_transform
 from mpo_runtime.layers.linear import widen
 from mpo_runtime.weights.protocol import Weights
 
@@ -51,8 +52,7 @@ Build = Callable[[str, Matrix, "Moment"], NDArray[np.float32]]
 class Moment:
     """Second moments of one input x̂ over `tokens` tokens: `second` is C = E[x̂ x̂ᵀ] [I, I].
 
-    The arrays must not be changed but by `turn`, which exchanges x̂ and x for their Hadamard transform in blocks of `hadamard`
-    inputs.
+    The arrays must not be changed but by `turn`, which exchanges x̂ and x for what they are in another `basis`.
 
     `cross` is E[x x̂ᵀ] [I, I] where x̂ differs from the input x of the dense model, else None. `drift` is
     E[(h − ĥ) x̂ᵀ] / m [O, I] for a layer whose output is added, m times, to the residual stream ĥ: it says how the output
@@ -68,38 +68,40 @@ class Moment:
     cross: Single | None = None
     tokens: int = 0
     drift: Single | None = None
-    hadamard: int = 0
+    basis: Basis = PLAIN
     device: str = "cpu"
     _hessians: dict[tuple[int, float], Hessian] = field(default_factory=dict, init=False, repr=False)
     _ridge: tuple[float, tuple[Tensor, float]] | None = field(default=None, init=False, repr=False)
-    _pivots: dict[tuple[int, int], Single] = field(default_factory=dict, init=False, repr=False)
+    _pivots: dict[tuple[int, Basis], Single] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def root(self) -> Matrix:
         """The lower triangular L with L Lᵀ = C, as `cholesky_root` gives it."""
         return cholesky_root(self.second)
 
-    def turn(self, block: int) -> None:
-        """Makes these the moments of the inputs' Hadamard transform in blocks of `block`; 0: of the inputs themselves.
+    def turn(self, basis: Basis) -> None:
+        """Makes these the moments of the inputs in another basis.
 
         It is done in place: a second C would be the largest array of an export.
         """
-        if block == self.hadamard:
+        if basis == self.basis:
             return
-        for size in filter(None, (self.hadamard, block)):  # the transform is its own inverse
+        for matrices in (self.basis.inverses, basis.matrices):
+            if matrices is None:
+                continue
             for array in (self.second, self.cross):
                 if array is not None:
-                    transform_in_place(array, size)
-                    transform_in_place(array.T, size)
+                    transform_in_place(array, matrices)
+                    transform_in_place(array.T, matrices)
             if self.drift is not None:
-                transform_in_place(self.drift, size)
-        self.hadamard = block
+                transform_in_place(self.drift, matrices)
+        self.basis = basis
         self._hessians.clear()
         self._ridge = None
         self.__dict__.pop("root", None)
 
-    def pivots(self, group: int, basis: int) -> Single:
-        """The weights R_jj² [I] of `hessian`, of the inputs' transform in blocks of `basis`, in the order of these.
+    def pivots(self, group: int, basis: Basis) -> Single:
+        """The weights R_jj² [I] of `hessian`, of the inputs in a basis, in the order of these.
 
         All that were asked for are kept, so that layers with one input turn it no more often than one of them.
         """
@@ -129,11 +131,11 @@ class Moment:
         return self._hessians[key]
 
 
-def transform_in_place(matrix: NDArray[Any], block: int) -> None:
-    """The Hadamard transform of every block of columns of a matrix, some rows at a time."""
+def transform_in_place(matrix: NDArray[Any], matrices: Matrix) -> None:
+    """Exchanges every row r of a matrix for T r, some rows at a time; T has the matrices [1 or I/b, b, b] on its diagonal."""
     for start in range(0, len(matrix), PANEL):
         rows = slice(start, start + PANEL)
-        matrix[rows] = hadamard_transform(np.ascontiguousarray(matrix[rows]), block)
+        matrix[rows] = block_transform(np.ascontiguousarray(matrix[rows]), matrices)
 
 
 def require_finite(matrix: Matrix, name: str) -> None:

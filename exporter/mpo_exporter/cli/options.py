@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -204,17 +204,19 @@ class AllocationOptions:
     """What the plan auto may choose from."""
 
     for_speed: Annotated[bool, typer.Option(help="auto: nothing that is slower than int4 on this machine.")] = False
-    hadamard: Annotated[
-        bool,
+    transforms: Annotated[
+        str | None,
         typer.Option(
-            help="auto: let layers take the Hadamard transform of their input where that makes integers lose less. "
-            "Without it the file opens in older programs, and to-hf can keep its integers."
+            help="auto: what layers may take in the place of their input where integers then lose less: hadamard (Hadamard "
+            "transforms), fitted (also rotations that are fitted to the layers and stored) or none. A file without any opens "
+            "in older programs, and to-hf can keep its integers.",
+            show_default="hadamard; fitted with --effort best",
         ),
-    ] = True
+    ] = None
 
-    def record(self) -> dict[str, bool]:
+    def record(self) -> dict[str, Any]:
         """The fields of the plan's options by name."""
-        return {"for_speed": self.for_speed, "hadamard": self.hadamard}
+        return {"for_speed": self.for_speed, "transforms": self.transforms}
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ def rope_divisors(architecture: Architecture) -> NDArray[np.float32]:
 def matrix(package: Any, file: MpoFile, linear: LinearSpec) -> tuple[NDArray[Any], str, bool]:
     """A layer's matrix as the bytes or numbers of a type of llama.cpp, the type's name, and whether it holds it exactly."""
     term = linear.terms[0]
-    if linear.hadamard:  # the values are no integers any more once the transform is undone
+    if linear.transformed:  # the values are no integers any more once the transform is undone
         values = load_linear(file, linear, chi=None, held=False, device=torch.device("cpu")).weight().numpy()
         kind = "F32"
         if isinstance(term, Quantized) and linear.in_features % 32 == 0:

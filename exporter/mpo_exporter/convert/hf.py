@@ -156,8 +156,9 @@ def own_scheme(file: MpoFile, linear: LinearSpec) -> Scheme | None:
         raise refused(file, linear, "has cores or several terms")
     if isinstance(term, Dense):
         return None
-    if linear.hadamard:
-        raise refused(file, linear, "takes a Hadamard transform of its input (export with --no-hadamard)")
+    if linear.transformed:
+        kind = "Hadamard" if linear.hadamard else "stored"
+        raise refused(file, linear, f"takes a {kind} transform of its input (export with --transforms none)")
     if not term.zeros:
         return Scheme(max(term.bits, 3), term.group, False)
     zero = file.array(f"{linear.name}.0.zero").astype(np.float32)

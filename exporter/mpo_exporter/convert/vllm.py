@@ -10,9 +10,9 @@ from torch import Tensor
 from mpo_exporter.convert.families import model_config, require_expressible
 from mpo_exporter.convert.folder import FolderWriter
 from mpo_formats import LinearSpec, MpoFile
-from mpo_formats.layout import term_tensors
+from mpo_formats.layout import term_tensors, transform_tensors
 from mpo_runtime.layers.linear import float_tensor
-from mpo_runtime.weights.vllm_folder import flat_name, plain_layers, quantization_config
+from mpo_runtime.weights.vllm_folder import flat_name, plain_layers, quantization_config, with_own_transform
 
 # What vLLM calculates in unless --dtype says otherwise.
 DTYPE = "bfloat16"
@@ -36,8 +36,9 @@ def write_vllm(path: Path, out: Path, *, force: bool) -> list[str]:
         plain = plain_layers(file.spec.linears)
         with writer:
             for linear in file.spec.linears:
-                for name in tensor_names(linear):
-                    stored = f"{linear.name}.weight" if linear.name in plain else flat_name(linear.name, name)
+                names = zip(tensor_names(linear), tensor_names(with_own_transform(linear)), strict=True)
+                for name, own in names:
+                    stored = f"{linear.name}.weight" if linear.name in plain else flat_name(linear.name, own)
                     writer.tensor(stored, as_stored(file, name))
                 if linear.bias is not None:
                     writer.tensor(f"{linear.name}.bias", float_tensor(file, f"{linear.name}.bias"))
@@ -48,8 +49,8 @@ def write_vllm(path: Path, out: Path, *, force: bool) -> list[str]:
 
 
 def tensor_names(linear: LinearSpec) -> list[str]:
-    """The names of the tensors of a layer's terms in a `.mpo` file."""
-    found = []
+    """The names of the tensors of a layer's terms, and of its stored transform, in a `.mpo` file."""
+    found = [] if linear.transform is None else [tensor.name for tensor in transform_tensors(linear.transform)]
     for index, term in enumerate(linear.terms):
         tensors = term_tensors(f"{linear.name}.{index}", term, linear.out_features, linear.in_features)
         found += [tensor.name for tensor in tensors]

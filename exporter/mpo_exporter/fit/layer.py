@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mpo_exporter.basis import Basis, basis_of
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit import als, sweep, whitened
 from mpo_exporter.fit.common import Cores, activation_error, contract, second_of
@@ -18,7 +19,7 @@ from mpo_exporter.quantize.rounding import MOST_LOST, Integers, require_scales, 
 from mpo_exporter.quantize.rows import compensated_rows
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.layout import PLANES
-from mpo_formats.packing import bf16_to_f32, f32_to_bf16, hadamard_transform
+from mpo_formats.packing import bf16_to_f32, f32_to_bf16
 
 Matrix = NDArray[np.float64]
 Tensors = dict[str, NDArray[Any]]
@@ -77,6 +78,7 @@ def build_linear(
     moment: Moment | None = None,
     method: Method | None = None,
     outputs: NDArray[np.float32] | None = None,
+    basis: Basis | None = None,
 ) -> Built:
     """Fits all terms of a layer to its stored matrix [out, in], in the norm of its input's moment where that is given.
 
@@ -84,21 +86,23 @@ def build_linear(
 
     Args:
         outputs: the second moment G [out, out] of the loss's gradient by its outputs, which integers are then rounded for too.
+        basis: that of its inputs, needed where they take a stored transform.
 
     Raises:
         ConfigError: naming the layer, when a value is not finite or outside the range of the stored type.
     """
     matrix = widen(raw, dtype)
     only = linear.terms[0]
-    if isinstance(only, Dense) and only.dtype == dtype and len(linear.terms) == 1 and not linear.hadamard:
+    if isinstance(only, Dense) and only.dtype == dtype and len(linear.terms) == 1 and not linear.transformed:
         return Built({f"{linear.name}.0.weight": raw}, matrix)
     try:
-        matrix = hadamard_transform(matrix, linear.hadamard)
+        basis = basis_of(linear, {}) if basis is None else basis
+        matrix = basis.turned(matrix)
         if moment is not None:
-            moment.turn(linear.hadamard)
+            moment.turn(basis)
             matrix = target(matrix, moment)
         built = _fit(linear, matrix, moment, method or Method(), outputs)
-        return replace(built, matrix=hadamard_transform(built.matrix, linear.hadamard))
+        return replace(built, matrix=basis.back(built.matrix))
     except ConfigError as error:
         raise ConfigError(f"{linear.name}: {error}") from None
 

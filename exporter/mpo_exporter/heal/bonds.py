@@ -18,7 +18,7 @@ from torch import Tensor
 from mpo_exporter.fit.bonds import order_bonds
 from mpo_exporter.heal.ops import HealingOps, run_block
 from mpo_exporter.heal.trainable import Cores, IntegerCore, Trainables
-from mpo_runtime.layers.linear import hadamard_transform
+from mpo_runtime.layers.linear import block_transform
 from mpo_runtime.models.decoder import Decoder
 
 Matrix = NDArray[np.float64]
@@ -67,7 +67,7 @@ def sort_bonds(
     def note(name: str, x: Tensor) -> None:
         layer = trainables.layers.get(name)
         if layer is not None and any(isinstance(term, Cores) for term in layer.terms):
-            flat = hadamard_transform(x.detach().flatten(0, -2).double(), layer.spec.hadamard)
+            flat = block_transform(x.detach().flatten(0, -2).double(), layer.transform)
             moments[name] = flat.T @ flat / flat.shape[0]
 
     def put_in_order(name: str) -> None:

@@ -19,6 +19,7 @@ from mpo_exporter.heal.workers import Progress, Workers, silent
 from mpo_exporter.request import check_file
 from mpo_exporter.source import Source, require_finite_weights
 from mpo_formats import Certificates, ConfigError, ModelSpec, MpoFile, MpoWriter, OutputError
+from mpo_formats.layout import TRANSFORM
 from mpo_formats.provenance import MOST_OPTIONS
 from mpo_runtime.measure import Comparison
 
@@ -126,7 +127,7 @@ def write_healed(session: Session, trainables: Trainables) -> Comparison | None:
             name = tensor.name
             if name in vectors:
                 writer.write(name, vectors[name].arrays()[name])
-            elif name.startswith("file."):
+            elif name.startswith("file.") or f".{TRANSFORM}." in name:
                 writer.write(name, file.array(name))
             else:
                 if name not in built:

@@ -19,7 +19,7 @@ from mpo_exporter.heal.rounding import TYPES, cells, dequantize, fused_kernels, 
 from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, VectorSpec
 from mpo_formats.layout import PLANES
 from mpo_formats.packing import implicit_zero, pack, unpack
-from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, float_tensor, hadamard_transform
+from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, block_transform, float_tensor, load_transform
 from mpo_runtime.weights.protocol import Weights
 
 # `aim` moves a latent number at most this far from its integer. With 0.49, the edge of the rounding cell, the first noisy
@@ -289,7 +289,9 @@ class Vector(nn.Module):
 
 
 class Layer(nn.Module):
-    """A linear layer: its terms and its bias."""
+    """A linear layer: its terms and its bias; a transform of its input is not trained."""
+
+    transform: Tensor | None
 
     def __init__(self, weights: Weights, spec: LinearSpec, *, moving: bool) -> None:
         super().__init__()
@@ -305,16 +307,18 @@ class Layer(nn.Module):
                 self.terms.append(Grid(weights, prefix, term.bits, zeros=term.zeros, moving=moving))
         self.parts = nn.ModuleList(self.terms)
         self.bias = None if spec.bias is None else Vector(weights, f"{spec.name}.bias", spec.bias)
+        self.register_buffer("transform", load_transform(weights, spec, torch.device("cpu")), persistent=False)
 
     def linear(self, chi: int | None) -> Linear:
         """The layer for the reference backend, with its present parameters; every bond cut to `chi` values (None: not)."""
         terms = [term.operator(chi) if isinstance(term, Cores) else _matrix_term(term) for term in self.terms]
-        return Linear(self.spec, terms, None if self.bias is None else self.bias.value())
+        return Linear(self.spec, terms, None if self.bias is None else self.bias.value(), self.transform)
 
     @torch.no_grad()
     def aim(self, matrix: Tensor) -> None:
         """Moves the latent numbers of moving grids towards the dense matrix [out, in] that the layer approximates."""
-        matrix = hadamard_transform(matrix, self.spec.hadamard)
+        if self.transform is not None:
+            matrix = block_transform(matrix, torch.linalg.inv(self.transform).mT)
         for index, term in enumerate(self.terms):
             if isinstance(term, Grid):
                 others = [other.weight() for place, other in enumerate(self.linear(None).terms) if place != index]

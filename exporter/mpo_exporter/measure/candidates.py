@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.basis import PLAIN, Basis
 from mpo_exporter.calibrate.moments import Moment, require_finite
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.effort import USUAL
@@ -20,10 +21,10 @@ from mpo_exporter.fit.search import EXACT_SIZE, whiten
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
 from mpo_exporter.quantize.gptq import expected_errors, expected_residuals
 from mpo_exporter.quantize.grid import LARGEST, Grid
-from mpo_exporter.terms import DEFAULT_CHI, Candidate, fitting_group, hadamard_block, operator, stored_bytes
+from mpo_exporter.terms import DEFAULT_CHI, Candidate, fitting_group, operator, stored_bytes
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_formats.packing import hadamard_transform, implicit_zero
+from mpo_formats.packing import implicit_zero
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
@@ -44,8 +45,6 @@ TURNED_GRIDS = (
     *(Grid(bits, group) for bits in (5, 6) for group in (64, 128, 256)),
     Grid(8, 128),
 )
-# What the bases are compared on.
-PROBE = Grid(3, 64)
 # Grids that are also tried with int8 cores beside them, for every χ in LADDER: one decomposition gives the loss of each χ.
 CORED = (*(Grid(bits, 64) for bits in (2, 3)), Grid(4, 32), Grid(4, 128))
 LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -144,7 +143,7 @@ def candidates(
     grids: Sequence[Grid] | None = None,
     chis: Sequence[int] = LADDER,
     *,
-    hadamard: int = 0,
+    basis: Basis = PLAIN,
     every: bool = True,
     sampled: int = USUAL.rows,
 ) -> list[Candidate]:
@@ -152,7 +151,7 @@ def candidates(
 
     Args:
         grids: of integers; None for those that suit the basis.
-        hadamard: the inputs that are transformed together, in all candidates but the lossless one; 0 for none.
+        basis: of the inputs, in all candidates but the lossless one.
         sampled: rows that errors are estimated on, of a matrix with more than twice as many.
         every: gives cores' losses for each grid of CORED; else for χ up to DEFAULT_CHI, and only where they may pay.
 
@@ -160,21 +159,22 @@ def candidates(
         ConfigError: when the matrix is not finite.
     """
 
-    def candidate(loss: float, *terms: Term, hadamard: int = hadamard) -> Candidate:
-        return Candidate(stored_bytes(replace(linear, terms=terms)), loss, terms, hadamard)
+    def candidate(loss: float, *terms: Term, basis: Basis = basis) -> Candidate:
+        size = stored_bytes(replace(linear, terms=terms))
+        return Candidate(size, loss, terms, basis.hadamard, basis.transform)
 
     require_finite(matrix, "matrix")
-    grids = (TURNED_GRIDS if hadamard else GRIDS) if grids is None else grids
-    matrix = hadamard_transform(matrix, hadamard)
+    grids = (GRIDS if basis == PLAIN else TURNED_GRIDS) if grids is None else grids
+    matrix = basis.turned(matrix)
     peak = float(np.abs(matrix).max(initial=0.0))
     fitting = [grid for grid in fitted(grids, linear.in_features) if peak <= LARGEST * implicit_zero(grid.bits)]
-    lossless = candidate(0.0, *linear.terms, hadamard=0)
+    lossless = candidate(0.0, *linear.terms, basis=PLAIN)
     if not fitting:
-        narrow = candidate(0.0, Dense("bf16"), hadamard=0)
+        narrow = candidate(0.0, Dense("bf16"), basis=PLAIN)
         return [lossless] if lossless.bytes <= narrow.bytes else [narrow, lossless]
     group = max(grid.group for grid in fitting)
     rows, counted = sensitivity.sample(matrix, sampled)
-    losses = expected_errors(rows, sensitivity.moment, fitting, group, hadamard) @ counted.rows / 2
+    losses = expected_errors(rows, sensitivity.moment, fitting, group, basis) @ counted.rows / 2
     result, bases = [], {}
     for grid, loss in zip(fitting, map(float, losses), strict=True):
         base, share = Quantized(grid.bits, grid.group, grid.zeros), DESCENT.get(grid.bits, FINER)
@@ -191,7 +191,7 @@ def candidates(
         share = DESCENT.get(grid.bits, FINER)
         bounded = not every and min(matrix.shape) > BOUNDED
         tried = [(matrix, sensitivity)] if rows is matrix or not bounded else [(rows, counted), (matrix, sensitivity)]
-        residuals = (weighted_residual(*one, grid, group, hadamard) for one in tried)
+        residuals = (weighted_residual(*one, grid, group, basis) for one in tried)
         result += paying(residuals, share, sizes, None if every else hull, bounded)
     return [*result, lossless]
 
@@ -225,25 +225,7 @@ def largest_bond(candidate: Candidate) -> int:
     return max(bond for term in candidate.terms if isinstance(term, Mpo) for bond in term.bonds)
 
 
-def transform_gain(
-    linear: LinearSpec, matrix: Matrix, sensitivity: Sensitivity, sampled: int = USUAL.rows
-) -> tuple[int, float]:
-    """The Hadamard block that lowers the expected loss of a layer's integers, and by which factor; (0, 1) if none does."""
-    block = hadamard_block(linear.in_features)
-    grids = fitted([PROBE], linear.in_features)
-    require_finite(matrix, "matrix")
-    if not block or not grids or np.abs(matrix).max(initial=0.0) > LARGEST:
-        return 0, 1.0
-    rows, counted = sensitivity.sample(matrix, sampled)
-    losses = []
-    for basis, tried in ((0, GRIDS), (block, TURNED_GRIDS)):
-        group = max(grid.group for grid in fitted(tried, linear.in_features))  # as for the candidates
-        errors = expected_errors(hadamard_transform(rows, basis), sensitivity.moment, grids, group, basis)
-        losses.append(float((errors @ counted.rows)[0]))
-    return (block, losses[0] / losses[1]) if 0 < losses[1] < losses[0] else (0, 1.0)
-
-
-def weighted_residual(matrix: Matrix, sensitivity: Sensitivity, grid: Grid, group: int, basis: int) -> Tensor:
+def weighted_residual(matrix: Matrix, sensitivity: Sensitivity, grid: Grid, group: int, basis: Basis) -> Tensor:
     """The error [O, I] that rounding is expected to leave, each entry times the root of what its square costs in nats."""
     residuals, weight = expected_residuals(matrix, sensitivity.known, [grid], group, basis)
     rows, columns = np.sqrt(sensitivity.rows / 2).astype(np.float32), np.sqrt(weight).astype(np.float32)
@@ -344,44 +326,3 @@ def tails(matrix: Tensor, chis: Sequence[int]) -> Curve:
 def start_basis(rows: int, columns: int, beside: Tensor) -> Tensor:
     """Random vectors [rows, columns], the same on every device, on the device of another tensor."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(beside.device)
-
-
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """What a survey tries of every layer; the fields are its arguments, and `rows` of its `care`."""
-
-    grids: tuple[Grid, ...] | None
-    chis: tuple[int, ...]
-    hadamard: bool
-    complete: bool
-    rows: int
-
-    def layer(
-        self, linear: LinearSpec, matrix: Matrix, sensitivity: Sensitivity
-    ) -> tuple[list[Candidate], Alone | None, float]:
-        """The candidates of a layer, the losses of cores alone if asked for, and the factor by which a transform lowers its loss.
-
-        Raises:
-            ConfigError: naming the layer, when its values are not finite.
-        """
-        block, gain = 0, 1.0
-        try:
-            if self.hadamard:
-                block, gain = transform_gain(linear, matrix, sensitivity, self.rows)
-            found = candidates(
-                linear,
-                matrix,
-                sensitivity,
-                self.grids,
-                self.chis,
-                hadamard=block,
-                every=self.complete,
-                sampled=self.rows,
-            )
-            with_alone = self.complete and linear.name not in (EMBEDDING, HEAD)
-            if sensitivity.moment is not None and (with_alone or linear.name == EMBEDDING):
-                sensitivity.moment.turn(0)
-            cores = alone(matrix, sensitivity, self.chis) if with_alone else None
-        except ConfigError as error:
-            raise ConfigError(f"{linear.name}: {error}") from None
-        return found, cores, gain

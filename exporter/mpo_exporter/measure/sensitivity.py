@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -218,7 +218,8 @@ def compressed_alone(
         for linear in layers:
             if linear.name in names:
                 weight = f"{linear.name}.0.weight"
-                built = build_linear(linear, source.array(weight), source.dtype(weight), moment)
+                alone = replace(linear, transform=None)  # stored transforms belong to the file of a plan
+                built = build_linear(alone, source.array(weight), source.dtype(weight), moment)
                 yield linear, judge.measure(linear, built.matrix, dense_matrix(source, linear.name))
 
 

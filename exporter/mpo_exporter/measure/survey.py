@@ -9,12 +9,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mpo_exporter.basis import PLAIN, Basis
 from mpo_exporter.calibrate.fisher import LOOKUP, Backwards, Inputs
 from mpo_exporter.calibrate.moments import Calibration, dense_matrix
 from mpo_exporter.calibrate.store import Memory, PartMissing, Store, array_json, json_array
@@ -30,22 +32,23 @@ from mpo_exporter.measure.candidates import (
     Curve,
     Matrix,
     Sensitivity,
-    Tried,
     candidates,
     table_sensitivity,
-    transform_gain,
 )
+from mpo_exporter.measure.rows import alone_of, row_data, row_of
+from mpo_exporter.measure.tried import Tried, transform_gain
 from mpo_exporter.progress import Log, Progress, no_log, silent
 from mpo_exporter.quantize.grid import Grid
-from mpo_exporter.terms import Candidate
-from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
+from mpo_exporter.terms import Candidate, Transforms
+from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized
 from mpo_formats.architecture import EMBEDDING, full_rank
 from mpo_formats.codec import to_json
+from mpo_formats.layout import transform_tensors
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import DenseWeights, Weights
 
 # To be raised whenever a survey of the same model and text would come out differently.
-VERSION = 12
+VERSION = 13
 # The KL that exports measured over what second-order losses of single layers add up to: 1.2 to 1.6 on granite-nano, 2.0 to 2.5 on
 # SmolLM2 with another text than it was calibrated on.
 OBSERVED = 1.5
@@ -59,8 +62,9 @@ class Survey:
         table: the second moment [E, E] that the embedding's rows are rounded with; None of a survey without text.
         alone: the losses of cores that replace a matrix, for the attention and MLP matrices.
         complete: whether the losses of cores were measured for all layers; else only where cores may pay, and none alone.
-        gains: of the layers whose integers take the Hadamard transform of their input: the expected loss of integers that do
-            not, over that of integers that do.
+        gains: of the layers whose integers take a transform of their input: the expected loss of integers that do not, over
+            that of integers that do.
+        bases: the stored transforms of the candidates, by their names.
     """
 
     candidates: dict[str, list[Candidate]]
@@ -68,6 +72,7 @@ class Survey:
     alone: dict[str, Alone] = field(default_factory=dict)
     complete: bool = True
     gains: dict[str, float] = field(default_factory=dict)
+    bases: dict[str, Basis] = field(default_factory=dict)
 
     def loss(self, linear: LinearSpec) -> float | None:
         """The expected loss of a layer's terms in nats per token; None for sums of terms that cannot be estimated.
@@ -79,7 +84,7 @@ class Survey:
         for one in row:
             if one.describes(linear):
                 return one.loss
-        factor = 1.0 if linear.hadamard else self.gains.get(linear.name, 1.0)
+        factor = 1.0 if linear.transformed else self.gains.get(linear.name, 1.0)
         match linear.terms:
             case (Dense(),):
                 return 0.0
@@ -158,7 +163,7 @@ def survey(
     *,
     grids: Sequence[Grid] | None = None,
     chis: Sequence[int] = LADDER,
-    hadamard: bool = True,
+    transforms: Transforms = "hadamard",
     care: Care = USUAL,
     complete: bool = True,
     store: Store | None = None,
@@ -172,7 +177,7 @@ def survey(
     Args:
         grids: of integers; None for those that suit each layer.
         chis: bond dimensions of cores, beside the integers and alone.
-        hadamard: layers take the transform of their input where that lowers their loss.
+        transforms: that layers may take of their input, where that lowers their loss.
         complete: measures cores everywhere; see `Survey`.
         store: keeps what was measured, so that a later run with it goes on where this one ended.
 
@@ -181,20 +186,23 @@ def survey(
     """
     kept: Store = Memory() if store is None else store
     names = [linear.name for linear in source.spec.linears]
-    tried = Tried(None if grids is None else tuple(grids), tuple(chis), hadamard, complete, care.rows)
+    tried = Tried(None if grids is None else tuple(grids), tuple(chis), transforms, complete, care.rows)
     kept.scope("survey", digest_of([VERSION, asdict(care), asdict(tried)]))
     done = {name for name in names if kept.read(f"survey-layer-{name}")}
 
     def measure() -> None:
-        for name, sensitivity in sensitivities(source, calibration, care.windows, progress, kept):
-            found, cores, gain = tried.layer(source.spec.linear(name), dense_matrix(source, name), sensitivity)
-            if name == EMBEDDING:
-                # Single precision, as in the cache: an export with a cached survey gives the same bytes as one without.
-                kept.write("survey-table", {"table": sensitivity.hessian.astype(np.float32)})
-            row = [row_data(found), None if cores is None else asdict(cores), gain]
-            kept.write(f"survey-layer-{name}", {"row": json_array(row)})
-            done.add(name)
-            progress("surveying", len(done), len(names))
+        for layers in sensitivities(source, calibration, care.windows, progress, kept):
+            bases = tried.bases(source, layers)
+            for name, sensitivity in layers.items():
+                basis, gain = bases[name]
+                found, cores = tried.layer(source.spec.linear(name), dense_matrix(source, name), sensitivity, basis)
+                if name == EMBEDDING:
+                    # Single precision, as in the cache: an export with a cached survey gives the same bytes as one without.
+                    kept.write("survey-table", {"table": sensitivity.hessian.astype(np.float32)})
+                row = [row_data(found), None if cores is None else asdict(cores), gain]
+                kept.write(f"survey-layer-{name}", {"row": json_array(row), **basis.tensors})
+                done.add(name)
+                progress("surveying", len(done), len(names))
 
     try:
         if len(done) < len(names) or kept.read("survey-table") is None:
@@ -217,13 +225,25 @@ def collected(kept: Store, names: Sequence[str], complete: bool) -> Survey:
     table = kept.read("survey-table")
     if table is None:
         raise ConfigError("survey: the embedding was not measured")
-    rows, alone_by_name, gains = {}, {}, {}
+    rows, alone_by_name, gains, tensors = {}, {}, {}, {}
     for name in names:
-        row, cores_data, gains[name] = array_json((kept.read(f"survey-layer-{name}") or {})["row"])
+        found = dict(kept.read(f"survey-layer-{name}") or {})
+        row, cores_data, gains[name] = array_json(found.pop("row"))
         rows[name] = row_of(row)
+        tensors.update(found)
         if cores_data is not None:
             alone_by_name[name] = alone_of(cores_data)
-    return Survey(rows, table["table"].astype(np.float64), alone_by_name, complete, gains)
+    return Survey(rows, table["table"].astype(np.float64), alone_by_name, complete, gains, bases_of(rows, tensors))
+
+
+def bases_of(rows: Mapping[str, Sequence[Candidate]], tensors: Mapping[str, NDArray[Any]]) -> dict[str, Basis]:
+    """The stored transforms of candidates by their names, with their tensors."""
+    found: dict[str, Basis] = {}
+    for stored in (one.transform for row in rows.values() for one in row):
+        if stored is not None and stored.name not in found:
+            own = {tensor.name: tensors[tensor.name] for tensor in transform_tensors(stored)}
+            found[stored.name] = Basis(transform=stored, tensors=own)
+    return found
 
 
 def blind_survey(source: Weights, *, hadamard: bool = True, progress: Progress = silent) -> Survey:
@@ -240,8 +260,8 @@ def blind_survey(source: Weights, *, hadamard: bool = True, progress: Progress =
         energy = max(float(np.vdot(matrix, matrix)), 1e-300)
         sensitivity = Sensitivity(None, np.full(len(matrix), 2 / energy))
         try:
-            block, gains[linear.name] = transform_gain(linear, matrix, sensitivity) if hadamard else (0, 1.0)
-            found[linear.name] = candidates(linear, matrix, sensitivity, chis=(), hadamard=block)
+            basis, gains[linear.name] = transform_gain(linear, matrix, sensitivity) if hadamard else (PLAIN, 1.0)
+            found[linear.name] = candidates(linear, matrix, sensitivity, chis=(), basis=basis)
         except ConfigError as error:
             raise ConfigError(f"{linear.name}: {error}") from None
         progress("surveying", done, len(source.spec.linears))
@@ -259,8 +279,10 @@ def sensitivities(
     count: int = USUAL.windows,
     progress: Progress = silent,
     store: Store | None = None,
-) -> Iterator[tuple[str, Sensitivity]]:
-    """Yields every layer's name and sensitivity on the dense upstream, the last block's first and the embedding last.
+) -> Iterator[dict[str, Sensitivity]]:
+    """Yields the sensitivities on the dense upstream of layers with one input by their names, the embedding's last.
+
+    The last block comes first.
 
     Args:
         count: windows that they are measured on, spread over those of the calibration.
@@ -284,14 +306,13 @@ def sensitivities(
             head = one
         elif one.names == (LOOKUP,):
             used = (None, None) if head is None else (head.moment.second, head.fisher[EMBEDDING])
-            yield EMBEDDING, table_sensitivity(frequency, one.fisher[LOOKUP], *used).scaled(OBSERVED)
+            yield {EMBEDDING: table_sensitivity(frequency, one.fisher[LOOKUP], *used).scaled(OBSERVED)}
         else:
-            for name in one.names:
-                yield name, Sensitivity(one.moment, one.fisher[name]).scaled(OBSERVED)
+            yield {name: Sensitivity(one.moment, one.fisher[name]).scaled(OBSERVED) for name in one.names}
 
 
 def survey_file(
-    source: DenseWeights, walk: Calibration, text: TokenText, care: Care, hadamard: bool = True
+    source: DenseWeights, walk: Calibration, text: TokenText, care: Care, transforms: Transforms = "hadamard"
 ) -> CacheFile:
     """The cache file of a survey, named by the digests of the model and of the calibration text, and the basis."""
     key = {
@@ -302,11 +323,11 @@ def survey_file(
         "surveyed": care.windows,
         "rows": care.rows,
         "grids": [[grid.bits, grid.group, grid.zeros] for grid in (*GRIDS, *TURNED_GRIDS)],
-        "hadamard": hadamard,
+        "transforms": transforms,
         "cores": [[grid.bits, grid.group, grid.zeros] for grid in CORED],
         "bonds": list(LADDER),
     }
-    parts = (source.sha256(), text.sha256, *(() if hadamard else ("no-hadamard",)))
+    parts = (source.sha256(), text.sha256, *(() if transforms == "hadamard" else (f"transforms-{transforms}",)))
     return CacheFile("survey", source.folder.resolve().name, parts, key)
 
 
@@ -315,7 +336,7 @@ def cached_survey(
     walk: Calibration,
     text: TokenText,
     *,
-    hadamard: bool = True,
+    transforms: Transforms = "hadamard",
     care: Care = USUAL,
     complete: bool = True,
     store: Store | None = None,
@@ -325,13 +346,13 @@ def cached_survey(
     """The survey of a model on a calibration text: from the cache, or measured now and cached.
 
     Args:
-        hadamard, store: as `survey` takes them.
+        transforms, store: as `survey` takes them.
         complete: measures cores everywhere, which takes longer; a complete survey in the cache is always good enough.
 
     Raises:
         ConfigError: as `survey` does.
     """
-    file = survey_file(source, walk, text, care, hadamard)
+    file = survey_file(source, walk, text, care, transforms)
     cached = file.read(log)
     if cached is not None and (cached.content["complete"] or not complete):
         log(f"survey: measured before, read from {file.path.name}")
@@ -339,7 +360,7 @@ def cached_survey(
     if cached is not None:
         log("survey: measured before, but cores only where they pay; measuring them everywhere")
     started = time.perf_counter()
-    found = survey(source, walk, hadamard=hadamard, care=care, complete=complete, store=store, progress=progress)
+    found = survey(source, walk, transforms=transforms, care=care, complete=complete, store=store, progress=progress)
     seconds = time.perf_counter() - started
     log(f"survey: every layer measured in {seconds:.0f} s, cached for other budgets")
     file.write(packed(found, seconds), log)
@@ -357,7 +378,10 @@ def packed(found: Survey, seconds: float) -> Cached:
         "complete": found.complete,
         "seconds": seconds,
     }
-    return Cached(content, {} if found.table is None else {"table": found.table.astype("float32")})
+    arrays = {} if found.table is None else {"table": found.table.astype("float32")}
+    for basis in found.bases.values():
+        arrays.update(basis.tensors)
+    return Cached(content, arrays)
 
 
 def unpacked(cached: Cached) -> Survey:
@@ -365,26 +389,4 @@ def unpacked(cached: Cached) -> Survey:
     rows = {name: row_of(row) for name, row in cached.content["candidates"].items()}
     alone = {name: alone_of(one) for name, one in cached.content["alone"].items()}
     table, content = cached.arrays["table"].astype("float64"), cached.content
-    return Survey(rows, table, alone, content["complete"], content["gains"])
-
-
-def row_data(row: Sequence[Candidate]) -> list[Any]:
-    """Candidates as plain data."""
-    return [[one.bytes, one.loss, [asdict(term) for term in one.terms], one.hadamard] for one in row]
-
-
-def row_of(data: list[Any]) -> list[Candidate]:
-    """The candidates that `row_data` was given."""
-    return [Candidate(size, loss, tuple(map(term_of, terms)), hadamard) for size, loss, terms, hadamard in data]
-
-
-def alone_of(data: dict[str, Any]) -> Alone:
-    """The record from its fields as JSON has them."""
-    return Alone(*(tuple((chi, loss) for chi, loss in data[kind]) for kind in ("low_rank", "balanced")))
-
-
-def term_of(data: dict[str, Any]) -> Term:
-    """A term from its fields as JSON has them; raises FormatError for values that no term can have."""
-    kind = {"dense": Dense, "quantized": Quantized, "mpo": Mpo}[data["kind"]]
-    built: Term = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
-    return built
+    return Survey(rows, table, alone, content["complete"], content["gains"], bases_of(rows, cached.arrays))

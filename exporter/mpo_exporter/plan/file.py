@@ -13,7 +13,18 @@ from typing import Any
 from mpo_exporter.fit.shapes import balanced_shape, low_rank_shape
 from mpo_exporter.plan.named import AUTO, DENSE, PLANS
 from mpo_exporter.terms import GROUP, fitting_group, operator
-from mpo_formats import Dense, FormatError, LinearSpec, ModelSpec, Mpo, OutputError, PlanError, Quantized, Term
+from mpo_formats import (
+    Dense,
+    FormatError,
+    LinearSpec,
+    ModelSpec,
+    Mpo,
+    OutputError,
+    PlanError,
+    Quantized,
+    Term,
+    Transform,
+)
 from mpo_formats.codec import describe
 from mpo_formats.spec import require_choice
 from mpo_runtime.text.decode import decode_text
@@ -22,7 +33,7 @@ VERSION = 1
 # The named plan of a file that names none, and that of a file that gives every layer.
 DEFAULT, SAVED = AUTO.name, DENSE.name
 PLAN_KEYS = ("version", "plan", "chi", "cores", "layers")
-LAYER_KEYS = ("layer", "match", "terms", "hadamard")
+LAYER_KEYS = ("layer", "match", "terms", "hadamard", "transform")
 SHAPES = ("low-rank", "balanced")
 # The keys of a term by its kind. A term with `chi` is a short form, whose factors follow from the layer's size.
 TERM_KEYS = {
@@ -161,9 +172,22 @@ def planned_layer(row: dict[str, Any], linear: LinearSpec, where: str) -> Linear
         raise PlanError(f"{where}: terms: expected a list of at least one term, found {describe(terms)}")
     try:
         built = tuple(one_term(term, linear, f"{where}: terms[{index}]") for index, term in enumerate(terms))
-        return replace(linear, terms=built, hadamard=row.get("hadamard", 0))
+        transform = (
+            None if row.get("transform") is None else stored_transform(row["transform"], linear, f"{where}: transform")
+        )
+        return replace(linear, terms=built, hadamard=row.get("hadamard", 0), transform=transform)
     except FormatError as error:
         raise PlanError(f"{where}: {linear.name} [{linear.out_features}, {linear.in_features}]: {error}") from None
+
+
+def stored_transform(record: Any, linear: LinearSpec, where: str) -> Transform:
+    """A stored transform, as in the header of a `.mpo` file."""
+    if not isinstance(record, dict) or record.keys() != {"name", "block", "count", "term"}:
+        raise PlanError(f"{where}: expected an object with name, block, count and term, found {describe(record)}")
+    term = one_term(record["term"], linear, f"{where}: term")
+    if isinstance(term, Mpo):
+        raise PlanError(f"{where}: term: expected a matrix, found cores")
+    return Transform(record["name"], record["block"], record["count"], term)
 
 
 def one_term(term: Any, linear: LinearSpec, where: str) -> Term:
@@ -225,7 +249,12 @@ def write_plan(path: Path, linears: tuple[LinearSpec, ...], *, force: bool = Fal
         OutputError: when it cannot be written, or exists and `force` is not given.
     """
     rows = [
-        {"layer": linear.name, "terms": [asdict(term) for term in linear.terms], "hadamard": linear.hadamard}
+        {
+            "layer": linear.name,
+            "terms": [asdict(term) for term in linear.terms],
+            "hadamard": linear.hadamard,
+            **({} if linear.transform is None else {"transform": asdict(linear.transform)}),
+        }
         for linear in linears
     ]
     text = json.dumps({"version": VERSION, "plan": SAVED, "layers": rows}, indent=1)

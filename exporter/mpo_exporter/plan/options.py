@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpo_exporter.measure.sensitivity import LEVELS
 from mpo_exporter.plan.named import AUTO, PLANS, Plan
-from mpo_exporter.terms import DEFAULT_CHI
+from mpo_exporter.terms import DEFAULT_CHI, TRANSFORMS, Transforms
 from mpo_formats import ConfigError, LinearSpec, ModelSpec, PlanError
 from mpo_formats.layout import content_tensors
 from mpo_formats.spec import CoreType
@@ -163,7 +163,7 @@ class Options:
         cores: cores of an operator.
         target: of the plan `auto`; without one it stores what `corrected` does.
         for_speed: keeps `auto` from terms that are slower than int4 on this machine.
-        hadamard: `auto` lets layers take the Hadamard transform of their input where that lowers their loss.
+        transforms: that `auto` lets layers take of their input, where that lowers their loss; None leaves it to the effort.
         choice: the layers that the plan acts on.
         keys: of the plan `k-proj`.
         file: a plan file, whose layers get the file's terms whatever the plan says.
@@ -177,7 +177,7 @@ class Options:
     cores: int = 2
     target: Target = field(default_factory=Target)
     for_speed: bool = False
-    hadamard: bool = True
+    transforms: Transforms | None = None
     choice: Choice = field(default_factory=Choice)
     keys: KeyOptions = field(default_factory=KeyOptions)
     file: PlanFile | None = None
@@ -187,6 +187,8 @@ class Options:
             raise PlanError(f"--plan {self.plan}: expected one of {', '.join(PLANS)}, or file:PLAN.json")
         if self.chi is not None and self.chi < 1:
             raise PlanError(f"--chi {self.chi}: the bond dimension must be at least 1")
+        if self.transforms not in (None, *TRANSFORMS):
+            raise PlanError(f"--transforms {self.transforms}: expected one of {', '.join(TRANSFORMS)}")
         if not 2 <= self.cores <= 8:
             raise PlanError(f"--cores {self.cores}: expected 2 to 8")
         given = [*self.target.given, *(["--for-speed"] if self.for_speed else [])]
@@ -245,7 +247,7 @@ class Options:
             "target_bytes": self.target.bytes_of(source),
             "max_kl": self.target.max_kl,
             "for_speed": self.for_speed,
-            "no_hadamard": self.named.allocates and not self.hadamard,
+            "transforms": self.transforms if self.named.allocates else None,
             "pattern": self.choice.pattern,
             "top_k": self.choice.top_k,
             "share": self.choice.share,

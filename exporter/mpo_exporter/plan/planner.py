@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from mpo_exporter.basis import PLAIN, Bases
 from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.effort import Care
@@ -17,7 +18,7 @@ from mpo_exporter.plan.budget import allocated_layers, default_size, file_bytes,
 from mpo_exporter.plan.named import acted_on, demanded, plan_layers
 from mpo_exporter.plan.options import Choice, Options, Target
 from mpo_exporter.progress import Log, Progress, no_log, silent
-from mpo_exporter.terms import GROUP, Candidate, hadamard_block, integers, operator, stored_bytes
+from mpo_exporter.terms import GROUP, Candidate, Transforms, hadamard_block, integers, operator, stored_bytes
 from mpo_formats import ConfigError, Dense, LinearSpec, ModelSpec, Mpo, PlanError, Quantized, Term
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.text.token_text import TokenText
@@ -39,7 +40,7 @@ class Planner:
         care: how carefully a new survey judges layers.
         store: keeps what a new survey has measured so far.
         blind: without calibration text, judges layers by their weights.
-        hadamard: layers take the Hadamard transform of their input where that lowers their loss.
+        transforms: that layers may take of their input, where that lowers their loss.
     """
 
     source: DenseWeights
@@ -51,7 +52,7 @@ class Planner:
     care: Care = field(default_factory=Care)
     store: Store | None = None
     blind: bool = False
-    hadamard: bool = True
+    transforms: Transforms = "hadamard"
 
     def survey(self, *, complete: bool = True) -> Survey:
         """The survey of the model, measured at most once; again if a complete one is asked for later.
@@ -64,7 +65,7 @@ class Planner:
         """
         if self.surveyed is None or (complete and not self.surveyed.complete and not self.blind):
             if self.blind:
-                self.surveyed = blind_survey(self.source, hadamard=self.hadamard, progress=self.progress)
+                self.surveyed = blind_survey(self.source, hadamard=self.transforms != "none", progress=self.progress)
                 return self.surveyed
             if self.walk is None or self.text is None:
                 raise ConfigError(
@@ -75,7 +76,7 @@ class Planner:
                 self.source,
                 self.walk,
                 self.text,
-                hadamard=self.hadamard,
+                transforms=self.transforms,
                 care=self.care,
                 complete=complete,
                 store=self.store,
@@ -83,6 +84,23 @@ class Planner:
                 log=self.log,
             )
         return self.surveyed
+
+    def bases(self, spec: ModelSpec) -> Bases:
+        """The stored transforms that the layers of a planned file take, by their names.
+
+        Raises:
+            PlanError: naming the layer whose transform this model's survey on this text did not fit.
+        """
+        if not spec.transforms():
+            return {}
+        found = self.survey(complete=False).bases
+        for linear in spec.linears:
+            if linear.transform and found.get(linear.transform.name, PLAIN).transform != linear.transform:
+                raise PlanError(
+                    f"{linear.name}: the plan gives it the stored transform of {linear.transform.name}, which was not fitted to "
+                    "this model on this calibration text; leave out transform, or give the text that the plan was made with"
+                )
+        return found
 
     def layers(self, spec: ModelSpec, options: Options) -> tuple[LinearSpec, ...]:
         """The terms of every layer.
@@ -182,7 +200,9 @@ class Planner:
                 return min((linear, replace(linear, terms=(Dense("bf16"),))), key=stored_bytes)
             cores = () if linear.name in (EMBEDDING, HEAD) else (demanded(linear, options),)
             stored = (Quantized(grid.bits, grid.group, grid.zeros) for grid in grids)
-            block = hadamard_block(linear.in_features) if self.hadamard else 0  # which the header says in some bytes
+            block = (
+                hadamard_block(linear.in_features) if self.transforms != "none" else 0
+            )  # which the header says in some bytes
             return min((replace(linear, terms=(base, *cores), hadamard=block) for base in stored), key=stored_bytes)
 
         return file_bytes(replace(spec, linears=tuple(map(smallest, self.source.spec.linears))))
@@ -198,7 +218,7 @@ class Planner:
             if linear.name in pinned or linear.name not in inside:
                 only = linear if linear.name in pinned else source.linear(linear.name)
                 loss = surveyed.loss(only) or 0.0
-                rows[linear.name] = [Candidate(stored_bytes(only), loss, only.terms, only.hadamard)]
+                rows[linear.name] = [Candidate(stored_bytes(only), loss, only.terms, only.hadamard, only.transform)]
                 continue
             factor = factors.get(linear.name, 1.0)
             row = surveyed.candidates[linear.name]
@@ -219,7 +239,10 @@ class Planner:
             return list(row)
         cores = demanded(linear, options)
         layers = [replace(base.stored(linear), terms=(*base.terms, cores)) for base in bases]
-        return [Candidate(stored_bytes(one), self.survey().loss(one) or 0.0, one.terms, one.hadamard) for one in layers]
+        return [
+            Candidate(stored_bytes(one), self.survey().loss(one) or 0.0, one.terms, one.hadamard, one.transform)
+            for one in layers
+        ]
 
     def factors(self) -> dict[str, float]:
         """The measured loss over the expected one, for each layer in integers of 3 bits."""

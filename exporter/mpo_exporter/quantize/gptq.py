@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.basis import Basis
 from mpo_exporter.calibrate.hessian import DAMPING, Hessian
 from mpo_exporter.calibrate.moments import Moment, require_finite
 from mpo_exporter.quantize import native
@@ -116,7 +117,7 @@ def compensated(
 
 
 def expected_residuals(
-    matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None = None, basis: int | None = None
+    matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None = None, basis: Basis | None = None
 ) -> tuple[Iterator[Matrix], Vector]:
     """The error that compensated rounding is expected to leave on several grids, estimated without doing the rounding.
 
@@ -126,7 +127,7 @@ def expected_residuals(
 
     Args:
         group: the group size that orders the columns; None for the largest of the grids.
-        basis: the Hadamard blocks of the matrix; None for those in which the moment is.
+        basis: that of the matrix; None for the one in which the moment is.
 
     Returns:
         The residuals r [O, I], one for each grid and computed when it is read, and d [I].
@@ -147,7 +148,7 @@ def expected_errors(
     moment: Moment | None,
     grids: Sequence[Grid],
     group: int | None = None,
-    basis: int | None = None,
+    basis: Basis | None = None,
 ) -> Matrix:
     """Σ_j r_j² d_j of each row on each of several grids [grids, O], with r and d of `expected_residuals`.
 
@@ -172,14 +173,14 @@ def expected_errors(
 
 
 def _expected_weight(
-    matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None, basis: int | None
+    matrix: Matrix, moment: Moment, grids: Sequence[Grid], group: int | None, basis: Basis | None
 ) -> tuple[Tensor, Vector]:
     """The weights R_jj² of the columns [I] in their own order, and these times the mean of C's diagonal."""
     for grid in grids:
         check(matrix, moment, grid.group)
         require_range(float(np.abs(matrix).max(initial=0.0)), Levels(grid.bits, grid.zeros))
     largest = group or max((grid.group for grid in grids), default=1)
-    weight = torch.from_numpy(moment.pivots(largest, moment.hadamard if basis is None else basis))
+    weight = torch.from_numpy(moment.pivots(largest, moment.basis if basis is None else basis))
     costs = weight.double().numpy() * float(np.trace(moment.second)) / len(moment.second)
     return weight.to(moment.device), costs
 

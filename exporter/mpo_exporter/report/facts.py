@@ -176,7 +176,8 @@ class Layer:
     """What a matrix is stored as, its size, and its relative error ‖W − Ŵ‖ / ‖W‖ in the norm `norm`.
 
     The norm `activations` is √tr(R C Rᵀ) with the second moment C that the report measured; `fit` is the same with the
-    moment that the export fitted the layer to; `weights` is the Frobenius norm. `hadamard` inputs are transformed together.
+    moment that the export fitted the layer to; `weights` is the Frobenius norm. `hadamard` inputs are transformed
+    together, or `transform` inputs by a stored transform.
     """
 
     name: str
@@ -191,6 +192,7 @@ class Layer:
     norm: Norm | None
     spectrum: Spectrum | None
     hadamard: int = 0
+    transform: int = 0
 
 
 @dataclass(frozen=True, slots=True)

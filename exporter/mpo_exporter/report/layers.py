@@ -65,6 +65,7 @@ def decision(linear: LinearSpec) -> Layer:
         norm=None,
         spectrum=None,
         hadamard=linear.hadamard,
+        transform=0 if linear.transform is None else linear.transform.block,
     )
 
 

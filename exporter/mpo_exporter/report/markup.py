@@ -140,5 +140,7 @@ def terms(layer: Layer) -> str:
 
 
 def transform(layer: Layer) -> str:
-    """Which transform of its input a layer takes, such as ` of H128`."""
+    """Which transform of its input a layer takes, such as ` of H128`; ` of T64` for a stored one."""
+    if layer.transform:
+        return f" of T{layer.transform}"
     return f" of H{layer.hadamard}" if layer.hadamard else ""

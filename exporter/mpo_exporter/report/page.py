@@ -196,7 +196,7 @@ def decision_section(report: Report) -> Markup:
     lead = (
         "What each matrix is stored as. int4/32 means integers of 4 bits, of which 32 share a scale; χ is the bond "
         "dimension of cores, their size; of H128: the layer takes the Hadamard transform of every 128 inputs, which spreads "
-        "large ones. Bits per weight include scales, offsets and cores. "
+        "large ones, of T64 a stored transform of every 64. Bits per weight include scales, offsets and cores. "
     ) + error_words(report)
     return section(
         "Decisions",

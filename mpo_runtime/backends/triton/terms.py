@@ -16,7 +16,7 @@ from mpo_formats.layout import PLANES
 from mpo_runtime.backends.triton import products
 from mpo_runtime.backends.triton.lazy import Parts
 from mpo_runtime.backends.triton.tiles import FEW, Tiles
-from mpo_runtime.layers.linear import Linear, MpoTerm, float_tensor, hadamard_transform, load_cores, widen
+from mpo_runtime.layers.linear import Linear, MpoTerm, block_transform, float_tensor, load_cores, load_transform, widen
 from mpo_runtime.weights.protocol import Weights
 
 # Matrices that one launch multiplies: queries, keys and values.
@@ -192,7 +192,7 @@ def load_layer(weights: Weights, spec: LinearSpec, chi: int | None, device: torc
             cores = load_cores(weights, prefix, term, kept, device)
             terms.append(CoreTerm(MpoTerm(kept, [core.to(settings.dtype) for core in cores])))
     bias = None if spec.bias is None else float_tensor(weights, f"{spec.name}.bias").to(device)
-    return Linear(spec, terms, bias)
+    return Linear(spec, terms, bias, load_transform(weights, spec, device))
 
 
 class Group:
@@ -217,14 +217,15 @@ class Group:
     def fits(layers: Sequence[Linear]) -> bool:
         """Whether layers can be grouped."""
         first, mains = layers[0].spec, [main_term(layer) for layer in layers]
-        same = all((one.spec.in_features, one.spec.hadamard) == (first.in_features, first.hadamard) for one in layers)
+        kind = first.in_features, first.hadamard, first.transform
+        same = all((one.spec.in_features, one.spec.hadamard, one.spec.transform) == kind for one in layers)
         integers = all(isinstance(main, IntegerTerm) for main in mains)
         return same and 1 < len(layers) <= MOST_MATRICES and (integers or alike(mains))
 
     def apply(self, x: Tensor) -> list[Tensor | Parts]:
         """Maps x [..., in] to each layer's [..., out]."""
-        spec, leading = self.layers[0].spec, x.shape[:-1]
-        flat = hadamard_transform(x.reshape(-1, spec.in_features), spec.hadamard)
+        first_layer, leading = self.layers[0], x.shape[:-1]
+        flat = block_transform(x.reshape(-1, first_layer.spec.in_features), first_layer.transform)
         y = multiply(self.terms, flat) if isinstance(self.terms[0], IntegerTerm) else self.terms[0].apply(flat)[None]
         results: list[Tensor | Parts] = []
         first = 0
@@ -250,7 +251,7 @@ def apply_layer(layer: Linear, x: Tensor) -> Tensor | Parts:
     main = main_term(layer)
     if not isinstance(main, IntegerTerm):
         return layer.apply(x)
-    flat = hadamard_transform(x.reshape(-1, layer.spec.in_features), layer.spec.hadamard)
+    flat = block_transform(x.reshape(-1, layer.spec.in_features), layer.transform)
     part = Parts(multiply([main], flat), 0, main.outputs, x.shape[:-1])
     terms: list[Any] = list(layer.terms)
     return finished(part, layer, [term for term in terms if term is not main], flat)

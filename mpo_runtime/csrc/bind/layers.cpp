@@ -32,12 +32,16 @@ void make_core(Core* place, const Matrix& matrix, std::size_t left, std::size_t 
   new (place) Core{matrix, left, right, out, in, stored_left};
 }
 
+void make_transform(Transform* place, std::size_t count, std::size_t block, const Floats& matrices) {
+  new (place) Transform(count, block, std::vector<float>(matrices.data(), matrices.data() + matrices.size()));
+}
+
 void make_linear(Linear* place, const std::string& name, std::size_t rows, std::size_t columns,
                  const std::vector<Matrix>& matrices, const std::vector<Operator>& operators,
-                 const std::optional<Floats>& bias, std::size_t hadamard) {
+                 const std::optional<Floats>& bias, std::size_t hadamard, std::shared_ptr<const Transform> transform) {
   std::vector<float> values;
   if (bias) values.assign(bias->data(), bias->data() + bias->size());
-  new (place) Linear(name, rows, columns, matrices, operators, std::move(values), hadamard);
+  new (place) Linear(name, rows, columns, matrices, operators, std::move(values), hadamard, std::move(transform));
 }
 
 }  // namespace
@@ -55,9 +59,12 @@ void bind_layers(nb::module_& module) {
   nb::class_<Operator>(module, "Operator")
       .def(nb::init<std::vector<Core>, bool, std::size_t>(), nb::arg("cores"), nb::arg("reverse"),
            nb::arg("densify_from") = 0);
+  nb::class_<Transform>(module, "Transform")
+      .def("__init__", &make_transform, nb::arg("count"), nb::arg("block"), nb::arg("matrices").noconvert());
   nb::class_<Linear>(module, "Linear")
       .def("__init__", &make_linear, nb::arg("name"), nb::arg("rows"), nb::arg("columns"), nb::arg("matrices"),
-           nb::arg("operators"), nb::arg("bias").noconvert().none(), nb::arg("hadamard") = 0)
+           nb::arg("operators"), nb::arg("bias").noconvert().none(), nb::arg("hadamard") = 0,
+           nb::arg("transform").none() = nb::none())
       .def_ro("name", &Linear::name)
       .def_ro("rows", &Linear::rows)
       .def_ro("columns", &Linear::columns);

@@ -24,14 +24,16 @@ std::size_t round_up(std::size_t value, std::size_t step) { return (value + step
 }  // namespace
 
 Linear::Linear(std::string name_, std::size_t rows_, std::size_t columns_, std::vector<Matrix> matrices_,
-               std::vector<Operator> operators_, std::vector<float> bias_, std::size_t hadamard_)
+               std::vector<Operator> operators_, std::vector<float> bias_, std::size_t hadamard_,
+               std::shared_ptr<const Transform> transform_)
     : name(std::move(name_)),
       rows(rows_),
       columns(columns_),
       matrices(std::move(matrices_)),
       operators(std::move(operators_)),
       bias(std::move(bias_)),
-      hadamard(hadamard_) {
+      hadamard(hadamard_),
+      transform(std::move(transform_)) {
   const auto expect_size = [&](const auto& term, const char* what) {
     expect(term.rows() == rows && term.columns() == columns, name, ": ", what, " is not [", rows, ", ", columns, "]");
   };
@@ -49,6 +51,8 @@ Linear::Linear(std::string name_, std::size_t rows_, std::size_t columns_, std::
   }
   expect(hadamard == 0 || (hadamard >= 16 && (hadamard & (hadamard - 1)) == 0 && columns % hadamard == 0), name,
          ": hadamard: expected a power of two from 16 on that divides ", columns, ", found ", hadamard);
+  expect(!transform || (hadamard == 0 && transform->fits(columns)), name, ": the transform of its input does not fit ", columns,
+         " inputs and hadamard ", hadamard);
   expect(bias.empty() || bias.size() == rows, name, ": the bias has ", bias.size(), " values, expected ", rows);
 }
 
@@ -64,6 +68,10 @@ void Linear::row(std::size_t r, float* out) const {
   }
   for (const Operator& term : operators) term.add_row(r, out);
   if (hadamard) active_level().ops->hadamard(out, columns, hadamard, out);
+  if (transform) {
+    const std::vector<float> stored(out, out + columns);
+    transform->apply_back(stored.data(), columns, out);
+  }
 }
 
 Activations& Workspace::codes(std::size_t tile) {

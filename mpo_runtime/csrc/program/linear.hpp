@@ -12,15 +12,17 @@
 #include "program/operator.hpp"
 #include "program/panels.hpp"
 #include "program/pool.hpp"
+#include "program/transform.hpp"
 
 namespace mpo {
 
 struct Linear {
   // Throws std::invalid_argument unless every term and the bias have the layer's size.
   Linear(std::string name, std::size_t rows, std::size_t columns, std::vector<Matrix> matrices,
-         std::vector<Operator> operators, std::vector<float> bias, std::size_t hadamard);
+         std::vector<Operator> operators, std::vector<float> bias, std::size_t hadamard,
+         std::shared_ptr<const Transform> transform = nullptr);
 
-  // Row r of the weight, transformed where `hadamard` is not 0, as float32 [columns]; the bias is no part of it.
+  // Row r of the weight, in the basis of the inputs, as float32 [columns]; the bias is no part of it.
   void row(std::size_t r, float* out) const;
 
   std::string name;
@@ -29,6 +31,7 @@ struct Linear {
   std::vector<Operator> operators;
   std::vector<float> bias;
   std::size_t hadamard;  // the terms take the transform of every block of so many inputs; 0: the inputs as they are
+  std::shared_ptr<const Transform> transform;  // a stored one in its place, or null
   std::size_t row_bytes = 0, row_step = 1;
 };
 

@@ -92,7 +92,7 @@ Program::Register Program::add_positions(Register x, std::vector<float> table) {
 Program::Register Program::linear(Register x, std::shared_ptr<const Linear> layer) {
   expect(layer->columns == width(x), "program: ", layer->name, " takes ", layer->columns, " inputs, found ", width(x));
   expect_open();
-  if (layer->hadamard) x = transformed(x, layer->hadamard);
+  if (layer->hadamard || layer->transform) x = transformed(x, *layer);
   if (!steps_.empty() && steps_.back().kind == Kind::linear && steps_.back().from[0] == x) {
     steps_.back().to.push_back(widths_.size());
     steps_.back().layers.push_back(layer);
@@ -104,11 +104,14 @@ Program::Register Program::linear(Register x, std::shared_ptr<const Linear> laye
   return to;
 }
 
-Program::Register Program::transformed(Register x, std::size_t block) {
+Program::Register Program::transformed(Register x, const Linear& layer) {
+  const Kind kind = layer.transform ? Kind::transform : Kind::hadamard;
   for (const Instruction& step : steps_)
-    if (step.kind == Kind::hadamard && step.from[0] == x && step.size == block) return step.to[0];
-  const Register to = made(Kind::hadamard, {x}, width(x));
-  steps_.back().size = block;
+    if (step.kind == kind && step.from[0] == x && step.size == layer.hadamard && step.matrices == layer.transform)
+      return step.to[0];
+  const Register to = made(kind, {x}, width(x));
+  steps_.back().size = layer.hadamard;
+  steps_.back().matrices = layer.transform;
   return to;
 }
 

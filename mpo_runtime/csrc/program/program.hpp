@@ -28,8 +28,8 @@ class Program {
   Register layer_norm(Register x, std::vector<float> weight, std::vector<float> bias, float eps);
   // Adds row p of a table [positions, width of x] to the token at position p of the cache.
   Register add_positions(Register x, std::vector<float> table);
-  // Layers with the same input are recorded one after the other, so that they are computed together; those that take its
-  // Hadamard transform share that, too.
+  // Layers with the same input are recorded one after the other, so that they are computed together; those that take the
+  // same transform of it share that, too.
   Register linear(Register x, std::shared_ptr<const Linear> layer);
   // Rotates q by position and gives it back; appends the rotated k, and v, to block `block` of the cache. Heads have
   // twice as many elements as there are frequencies.
@@ -56,10 +56,11 @@ class Program {
   void run(const Call& call) const;
 
  private:
-  enum class Kind { embed, positions, rms_norm, layer_norm, linear, hadamard, rope, attention, gelu, swiglu, add_scaled, divide };
+  enum class Kind { embed, positions, rms_norm, layer_norm, linear, hadamard, transform, rope, attention, gelu, swiglu, add_scaled, divide };
   struct Instruction {
     Kind kind;
     std::vector<Register> from, to;
+    std::shared_ptr<const Transform> matrices;          // transform: what x is multiplied with
     std::vector<std::shared_ptr<const Linear>> layers;  // linear: all that are recorded in a row with the same input
     std::size_t vector = 0, bias = 0;                   // indices into vectors_
     std::size_t block = 0, size = 0, window = 0;        // the cache's block; the size of a head or a transform; attention's window
@@ -67,7 +68,7 @@ class Program {
   };
   struct State;  // the memory of one call
 
-  Register transformed(Register x, std::size_t block);
+  Register transformed(Register x, const Linear& layer);
   Register made(Kind kind, std::vector<Register> from, std::size_t width);
   void expect_open() const;
   std::size_t keep(std::vector<float> values);

@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::size_t kSmall = 1u << 15;          // fewer elements are not worth waking a thread for
 constexpr std::size_t kExponentials = 1u << 11;   // elements of SwiGLU and GELU, whose exponentials are
+constexpr std::size_t kProducts = 1u << 17;       // multiply-adds of a transform that are
 constexpr std::size_t kQueriesPerTask = 64;       // that share keys and values in the cache
 // Positions whose softmax is one running sum; longer contexts are sums of several, joined in order. It is the same whoever
 // computes them, so that a token's result depends on its own sequence alone.
@@ -34,6 +35,13 @@ template <class F>
 void for_elements(std::size_t count, F f) {
   if (count < 2 * kExponentials) return f(0, count);
   pool().run(count, kExponentials, f);
+}
+
+// Calls f(begin, end) for all blocks of a transform, likewise: each is multiplied with a matrix [block, block].
+template <class F>
+void for_blocks(std::size_t blocks, std::size_t block, F f) {
+  if (blocks * block * block < kProducts) return f(0, blocks);
+  pool().run(blocks, std::max<std::size_t>(4, kProducts / 2 / (block * block)), f);
 }
 
 }  // namespace
@@ -79,6 +87,12 @@ void Program::execute(const Instruction& step, const Call& call, State& state) c
       return for_tokens(tokens, width, [&, x = from(0)](std::size_t t) {
         ops.hadamard(x + t * width, width, step.size, to + t * width);
       });
+    case Kind::transform: {
+      const Transform& transform = *step.matrices;
+      return for_blocks(tokens * width / transform.block(), transform.block(), [&, x = from(0)](std::size_t begin, std::size_t end) {
+        transform.apply(x, begin, end, to);
+      });
+    }
     case Kind::rope: return rope(step, call, state);
     case Kind::attention: return attend(step, call, state);
     case Kind::gelu:
