@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mpo_exporter.heal import fused
+from mpo_exporter.quantize import columns
 from mpo_formats import Dense, Mpo, Quantized, Term
 from mpo_runtime.backends.ops import Span
 from mpo_runtime.backends.triton import TritonOps, attention, elementwise, products
@@ -167,6 +168,19 @@ def healing_launches() -> list[tuple[Any, ...]]:
     return list(noted.values())
 
 
+def rounding_launches() -> list[tuple[Any, ...]]:
+    """The launches of the kernels that round columns, parts of 16 and of 32."""
+    noted: dict[Any, tuple[Any, ...]] = {}
+    with ExitStack() as patched:
+        for name in ("recode_columns", "round_columns"):
+            patched.enter_context(mock.patch.object(columns, name, Launches(getattr(columns, name), noted)))
+        for count in (16, 32):
+            part, row, square = torch.zeros(count, 4096), torch.ones(4096), torch.eye(128)[:count, :count]
+            columns.recode(part, part, row, row, square, 15)
+            columns.sweep(part, part, part, part, row, row, square.T, 15)
+    return list(noted.values())
+
+
 def at_full_size(launches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """The launches, each kind of product of a single matrix once, with as many columns as at 8B."""
     found: dict[str, tuple[Any, ...]] = {}
@@ -181,7 +195,7 @@ def at_full_size(launches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 def main() -> None:
     capabilities = [int(name) for name in sys.argv[1:]] or [90]
-    found = at_full_size(noted_launches()) + attention_launches() + healing_launches()
+    found = at_full_size(noted_launches()) + attention_launches() + healing_launches() + rounding_launches()
     for capability in capabilities:
         for kernel, signature, constants, attributes, options in found:
             source = ASTSource(kernel, signature, constants, attributes)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +52,16 @@ class State:
         """Some groups, as views."""
         group = len(self.codes) // len(self.scale)
         return State(self.codes[groups.start * group : groups.stop * group], self.scale[groups], self.zero[groups])
+
+
+@cache
+def column_kernels(device: str) -> Any:
+    """The module of kernels that round columns one after another on a kind of device; None where torch does."""
+    if device != "cuda" or find_spec("triton") is None:
+        return None
+    from mpo_exporter.quantize import columns
+
+    return columns
 
 
 def errors(problem: Problem, wanted: Tensor, state: State) -> Tensor:
@@ -137,13 +150,16 @@ def _recode(problem: Problem, state: State, columns: slice, local: Tensor, inner
     inside = slice(columns.start - start, columns.stop - start)
     near, own = local[inside], inner[inside, inside]
     before = state.codes[columns].clone()
-    pulls = own.diagonal().reciprocal().tolist()
-    for index, column in enumerate(range(columns.start, columns.stop)):
-        now = state.codes[column]
-        wish = torch.addcmul(near[index] * pulls[index], scale, now - zero)
-        best = encode(wish, inverse_scale, zero, levels)
-        near.addr_(own[:, index], scale * (best - now), alpha=-1)
-        state.codes[column] = best
+    if (kernels := column_kernels(near.device.type)) is not None:
+        kernels.recode(near, state.codes[columns], scale, zero, own, levels.top)
+    else:
+        pulls = own.diagonal().reciprocal().tolist()
+        for index, column in enumerate(range(columns.start, columns.stop)):
+            now = state.codes[column]
+            wish = torch.addcmul(near[index] * pulls[index], scale, now - zero)
+            best = encode(wish, inverse_scale, zero, levels)
+            near.addr_(own[:, index], scale * (best - now), alpha=-1)
+            state.codes[column] = best
     change = scale * (state.codes[columns] - before)
     local[: inside.start].addmm_(inner[: inside.start, inside], change, alpha=-1)
     local[inside.stop :].addmm_(inner[inside.stop :, inside], change, alpha=-1)

@@ -22,7 +22,7 @@ from mpo_exporter.basis import Basis
 from mpo_exporter.calibrate.hessian import DAMPING, Hessian
 from mpo_exporter.calibrate.moments import Moment, require_finite
 from mpo_exporter.quantize import native
-from mpo_exporter.quantize.descent import Problem, State, blocks, descend, gradient_of, inner_blocks
+from mpo_exporter.quantize.descent import Problem, State, blocks, column_kernels, descend, gradient_of, inner_blocks
 from mpo_exporter.quantize.grid import Grid, Levels, encode, inverse, require_range, search
 from mpo_exporter.quantize.rounding import Integers
 from mpo_formats import ConfigError
@@ -235,16 +235,36 @@ def sweep(problem: Problem, hessian: Hessian, wanted: Tensor) -> State:
     for block in blocks(columns, group):
         errors = wanted.new_empty(block.stop - block.start, rows)
         for near in inner_blocks(block, group):
-            for column in range(near.start, near.stop):
-                at = column // group
-                if column % group == 0:
-                    inside = slice(column, column + group)
+            for start in range(near.start, near.stop, group):
+                part, at = slice(start, min(start + group, near.stop)), start // group
+                if start % group == 0:
+                    inside = slice(start, start + group)
                     state.scale[at], state.zero[at] = search(rest[inside], hessian.weight[inside], levels)
-                    step, middle, inverse_step = state.scale[at], state.zero[at], inverse(state.scale[at])
-                code = state.codes[column] = encode(rest[column], inverse_step, middle, levels)
-                error = errors[column - block.start] = wanted[column] - step * (code - middle)
-                rest[column + 1 : near.stop].addr_(feedback[column, column + 1 : near.stop], error)
+                missed = errors[part.start - block.start : part.stop - block.start]
+                _round_part(rest[part], wanted[part], missed, state, part, feedback[part, part], levels)
+                rest[part.stop : near.stop].addmm_(feedback[part, part.stop : near.stop].T, missed)
             done = errors[near.start - block.start : near.stop - block.start]
             rest[near.stop : block.stop].addmm_(feedback[near, near.stop : block.stop].T, done)
         rest[block.stop :].addmm_(feedback[block, block.stop :].T, errors)
     return state
+
+
+def _round_part(
+    rest: Tensor, wanted: Tensor, errors: Tensor, state: State, part: slice, feedback: Tensor, levels: Levels
+) -> None:
+    """Rounds the columns `part` of one group: writes their codes to the state, and their errors [C, R].
+
+    Args:
+        rest, wanted: the columns [C, R] with the errors of those before them made up for, and without; `rest` is used up.
+        feedback: [C, C], what each error adds to later columns.
+    """
+    at = part.start * len(state.scale) // len(state.codes)
+    codes, scale, zero = state.codes[part], state.scale[at], state.zero[at]
+    if (kernels := column_kernels(rest.device.type)) is not None:
+        kernels.sweep(rest, wanted, codes, errors, scale, zero, feedback, levels.top)
+        return
+    inverse_scale = inverse(scale)
+    for index in range(len(rest)):
+        codes[index] = encode(rest[index], inverse_scale, zero, levels)
+        errors[index] = wanted[index] - scale * (codes[index] - zero)
+        rest[index + 1 :].addr_(feedback[index, index + 1 :], errors[index])
