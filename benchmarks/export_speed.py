@@ -1,7 +1,10 @@
 """How long an export takes, stage by stage, and what its file loses; beside another checkout and beside llama.cpp.
 
     python benchmarks/export_speed.py demo smollm2 --bits 4.25 3 2.5 [--before CHECKOUT] [--llama FOLDER] [--out FILE]
+    python benchmarks/export_speed.py 2b 8b:10 --bits default --efforts normal quick [--out FILE]
 
+`2b` and `8b` are Granite 3.3's sizes with random weights, which `fullsize.py` writes; `8b:10` has the first 10 of 40 blocks,
+and its times are extrapolated: those of the blocks times four, those of the embedding and the head once.
 Every export runs in a process of its own. Each stage has seconds by the clock and seconds of the processor: on a machine that
 others use the second figure is the one to compare. `--before` names a checkout of an older commit with its environment in
 .venv; the two take turns. `--predict` adds what `--dry-run` would say, in seconds of the processor. `--llama` names a folder
@@ -27,6 +30,10 @@ Row = dict[str, Any]
 # The text that layers are calibrated on has so many windows of 256 tokens.
 WINDOWS, WINDOW = 96, 256
 MARK = "export_speed: "
+EMBEDDING = "embedding"
+SYNTHETIC = ("2b", "8b")
+# Stages that take longer the more blocks there are.
+BY_BLOCK = ("gradients", "surveying", "fitting")
 
 
 def child(model: str, bits: str, effort: str, out: Path) -> Row:
@@ -40,8 +47,10 @@ def child(model: str, bits: str, effort: str, out: Path) -> Row:
     stages: dict[str, list[float]] = {}
     last = [time.perf_counter(), time.process_time()]
 
-    def passed(stage: str, *_: int) -> None:
-        """Counts the time since the last call to a stage: work is reported when it is done."""
+    def passed(stage: str, done: int = 0, total: int = 0) -> None:
+        """Counts the time since the last call to a stage, what the embedding and the head take apart: work that is done."""
+        if (stage == "fitting" and done == 1) or (stage == "surveying" and done in (1, total)):
+            stage = EMBEDDING
         now = [time.perf_counter(), time.process_time()]
         clock, processor = stages.get(stage, [0.0, 0.0])
         stages[stage] = [clock + now[0] - last[0], processor + now[1] - last[1]]
@@ -78,6 +87,29 @@ def exported(python: Path, model: str, bits: str, effort: str, folder: Path) -> 
         raise SystemExit(f"{model} {bits} {effort}: {done.stderr.strip()[-500:]}")
     row: Row = {"model": Path(model).name, "asked": bits, "code": effort, **json.loads(found[0])}
     return row
+
+
+def written(name: str, folder: Path) -> tuple[Path, float]:
+    """A checkpoint of a size with random weights, perhaps of some blocks only; and the share of the blocks that it has."""
+    import fullsize
+
+    size, _, blocks = name.partition(":")
+    config = fullsize.CONFIGS[size]
+    whole = int(config["num_hidden_layers"])
+    some = int(blocks or whole)
+    model = folder / name.replace(":", "-")
+    if not model.exists():
+        fullsize.write_checkpoint(model, config | {"num_hidden_layers": some})
+    return model, some / whole
+
+
+def extrapolated(row: Row, share: float) -> Row:
+    """A row of a model with a share of its blocks, with the seconds of all of them."""
+    found = {}
+    for key in ("seconds", "processor_seconds"):
+        blocks = sum(stage[key] for name, stage in row["stages"].items() if name in BY_BLOCK)
+        found[key] = row[key] + blocks * (1 / share - 1)
+    return {**row, "blocks_share": share, "extrapolated": found}
 
 
 def llama(folder: Path, model: Path, work: Path, threads: int) -> Row:
@@ -143,8 +175,8 @@ def predicted(model: str, row: Row) -> Row:
     from mpo_exporter.texts import held_out_text
     from mpo_formats.layout import content_tensors
 
-    effort = EFFORTS[row["code"]]
     with open_source(model) as source:
+        effort = EFFORTS[row["code"]].suited(source.architecture.parameters())
         text = held_out_text(source, None, None)[0]
         cost = export_cost(
             source.architecture,
@@ -210,10 +242,11 @@ def shown(row: Row) -> str:
     stages = ", ".join(
         f"{name} {stage['seconds']:.1f} ({stage['processor_seconds']:.1f})" for name, stage in row["stages"].items()
     )
+    whole = f", {row['extrapolated']['seconds']:.0f} with all blocks" if "extrapolated" in row else ""
     told = f"; predicted {row['predicted']['processor_seconds']:.0f}" if "predicted" in row else ""
     return (
         f"{row['model']} {row['asked']} {row['code']}: {row['seconds']:.0f} s ({row['processor_seconds']:.0f} of the processor"
-        f"{told}), {row['bytes']:,} bytes{kl}: {stages}"
+        f"{told}){whole}, {row['bytes']:,} bytes, {row.get('peak_bytes', 0) / 1e9:.1f} GB{kl}: {stages}"
     )
 
 
@@ -239,12 +272,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         folder = Path(work)
         for model in arguments.models:
+            share = 1.0
+            if model.partition(":")[0] in SYNTHETIC:
+                path, share = written(model, folder)
+                model = str(path)
             given = str(Path(model).resolve()) if Path(model).exists() else model
             codes = [("before", arguments.before / ".venv" / "bin" / "python")] if arguments.before else []
             codes += [(effort, Path(sys.executable)) for effort in arguments.efforts]
             for bits in arguments.bits:
                 for code, python in codes:
                     row = exported(python.absolute(), given, bits, code, folder)
+                    if share < 1:
+                        row = extrapolated(row, share)
                     if arguments.predict and code != "before":
                         row["predicted"] = predicted(given, row)
                     rows.append(row)

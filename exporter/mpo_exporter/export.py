@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.calibrate.moments import UPSTREAMS, Calibration, Moment, compressed_blocks
+from mpo_exporter.calibrate.moments import UPSTREAMS, Calibration, Moment, Parts, compressed_blocks, dense_matrix
 from mpo_exporter.calibrate.outputs import Outputs
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.upstream import block_linears
 from mpo_exporter.certify import Certifier
 from mpo_exporter.effort import NORMAL, QUICK, Effort
-from mpo_exporter.fit.layer import Built, Method, build_linear, widen
+from mpo_exporter.fit.layer import Built, Method, build_linear, in_integers, joined_parts, quantized_part
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.budget import allocated_layers, default_bytes, file_bytes
 from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.planner import Planner
 from mpo_exporter.plan.predict import record_outcome, within_kl
 from mpo_exporter.progress import Log, Progress, no_log, silent
+from mpo_exporter.quantize.rounding import Integers
 from mpo_exporter.request import check_file
 from mpo_exporter.source import Source
 from mpo_exporter.terms import without_operators
@@ -46,7 +47,10 @@ OutputMoments = Callable[[str], NDArray[np.float32] | None]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The fit of one layer: the dense matrix, the stored one [O, I], the moment that it was fitted to, and the time."""
+    """The fit of one layer: the dense matrix, the stored one [O, I], the moment that it was fitted to, and the time.
+
+    There is no moment of a layer that was fitted without text or in parts.
+    """
 
     layer: str
     dense: Matrix
@@ -318,7 +322,11 @@ class Fitting:
             for name in linears:
                 if name in blocks:
                     self.resumed(linears[name])
-            walk.compress(lambda name, matrix, moment: self.built(linears, name, moment), store=self.store)
+            walk.compress(
+                lambda name, matrix, moment: self.built(linears, name, moment),
+                store=self.store,
+                parts=self.in_parts(linears),
+            )
             return
         if self.table is None and self.source.architecture.tie_word_embeddings:
             for names, moment in walk.dense():
@@ -328,8 +336,33 @@ class Fitting:
         embedding = self.layer(linears[EMBEDDING], table).matrix.astype(np.float32)
 
         walk.compress(
-            lambda name, matrix, moment: self.built(linears, name, moment), embedding=embedding, store=self.store
+            lambda name, matrix, moment: self.built(linears, name, moment),
+            embedding=embedding,
+            store=self.store,
+            parts=self.in_parts(linears),
         )
+
+    def in_parts(self, linears: dict[str, LinearSpec]) -> Parts:
+        """Layers that become integers alone may be fitted some columns at a time."""
+        found: list[Integers] = []
+        start = 0.0
+
+        def build(name: str, columns: slice, matrix: Matrix, moment: Moment) -> NDArray[np.float32]:
+            nonlocal start
+            linear = linears[name]
+            if columns.start == 0:
+                found.clear()
+                start = time.perf_counter()
+            integers, stored = quantized_part(linear, matrix, moment)
+            found.append(integers)
+            if columns.stop == linear.in_features:
+                self.finished(linear, joined_parts(linear, found), time.perf_counter() - start)
+            return stored.astype(np.float32)
+
+        def takes(name: str) -> bool:
+            return in_integers(linears[name], self.method) and self.outputs(name) is None
+
+        return Parts(takes, build)
 
     def built(self, linears: dict[str, LinearSpec], name: str, moment: Moment) -> NDArray[np.float32]:
         """Fits a layer in its turn; the embedding was fitted before all others, and as a head it has no other turn."""
@@ -363,15 +396,19 @@ class Fitting:
         weight = f"{linear.name}.0.weight"
         raw, dtype, start = self.source.array(weight), self.source.dtype(weight), time.perf_counter()
         built = build_linear(linear, raw, dtype, moment, self.method, self.outputs(linear.name))
-        seconds = time.perf_counter() - start
+        self.finished(linear, built, time.perf_counter() - start, moment)
+        return built
+
+    def finished(self, linear: LinearSpec, built: Built, seconds: float, moment: Moment | None = None) -> None:
+        """Reports a layer's fit, keeps its tensors, and writes them."""
         if self.listener.fitted:
             if moment is not None:
                 moment.turn(0)
-            self.listener.fitted(Fitted(linear.name, widen(raw, dtype), built.matrix, moment, seconds))
+            dense = dense_matrix(self.source, linear.name)
+            self.listener.fitted(Fitted(linear.name, dense, built.matrix, moment, seconds))
         if self.store is not None:
             self.store.write(f"fit-{linear.name}", built.tensors)
         self.write(linear, built.tensors)
-        return built
 
     def write(self, linear: LinearSpec, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Writes the tensors of a layer, and its bias."""
