@@ -36,8 +36,14 @@ SYNTHETIC = ("2b", "8b")
 BY_BLOCK = ("gradients", "surveying", "fitting")
 
 
-def child(model: str, bits: str, effort: str, out: Path) -> Row:
-    """One export in this process, with the code that Python finds: also that of an older checkout."""
+def child(model: str, bits: str, effort: str, out: Path, weights: int = 0) -> Row:
+    """One export in this process, with the code that Python finds: also that of an older checkout.
+
+    Args:
+        weights: of the model that this one has some blocks of, which is exported with that one's effort and not measured.
+    """
+    from dataclasses import replace
+
     from mpo_exporter.cli import export as cli
     from mpo_exporter.export import Listener, export
     from mpo_exporter.plan.options import Options, Target
@@ -62,6 +68,11 @@ def child(model: str, bits: str, effort: str, out: Path) -> Row:
     request.machine.prepare()
     with open_source(model) as source:
         task = cli.resolved(request, source, out, {})[0]
+        if weights:
+            from mpo_exporter.effort import EFFORTS
+
+            suited = EFFORTS[effort].suited(weights)
+            task = replace(task, windows=suited.windows, effort=suited, text=None)
         passed("opening")
         result = export(source, task, Listener(passed))
         passed("closing")
@@ -77,9 +88,10 @@ def child(model: str, bits: str, effort: str, out: Path) -> Row:
     }
 
 
-def exported(python: Path, model: str, bits: str, effort: str, folder: Path) -> Row:
+def exported(python: Path, model: str, bits: str, effort: str, folder: Path, weights: int = 0) -> Row:
     """One export by the code of an environment; measurements are cached in the folder, so that one survey serves all bits."""
     words = [str(python), __file__, model, "--bits", bits, "--child", effort, "--work", str(folder)]
+    words += ["--weights", str(weights)]
     environment = {**os.environ, "MPO_CACHE": str(folder / f"cache-{effort}-{Path(model).stem}")}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder, check=False)
     found = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
@@ -89,9 +101,11 @@ def exported(python: Path, model: str, bits: str, effort: str, folder: Path) -> 
     return row
 
 
-def written(name: str, folder: Path) -> tuple[Path, float]:
-    """A checkpoint of a size with random weights, perhaps of some blocks only; and the share of the blocks that it has."""
+def written(name: str, folder: Path) -> tuple[Path, float, int]:
+    """A checkpoint of a size with random weights, perhaps of some blocks only; the share of the blocks, and all weights."""
     import fullsize
+
+    from mpo_runtime.weights.config import architecture_from_config
 
     size, _, blocks = name.partition(":")
     config = fullsize.CONFIGS[size]
@@ -100,7 +114,7 @@ def written(name: str, folder: Path) -> tuple[Path, float]:
     model = folder / name.replace(":", "-")
     if not model.exists():
         fullsize.write_checkpoint(model, config | {"num_hidden_layers": some})
-    return model, some / whole
+    return model, some / whole, architecture_from_config(config, {}, name).parameters()
 
 
 def extrapolated(row: Row, share: float) -> Row:
@@ -167,7 +181,7 @@ def llama(folder: Path, model: Path, work: Path, threads: int) -> Row:
     }
 
 
-def predicted(model: str, row: Row) -> Row:
+def predicted(model: str, row: Row, weights: int = 0) -> Row:
     """What `--dry-run` would say of an export, with the processor's time in the place of the clock's."""
     from mpo_exporter.effort import EFFORTS
     from mpo_exporter.measure.cost import export_cost, measured_rates
@@ -176,8 +190,8 @@ def predicted(model: str, row: Row) -> Row:
     from mpo_formats.layout import content_tensors
 
     with open_source(model) as source:
-        effort = EFFORTS[row["code"]].suited(source.architecture.parameters())
-        text = held_out_text(source, None, None)[0]
+        effort = EFFORTS[row["code"]].suited(weights or source.architecture.parameters())
+        text = None if weights else held_out_text(source, None, None)[0]
         cost = export_cost(
             source.architecture,
             measured_rates(source.architecture, time.process_time),
@@ -262,30 +276,32 @@ def main() -> None:
     parser.add_argument("--survey", action="store_true")
     parser.add_argument("--work", type=Path, help="folder for files and caches", default=None)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.child:
-        row = child(arguments.models[0], arguments.bits[0], arguments.child, arguments.work / "speed.mpo")
+        out = arguments.work / "speed.mpo"
+        row = child(arguments.models[0], arguments.bits[0], arguments.child, out, arguments.weights)
         print(MARK + json.dumps(row), flush=True)
         return
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         folder = Path(work)
         for model in arguments.models:
-            share = 1.0
+            share, weights = 1.0, 0
             if model.partition(":")[0] in SYNTHETIC:
-                path, share = written(model, folder)
+                path, share, weights = written(model, folder)
                 model = str(path)
             given = str(Path(model).resolve()) if Path(model).exists() else model
             codes = [("before", arguments.before / ".venv" / "bin" / "python")] if arguments.before else []
             codes += [(effort, Path(sys.executable)) for effort in arguments.efforts]
             for bits in arguments.bits:
                 for code, python in codes:
-                    row = exported(python.absolute(), given, bits, code, folder)
+                    row = exported(python.absolute(), given, bits, code, folder, weights)
                     if share < 1:
                         row = extrapolated(row, share)
                     if arguments.predict and code != "before":
-                        row["predicted"] = predicted(given, row)
+                        row["predicted"] = predicted(given, row, weights)
                     rows.append(row)
                     print(shown(row), flush=True)
             if arguments.survey:

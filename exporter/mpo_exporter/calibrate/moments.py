@@ -33,7 +33,7 @@ from mpo_exporter.calibrate.hessian import (
 )
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.shortfall import Shortfall, falls_short, measure_input
-from mpo_exporter.calibrate.spill import mapped_file
+from mpo_exporter.calibrate.spill import spill
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.sums import Sums
 from mpo_exporter.calibrate.upstream import Upstream, block_linears
@@ -392,10 +392,3 @@ def moment_of(
         if part is not None and not np.isfinite(part).all():
             raise ConfigError(f"{names[0]}: its input is not finite on the calibration text; check the source model")
     return moment
-
-
-def spill(file: Path, matrix: NDArray[np.float32]) -> Tensor:
-    """Moves a matrix to a mapped file, whose pages the system can drop from memory at any time."""
-    mapped = mapped_file(file, matrix.shape)
-    mapped[:] = matrix
-    return torch.from_numpy(mapped)

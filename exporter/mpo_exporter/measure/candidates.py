@@ -165,23 +165,15 @@ def candidates(
 
     require_finite(matrix, "matrix")
     grids = (TURNED_GRIDS if hadamard else GRIDS) if grids is None else grids
-    # Where only sampled rows are judged, those alone are transformed: values grow by the root of the block at most.
-    rows, counted = sensitivity.sample(matrix, sampled)
-    bounded = not every and min(matrix.shape) > BOUNDED
-    peak = float(np.abs(matrix).max(initial=0.0)) * math.sqrt(max(hadamard, 1))
-    apart = bounded and rows is not matrix and peak <= LARGEST
-    if not apart:
-        matrix = hadamard_transform(matrix, hadamard)
-        peak = float(np.abs(matrix).max(initial=0.0))
-        rows, counted = sensitivity.sample(matrix, sampled)
-    else:
-        rows = hadamard_transform(rows, hadamard)
+    matrix = hadamard_transform(matrix, hadamard)
+    peak = float(np.abs(matrix).max(initial=0.0))
     fitting = [grid for grid in fitted(grids, linear.in_features) if peak <= LARGEST * implicit_zero(grid.bits)]
     lossless = candidate(0.0, *linear.terms, hadamard=0)
     if not fitting:
         narrow = candidate(0.0, Dense("bf16"), hadamard=0)
         return [lossless] if lossless.bytes <= narrow.bytes else [narrow, lossless]
     group = max(grid.group for grid in fitting)
+    rows, counted = sensitivity.sample(matrix, sampled)
     losses = expected_errors(rows, sensitivity.moment, fitting, group, hadamard) @ counted.rows / 2
     result, bases = [], {}
     for grid, loss in zip(fitting, map(float, losses), strict=True):
@@ -194,18 +186,13 @@ def candidates(
     cored = fitted([grid for grid in grids if grid in CORED], linear.in_features)
     picked = [grid for grid in cored if grid in bases]
     hull, shape = lower_hull([*result, lossless]), low_rank_shape(*matrix.shape)
-
-    def residuals(grid: Grid) -> Iterator[Tensor]:
-        """Of the sampled rows where bounds are asked first, then of the whole matrix."""
-        if bounded and rows is not matrix:
-            yield weighted_residual(rows, counted, grid, group, hadamard)
-        whole = hadamard_transform(matrix, hadamard) if apart else matrix
-        yield weighted_residual(whole, sensitivity, grid, group, hadamard)
-
     for grid in picked:
         sizes = [candidate(0.0, bases[grid], operator(*shape, chi, "int8")) for chi in chis if chi < min(matrix.shape)]
         share = DESCENT.get(grid.bits, FINER)
-        result += paying(residuals(grid), share, sizes, None if every else hull, bounded)
+        bounded = not every and min(matrix.shape) > BOUNDED
+        tried = [(matrix, sensitivity)] if rows is matrix or not bounded else [(rows, counted), (matrix, sensitivity)]
+        residuals = (weighted_residual(*one, grid, group, hadamard) for one in tried)
+        result += paying(residuals, share, sizes, None if every else hull, bounded)
     return [*result, lossless]
 
 
