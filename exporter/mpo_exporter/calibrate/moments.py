@@ -32,7 +32,7 @@ from mpo_exporter.calibrate.hessian import (
     transform_in_place,
 )
 from mpo_exporter.calibrate.precision import fast_products
-from mpo_exporter.calibrate.shortfall import Shortfall, falls_short, measure_input
+from mpo_exporter.calibrate.shortfall import Shortfall, is_wide, measure_input
 from mpo_exporter.calibrate.spill import spill
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.sums import Sums
@@ -75,8 +75,8 @@ class Moment:
 
     `cross` is E[x x̂ᵀ] [I, I] where x̂ differs from the input x of the dense model, else None. `drift` is
     E[(h − ĥ) x̂ᵀ] / m [O, I] for a layer whose output is added, m times, to the residual stream ĥ: it says how the output
-    would have to change so that the stream becomes the dense model's h again. Of such a layer with fewer outputs than inputs
-    `cross` is None and `drift` is E[(W (x − x̂) + (h − ĥ) / m) x̂ᵀ], all that its output falls short by.
+    would have to change so that the stream becomes the dense model's h again. Of a part of wide inputs `cross` is None and
+    `drift` is E[r x̂ᵀ], with r all that the output falls short by (`Shortfall`).
 
     `device` is where the Hessian is, and with it the rounding of the layers' integers; the arrays here are on the CPU.
 
@@ -300,19 +300,14 @@ class Calibration:
     ) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Names and compressed matrices of the layers with the next input after the layers `before`."""
         name = names[0]
-        if not falls_short(self.source.spec, names):
+        if parts is None or not (is_wide(self.source.spec, names) and parts.takes(name)):
             moment = moment_of(names, *measure_input(dense, ours, block, before), device=self.device)
             for name in names:
                 yield name, build(name, dense_matrix(self.source, name), moment)
             return
         matrix = dense_matrix(self.source, name)
-        wide = parts is not None and matrix.shape[1] > WIDE and parts.takes(name)
-        columns = parts_of(matrix.shape[1]) if wide else [slice(0, matrix.shape[1])]
+        columns = parts_of(matrix.shape[1])
         short = Shortfall(dense, ours, block, before, name, matrix, columns)
-        if parts is None or len(columns) == 1:
-            moment = moment_of(names, short.seconds[0], None, short.drift(columns[0]), device=self.device)
-            yield name, build(name, matrix, moment)
-            return
         whole = np.empty(matrix.shape, np.float32)
         for part, second in zip(columns, short.seconds, strict=True):
             moment = moment_of(names, second, None, short.drift(part), device=self.device)

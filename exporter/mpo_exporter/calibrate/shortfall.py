@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.calibrate import hessian
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.sums import Sums
 from mpo_exporter.calibrate.upstream import Input, Upstream
@@ -19,14 +20,10 @@ Matrix = NDArray[np.float64]
 TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
 
 
-def falls_short(spec: ModelSpec, names: Sequence[str]) -> bool:
-    """Whether the sums for these layers are of what their output falls short by, and not of x x̂ᵀ.
-
-    So it is for one layer that adds to the residual stream and has fewer outputs than inputs: its sums are then smaller.
-    """
-    one = spec.linear(names[0])
-    narrow = len(names) == 1 and names[0].endswith(TO_STREAM) and one.out_features < one.in_features
-    return narrow and spec.architecture.residual_multiplier != 0
+def is_wide(spec: ModelSpec, names: Sequence[str]) -> bool:
+    """Whether these layers are one with wide inputs that adds to the residual stream, so that it may be compressed in parts."""
+    wide = len(names) == 1 and names[0].endswith(TO_STREAM) and spec.linear(names[0]).in_features > hessian.WIDE
+    return wide and spec.architecture.residual_multiplier != 0
 
 
 def pairs(dense: Upstream, ours: Upstream, block: int, before: tuple[str, ...]) -> Iterator[tuple[Input, Input]]:
@@ -74,8 +71,8 @@ def measure_input(
 class Shortfall:
     """What the output of a layer W [O, I] falls short by: r = W (x − x̂) + (h − ĥ) / m for every token.
 
-    The layer's matrix is to change by the Δ with the least E|r − Δ x̂|². Its columns may be taken part by part: `subtract` takes
-    off what a part makes up for, and puts on the errors of its rounding.
+    The layer's matrix is to change by the Δ with the least E|r − Δ x̂|². Its columns are taken part by part: `subtract` takes off
+    what a part makes up for, and puts on the errors of its rounding.
 
     Args:
         dense, ours, block, before: as `measure_input` takes them.
@@ -106,8 +103,7 @@ class Shortfall:
             for part, second in zip(self.parts, self.seconds, strict=True):
                 second.add(mine.x[..., part])
             self.first.add(rest, mine.x[..., self.parts[0]])
-            if len(self.parts) > 1:
-                self.rests.append(rest)
+            self.rests.append(rest)
 
     def drift(self, part: slice) -> Sums:
         """The sums of r x̂ᵀ for the columns of one part."""

@@ -36,7 +36,7 @@ BESIDE, HALF = 0.63, 576
 # to nearest.
 ROOTS, PASSES = 2.5, 23
 # Copies of a matrix between its types and bases, in weights that are rounded to nearest; the products of a target, in O I² each.
-COPIES, SOLVED = 100, 1.5
+COPIES, SOLVED = 8, 1.5
 # The first layer of each input of a block.
 FIRST = ("q_proj", "o_proj", "gate_proj", "down_proj")
 # What measuring takes beside its products: attention without bf16, and the vocabulary's softmax twice.
@@ -197,7 +197,7 @@ def across(name: str, rows: int, columns: int) -> int:
     """Multiply-adds of a token for what a layer makes up for: see calibrate/shortfall.py."""
     if not name.endswith(TO_STREAM):
         return columns**2
-    return rows * columns * (2 + (columns > WIDE)) if rows < columns else columns**2 + rows * columns
+    return 3 * rows * columns if columns > WIDE else columns**2 + rows * columns
 
 
 def memory_of(architecture: Architecture, source_bytes: int, tokens: int, measured_tokens: int) -> int:

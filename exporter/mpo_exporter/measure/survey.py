@@ -45,7 +45,7 @@ from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import DenseWeights, Weights
 
 # To be raised whenever a survey of the same model and text would come out differently.
-VERSION = 12
+VERSION = 13
 # The KL that exports measured over what second-order losses of single layers add up to: 1.2 to 1.6 on granite-nano, 2.0 to 2.5 on
 # SmolLM2 with another text than it was calibrated on.
 OBSERVED = 1.5
