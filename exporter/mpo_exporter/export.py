@@ -19,14 +19,14 @@ from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.upstream import block_linears
 from mpo_exporter.certify import Certifier
 from mpo_exporter.effort import NORMAL, QUICK, Effort
-from mpo_exporter.fit.layer import Built, Method, build_linear, in_integers, joined_parts, quantized_part
+from mpo_exporter.fit.layer import Built, Method, build_linear, in_integers
+from mpo_exporter.fit.parts import integer_parts
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.budget import allocated_layers, default_bytes, file_bytes
 from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.plan.planner import Planner
 from mpo_exporter.plan.predict import record_outcome, within_kl
 from mpo_exporter.progress import Log, Progress, no_log, silent
-from mpo_exporter.quantize.rounding import Integers
 from mpo_exporter.request import check_file
 from mpo_exporter.source import Source
 from mpo_exporter.terms import without_operators
@@ -314,6 +314,10 @@ class Fitting:
 
     def calibrated(self, linears: dict[str, LinearSpec], walk: Calibration) -> None:
         """Fits the embedding to its uses, then every layer to what the compressed layers before it make of the text."""
+
+        def build(name: str, matrix: Matrix, moment: Moment) -> NDArray[np.float32]:
+            return self.built(linears, name, moment)
+
         if first := self.finished_blocks(linears):
             blocks = {
                 EMBEDDING,
@@ -322,11 +326,7 @@ class Fitting:
             for name in linears:
                 if name in blocks:
                     self.resumed(linears[name])
-            walk.compress(
-                lambda name, matrix, moment: self.built(linears, name, moment),
-                store=self.store,
-                parts=self.in_parts(linears),
-            )
+            walk.compress(build, store=self.store, parts=self.in_parts(linears))
             return
         if self.table is None and self.source.architecture.tie_word_embeddings:
             for names, moment in walk.dense():
@@ -335,34 +335,12 @@ class Fitting:
         table = None if self.table is None else Moment(self.table.copy(), None, walk.windows.size, device=walk.device)
         embedding = self.layer(linears[EMBEDDING], table).matrix.astype(np.float32)
 
-        walk.compress(
-            lambda name, matrix, moment: self.built(linears, name, moment),
-            embedding=embedding,
-            store=self.store,
-            parts=self.in_parts(linears),
-        )
+        walk.compress(build, embedding=embedding, store=self.store, parts=self.in_parts(linears))
 
     def in_parts(self, linears: dict[str, LinearSpec]) -> Parts:
-        """Layers that become integers alone may be fitted some columns at a time."""
-        found: list[Integers] = []
-        start = 0.0
-
-        def build(name: str, columns: slice, matrix: Matrix, moment: Moment) -> NDArray[np.float32]:
-            nonlocal start
-            linear = linears[name]
-            if columns.start == 0:
-                found.clear()
-                start = time.perf_counter()
-            integers, stored = quantized_part(linear, matrix, moment)
-            found.append(integers)
-            if columns.stop == linear.in_features:
-                self.finished(linear, joined_parts(linear, found), time.perf_counter() - start)
-            return stored.astype(np.float32)
-
-        def takes(name: str) -> bool:
-            return in_integers(linears[name], self.method) and self.outputs(name) is None
-
-        return Parts(takes, build)
+        """Layers that become integers alone may be fitted some columns at a time, but for those that mind their outputs."""
+        alone = {name for name, linear in linears.items() if in_integers(linear, self.method)}
+        return integer_parts(linears, lambda name: name in alone and self.outputs(name) is None, self.finished)
 
     def built(self, linears: dict[str, LinearSpec], name: str, moment: Moment) -> NDArray[np.float32]:
         """Fits a layer in its turn; the embedding was fitted before all others, and as a head it has no other turn."""

@@ -151,8 +151,7 @@ def export_cost(
     beside = rates.exact * BESIDE * HALF / (HALF + architecture.hidden_size)
     forward = block * (rates.product + beside)  # of a token through all blocks
     # Layers with one input share a moment: q, k and v; gate and up. Wide ones have one for each part.
-    first = FIRST if any(name.endswith("gate_proj") for name, *_ in sizes) else ("up_proj", *FIRST)
-    inputs = [one for one in sizes if one[0].endswith(first)]
+    inputs = [one for one in sizes if one[0].endswith(first_layers(sizes))]
     squares, cubes = (sum(width**power for *_, columns in inputs for width in widths(columns)) for power in (2, 3))
     wide = sum(columns**2 for *_, columns in inputs)
     judged = sum((rows if rows <= 2 * effort.care.rows else effort.care.rows) * columns for _, rows, columns in sizes)
@@ -175,9 +174,8 @@ def export_cost(
         moments = tokens * (squares + sum(across(*one) for one in inputs))
         fits = sum(rows * width**2 for _, rows, columns in sizes for width in widths(columns))
         roots = rates.exact * ROOTS * cubes + rates.nearest * (PASSES * squares + COPIES * weights)
-        stages["fitting"] = (
-            tokens * 2 * forward + rates.product * (moments + SOLVED * fits) + roots + rates.rounding * fits
-        )
+        products = rates.product * (moments + SOLVED * fits)
+        stages["fitting"] = tokens * 2 * forward + products + roots + rates.rounding * fits
     else:
         stages["fitting"] = rates.nearest * weights
     stages["measuring"] = rates.exact * 2 * measured_tokens * (block + head) * MEASURED
@@ -186,6 +184,11 @@ def export_cost(
         memory_of(architecture, source_bytes, tokens, measured_tokens),
         disk_of(architecture, file_bytes, tokens, sampled if surveyed else 0, minded),
     )
+
+
+def first_layers(sizes: list[tuple[str, int, int]]) -> tuple[str, ...]:
+    """The ends of the names of the first layer of each input of a block."""
+    return FIRST if any(name.endswith("gate_proj") for name, *_ in sizes) else ("up_proj", *FIRST)
 
 
 def widths(columns: int) -> list[int]:
