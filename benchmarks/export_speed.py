@@ -1,7 +1,10 @@
 """How long an export takes, stage by stage, and what its file loses; beside another checkout and beside llama.cpp.
 
     python benchmarks/export_speed.py demo smollm2 --bits 4.25 3 2.5 [--before CHECKOUT] [--llama FOLDER] [--out FILE]
+    python benchmarks/export_speed.py 2b 8b:10 --bits default --efforts normal quick [--out FILE]
 
+`2b` and `8b` are Granite 3.3's sizes with random weights, which `fullsize.py` writes; `8b:10` has the first 10 of 40 blocks,
+and its times are extrapolated: those of the blocks times four, those of the embedding and the head once.
 Every export runs in a process of its own. Each stage has seconds by the clock and seconds of the processor: on a machine that
 others use the second figure is the one to compare. `--before` names a checkout of an older commit with its environment in
 .venv; the two take turns. `--predict` adds what `--dry-run` would say, in seconds of the processor. `--llama` names a folder
@@ -27,10 +30,20 @@ Row = dict[str, Any]
 # The text that layers are calibrated on has so many windows of 256 tokens.
 WINDOWS, WINDOW = 96, 256
 MARK = "export_speed: "
+EMBEDDING = "embedding"
+SYNTHETIC = ("2b", "8b")
+# Stages that take longer the more blocks there are.
+BY_BLOCK = ("gradients", "surveying", "fitting")
 
 
-def child(model: str, bits: str, effort: str, out: Path) -> Row:
-    """One export in this process, with the code that Python finds: also that of an older checkout."""
+def child(model: str, bits: str, effort: str, out: Path, weights: int = 0) -> Row:
+    """One export in this process, with the code that Python finds: also that of an older checkout.
+
+    Args:
+        weights: of the model that this one has some blocks of, which is exported with that one's effort and not measured.
+    """
+    from dataclasses import replace
+
     from mpo_exporter.cli import export as cli
     from mpo_exporter.export import Listener, export
     from mpo_exporter.plan.options import Options, Target
@@ -40,8 +53,10 @@ def child(model: str, bits: str, effort: str, out: Path) -> Row:
     stages: dict[str, list[float]] = {}
     last = [time.perf_counter(), time.process_time()]
 
-    def passed(stage: str, *_: int) -> None:
-        """Counts the time since the last call to a stage: work is reported when it is done."""
+    def passed(stage: str, done: int = 0, total: int = 0) -> None:
+        """Counts the time since the last call to a stage, what the embedding and the head take apart: work that is done."""
+        if (stage == "fitting" and done == 1) or (stage == "surveying" and done in (1, total)):
+            stage = EMBEDDING
         now = [time.perf_counter(), time.process_time()]
         clock, processor = stages.get(stage, [0.0, 0.0])
         stages[stage] = [clock + now[0] - last[0], processor + now[1] - last[1]]
@@ -53,6 +68,11 @@ def child(model: str, bits: str, effort: str, out: Path) -> Row:
     request.machine.prepare()
     with open_source(model) as source:
         task = cli.resolved(request, source, out, {})[0]
+        if weights:
+            from mpo_exporter.effort import EFFORTS
+
+            suited = EFFORTS[effort].suited(weights)
+            task = replace(task, windows=suited.windows, effort=suited, text=None)
         passed("opening")
         result = export(source, task, Listener(passed))
         passed("closing")
@@ -68,9 +88,10 @@ def child(model: str, bits: str, effort: str, out: Path) -> Row:
     }
 
 
-def exported(python: Path, model: str, bits: str, effort: str, folder: Path) -> Row:
+def exported(python: Path, model: str, bits: str, effort: str, folder: Path, weights: int = 0) -> Row:
     """One export by the code of an environment; measurements are cached in the folder, so that one survey serves all bits."""
     words = [str(python), __file__, model, "--bits", bits, "--child", effort, "--work", str(folder)]
+    words += ["--weights", str(weights)]
     environment = {**os.environ, "MPO_CACHE": str(folder / f"cache-{effort}-{Path(model).stem}")}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder, check=False)
     found = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
@@ -78,6 +99,31 @@ def exported(python: Path, model: str, bits: str, effort: str, folder: Path) -> 
         raise SystemExit(f"{model} {bits} {effort}: {done.stderr.strip()[-500:]}")
     row: Row = {"model": Path(model).name, "asked": bits, "code": effort, **json.loads(found[0])}
     return row
+
+
+def written(name: str, folder: Path) -> tuple[Path, float, int]:
+    """A checkpoint of a size with random weights, perhaps of some blocks only; the share of the blocks, and all weights."""
+    import fullsize
+
+    from mpo_runtime.weights.config import architecture_from_config
+
+    size, _, blocks = name.partition(":")
+    config = fullsize.CONFIGS[size]
+    whole = int(config["num_hidden_layers"])
+    some = int(blocks or whole)
+    model = folder / name.replace(":", "-")
+    if not model.exists():
+        fullsize.write_checkpoint(model, config | {"num_hidden_layers": some})
+    return model, some / whole, architecture_from_config(config, {}, name).parameters()
+
+
+def extrapolated(row: Row, share: float) -> Row:
+    """A row of a model with a share of its blocks, with the seconds of all of them."""
+    found = {}
+    for key in ("seconds", "processor_seconds"):
+        blocks = sum(stage[key] for name, stage in row["stages"].items() if name in BY_BLOCK)
+        found[key] = row[key] + blocks * (1 / share - 1)
+    return {**row, "blocks_share": share, "extrapolated": found}
 
 
 def llama(folder: Path, model: Path, work: Path, threads: int) -> Row:
@@ -135,7 +181,7 @@ def llama(folder: Path, model: Path, work: Path, threads: int) -> Row:
     }
 
 
-def predicted(model: str, row: Row) -> Row:
+def predicted(model: str, row: Row, weights: int = 0) -> Row:
     """What `--dry-run` would say of an export, with the processor's time in the place of the clock's."""
     from mpo_exporter.effort import EFFORTS
     from mpo_exporter.measure.cost import export_cost, measured_rates
@@ -143,9 +189,9 @@ def predicted(model: str, row: Row) -> Row:
     from mpo_exporter.texts import held_out_text
     from mpo_formats.layout import content_tensors
 
-    effort = EFFORTS[row["code"]]
     with open_source(model) as source:
-        text = held_out_text(source, None, None)[0]
+        effort = EFFORTS[row["code"]].suited(weights or source.architecture.parameters())
+        text = None if weights else held_out_text(source, None, None)[0]
         cost = export_cost(
             source.architecture,
             measured_rates(source.architecture, time.process_time),
@@ -210,10 +256,11 @@ def shown(row: Row) -> str:
     stages = ", ".join(
         f"{name} {stage['seconds']:.1f} ({stage['processor_seconds']:.1f})" for name, stage in row["stages"].items()
     )
+    whole = f", {row['extrapolated']['seconds']:.0f} with all blocks" if "extrapolated" in row else ""
     told = f"; predicted {row['predicted']['processor_seconds']:.0f}" if "predicted" in row else ""
     return (
         f"{row['model']} {row['asked']} {row['code']}: {row['seconds']:.0f} s ({row['processor_seconds']:.0f} of the processor"
-        f"{told}), {row['bytes']:,} bytes{kl}: {stages}"
+        f"{told}){whole}, {row['bytes']:,} bytes, {row.get('peak_bytes', 0) / 1e9:.1f} GB{kl}: {stages}"
     )
 
 
@@ -229,24 +276,32 @@ def main() -> None:
     parser.add_argument("--survey", action="store_true")
     parser.add_argument("--work", type=Path, help="folder for files and caches", default=None)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.child:
-        row = child(arguments.models[0], arguments.bits[0], arguments.child, arguments.work / "speed.mpo")
+        out = arguments.work / "speed.mpo"
+        row = child(arguments.models[0], arguments.bits[0], arguments.child, out, arguments.weights)
         print(MARK + json.dumps(row), flush=True)
         return
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         folder = Path(work)
         for model in arguments.models:
+            share, weights = 1.0, 0
+            if model.partition(":")[0] in SYNTHETIC:
+                path, share, weights = written(model, folder)
+                model = str(path)
             given = str(Path(model).resolve()) if Path(model).exists() else model
             codes = [("before", arguments.before / ".venv" / "bin" / "python")] if arguments.before else []
             codes += [(effort, Path(sys.executable)) for effort in arguments.efforts]
             for bits in arguments.bits:
                 for code, python in codes:
-                    row = exported(python.absolute(), given, bits, code, folder)
+                    row = exported(python.absolute(), given, bits, code, folder, weights)
+                    if share < 1:
+                        row = extrapolated(row, share)
                     if arguments.predict and code != "before":
-                        row["predicted"] = predicted(given, row)
+                        row["predicted"] = predicted(given, row, weights)
                     rows.append(row)
                     print(shown(row), flush=True)
             if arguments.survey:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from mpo_exporter.terms import Transforms
 from mpo_formats import ConfigError
@@ -31,6 +32,8 @@ class Effort:
         care: for the survey of a model with calibration text.
         outputs: windows on which gradients by the layers' outputs are measured, for a rounding that minds them; 0: none.
         transforms: that layers may take of their input, if the user does not say.
+        least: windows that layers are fitted to, and those of the care, in the largest models; see `suited`. None for as many
+            as in small ones.
     """
 
     name: str
@@ -38,11 +41,28 @@ class Effort:
     care: Care
     outputs: int = 0
     transforms: Transforms = "hadamard"
+    least: tuple[int, int] | None = None
+
+    def suited(self, weights: int) -> Effort:
+        """The effort for a model of so many weights: fewer windows the more weights there are above FREE.
+
+        Windows fall with the root of the weights, so that the time of an export grows with the root only, down to `least`.
+        """
+        if self.least is None or weights <= FREE:
+            return self
+        share = math.sqrt(FREE / weights)
+        fitted, judged = (
+            max(least, int(count * share) // BATCH * BATCH)
+            for count, least in zip((self.windows, self.care.windows), self.least, strict=True)
+        )
+        return replace(self, windows=fitted, care=replace(self.care, windows=judged))
 
 
+# Models of at most so many weights are given all windows; windows are run in batches of so many.
+FREE, BATCH = 400_000_000, 8
 USUAL = Care()
 QUICK = Effort("quick", 0, USUAL)
-NORMAL = Effort("normal", 80, USUAL)
+NORMAL = Effort("normal", 80, USUAL, least=(32, 8))
 BEST = Effort("best", 96, Care(96, 1024), outputs=96, transforms="fitted")
 EFFORTS = {effort.name: effort for effort in (QUICK, NORMAL, BEST)}
 

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_exporter.basis import PLAIN, Bases, basis_of
-from mpo_exporter.calibrate.moments import UPSTREAMS, Calibration, Moment, compressed_blocks
+from mpo_exporter.calibrate.moments import UPSTREAMS, Calibration, Moment, Parts, compressed_blocks, dense_matrix
 from mpo_exporter.calibrate.outputs import Outputs
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.upstream import block_linears
 from mpo_exporter.certify import Certifier
 from mpo_exporter.effort import NORMAL, QUICK, Effort
-from mpo_exporter.fit.layer import Built, Method, build_linear, widen
+from mpo_exporter.fit.layer import Built, Method, build_linear, in_integers
+from mpo_exporter.fit.parts import integer_parts
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.budget import allocated_layers, default_bytes, file_bytes
 from mpo_exporter.plan.options import Options, Target
@@ -47,7 +48,10 @@ OutputMoments = Callable[[str], NDArray[np.float32] | None]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The fit of one layer: the dense matrix, the stored one [O, I], the moment that it was fitted to, and the time."""
+    """The fit of one layer: the dense matrix, the stored one [O, I], the moment that it was fitted to, and the time.
+
+    There is no moment of a layer that was fitted without text or in parts.
+    """
 
     layer: str
     dense: Matrix
@@ -316,6 +320,10 @@ class Fitting:
 
     def calibrated(self, linears: dict[str, LinearSpec], walk: Calibration) -> None:
         """Fits the embedding to its uses, then every layer to what the compressed layers before it make of the text."""
+
+        def build(name: str, matrix: Matrix, moment: Moment) -> NDArray[np.float32]:
+            return self.built(linears, name, moment)
+
         if first := self.finished_blocks(linears):
             blocks = {
                 EMBEDDING,
@@ -324,7 +332,7 @@ class Fitting:
             for name in linears:
                 if name in blocks:
                     self.resumed(linears[name])
-            walk.compress(lambda name, matrix, moment: self.built(linears, name, moment), store=self.store)
+            walk.compress(build, store=self.store, parts=self.in_parts(linears))
             return
         if self.table is None and self.source.architecture.tie_word_embeddings:
             for names, moment in walk.dense():
@@ -333,9 +341,12 @@ class Fitting:
         table = None if self.table is None else Moment(self.table.copy(), None, walk.windows.size, device=walk.device)
         embedding = self.layer(linears[EMBEDDING], table).matrix.astype(np.float32)
 
-        walk.compress(
-            lambda name, matrix, moment: self.built(linears, name, moment), embedding=embedding, store=self.store
-        )
+        walk.compress(build, embedding=embedding, store=self.store, parts=self.in_parts(linears))
+
+    def in_parts(self, linears: dict[str, LinearSpec]) -> Parts:
+        """Layers that become integers alone may be fitted some columns at a time, but for those that mind their outputs."""
+        alone = {name for name, linear in linears.items() if in_integers(linear, self.method)}
+        return integer_parts(linears, lambda name: name in alone and self.outputs(name) is None, self.finished)
 
     def built(self, linears: dict[str, LinearSpec], name: str, moment: Moment) -> NDArray[np.float32]:
         """Fits a layer in its turn; the embedding was fitted before all others, and as a head it has no other turn."""
@@ -370,15 +381,19 @@ class Fitting:
         raw, dtype, start = self.source.array(weight), self.source.dtype(weight), time.perf_counter()
         outputs, basis = self.outputs(linear.name), basis_of(linear, self.bases)
         built = build_linear(linear, raw, dtype, moment, self.method, outputs, basis)
-        seconds = time.perf_counter() - start
+        self.finished(linear, built, time.perf_counter() - start, moment)
+        return built
+
+    def finished(self, linear: LinearSpec, built: Built, seconds: float, moment: Moment | None = None) -> None:
+        """Reports a layer's fit, keeps its tensors, and writes them."""
         if self.listener.fitted:
             if moment is not None:
                 moment.turn(PLAIN)
-            self.listener.fitted(Fitted(linear.name, widen(raw, dtype), built.matrix, moment, seconds))
+            dense = dense_matrix(self.source, linear.name)
+            self.listener.fitted(Fitted(linear.name, dense, built.matrix, moment, seconds))
         if self.store is not None:
             self.store.write(f"fit-{linear.name}", built.tensors)
         self.write(linear, built.tensors)
-        return built
 
     def write(self, linear: LinearSpec, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Writes the tensors of a layer, its bias, and before them the transform of its input if it is the first to take it."""

@@ -165,12 +165,6 @@ class ExportRequest:
                     f"{name}: needs calibration text, which --effort quick does not use; give another effort"
                 )
 
-    @property
-    def windows(self) -> int:
-        """Windows of calibration text, at most."""
-        chosen = self.calibration.windows
-        return find_effort(self.effort).windows if chosen is None else chosen
-
     def target(self, name: str) -> Path:
         """The file to write, for a model of that short name."""
         return self.out or Path(f"{name}.mpo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,29 @@ def test_more_care_costs_more(folder: Path) -> None:
     assert list(cached.stages) == ["fitting", "measuring"] and cached.seconds < costs[1].seconds
     measured = export_cost(architecture, NOMINAL, BEST, windows=96, measured_tokens=5000, **given)
     assert measured.stages["measuring"] > 0 == costs[2].stages["measuring"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "windows", "judged"),
+    [(400_000_000, 80, 32), (1_600_000_000, 40, 16), (2_500_000_000, 32, 8), (10**11, 32, 8)],
+)
+def test_large_models_are_given_fewer_windows(weights: int, windows: int, judged: int) -> None:
+    suited = NORMAL.suited(weights)
+    assert (suited.name, suited.windows, suited.care.windows, suited.care.rows) == ("normal", windows, judged, 512)
+    assert (QUICK.suited(weights), BEST.suited(weights)) == (QUICK, BEST)
+
+
+def test_wide_inputs_cost_less_than_their_square(folder: Path) -> None:
+    """Twice the inner width of an MLP is twice its weights: in parts, fitting takes less than three times as long."""
+    small = dataclasses.replace(
+        Checkpoint(folder).spec.architecture, hidden_size=2048, intermediate_size=8192, num_hidden_layers=1
+    )
+    given: dict[str, Any] = {"windows": 32, "window": 256, "file_bytes": 10**6, "source_bytes": 10**7}
+    seconds = [
+        export_cost(dataclasses.replace(small, intermediate_size=inner), NOMINAL, NORMAL, **given).stages["fitting"]
+        for inner in (8192, 16384)
+    ]
+    assert 1.5 < seconds[1] / seconds[0] < 2.5
 
 
 def test_rates_are_measured_on_the_models_widths(folder: Path) -> None:

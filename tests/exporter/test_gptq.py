@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mpo_exporter.basis import PLAIN, Basis
+from mpo_exporter.calibrate import hessian, moments
 from mpo_exporter.calibrate.hessian import processing_order
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit.common import activation_error
+from mpo_exporter.quantize import native
 from mpo_exporter.quantize.descent import Problem, State, descend, errors, gradient_of
 from mpo_exporter.quantize.gptq import compensated, expected_residuals, sweep, target
 from mpo_exporter.quantize.grid import Grid, Levels, encode, half, inverse, search
@@ -235,6 +237,34 @@ def test_the_change_of_a_target_is_a_ridge_regression(damping: float) -> None:
     moment = Moment(second, cross, drift=drift)
     for _ in range(2):  # with the root computed, and with the one that was kept
         np.testing.assert_allclose(target(matrix, moment, damping), wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("rows", [24, 96])
+def test_the_target_of_a_large_matrix_in_bf16(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Products with factors of 8 bits, with the inverse where there are many rows: the change is right to two percent."""
+    source = np.random.default_rng(1)
+    matrix, second = weights(rows, 1024, 2), moment_of(1024, 1)
+    cross = second + 0.1 * source.standard_normal((1024, 1024))
+    drift = source.standard_normal((rows, 1024))
+    exact = target(matrix, Moment(second, cross, drift=drift))
+    monkeypatch.setattr(native, "FAST_COLUMNS", 1024)
+    found = target(matrix, Moment(second, cross, drift=drift))
+    assert np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact - matrix)
+
+
+def test_pivots_of_wide_inputs_are_those_of_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = moment_of(128, 3)
+    apart = second.copy()
+    apart[:64, 64:] = apart[64:, :64] = 0
+    whole = Moment(apart)
+    wanted = {basis: whole.pivots(16, basis) for basis in (0, 32)}
+    for module, names in ((hessian, ("WIDE", "PART", "UNIT")), (moments, ("WIDE",))):
+        for name in names:
+            monkeypatch.setattr(module, name, 64)
+    parted = Moment(second.copy())
+    for basis in (0, 32, 0):
+        np.testing.assert_allclose(parted.pivots(16, basis), wanted[basis], rtol=2e-3)
+    np.testing.assert_array_equal(parted.second, second)
 
 
 @pytest.mark.parametrize("group", [16, 64])

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from mpo_exporter.calibrate import precision, sums
+from mpo_exporter.calibrate import hessian, moments, precision, sums
 from mpo_exporter.calibrate.moments import Calibration, Moment
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_exporter.calibrate.sums import Sums
@@ -108,6 +108,81 @@ def test_compressed_moments_are_those_of_the_compressed_model(tmp_path: Path) ->
         assert moment.cross is not None
         close(moment.cross, x.T @ ours / len(x))
     assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.usefixtures("exact_products")
+def test_parts_make_up_for_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments and shortfalls of the parts of wide inputs, by transformers' activations of both models."""
+    for name, value in {"WIDE": 40, "PART": 32, "UNIT": 16}.items():
+        monkeypatch.setattr(hessian, name, value)
+    monkeypatch.setattr(moments, "WIDE", 40)
+    config = granite_config()
+    tensors = random_tensors(config, 0, torch.float32)
+    dense, other = write_folder(tmp_path / "dense", config), write_folder(tmp_path / "other", config)
+    write_weights(dense, tensors)
+    noise = {name: 1.1 * value if "layers" in name else value for name, value in tensors.items() if value.dim() == 2}
+    write_weights(other, tensors | noise)
+    found: list[tuple[str, slice, Moment]] = []
+
+    def part(name: str, columns: slice, matrix: Array, moment: Moment) -> NDArray[np.float32]:
+        np.testing.assert_array_equal(matrix, tensors[f"{name}.weight"].double().numpy()[:, columns])
+        found.append((name, columns, moment))
+        return noise[f"{name}.weight"].numpy()[:, columns]
+
+    def whole(name: str, matrix: Array, moment: Moment) -> NDArray[np.float32]:
+        assert not name.endswith("down_proj")
+        return noise[f"{name}.weight"].numpy()
+
+    Calibration(Checkpoint(dense), WINDOWS, tmp_path / "work", batch=3).compress(
+        whole, parts=moments.Parts(lambda name: True, part)
+    )
+    downs = [f"model.layers.{block}.mlp.down_proj" for block in (0, 1)]
+    assert [(name, columns) for name, columns, _ in found] == [
+        (name, columns) for name in downs for columns in (slice(0, 32), slice(32, 48))
+    ]
+    after = inputs_in_transformers(other)
+    for name, columns, moment in found:
+        matrix, changed = (one[f"{name}.weight"].double().numpy() for one in (tensors, noise))
+        ours = after[name][:, columns]
+        short = shortfall(matrix, name, dense, other)
+        earlier = slice(0, columns.start)
+        short -= after[name][:, earlier] @ (changed - matrix)[:, earlier].T
+        close(moment.second, ours.T @ ours / len(ours))
+        assert moment.cross is None and moment.drift is not None
+        close(moment.drift, short.T @ ours / len(ours))
+
+
+def shortfall(matrix: Array, name: str, dense: Path, other: Path) -> Array:
+    """W (x − x̂) + (h − ĥ) / m [T, O] of an MLP's last layer, by transformers."""
+    inputs = [inputs_in_transformers(folder)[name] for folder in (dense, other)]
+    streams = [streams_in_transformers(folder)[name.removesuffix("mlp.down_proj")] for folder in (dense, other)]
+    scale = Checkpoint(dense).architecture.residual_multiplier
+    result: Array = (inputs[0] - inputs[1]) @ matrix.T + (streams[0] - streams[1]) / scale
+    return result
+
+
+def streams_in_transformers(folder: Path) -> dict[str, Array]:
+    """The residual stream [T, E] before the MLP of every block, by the block's prefix."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: dict[str, Array] = {}
+    for name, module in model.named_modules():
+        if name.endswith("post_attention_layernorm"):
+            prefix = name.removesuffix("post_attention_layernorm")
+            module.register_forward_hook(
+                lambda _, given, __, prefix=prefix: seen.update(
+                    {prefix: given[0].detach().double().flatten(0, 1).numpy()}
+                )
+            )
+    with torch.no_grad():
+        model(torch.from_numpy(WINDOWS))
+    return seen
+
+
+@pytest.mark.parametrize(("columns", "sizes"), [(8192, [2048] * 4), (12800, [2560] * 5), (11008, [2304] * 4 + [1792])])
+def test_parts_of_wide_inputs(columns: int, sizes: list[int]) -> None:
+    parts = hessian.parts_of(columns)
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [part.start for part in parts] == [sum(sizes[:at]) for at in range(len(sizes))]
 
 
 @pytest.mark.usefixtures("exact_products")

@@ -99,6 +99,27 @@ def test_expected_errors_of_all_grids_equal_the_residuals() -> None:
         assert (np.abs(one - other) > 1e-5).mean() < 0.01  # ties of scales in two groups
 
 
+@pytest.mark.parametrize(("columns", "group", "zeros"), [(512, 64, False), (160, 32, True)])
+def test_products_in_bf16_leave_about_the_same_error(
+    monkeypatch: pytest.MonkeyPatch, columns: int, group: int, zeros: bool
+) -> None:
+    """Against the torch code, with an input direction that has nearly all of the energy."""
+    if not kernels.has_bf16_products():
+        pytest.skip("this CPU, or this instruction set, has no products of bf16")
+    matrix, moment = example(200, columns, 5)
+    moment += 20 * np.trace(moment) / columns * np.ones((columns, columns))
+    with native.torch_alone():
+        theirs = compensated(matrix, Moment(moment), 3, group, zeros=zeros, turns=native.FAST_PASSES)
+    exact = compensated(matrix, Moment(moment), 3, group, zeros=zeros)
+    monkeypatch.setattr(native, "FAST_COLUMNS", columns)
+    ours = compensated(matrix, Moment(moment), 3, group, zeros=zeros)
+    assert (ours.codes != exact.codes).any()
+    errors = [activation_error(matrix - one.matrix(), moment) for one in (ours, theirs)]
+    assert errors[0] < 1.02 * errors[1]
+    plain = activation_error(matrix - round_to_nearest(matrix, 3, group, zeros=zeros).matrix(), moment)
+    assert errors[0] < 0.5 * plain
+
+
 def test_threads_do_not_change_a_byte() -> None:
     matrix, moment = example(300, 128, 4)
     found = []

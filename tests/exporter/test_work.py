@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpo_exporter import work as works
-from mpo_exporter.calibrate import moments
+from mpo_exporter.calibrate import hessian, moments
 from mpo_exporter.calibrate.store import Arrays
 from mpo_exporter.effort import QUICK
 from mpo_exporter.export import ExportTask, Listener, export
@@ -95,6 +95,22 @@ def test_an_export_stopped_anywhere_goes_on_to_the_same_bytes(
         if stops == before:
             break
     assert stops > (8 if blind else 20)
+
+
+@pytest.mark.parametrize("stop", [9, 16, 20])
+def test_inputs_in_parts_go_on_to_the_same_bytes(
+    exported: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Down projections [32, 48] in columns of 32 and 16; each is kept whole when its last part is fitted."""
+    whole = exported("whole", windows=8)
+    for name, value in {"WIDE": 40, "PART": 32, "UNIT": 16}.items():
+        monkeypatch.setattr(hessian, name, value)
+    monkeypatch.setattr(moments, "WIDE", 40)
+    wanted = exported("parts", windows=8)
+    assert wanted != whole and len(wanted) == len(whole)
+    with pytest.raises(Stopped):
+        exported(stop=stop, windows=8)
+    assert exported(windows=8) == wanted
 
 
 def test_damaged_parts_are_done_again(exported: Callable[..., bytes], tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_formats import ConfigError
+from mpo_formats.packing import block_transform
 
 Matrix = NDArray[np.float64]
 log = logging.getLogger(__name__)
@@ -20,6 +23,24 @@ log = logging.getLogger(__name__)
 DAMPING = 0.01
 # A singular C gets this share of its mean diagonal added to the diagonal, and ten times more until it has a Cholesky root.
 LEAST_LOAD = 1e-10
+# Inputs that are wider than this are compressed in parts of at most so many columns. A part is a multiple of the widest group.
+WIDE, PART, UNIT = 6144, 2560, 256
+# Rows of a matrix that are transformed at once.
+PANEL = 768
+
+
+def parts_of(columns: int) -> list[slice]:
+    """The columns of wide inputs in parts of about the same size, which no group and no Hadamard block goes beyond."""
+    count = -(-columns // PART)
+    size = -(-columns // (count * UNIT)) * UNIT
+    return [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
+
+
+def transform_in_place(matrix: NDArray[Any], matrices: Matrix) -> None:
+    """Exchanges every row r of a matrix for T r, some rows at a time; T has the matrices [1 or I/b, b, b] on its diagonal."""
+    for start in range(0, len(matrix), PANEL):
+        rows = slice(start, start + PANEL)
+        matrix[rows] = block_transform(np.ascontiguousarray(matrix[rows]), matrices)
 
 
 def cholesky_root(second: Matrix) -> Matrix:
@@ -85,22 +106,39 @@ def decompose(second: Matrix, group: int, damping: float, device: str = "cpu") -
     return Hessian(order, matrix, root.div_(pivots), pivots.square(), mean)
 
 
-def pivots(second: Matrix, group: int, damping: float, device: str = "cpu") -> NDArray[np.float32]:
+def pivots(
+    second: Matrix, group: int, damping: float, device: str = "cpu", turns: Sequence[Matrix] = ()
+) -> NDArray[np.float32]:
     """The weights R_jj² [I] of `decompose`, in the inputs' own order; in single precision, which is enough for estimates.
+
+    Wide inputs are taken in parts, as if those of two parts had nothing in common: that is how they are compressed.
+
+    Args:
+        turns: matrices [1 or I/b, b, b] on the diagonals of the transforms that the inputs are to take first, in order.
 
     Raises:
         ConfigError: as `decompose` does.
     """
     found = np.empty(len(second), np.float32)
-    whole = torch.from_numpy(second).to(device).float()
-    mean = float(whole.diagonal().double().mean())
+    mean = float(second.diagonal().mean())
     if not 0 < mean < math.inf:
         hessian = decompose(second, group, damping)
         found[hessian.order.numpy()] = hessian.weight.numpy()
         return found
-    backwards = processing_order(whole.diagonal(), group).flip(0)
-    root, _ = _root(whole[backwards][:, backwards].div_(mean), damping)
-    found[backwards.cpu().numpy()] = root.diagonal().square().cpu().numpy()
+    for part in parts_of(len(second)) if len(second) > WIDE else [slice(0, len(second))]:
+        inside = np.ascontiguousarray(second[part, part], np.float32)
+        for matrices in turns:
+            own = (
+                matrices
+                if len(matrices) == 1
+                else matrices[part.start // matrices.shape[1] : part.stop // matrices.shape[1]]
+            )
+            transform_in_place(inside, own)
+            transform_in_place(inside.T, own)
+        whole = torch.from_numpy(inside).to(device)
+        backwards = processing_order(whole.diagonal(), group).flip(0)
+        root, _ = _root(whole[backwards][:, backwards].div_(mean), damping)
+        found[part][backwards.cpu().numpy()] = root.diagonal().square().cpu().numpy()
     return found
 
 

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +21,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.basis import PLAIN, Basis
-from mpo_exporter.calibrate.hessian import DAMPING, Hessian, cholesky_root, decompose, pivots, ridge
+from mpo_exporter.calibrate.hessian import (
+    DAMPING,
+    WIDE,
+    Hessian,
+    cholesky_root,
+    decompose,
+    parts_of,
+    pivots,
+    ridge,
+    transform_in_place,
+)
 from mpo_exporter.calibrate.precision import fast_products
-from mpo_exporter.calibrate.spill import mapped_file
+from mpo_exporter.calibrate.shortfall import Shortfall, is_wide, measure_input
+from mpo_exporter.calibrate.spill import spill
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.sums import Sums
 from mpo_exporter.calibrate.upstream import Upstream, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
-from mpo_formats.packing import block_transform
 from mpo_runtime.layers.linear import widen
 from mpo_runtime.weights.protocol import Weights
 
@@ -38,14 +47,24 @@ Matrix = NDArray[np.float64]
 Single = NDArray[np.float32]
 # The name in a store of both upstreams' states, and the seconds between two times that they are kept.
 UPSTREAMS, BETWEEN = "fit-upstreams", 10.0
-# Layers whose output is added to the residual stream.
-TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
 # The largest input of which more than one root is kept.
 KEPT = 4096
-# Rows of a matrix that are transformed at once.
-PANEL = 768
 # From a layer's name, its matrix [O, I] and its input's moment to the compressed matrix [O, I].
 Build = Callable[[str, Matrix, "Moment"], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """How layers of wide inputs are compressed, some columns at a time.
+
+    Args:
+        takes: whether the layer of that name may be compressed so.
+        build: from a layer's name, some of its columns, their matrix [O, w] and their inputs' moment to the compressed matrix
+            [O, w]; called for all parts of a layer in order.
+    """
+
+    takes: Callable[[str], bool]
+    build: Callable[[str, slice, Matrix, Moment], NDArray[np.float32]]
 
 
 @dataclass(eq=False)
@@ -56,7 +75,8 @@ class Moment:
 
     `cross` is E[x x̂ᵀ] [I, I] where x̂ differs from the input x of the dense model, else None. `drift` is
     E[(h − ĥ) x̂ᵀ] / m [O, I] for a layer whose output is added, m times, to the residual stream ĥ: it says how the output
-    would have to change so that the stream becomes the dense model's h again.
+    would have to change so that the stream becomes the dense model's h again. Of a part of wide inputs `cross` is None and
+    `drift` is E[r x̂ᵀ], with r all that the output falls short by (`Shortfall`).
 
     `device` is where the Hessian is, and with it the rounding of the layers' integers; the arrays here are on the CPU.
 
@@ -107,8 +127,11 @@ class Moment:
         """
         key = (group, basis)
         if key not in self._pivots:
-            self.turn(basis)
-            self._pivots[key] = pivots(self.second, group, DAMPING, self.device)
+            if len(self.second) <= WIDE:
+                self.turn(basis)
+            turns = (self.basis.inverses, basis.matrices) if basis != self.basis else ()
+            found = [matrices for matrices in turns if matrices is not None]
+            self._pivots[key] = pivots(self.second, group, DAMPING, self.device, found)
         return self._pivots[key]
 
     def ridge(self, damping: float) -> tuple[Tensor, float]:
@@ -129,13 +152,6 @@ class Moment:
             self._ridge = self._ridge if len(self.second) <= KEPT else None
             self._hessians[key] = decompose(self.second, group, damping, self.device)
         return self._hessians[key]
-
-
-def transform_in_place(matrix: NDArray[Any], matrices: Matrix) -> None:
-    """Exchanges every row r of a matrix for T r, some rows at a time; T has the matrices [1 or I/b, b, b] on its diagonal."""
-    for start in range(0, len(matrix), PANEL):
-        rows = slice(start, start + PANEL)
-        matrix[rows] = block_transform(np.ascontiguousarray(matrix[rows]), matrices)
 
 
 def require_finite(matrix: Matrix, name: str) -> None:
@@ -202,7 +218,12 @@ class Calibration:
             yield self._head(), self._head_moment(dense, None)
 
     def compress(
-        self, build: Build, *, embedding: NDArray[np.float32] | None = None, store: Store | None = None
+        self,
+        build: Build,
+        *,
+        embedding: NDArray[np.float32] | None = None,
+        store: Store | None = None,
+        parts: Parts | None = None,
     ) -> None:
         """Runs the model while it is being compressed: each layer's moment is that of its input after the compressed layers.
 
@@ -215,6 +236,8 @@ class Calibration:
             embedding: the compressed table [V, E] that tokens are looked up in; None for the dense one.
             store: keeps both upstreams between blocks, every ten seconds or later; a run that finds them there begins at the
                 block after these (`compressed_blocks`), and `build` is not called for the layers before.
+            parts: for layers with inputs wider than `hessian.WIDE` whose output is added to the residual stream: their columns
+                are compressed in parts, and each part makes up for the errors of those before it, as layers do.
 
         Raises:
             ConfigError: naming the layer whose input is not finite, or for a compressed matrix of another shape.
@@ -233,7 +256,7 @@ class Calibration:
                     ours.embed()
             last = time.monotonic()
             for block in range(first, self.architecture.num_hidden_layers):
-                self._compress_block(dense, ours, block, build, work)
+                self._compress_block(dense, ours, block, build, parts, work)
                 if store is not None and time.monotonic() - last > BETWEEN:
                     done = {"block": np.array([block + 1]), "dense": dense.states, "ours": ours.states}
                     store.write(UPSTREAMS, done)
@@ -242,14 +265,14 @@ class Calibration:
             for name in self._head():
                 build(name, dense_matrix(self.source, name), moment)
 
-    def _compress_block(self, dense: Upstream, ours: Upstream, block: int, build: Build, work: Path) -> None:
+    def _compress_block(
+        self, dense: Upstream, ours: Upstream, block: int, build: Build, parts: Parts | None, work: Path
+    ) -> None:
         mapped = []
         before: tuple[str, ...] = ()
         with ExitStack() as compressed:
             for names in input_groups(dense, block):
-                moment = moment_of(names, *measure_input(dense, ours, block, before), device=self.device)
-                for name in names:
-                    built = build(name, dense_matrix(self.source, name), moment)
+                for name, built in self._compressed(dense, ours, block, before, names, build, parts):
                     spec = self.source.spec.linear(name)
                     if built.shape != (spec.out_features, spec.in_features):
                         raise ConfigError(
@@ -258,7 +281,6 @@ class Calibration:
                         )
                     mapped.append(work / f"{name}.matrix")
                     compressed.enter_context(ours.ops.replaced(name, spill(mapped[-1], built)))
-                del moment  # before the next one takes its memory
                 before = names
             for upstream in (dense, ours):
                 with upstream.ops.holding(before), fast_products():
@@ -268,6 +290,34 @@ class Calibration:
                     upstream.forget(name)
         for file in mapped:
             file.unlink()
+
+    def _compressed(
+        self,
+        dense: Upstream,
+        ours: Upstream,
+        block: int,
+        before: tuple[str, ...],
+        names: tuple[str, ...],
+        build: Build,
+        parts: Parts | None,
+    ) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Names and compressed matrices of the layers with the next input after the layers `before`."""
+        name = names[0]
+        if parts is None or not (is_wide(self.source.spec, names) and parts.takes(name)):
+            moment = moment_of(names, *measure_input(dense, ours, block, before), device=self.device)
+            for name in names:
+                yield name, build(name, dense_matrix(self.source, name), moment)
+            return
+        matrix = dense_matrix(self.source, name)
+        columns = parts_of(matrix.shape[1])
+        short = Shortfall(dense, ours, block, before, name, matrix, columns)
+        whole = np.empty(matrix.shape, np.float32)
+        for part, second in zip(columns, short.seconds, strict=True):
+            moment = moment_of(names, second, None, short.drift(part), device=self.device)
+            whole[:, part] = parts.build(name, part, matrix[:, part], moment)
+            if part != columns[-1]:
+                short.subtract(part, whole[:, part] - matrix[:, part])
+        yield name, whole
 
     @contextmanager
     def _work(self) -> Iterator[Path]:
@@ -322,31 +372,6 @@ def measure_block(upstream: Upstream, block: int) -> dict[tuple[str, ...], Sums]
     return sums
 
 
-def measure_input(
-    dense: Upstream, ours: Upstream, block: int, before: tuple[str, ...]
-) -> tuple[Sums, Sums, Sums | None]:
-    """Sums the moments of the first layer input after the layers `before`, which are already compressed.
-
-    Returns:
-        The sums of x̂ x̂ᵀ on the compressed upstream, of (x − x̂) x̂ᵀ across the two, and of the drift where the layers' output is
-        added to the residual stream (see `Moment`).
-    """
-    second, change, drift = Sums(), Sums(), Sums()
-    scale = ours.model.architecture.residual_multiplier
-    residual = False
-    with dense.ops.holding(before), ours.ops.holding(before), fast_products():
-        for rows in ours.batches:
-            theirs, mine = (upstream.step(rows, block, before) for upstream in (dense, ours))
-            if theirs is None or mine is None:
-                raise ConfigError(f"calibration: block {block} has no linears after {', '.join(before)}")
-            second.add(mine.x)
-            change.add(theirs.x - mine.x, mine.x)
-            residual = mine.names[0].endswith(TO_STREAM)
-            if residual and theirs.stream is not None and mine.stream is not None and scale:
-                drift.add((theirs.stream - mine.stream) / scale, mine.x)
-    return second, change, drift if residual and scale else None
-
-
 def moment_of(
     names: tuple[str, ...], second: Sums, change: Sums | None, drift: Sums | None = None, *, device: str = "cpu"
 ) -> Moment:
@@ -365,10 +390,3 @@ def moment_of(
         if part is not None and not np.isfinite(part).all():
             raise ConfigError(f"{names[0]}: its input is not finite on the calibration text; check the source model")
     return moment
-
-
-def spill(file: Path, matrix: NDArray[np.float32]) -> Tensor:
-    """Moves a matrix to a mapped file, whose pages the system can drop from memory at any time."""
-    mapped = mapped_file(file, matrix.shape)
-    mapped[:] = matrix
-    return torch.from_numpy(mapped)

@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mpo_formats import OutputError
 from mpo_formats.writer import reserve
@@ -32,6 +34,13 @@ def mapped_file(
         handle.truncate(size)
     claim(file, f"{what} spills {size:,} bytes", remedy)
     return np.memmap(file, np.float32, "r+", shape=shape)
+
+
+def spill(file: Path, matrix: NDArray[np.float32]) -> Tensor:
+    """Moves a matrix to a mapped file, whose pages the system can drop from memory at any time."""
+    mapped = mapped_file(file, matrix.shape)
+    mapped[:] = matrix
+    return torch.from_numpy(mapped)
 
 
 def claim(file: Path, what: str, remedy: str) -> None:

@@ -151,7 +151,9 @@ def resolved(
         reserved: the longest entries that healing will add to the provenance.
     """
     text, reason = held_out_text(source, request.measure.text, request.measure.tokens)
-    windows, effort = request.windows, find_effort(request.effort)
+    effort = find_effort(request.effort).suited(source.architecture.parameters())
+    chosen = request.calibration.windows
+    windows = effort.windows if chosen is None else chosen
     calibration, fitted_to = calibration_for(source, request.options, request.calibration.text, windows)
     task = ExportTask(
         target=target,

@@ -147,9 +147,11 @@ def _fit(
     fitted = [Built({}, np.zeros_like(matrix)) for _ in linear.terms]
     rounds = ROUNDS if len(linear.terms) > 1 else 1
     energy = float(np.square(matrix).sum())
+    alone = len(linear.terms) == 1
     for number in range(rounds):
         for index, term in enumerate(linear.terms):
-            rest = matrix - sum(part.matrix for other, part in enumerate(fitted) if other != index)
+            others = (part.matrix for other, part in enumerate(fitted) if other != index)
+            rest = matrix if alone else matrix - sum(others)
             prefix = f"{linear.name}.{index}"
             cores = None
             if isinstance(term, Dense):
@@ -166,6 +168,8 @@ def _fit(
                 fitted[index] = store_cores(prefix, term, cores)
             if float(np.square(rest).sum()) > NEGLIGIBLE * energy:
                 require_precision(term, rest, fitted[index], cores)
+        if alone:
+            return fitted[0]
         error = activation_error(matrix - sum(part.matrix for part in fitted), second_of(moment))
         if best is None or error < best[0]:
             best = error, list(fitted)
@@ -193,6 +197,49 @@ def quantize(
         whole = outputs.astype(np.float64)
         return compensated_rows(matrix, moment, whole, term.bits, term.group, zeros=term.zeros, turns=turns)
     return compensated(matrix, moment, term.bits, term.group, zeros=term.zeros, turns=turns)
+
+
+def in_integers(linear: LinearSpec, method: Method) -> bool:
+    """Whether a layer is fitted as integers alone, with compensated rounding, its inputs not in a stored transform."""
+    return (
+        linear.transform is None
+        and [term.kind for term in linear.terms] == ["quantized"]
+        and method.rounding == "compensated"
+    )
+
+
+def quantized_part(linear: LinearSpec, matrix: Matrix, moment: Moment) -> tuple[Integers, Matrix]:
+    """Fits some columns [O, w] of a layer of integers alone, with the moment of their inputs; what is stored and stands for them.
+
+    Raises:
+        ConfigError: as `build_linear` does.
+    """
+    [term] = linear.terms
+    if not isinstance(term, Quantized):
+        raise ConfigError(f"{linear.name}: expected integers to fit in parts, found {term.kind}")
+    try:
+        basis = Basis(linear.hadamard)
+        moment.turn(basis)
+        wanted = target(basis.turned(matrix), moment)
+        integers = compensated(wanted, moment, term.bits, term.group, zeros=term.zeros)
+        require_scales(wanted, term.bits, term.group)
+    except ConfigError as error:
+        raise ConfigError(f"{linear.name}: {error}") from None
+    return integers, basis.back(integers.matrix())
+
+
+def joined_parts(linear: LinearSpec, parts: Sequence[Integers]) -> Built:
+    """The layer of which all columns were fitted by `quantized_part`, in order."""
+    first = parts[0]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    whole = Integers(
+        np.hstack([part.codes for part in parts]),
+        np.hstack([part.scale for part in parts]),
+        np.hstack(zeros) if zeros else None,
+        first.bits,
+        first.group,
+    )
+    return Built(dict(integer_tensors(f"{linear.name}.0", whole)), Basis(linear.hadamard).back(whole.matrix()))
 
 
 def fit_cores(matrix: Matrix, term: Mpo, moment: Moment | None, method: Method) -> Cores:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mpo_exporter.calibrate.hessian import WIDE, parts_of
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.calibrate.outputs import MOST
 from mpo_exporter.calibrate.precision import fast_products
+from mpo_exporter.calibrate.shortfall import TO_STREAM
 from mpo_exporter.calibrate.upstream import HELD_BYTES
 from mpo_exporter.effort import Effort
 from mpo_exporter.measure.candidates import BOUNDED, CORED, GRIDS, fitted
@@ -26,13 +28,17 @@ from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.memory import peak_memory
 
 # Sizes of the pieces that are measured, and seconds that each is repeated for.
-TOKENS, WIDEST, ROWS, SECONDS = 1024, 2048, 64, 0.12
+TOKENS, WIDEST, ROWS, SECONDS = 1024, 2048, 256, 0.12
 # What elementwise work and attention take beside the products of a block, as a share of exact products at the width `HALF`; it
 # falls with the width, since products grow with its square.
 BESIDE, HALF = 0.63, 576
 # Roots and solutions of a moment, in products of its size; what is done with its entries beside that, in weights that are rounded
 # to nearest.
 ROOTS, PASSES = 2.5, 23
+# Copies of a matrix between its types and bases, in weights that are rounded to nearest; the products of a target, in O I² each.
+COPIES, SOLVED = 8, 1.5
+# The first layer of each input of a block.
+FIRST = ("q_proj", "o_proj", "gate_proj", "down_proj")
 # What measuring takes beside its products: attention without bf16, and the vocabulary's softmax twice.
 MEASURED = 1.7
 # Memory of the program itself, and of activations for each token and unit of width in a batch.
@@ -82,7 +88,7 @@ def measured_rates(architecture: Architecture, clock: Callable[[], float] = time
         product = seconds_of(lambda: torch.nn.functional.linear(x, w)) / count
     exact = seconds_of(lambda: torch.nn.functional.linear(x, w)) / count
     columns = width // 32 * 32 or width
-    matrix = np.random.default_rng(0).standard_normal((ROWS * 2, columns))
+    matrix = np.random.default_rng(0).standard_normal((ROWS, columns))
     moment = Moment(np.eye(columns) + np.outer(np.arange(columns), np.arange(columns)) / columns**2)
     grids = fitted(GRIDS, columns)
     if not grids:
@@ -144,17 +150,16 @@ def export_cost(
     tokens, sampled = windows * window, min(windows, effort.care.windows) * window
     beside = rates.exact * BESIDE * HALF / (HALF + architecture.hidden_size)
     forward = block * (rates.product + beside)  # of a token through all blocks
-    # Layers with one input share a moment: q, k and v; gate and up.
-    inputs = {(name.rsplit(".", 1)[0], columns): columns for name, _, columns in sizes if name not in (EMBEDDING, HEAD)}
-    squares = sum(columns**2 for columns in inputs.values())
-    out = sum(rows * columns for name, rows, columns in sizes if name.endswith(("o_proj", "down_proj")))
-    cubes = sum(columns**3 for columns in inputs.values())
+    # Layers with one input share a moment: q, k and v; gate and up. Wide ones have one for each part.
+    inputs = [one for one in sizes if one[0].endswith(first_layers(sizes))]
+    squares, cubes = (sum(width**power for *_, columns in inputs for width in widths(columns)) for power in (2, 3))
+    wide = sum(columns**2 for *_, columns in inputs)
     judged = sum((rows if rows <= 2 * effort.care.rows else effort.care.rows) * columns for _, rows, columns in sizes)
     weights = sum(rows * columns for _, rows, columns in sizes)
     stages = {}
     if surveyed and windows:
         stages["gradients"] = tokens * forward
-        backward = sampled * (rates.product * (2 * block + squares + 4 * head) + 3 * beside * block)
+        backward = sampled * (rates.product * (2 * block + wide + 4 * head) + 3 * beside * block)
         sides = [sorted((min(rows, effort.care.rows), columns)) for _, rows, columns in sizes]
         values = sum(side**2 * (other + 3 * side) for side, other in sides if side <= BOUNDED)
         tried = rates.grid * judged * (len(GRIDS) + 2) + rates.exact * len(CORED) * values
@@ -166,10 +171,11 @@ def export_cost(
         stages["outputs"] = minded * (forward + rates.product * (2 * block + pairs_of(architecture) + 4 * head))
         stages["outputs"] += minded * 3 * beside * block
     if windows:
-        moments = tokens * (2 * squares + out)
-        fits = sum(rows * columns**2 for _, rows, columns in sizes)
-        roots = rates.exact * ROOTS * cubes + rates.nearest * PASSES * squares
-        stages["fitting"] = tokens * 2 * forward + rates.product * moments + roots + rates.rounding * fits
+        moments = tokens * (squares + sum(across(*one) for one in inputs))
+        fits = sum(rows * width**2 for _, rows, columns in sizes for width in widths(columns))
+        roots = rates.exact * ROOTS * cubes + rates.nearest * (PASSES * squares + COPIES * weights)
+        products = rates.product * (moments + SOLVED * fits)
+        stages["fitting"] = tokens * 2 * forward + products + roots + rates.rounding * fits
     else:
         stages["fitting"] = rates.nearest * weights
     stages["measuring"] = rates.exact * 2 * measured_tokens * (block + head) * MEASURED
@@ -178,6 +184,23 @@ def export_cost(
         memory_of(architecture, source_bytes, tokens, measured_tokens),
         disk_of(architecture, file_bytes, tokens, sampled if surveyed else 0, minded),
     )
+
+
+def first_layers(sizes: list[tuple[str, int, int]]) -> tuple[str, ...]:
+    """The ends of the names of the first layer of each input of a block."""
+    return FIRST if any(name.endswith("gate_proj") for name, *_ in sizes) else ("up_proj", *FIRST)
+
+
+def widths(columns: int) -> list[int]:
+    """The columns that are fitted together: all, or those of each part."""
+    return [part.stop - part.start for part in parts_of(columns)] if columns > WIDE else [columns]
+
+
+def across(name: str, rows: int, columns: int) -> int:
+    """Multiply-adds of a token for what a layer makes up for: see calibrate/shortfall.py."""
+    if not name.endswith(TO_STREAM):
+        return columns**2
+    return 3 * rows * columns if columns > WIDE else columns**2 + rows * columns
 
 
 def memory_of(architecture: Architecture, source_bytes: int, tokens: int, measured_tokens: int) -> int:

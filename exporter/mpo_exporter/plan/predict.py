@@ -72,7 +72,8 @@ def predict(
     source_bytes = sum(tensor.size for tensor in content_tensors(planner.source.spec))
     machine = measured_rates(spec.architecture)
     costs = {}
-    for name, each in EFFORTS.items():
+    for name, usual in EFFORTS.items():
+        each = usual.suited(spec.architecture.parameters())
         calibrated = each.windows > 0 and (planner.walk is not None or effort.windows == 0)
         windows = len(planner.walk.windows) if calibrated and planner.walk and each == effort else each.windows
         cost = export_cost(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from mpo_exporter.basis import Basis
 from mpo_exporter.calibrate.hessian import DAMPING, Hessian
 from mpo_exporter.calibrate.moments import Moment, require_finite
+from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.quantize import native
 from mpo_exporter.quantize.descent import Problem, State, blocks, column_kernels, descend, gradient_of, inner_blocks
 from mpo_exporter.quantize.grid import Grid, Levels, encode, inverse, require_range, search
@@ -44,6 +46,8 @@ TOLERANCE = 0.01
 def target(matrix: Matrix, moment: Moment, damping: float = RIDGE) -> Matrix:
     """The matrix to fit: W, or (W E[x x̂ᵀ] + D) C⁻¹ where the inputs x̂ differ from the dense model's x.
 
+    It is W + D C⁻¹ where the moment has no E[x x̂ᵀ], and D has all that the output falls short by.
+
     That is the least-squares map from x̂ to W x. It compensates the errors of earlier layers as far as a linear map can, and
     with D = E[(h − ĥ) x̂ᵀ] / m (`Moment.drift`) also the error of the residual stream that the output is added to. By how
     much W changes is a ridge regression.
@@ -51,17 +55,26 @@ def target(matrix: Matrix, moment: Moment, damping: float = RIDGE) -> Matrix:
     Args:
         damping: added to the diagonal of C for that, as a share of its mean.
     """
-    if moment.cross is None:
+    if moment.cross is None and moment.drift is None:
         return matrix
     # W (cross + load) + D = (W + Δ) (C + load): only the change Δ is solved for, so single precision is enough.
-    difference = np.subtract(moment.cross, moment.second, dtype=np.float32)
-    change = torch.from_numpy(matrix.astype(np.float32)).to(moment.device) @ torch.from_numpy(difference).to(
-        moment.device
-    )
-    if moment.drift is not None:
-        change += torch.from_numpy(moment.drift).float().to(moment.device)
+    # Of large matrices it is computed in bf16: what that rounds is far below what the integers will.
+    fast = matrix.shape[1] >= native.FAST_COLUMNS
+    change = torch.zeros(matrix.shape, device=moment.device)
     root, mean = moment.ridge(damping)
-    result: Matrix = matrix + torch.cholesky_solve(change.T / mean, root).T.cpu().numpy()
+    with fast_products() if fast else nullcontext():
+        if moment.cross is not None:
+            difference = torch.from_numpy(np.subtract(moment.cross, moment.second, dtype=np.float32)).to(moment.device)
+            wide = torch.from_numpy(matrix.astype(np.float32)).to(moment.device)
+            change += torch.nn.functional.linear(wide, difference.T.contiguous())
+        if moment.drift is not None:
+            change += torch.from_numpy(moment.drift).float().to(moment.device)
+        change /= mean
+        if fast and len(matrix) >= matrix.shape[1]:
+            change = torch.nn.functional.linear(change, torch.cholesky_inverse(root))
+        else:
+            change = torch.cholesky_solve(change.T, root).T
+    result: Matrix = matrix + change.cpu().numpy()
     return result
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpo_exporter.calibrate import precision
 from mpo_exporter.calibrate.hessian import Hessian
 from mpo_exporter.quantize.grid import SHRINK, TURNS, Grid
 from mpo_runtime import native
@@ -19,6 +20,8 @@ from mpo_runtime import native
 Single = NDArray[np.float32]
 # Codes [rows, columns], scales and zeros [rows, groups].
 Stored = tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]
+# Rows of at least so many columns are rounded with products in bf16, which are too rough for more passes than these.
+FAST_COLUMNS, FAST_PASSES = 2048, 2
 _allowed = True
 
 
@@ -39,8 +42,12 @@ def torch_alone() -> Iterator[None]:
 
 
 def compensated(matrix: Single, hessian: Hessian, grid: Grid, passes: int, tolerance: float) -> Stored:
-    """Error-compensated rounding of a matrix [O, I], with at most `passes` of descent for every 64 rows."""
+    """Error-compensated rounding of a matrix [O, I], with at most `passes` of descent for every 64 rows.
+
+    Products between blocks of columns are computed in bf16 where the CPU has units for that and a row is long.
+    """
     out = _empty(matrix, grid.group)
+    fast = matrix.shape[1] >= FAST_COLUMNS and precision.has_units() and precision.has_kernel()
     _module().fit_compensated(
         np.ascontiguousarray(matrix),
         hessian.order.numpy(),
@@ -50,8 +57,9 @@ def compensated(matrix: Single, hessian: Hessian, grid: Grid, passes: int, toler
         _tuple(grid),
         SHRINK.tolist(),
         TURNS,
-        passes,
+        min(passes, FAST_PASSES) if fast else passes,
         tolerance,
+        fast,
         *_bits(out),
     )
     return out

@@ -23,6 +23,8 @@ SCALE_STEP = 2.0**-24
 MOST_LOST = 1e-3
 # Values rounded at a time, which bounds the memory that the search takes.
 BLOCK = 1 << 18
+# Values that are made from codes at a time.
+PIECE = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,16 @@ class Integers:
 
     def matrix(self) -> Matrix:
         """scale · (q − zero) in float64."""
-        rows, groups = self.scale.shape
-        grouped = self.codes.reshape(rows, groups, -1).astype(np.float64)
-        zero = implicit_zero(self.bits) if self.zero is None else self.zero.astype(np.float64)[..., None]
-        return (self.scale.astype(np.float64)[..., None] * (grouped - zero)).reshape(rows, -1)
+        (rows, columns), groups = self.codes.shape, self.scale.shape[1]
+        result = np.empty((rows, columns))
+        step = max(1, PIECE // max(columns, 1))
+        for start in range(0, rows, step):  # pieces that stay in the caches
+            piece = slice(start, start + step)
+            grouped = self.codes[piece].reshape(-1, groups, columns // groups).astype(np.float64)
+            grouped -= implicit_zero(self.bits) if self.zero is None else self.zero[piece].astype(np.float64)[..., None]
+            grouped *= self.scale[piece].astype(np.float64)[..., None]
+            result[piece] = grouped.reshape(-1, columns)
+        return result
 
     def planes(self) -> list[NDArray[np.uint8]]:
         """The packed planes, low bits first."""

@@ -55,7 +55,7 @@ void nearest(const Values& values, const Row& weight, const GridOf& given, const
 
 void compensated(const Values& values, const Array<const std::int64_t, 1>& order, const Values& hessian,
                  const Values& feedback, const Row& weight, const GridOf& given, const std::vector<float>& factors,
-                 int turns, int passes, float tolerance, const Codes& codes, const HalvesOut& scale,
+                 int turns, int passes, float tolerance, bool fast, const Codes& codes, const HalvesOut& scale,
                  const HalvesOut& zero) {
   const FitGrid grid = grid_of(values, given);
   const std::size_t columns = values.shape(1);
@@ -73,7 +73,7 @@ void compensated(const Values& values, const Array<const std::int64_t, 1>& order
   expect_size(weight.size(), columns, "weight");
   const StoredIntegers out = stored(values, grid, codes, scale, zero);
   const Search search = search_of(factors, turns);
-  const Compensation compensation{order.data(), hessian.data(), feedback.data(), weight.data(), passes, tolerance};
+  const Compensation compensation{order.data(), hessian.data(), feedback.data(), weight.data(), passes, tolerance, fast};
   const nb::gil_scoped_release release;
   round_compensated(matrix_of(values), grid, search, compensation, out);
 }
@@ -126,7 +126,7 @@ void bind_fit(nb::module_& module) {
   module.def("fit_compensated", &compensated, nb::arg("matrix").noconvert(), nb::arg("order").noconvert(),
              nb::arg("hessian").noconvert(), nb::arg("feedback").noconvert(), nb::arg("weight").noconvert(),
              nb::arg("grid"), nb::arg("factors"), nb::arg("turns"), nb::arg("passes"), nb::arg("tolerance"),
-             nb::arg("codes").noconvert(), nb::arg("scale").noconvert(), nb::arg("zero").noconvert());
+             nb::arg("fast"), nb::arg("codes").noconvert(), nb::arg("scale").noconvert(), nb::arg("zero").noconvert());
   module.def("fit_errors", &errors, nb::arg("matrix").noconvert(), nb::arg("weight").noconvert(), nb::arg("grids"),
              nb::arg("factors"), nb::arg("turns"), nb::arg("out").noconvert());
   module.def("has_bf16_products", [] { return pair_kernels() != nullptr; });

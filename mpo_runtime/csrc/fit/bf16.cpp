@@ -1,4 +1,5 @@
 // Products of bf16 pairs with AVX-512 BF16.
+#include "fit/fit.hpp"
 #include "fit/product.hpp"
 
 #if MPO_X86 && !defined(MPO_EMULATED_INTRINSICS)
@@ -88,9 +89,58 @@ void tile(const std::uint32_t* left, const std::uint32_t* right, std::size_t cou
     }
 }
 
+void round(const float* from, std::size_t count, std::uint16_t* out) {
+  for (std::size_t at = 0; at < count; at += kLanes) {
+    const std::size_t some = count - at;
+    const auto inside = static_cast<__mmask16>(some < kLanes ? (1u << some) - 1 : 0xffffu);
+    _mm256_mask_storeu_epi16(out + at, inside,
+                             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, from + at))));
+  }
+}
+
+constexpr std::size_t kFitVectors = kFitRows / kLanes, kFitTile = 6;
+
+// c [M, kFitRows] += pairs of a [M, 2 * count] and of b [count, kFitRows]
+template <std::size_t M>
+MPO_INLINE void fit_tile(const std::uint16_t* a, std::size_t stride, const std::uint32_t* b, std::size_t count, float* c) {
+  __m512 sums[M][kFitVectors];
+  for (std::size_t m = 0; m < M; ++m)
+    for (std::size_t u = 0; u < kFitVectors; ++u) sums[m][u] = _mm512_loadu_ps(c + m * kFitRows + u * kLanes);
+  for (std::size_t k = 0; k < count; ++k) {
+    __m512bh pairs[kFitVectors];
+    for (std::size_t u = 0; u < kFitVectors; ++u)
+      pairs[u] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + k * kFitRows + u * kLanes));
+    for (std::size_t m = 0; m < M; ++m) {
+      std::uint32_t pair;
+      std::memcpy(&pair, a + m * stride + 2 * k, sizeof pair);
+      const auto one = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
+      for (std::size_t u = 0; u < kFitVectors; ++u) sums[m][u] = _mm512_dpbf16_ps(sums[m][u], one, pairs[u]);
+    }
+  }
+  for (std::size_t m = 0; m < M; ++m)
+    for (std::size_t u = 0; u < kFitVectors; ++u) _mm512_storeu_ps(c + m * kFitRows + u * kLanes, sums[m][u]);
+}
+
+void add_fit_product(const std::uint16_t* a, std::size_t stride, const float* b, std::size_t rows, std::size_t count,
+                     float* c) {
+  alignas(64) std::uint32_t pairs[kFitBlock / 2 * kFitRows];  // stays in the first cache
+  for (std::size_t start = 0; start < count; start += kFitBlock) {
+    const std::size_t some = std::min(kFitBlock, count - start) / 2;
+    for (std::size_t k = 0; k < some; ++k)
+      for (std::size_t lane = 0; lane < kFitRows; lane += kLanes) {
+        const float* const at = b + (start + 2 * k) * kFitRows + lane;
+        _mm512_store_si512(pairs + k * kFitRows + lane, pairs_of(_mm512_loadu_ps(at), _mm512_loadu_ps(at + kFitRows)));
+      }
+    std::size_t m = 0;
+    for (; m + kFitTile <= rows; m += kFitTile)
+      fit_tile<kFitTile>(a + m * stride + start, stride, pairs, some, c + m * kFitRows);
+    for (; m < rows; ++m) fit_tile<1>(a + m * stride + start, stride, pairs, some, c + m * kFitRows);
+  }
+}
+
 }  // namespace
 
-extern const PairKernels kBf16Pairs = {arrange, tile};
+extern const PairKernels kBf16Pairs = {arrange, tile, round, add_fit_product};
 
 }  // namespace mpo
 

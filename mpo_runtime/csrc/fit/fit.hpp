@@ -42,6 +42,14 @@ struct SearchTask {
   float* error;
 };
 
+// Products with large matrices that were rounded to bf16, where the CPU multiplies these.
+struct RoundedMatrices {
+  const std::uint16_t* hessian;   // [columns, columns]
+  const std::uint16_t* feedback;  // [columns, columns], turned: entry (j, i) is that of column i for the later column j
+  // c [rows, kFitRows] += a [rows, count] b [count, kFitRows], b rounded too; rows of a are `stride` apart, and count is even.
+  void (*add_product)(const std::uint16_t* a, std::size_t stride, const float* b, std::size_t rows, std::size_t count, float* c);
+};
+
 // Rounds columns in processing order against the Hessian H = R R^T; see Hessian in calibrate/hessian.py.
 struct RoundTask {
   Levels levels;
@@ -57,6 +65,7 @@ struct RoundTask {
   float* scale;           // [columns / group, kFitRows]
   float* zero;
   float* work;  // round_work(columns, group) floats
+  const RoundedMatrices* rounded;  // for the products between blocks of columns; null: in float32
 };
 
 constexpr std::size_t round_work(std::size_t columns, std::size_t group) {

@@ -27,6 +27,10 @@ struct PairKernels {
   // Only `rows` and `columns` of c, whose rows are `stride` apart, are touched.
   void (*tile)(const std::uint32_t* left, const std::uint32_t* right, std::size_t count, float* c, std::size_t stride,
                std::size_t rows, std::size_t columns, bool add);
+  // Rounds `count` floats to bf16.
+  void (*round)(const float* from, std::size_t count, std::uint16_t* out);
+  // As RoundedMatrices::add_product.
+  void (*add_product)(const std::uint16_t* a, std::size_t stride, const float* b, std::size_t rows, std::size_t count, float* c);
 };
 
 // The kernels for this CPU, null where its vectors have none or MPO_ISA names a level below AVX-512.

@@ -108,6 +108,11 @@ struct RoundBody {
         const Strided feedback{task.feedback + near * columns + stop, 1, columns};
         add_product(feedback, task.wanted + near * kRows, end - stop, stop - near, rest + stop * kRows);
       }
+      if (task.rounded) {
+        task.rounded->add_product(task.rounded->feedback + end * columns + begin, columns, task.wanted + begin * kRows,
+                                  columns - end, end - begin, rest + end * kRows);
+        continue;
+      }
       const Strided feedback{task.feedback + begin * columns + end, 1, columns};
       add_product(feedback, task.wanted + begin * kRows, columns - end, end - begin, rest + end * kRows);
     }
@@ -159,8 +164,17 @@ struct RoundBody {
         }
         for (std::size_t i = begin * kRows; i < end * kRows; i += kLanes)
           X::store(task.wanted + i, X::add(X::load(task.wanted + i), X::load(change + i - begin * kRows)));
-        spread(change, begin, end - begin, 0, task.columns, begin, end);
+        spread_far(begin, end);
       }
+    }
+
+    // gradient += H change outside of the block [begin, end) that was changed.
+    void spread_far(std::size_t begin, std::size_t end) const {
+      if (!task.rounded) return spread(change, begin, end - begin, 0, task.columns, begin, end);
+      const std::uint16_t* const columns = task.rounded->hessian + begin;
+      task.rounded->add_product(columns, task.columns, change, begin, end - begin, gradient);
+      task.rounded->add_product(columns + end * task.columns, task.columns, change, task.columns - end, end - begin,
+                                gradient + end * kRows);
     }
 
     // Scale and zero of the group that begins at `column`, by least squares, in the rows where that lowers the error.
@@ -273,7 +287,10 @@ struct RoundBody {
     sweep(task, gradient);
     if (!task.passes) return;
     std::memset(gradient, 0, columns * kRows * sizeof(float));
-    add_product({task.hessian, columns, 1}, task.wanted, columns, columns, gradient);
+    if (task.rounded)
+      task.rounded->add_product(task.rounded->hessian, columns, task.wanted, columns, columns, gradient);
+    else
+      add_product({task.hessian, columns, 1}, task.wanted, columns, columns, gradient);
     float* const change = gradient + columns * kRows;
     const Descent descent{task, gradient, change, change + block * kRows, change + 2 * block * kRows,
                           change + 3 * block * kRows};

@@ -1,5 +1,6 @@
 #include "fit/rounding.hpp"
 
+#include "fit/product.hpp"
 #include "level.hpp"
 #include "memory.hpp"
 #include "program/pool.hpp"
@@ -45,6 +46,28 @@ void scatter(const FloatMatrix& w, const FitGrid& grid, const std::int64_t* orde
   }
 }
 
+// H and the turned feedback in bf16, in memory that the calling thread keeps.
+RoundedMatrices rounded(const PairKernels& kernels, const Compensation& given, std::size_t columns) {
+  static thread_local Memory memory;
+  auto* const hessian = memory.reserve<std::uint16_t>(2 * columns * columns);
+  auto* const feedback = hessian + columns * columns;
+  constexpr std::size_t kRowsAtOnce = 16;
+  pool().run((columns + kRowsAtOnce - 1) / kRowsAtOnce, 1, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t part = begin; part < end; ++part) {
+      const std::size_t first = part * kRowsAtOnce, last = std::min(first + kRowsAtOnce, columns);
+      kernels.round(given.hessian + first * columns, (last - first) * columns, hessian + first * columns);
+      float turned[kRowsAtOnce][kFitBlock];
+      for (std::size_t at = 0; at < last; at += kFitBlock) {
+        const std::size_t some = std::min(kFitBlock, columns - at);
+        for (std::size_t i = 0; i < some; ++i)
+          for (std::size_t j = first; j < last; ++j) turned[j - first][i] = given.feedback[(at + i) * columns + j];
+        for (std::size_t j = first; j < last; ++j) kernels.round(turned[j - first], some, feedback + j * columns + at);
+      }
+    }
+  });
+  return {hessian, feedback, kernels.add_product};
+}
+
 }  // namespace
 
 void round_to_nearest(const FloatMatrix& w, const float* weight, const FitGrid& grid, const Search& search,
@@ -81,6 +104,8 @@ void round_compensated(const FloatMatrix& w, const FitGrid& grid, const Search& 
     for (std::size_t k = 0; k < grid.group; ++k) sum += static_cast<double>(row[k]);
     ones[j] = static_cast<float>(sum);
   }
+  const PairKernels* const kernels = given.fast ? pair_kernels() : nullptr;
+  const RoundedMatrices matrices = kernels ? rounded(*kernels, given, columns) : RoundedMatrices{};
   each_block(w.rows, [&](std::size_t first) {
     float* const wanted = scratch_floats((2 * columns + 2 * groups) * kFitRows + round_work(columns, grid.group));
     float* const codes = wanted + columns * kFitRows;
@@ -89,7 +114,7 @@ void round_compensated(const FloatMatrix& w, const FitGrid& grid, const Search& 
     float* const work = zero + groups * kFitRows;
     gather(w, given.order, first, wanted);
     fits.round({levels, columns, grid.group, given.hessian, given.feedback, given.weight, ones.data(), given.passes,
-                given.tolerance, wanted, codes, scale, zero, work});
+                given.tolerance, wanted, codes, scale, zero, work, kernels ? &matrices : nullptr});
     scatter(w, grid, given.order, first, codes, scale, zero, out);
   });
 }

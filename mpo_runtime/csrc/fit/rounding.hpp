@@ -40,6 +40,7 @@ struct Compensation {
   const float* weight;
   int passes;
   float tolerance;
+  bool fast;  // products between blocks of columns in bf16, where the CPU has units for them
 };
 
 // Every value to its nearest code, for the least error weighted by `weight` [columns].
