@@ -23,6 +23,7 @@ from mpo_exporter.heal.run import heal
 from mpo_exporter.heal.settings import HealJob, Settings, parse_tokens
 from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.source import Source, open_source
+from mpo_exporter.terms import Transforms
 from mpo_exporter.texts import calibration_text, held_out_text
 from mpo_formats import MpoFile, PlanError
 from mpo_runtime.backends.reference import ReferenceOps
@@ -35,11 +36,12 @@ from parts.results import write_results
 
 # Sizes of the whole file in bits per weight.
 SIZES = (2.0, 2.25, 2.5, 3.0)
-# Whether inputs may be rotated (the Hadamard transforms of `auto`), and whether every matrix gets cores.
-COLUMNS: dict[str, tuple[bool, bool]] = {
-    "integers": (False, False),
-    "rotated": (True, False),
-    "with cores": (True, True),
+# The transforms of inputs that `auto` may use, and whether every matrix gets cores.
+COLUMNS: dict[str, tuple[Transforms, bool]] = {
+    "integers": ("none", False),
+    "rotated": ("hadamard", False),
+    "rotated, fitted": ("fitted", False),
+    "with cores": ("hadamard", True),
 }
 # χ of the cores where none is given: the smallest was the best beside integers (docs/results.md).
 CHI = 8
@@ -59,8 +61,8 @@ class Columns:
 
     def options(self, column: str, size: float, chi: int) -> Options:
         """The options of one file."""
-        rotated, _ = COLUMNS[column]
-        return Options(target=Target(bits_per_weight=size), hadamard=rotated, chi=chi or None)
+        transforms, _ = COLUMNS[column]
+        return Options(target=Target(bits_per_weight=size), transforms=transforms, chi=chi or None)
 
     def row(self, column: str, size: float, chi: int) -> dict[str, Any]:
         """Makes, heals and measures one file; or returns what is kept of it."""

@@ -23,6 +23,7 @@ from mpo_exporter.effort import Effort
 from mpo_exporter.measure.candidates import BOUNDED, CORED, GRIDS, fitted
 from mpo_exporter.quantize.gptq import compensated, expected_errors
 from mpo_exporter.quantize.rounding import round_to_nearest
+from mpo_exporter.quantize.rows import MOST_ROWS, rows_at_once
 from mpo_formats import Architecture
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.memory import peak_memory
@@ -172,10 +173,11 @@ def export_cost(
         stages["outputs"] += minded * 3 * beside * block
     if windows:
         moments = tokens * (squares + sum(across(*one) for one in inputs))
-        fits = sum(rows * width**2 for _, rows, columns in sizes for width in widths(columns))
+        fits = [(name, rows, rows * width**2) for name, rows, columns in sizes for width in widths(columns)]
         roots = rates.exact * ROOTS * cubes + rates.nearest * (PASSES * squares + COPIES * weights)
-        products = rates.product * (moments + SOLVED * fits)
-        stages["fitting"] = tokens * 2 * forward + products + roots + rates.rounding * fits
+        products = rates.product * (moments + SOLVED * sum(size for _, _, size in fits))
+        rounding = rates.rounding * sum(size * (slower(name, rows) if minded else 1) for name, rows, size in fits)
+        stages["fitting"] = tokens * 2 * forward + products + roots + rounding
     else:
         stages["fitting"] = rates.nearest * weights
     stages["measuring"] = rates.exact * 2 * measured_tokens * (block + head) * MEASURED
@@ -212,6 +214,11 @@ def memory_of(architecture: Architecture, source_bytes: int, tokens: int, measur
     fitting = matrices + 5 * 8 * widest**2 + held + LIVE * min(tokens, 2048) * widest if tokens else 24 * hidden * inner
     measuring = 8 * architecture.parameters() if measured_tokens else 0
     return max(PROGRAM + source_bytes + max(fitting, measuring), peak_memory())
+
+
+def slower(name: str, rows: int) -> float:
+    """How many times as long the rounding of a layer takes that minds its outputs: few rows at once take as long as many."""
+    return 1.0 if name in (EMBEDDING, HEAD) or rows > MOST else MOST_ROWS / rows_at_once(rows)
 
 
 def pairs_of(architecture: Architecture) -> int:

@@ -26,8 +26,9 @@ Matrix = NDArray[np.float64]
 SHRINKAGE = 0.3
 # Added to the diagonal of G, as a share of its mean.
 DAMPING = 1e-3
-# Rows that are rounded at once, without regard for each other.
-ROWS = 8
+# Rows that are rounded at once, without regard for each other: one part in so many of all rows, within these bounds. The kernels
+# take 64 at a time, and as long for fewer.
+PARTS, FEWEST_ROWS, MOST_ROWS = 32, 8, 64
 
 
 def compensated_rows(
@@ -39,19 +40,20 @@ def compensated_rows(
     *,
     zeros: bool = False,
     turns: int = TURNS,
-    rows: int = ROWS,
+    rows: int | None = None,
 ) -> Integers:
     """Quantises W [O, I] for inputs of second moment C [I, I] and output gradients of second moment G [O, O].
 
     Args:
         outputs: G, symmetric and positive semidefinite; where it is zero, the rows are rounded one by one.
         bits, group, zeros, turns: as `compensated` takes them.
-        rows: that are rounded at once.
+        rows: that are rounded at once; None for `rows_at_once`.
 
     Raises:
         ConfigError: for a G of another size or with values that are not finite, and as `compensated` does.
     """
     count = len(matrix)
+    rows = rows or rows_at_once(count)
     if outputs.shape != (count, count):
         raise ConfigError(f"outputs: expected a second moment of {count} x {count}, found {list(outputs.shape)}")
     require_finite(outputs, "outputs")
@@ -75,6 +77,11 @@ def compensated_rows(
         bits,
         group,
     )
+
+
+def rows_at_once(count: int) -> int:
+    """The rows of a matrix of `count` rows that are rounded at once."""
+    return min(max(count // PARTS, FEWEST_ROWS), MOST_ROWS)
 
 
 def row_root(outputs: Matrix) -> tuple[NDArray[np.int64], Matrix]:
