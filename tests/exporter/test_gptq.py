@@ -257,12 +257,12 @@ def test_pivots_of_wide_inputs_are_those_of_their_parts(monkeypatch: pytest.Monk
     apart = second.copy()
     apart[:64, 64:] = apart[64:, :64] = 0
     whole = Moment(apart)
-    wanted = {basis: whole.pivots(16, basis) for basis in (0, 32)}
+    wanted = {basis: whole.pivots(16, basis) for basis in (PLAIN, Basis(32))}
     for module, names in ((hessian, ("WIDE", "PART", "UNIT")), (moments, ("WIDE",))):
         for name in names:
             monkeypatch.setattr(module, name, 64)
     parted = Moment(second.copy())
-    for basis in (0, 32, 0):
+    for basis in (PLAIN, Basis(32), PLAIN):
         np.testing.assert_allclose(parted.pivots(16, basis), wanted[basis], rtol=2e-3)
     np.testing.assert_array_equal(parted.second, second)
 
