@@ -51,7 +51,7 @@ REVIEWED = {
     "mpo_runtime/csrc/kernels/avx512_pairs.hpp": "one kernel: unpacking, dot products and scales share their order of lanes",
     "mpo_runtime/evaluation/harness.py:harness_class": "a class whose base is lm-eval's can only be made where lm-eval is",
     "server/mpo_server/openapi.py:document": "one record that is read from top to bottom: the OpenAPI document",
-    "exporter/mpo_exporter/export.py": "one export from top to bottom: plan, header, layers in the order of the file, certificate",
+    "exporter/mpo_exporter/export.py": "one export from top to bottom: plan, header, layers in their order, certificate",
     "exporter/mpo_exporter/measure/cost.py:export_cost": "one sum of stages, a line or two each, which share their counts",
     "mpo_runtime/text/tokenizer.py": "encoding, decoding and the disguise of special tokens know one another's rules",
 }
