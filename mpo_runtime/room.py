@@ -71,6 +71,9 @@ def device_bytes(spec: ModelSpec, *, exact: bool, chi: int | None) -> int:
                     for tensor in term_tensors(f"{linear.name}.{index}", term, linear.out_features, linear.in_features)
                 )
         total += 4 * linear.out_features if linear.bias else 0
+        # Each layer has its stored transform in float32; layers share the matrices of Hadamard transforms.
+        total += 4 * linear.transform.count * linear.transform.block**2 if linear.transform else 0
+    total += sum(4 * block**2 for block in {linear.hadamard for linear in spec.linears})
     return total + sum(4 * vector.size for vector in spec.vectors)
 
 
