@@ -57,7 +57,7 @@ TRANSFORMS = {QUERY: 32, UP: 16, EMBEDDING: 32}
 STORED = {
     KEY: Transform(KEY, 64, 1, Quantized(4, 64, False)),
     VALUE: Transform(VALUE, 16, 4, Dense("f16")),
-    DOWN: Transform(DOWN, 32, 1, Quantized(8, 32, False)),
+    DOWN: Transform(DOWN, 16, 1, Quantized(8, 16, False)),
 }
 
 
