@@ -2,8 +2,10 @@
 
     python benchmarks/decode.py --size 2b --plans 4,3+4,2+3,2,dense --work /tmp/decode
     python benchmarks/decode.py --size 2b --llama-bench BIN --gguf a.gguf --gguf b.gguf --transformers --out results.json
+    python benchmarks/decode.py --size 2b --llama-bench BIN --ik-bench BIN --gguf a.gguf --prompt 512 --no-start
 
-Weights are random (benchmarks/synthetic.py); a `+` between widths mixes them block by block, `/chi32` adds int8 cores.
+Weights are random (benchmarks/synthetic.py); a `+` between widths mixes them block by block, `/chi32` adds int8 cores,
+`/h` and `/t` transform the inputs.
 Every round times each contestant once and the read bandwidth of this machine beside it, so that a busy moment hits all of
 them; the table gives medians over rounds. GB/s counts the bytes of the weights that a step reads, which is the file
 without its embedding where that is not the head. Afterwards each of our files is started a few times in a process of its own
@@ -73,17 +75,35 @@ def ours(path: Path, name: str, arguments: argparse.Namespace) -> Contestant:
     return Contestant(name, path.stat().st_size, decode, prompt if arguments.prompt else None, path)
 
 
-def llama_cpp(path: Path, arguments: argparse.Namespace) -> Contestant:
+def peer_programs(arguments: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """The names of llama.cpp and of its fork, as far as they take part, and the beginnings of their commands."""
+    found = []
+    if arguments.llama_bench:
+        found.append(("llama.cpp", [str(arguments.llama_bench)]))
+    if arguments.ik_bench:
+        found.append(("ik_llama.cpp", [str(arguments.ik_bench), "-rtr", "1"]))  # rows are interleaved while it loads
+    return found
+
+
+def llama_cpp(name: str, program: list[str], path: Path, arguments: argparse.Namespace) -> Contestant:
     """A GGUF file under llama-bench, in a new process each time; llama-bench does not count the loading."""
 
     def bench(prompt: int, tokens: int) -> float:
-        command = [str(arguments.llama_bench), "-m", str(path), "-p", str(prompt), "-n", str(tokens)]
+        command = [*program, "-m", str(path), "-p", str(prompt), "-n", str(tokens)]
         command += ["-t", str(arguments.threads), "-r", "1", "-o", "json"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return float(json.loads(done.stdout)[0]["avg_ts"])
 
     prompt = (lambda: bench(arguments.prompt, 0)) if arguments.prompt else None
-    return Contestant(f"llama.cpp {path.stem}", path.stat().st_size, lambda: bench(0, arguments.tokens), prompt)
+    return Contestant(f"{name} {path.stem}", path.stat().st_size, lambda: bench(0, arguments.tokens), prompt)
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    """The options that name other programs and their files."""
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program")
+    parser.add_argument("--ik-bench", type=Path, help="that of ik_llama.cpp, which interleaves rows (-rtr 1)")
+    parser.add_argument("--gguf", type=Path, action="append", default=[], help="a file for both")
+    parser.add_argument("--transformers", action="store_true")
 
 
 def transformers_bf16(arguments: argparse.Namespace) -> Contestant:
@@ -137,8 +157,8 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
         if not path.exists():
             write_synthetic(arguments.size, plan, path)
         result.append(ours(path, f"mpo {text}", arguments))
-    if arguments.llama_bench:
-        result += [llama_cpp(path, arguments) for path in arguments.gguf]
+    for name, program in peer_programs(arguments):
+        result += [llama_cpp(name, program, path, arguments) for path in arguments.gguf]
     if arguments.transformers:
         result.append(transformers_bf16(arguments))
     return result
@@ -190,7 +210,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The rows as a table, with each one's decode speed relative to every peer at equal bytes."""
     rows = result["rows"]
     dense = next((row for row in rows if row["name"] == "mpo dense"), None)
-    peers = [row for row in rows if row["name"].startswith("llama.cpp")]
+    peers = [row for row in rows if "llama.cpp" in row["name"]]
     head = ["file", "GB", "decode tok/s", "GB/s", "of bandwidth", "prompt tok/s", "over dense"]
     head += ["opens in ms", "first token s", "peak MB beyond file and KV cache"]
     head += [f"over {row['name'].removeprefix('llama.cpp ')}, at equal bytes" for row in peers]
@@ -223,9 +243,7 @@ def main() -> None:
     )
     parser.add_argument("--prompt", type=int, default=0, help="length of the timed prompt; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program")
-    parser.add_argument("--gguf", type=Path, action="append", default=[])
-    parser.add_argument("--transformers", action="store_true")
+    add_peers(parser)
     parser.add_argument(
         "--load", choices=LOADS, default="auto", help="map: for files that are together larger than memory"
     )

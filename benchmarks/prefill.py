@@ -6,8 +6,8 @@
 Weights are random (benchmarks/synthetic.py). Every round times each contestant once at each length, so that a busy moment hits
 all of them; figures are medians over rounds, and the best round is given too. Where other programs take part of the cores,
 `--by cpu` counts processor time: tokens per second of it, times the threads. llama.cpp's is that of its process without that of
-a process with a prompt of one token. The table has the ratios to llama.cpp's best type, to transformers, to our 4 bits, and of
-the longest prompt to the shortest. Peers run the shortest length only.
+a process with a prompt of one token. The table has the ratios to the best type of llama.cpp and ik_llama.cpp, to
+transformers, to our 4 bits, and of the longest prompt to the shortest. Peers run the shortest length only.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode import transformers_bf16
+from decode import add_peers, peer_programs, transformers_bf16
 from parts.results import write_results
 from synthetic import SyntheticPlan, write_synthetic
 
 from mpo_runtime import native
 from mpo_runtime.engine import Engine
 from mpo_runtime.loading import load_network, open_weights
+
+
+# How a program is told to leave out its warm-up run.
+COLD = {"llama.cpp": ("--no-warmup",), "ik_llama.cpp": ("-w", "0")}
 
 
 @dataclass
@@ -59,12 +63,12 @@ def ours(path: Path, name: str, arguments: argparse.Namespace) -> Entrant:
     return Entrant(name, path.stat().st_size, run)
 
 
-def llama_bench(path: Path, arguments: argparse.Namespace) -> Entrant:
+def llama_bench(name: str, program: list[str], path: Path, arguments: argparse.Namespace) -> Entrant:
     """A GGUF file under llama-bench, without its warm-up run; the process of one token is what loading takes."""
 
     def seconds(length: int) -> tuple[float, float]:
-        command = [str(arguments.llama_bench), "-m", str(path), "-p", str(length), "-n", "0"]
-        command += ["-t", str(arguments.threads), "-r", "1", "--no-warmup", "-o", "json"]
+        command = [*program, "-m", str(path), "-p", str(length), "-n", "0"]
+        command += ["-t", str(arguments.threads), "-r", "1", *COLD[name], "-o", "json"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -75,13 +79,17 @@ def llama_bench(path: Path, arguments: argparse.Namespace) -> Entrant:
         clock, processor = seconds(length)
         return clock, processor - seconds(1)[1]
 
-    return Entrant(f"llama.cpp {path.stem}", path.stat().st_size, run)
+    return Entrant(f"{name} {path.stem}", path.stat().st_size, run)
 
 
 def peers(arguments: argparse.Namespace) -> list[Entrant]:
     """llama.cpp's types and transformers, at the shortest length."""
     arguments.prompt = min(arguments.lengths)
-    result = [llama_bench(path, arguments) for path in arguments.gguf] if arguments.llama_bench else []
+    result = [
+        llama_bench(name, program, path, arguments)
+        for name, program in peer_programs(arguments)
+        for path in arguments.gguf
+    ]
     if arguments.transformers:
         peer = transformers_bf16(arguments)
         assert peer.prompt is not None
@@ -149,9 +157,9 @@ def markdown(result: dict[str, Any]) -> str:
     lengths = sorted({length for row in rows for length in row["tokens_per_second"]})
     shortest, longest = lengths[0], lengths[-1]
     speeds = {row["name"]: row["tokens_per_second"][shortest] for row in rows}
-    best = max((speed for name, speed in speeds.items() if name.startswith("llama.cpp")), default=None)
+    best = max((speed for name, speed in speeds.items() if "llama.cpp" in name), default=None)
     head = ["file", "GB", *(f"{length} tokens: tok/s" for length in lengths)]
-    head += ["over llama.cpp's best", "over transformers bf16", "over 4 bits", f"{longest} over {shortest}"]
+    head += ["over the best peer", "over transformers bf16", "over 4 bits", f"{longest} over {shortest}"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         found = row["tokens_per_second"]
@@ -174,9 +182,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--by", choices=("clock", "cpu"), default="clock")
-    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's program")
-    parser.add_argument("--gguf", type=Path, action="append", default=[])
-    parser.add_argument("--transformers", action="store_true")
+    add_peers(parser)
     parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
     result = run(arguments)

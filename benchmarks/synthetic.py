@@ -3,9 +3,10 @@
     python benchmarks/synthetic.py --size 2b --plan 4 --out /tmp/granite-2b-4bit.mpo
 
 A plan is a width (8, 6, 5, 4, 3, 2), a mixture such as 2,3,4 (blocks take the widths in turn), or `dense` for bf16; each with
-cores where `+chi32` follows, and with inputs that are Hadamard-transformed in blocks of 128 where `+h` does. Groups are 32
-columns at 4 bits and more, 64 below; the embedding has 6 bits (as wide as the rest where that is 8, bf16 in `dense`). Or it is
-one of mpo-export's named plans: `int4`, `paper+chi600`, `k-proj`.
+cores where `+chi32` follows, and with inputs transformed in blocks of 128: by Hadamard's matrix where `+h` follows, by stored
+matrices of 4 bits, one for all blocks, where `+t` does. Groups are 32 columns at 4 bits and more, 64 below; the embedding has 6
+bits (as wide as the rest where that is 8, bf16 in `dense`). Or it is one of mpo-export's named plans: `int4`, `paper+chi600`,
+`k-proj`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from mpo_formats import (
     Quantized,
     Rope,
     Term,
+    Transform,
     VectorSpec,
 )
 from mpo_formats.architecture import EMBEDDING
@@ -48,6 +50,9 @@ SIZES = {
 }
 VOCABULARY = 49159
 NOISE = 1 << 22
+# Inputs that are transformed together, and the first of the layers that read the same input.
+BLOCK = 128
+FIRST = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +61,19 @@ class SyntheticPlan:
 
     widths: tuple[int, ...]
     chi: int = 0
-    hadamard: int = 0
+    transform: str = ""
     named: str = ""
 
     @classmethod
     def parse(cls, text: str) -> SyntheticPlan:
-        """Reads `4`, `2,3,4`, `dense`, each perhaps followed by `+chi32` and by `+h`; or a named plan, perhaps with a χ."""
+        """Reads `4`, `2,3,4`, `dense`, each perhaps with `+chi32` and `+h` or `+t`; or a named plan, perhaps with a χ."""
         if found := re.fullmatch(r"(int4|paper|k-proj)(?:\+chi(\d+))?", text):
             return cls((), int(found[2] or 0), named=found[1])
-        found = re.fullmatch(r"(dense|[2-8](?:,[2-8])*)(?:\+chi(\d+))?(\+h)?", text)
+        found = re.fullmatch(r"(dense|[2-8](?:,[2-8])*)(?:\+chi(\d+))?(?:\+([ht]))?", text)
         if not found:
             raise SystemExit(f"--plan {text}: expected a width, widths with commas, dense or a named plan")
         widths = () if found[1] == "dense" else tuple(map(int, found[1].split(",")))
-        return cls(widths, int(found[2] or 0), 128 if found[3] else 0)
+        return cls(widths, int(found[2] or 0), found[3] or "")
 
     def terms(self, name: str, rows: int, columns: int) -> tuple[Term, ...]:
         """The terms of one layer."""
@@ -80,6 +85,17 @@ class SyntheticPlan:
         base = Quantized(bits, 32 if bits >= 4 else 64, False)
         cores = (operator((rows, 1), (1, columns), self.chi, "int8"),) if self.chi else ()
         return (base, *cores)
+
+    def layer(self, name: str, rows: int, columns: int) -> LinearSpec:
+        """One layer; those that read the same input share a stored transform, under the name of the first."""
+        found = LinearSpec(name, rows, columns, None, self.terms(name, rows, columns))
+        if self.transform == "h":
+            return replace(found, hadamard=BLOCK)
+        if self.transform == "t":
+            module, _, kind = name.rpartition(".")
+            first = ".".join(filter(None, (module, FIRST.get(kind, kind))))
+            return replace(found, transform=Transform(first, BLOCK, 1, Quantized(4, 64, False)))
+        return found
 
 
 def granite(size: str) -> Architecture:
@@ -115,10 +131,7 @@ def synthetic_linears(size: str, plan: SyntheticPlan) -> tuple[LinearSpec, ...]:
     if plan.named:
         dense = synthetic_spec(size, synthetic_linears(size, SyntheticPlan(())), {})
         return plan_layers(dense, Options(plan.named, plan.chi or None))
-    return tuple(
-        LinearSpec(name, rows, columns, None, plan.terms(name, rows, columns), plan.hadamard)
-        for name, rows, columns, _ in granite(size).linear_sizes()
-    )
+    return tuple(plan.layer(name, rows, columns) for name, rows, columns, _ in granite(size).linear_sizes())
 
 
 def text_files(model: Path | None) -> dict[str, bytes]:
@@ -190,7 +203,7 @@ def write_layers(
             if name in files:
                 writer.write(tensor.name, np.frombuffer(files[name], np.uint8))
                 continue
-            layer = re.sub(r"\.\d+\.(weight|q\d|scale|core\d.*)$", "", tensor.name)
+            layer = re.sub(r"\.(\d+|transform)\.(weight|q\d|scale|core\d.*)$", "", tensor.name)
             writer.write(tensor.name, noise.tensor(tensor, columns.get(layer, 1)))
         writer.commit()
 

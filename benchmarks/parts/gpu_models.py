@@ -14,7 +14,7 @@ from batch import prompts
 from numpy.typing import NDArray
 from synthetic import Noise, SyntheticPlan, granite
 
-from mpo_formats import Architecture, LinearSpec, ModelSpec, Provenance, VectorSpec
+from mpo_formats import Architecture, ModelSpec, Provenance, VectorSpec
 from mpo_formats.layout import content_tensors
 from mpo_runtime.backends.ops import PAGE
 from mpo_runtime.backends.reference import ReferenceOps
@@ -49,11 +49,8 @@ class RandomWeights:
     """
 
     def __init__(self, architecture: Architecture, plan: str) -> None:
-        self.plan, terms = plan, SyntheticPlan.parse(plan)
-        linears = tuple(
-            LinearSpec(name, rows, columns, None, terms.terms(name, rows, columns), terms.hadamard)
-            for name, rows, columns, _ in architecture.linear_sizes()
-        )
+        self.plan, layers = plan, SyntheticPlan.parse(plan)
+        linears = tuple(layers.layer(name, rows, columns) for name, rows, columns, _ in architecture.linear_sizes())
         vectors = tuple(VectorSpec(name, size, "bf16") for name, size in architecture.vector_sizes())
         provenance = Provenance("random", None, "0" * 64, "benchmarks/gpu.py", {}, None)
         self.spec = ModelSpec(architecture, linears, vectors, (), provenance)
@@ -63,7 +60,7 @@ class RandomWeights:
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor of that name."""
-        tensor, layer = self.tensors[name], re.sub(r"\.\d+\.(weight|q\d|scale|core\d.*)$", "", name)
+        tensor, layer = self.tensors[name], re.sub(r"\.(\d+|transform)\.(weight|q\d|scale|core\d.*)$", "", name)
         key = re.sub(r"layers\.\d+\.", "", name) + str((tensor.shape, tensor.dtype))
         if key not in self.made:
             self.made[key] = self.noise.tensor(tensor, self.columns.get(layer, 1))
