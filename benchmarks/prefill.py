@@ -33,7 +33,6 @@ from mpo_runtime import native
 from mpo_runtime.engine import Engine
 from mpo_runtime.loading import load_network, open_weights
 
-
 # How a program is told to leave out its warm-up run.
 COLD = {"llama.cpp": ("--no-warmup",), "ik_llama.cpp": ("-w", "0")}
 
