@@ -68,7 +68,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def written(text: str) -> str:
     """A document with its tables as the results have them; raises KeyError for a table that is not known."""
-    return MARKER.sub(lambda found: found[1] + TABLES[found[2]](), text)
+
+    def table(found: re.Match[str]) -> str:
+        # An empty line ends a table, or what follows would be read as a row of it.
+        return found[1] + TABLES[found[2]]() + ("" if text[found.end() :].startswith("\n") else "\n")
+
+    return MARKER.sub(table, text)
 
 
 def main() -> None:
