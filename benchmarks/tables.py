@@ -71,7 +71,7 @@ def written(text: str) -> str:
 
     def table(found: re.Match[str]) -> str:
         # An empty line ends a table, or what follows would be read as a row of it.
-        return found[1] + TABLES[found[2]]() + ("" if text[found.end() :].startswith("\n") else "\n")
+        return found[1] + TABLES[found[2]]() + ("\n" if re.match("[^\n]", text[found.end() :]) else "")
 
     return MARKER.sub(table, text)
 
