@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_formats import LinearSpec, Quantized, Transform
-from mpo_formats.layout import PLANES, TRANSFORM
-from mpo_formats.packing import block_transform, dequantize, hadamard_signs
+from mpo_formats import LinearSpec, Transform
+from mpo_formats.packing import block_transform, hadamard_signs
+from mpo_runtime.layers.transform import transform_matrices
 
 Matrix = NDArray[np.float64]
 Tensors = Mapping[str, NDArray[Any]]
@@ -37,12 +37,7 @@ class Basis:
         stored = self.transform
         if stored is None:
             return hadamard_signs(self.hadamard)[None] / math.sqrt(self.hadamard) if self.hadamard else None
-        if not isinstance(stored.term, Quantized):
-            raise TypeError(f"{stored.name}: expected a transform in integers")
-        prefix = f"{stored.name}.{TRANSFORM}"
-        planes = [self.tensors[f"{prefix}.q{plane}"] for plane in PLANES[stored.term.bits]]
-        values = dequantize(planes, stored.term.bits, self.tensors[f"{prefix}.scale"], None)
-        return values.reshape(stored.count, stored.block, stored.block)
+        return transform_matrices(self.tensors.__getitem__, stored).astype(np.float64)
 
     @cached_property
     def inverses(self) -> Matrix | None:

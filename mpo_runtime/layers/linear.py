@@ -187,7 +187,7 @@ def load_transform(weights: Weights, spec: LinearSpec, device: torch.device) -> 
     """The matrices [count, block, block] of the transform of a layer's input in float32; None where it has none."""
     if spec.transform is None:
         return hadamard_matrix(spec.hadamard, torch.float32, device)[None] if spec.hadamard else None
-    return torch.from_numpy(transform_matrices(weights, spec.transform)).to(device)
+    return torch.from_numpy(transform_matrices(weights.array, spec.transform)).to(device)
 
 
 def load_linear(weights: Weights, spec: LinearSpec, *, chi: int | None, held: bool, device: torch.device) -> Linear:

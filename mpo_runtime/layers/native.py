@@ -48,7 +48,7 @@ def load_transform(weights: Weights, spec: LinearSpec, known: dict[str, _native.
     if stored is None:
         return None
     if stored.name not in known:
-        matrices = transform_matrices(weights, stored)
+        matrices = transform_matrices(weights.array, stored)
         known[stored.name] = _native.Transform(stored.count, stored.block, matrices.reshape(-1))
     return known[stored.name]
 

@@ -111,7 +111,7 @@ class Layers:
         """What the blocks of a transformed input, as rows, are multiplied with: [b, b], or [in/b, b, b]."""
         if layer.transform is None:
             return np.asarray(hadamard_signs(layer.hadamard) * layer.hadamard**-0.5, np.float32)
-        stored = transform_matrices(self.weights, layer.transform)
+        stored = transform_matrices(self.weights.array, layer.transform)
         turned: NDArray[np.float32] = np.ascontiguousarray(stored if back else stored.transpose(0, 2, 1))
         return turned.reshape(turned.shape[1:]) if layer.transform.count == 1 else turned
 
