@@ -7,7 +7,8 @@ Weights are random (benchmarks/synthetic.py). Every round times each contestant 
 all of them; figures are medians over rounds, and the best round is given too. Where other programs take part of the cores,
 `--by cpu` counts processor time: tokens per second of it, times the threads. llama.cpp's is that of its process without that of
 a process with a prompt of one token. The table has the ratios to the best type of llama.cpp and ik_llama.cpp, to
-transformers, to our 4 bits, and of the longest prompt to the shortest. Peers run the shortest length only.
+transformers, to our 4 bits, and of each longer prompt to the shortest. Peers run the shortest length only. A prompt of 8,192
+tokens takes minutes: with `--add` the rounds join those that `--out` has, so that a run can be cut into several.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ class Entrant:
     name: str
     bytes: int
     run: Callable[[int], tuple[float, float]]
-    rounds: dict[int, list[float]] = field(default_factory=dict)
+    rounds: dict[int, list[float]] = field(default_factory=dict)  # tokens/s of each length
+    by_processor: dict[int, list[float]] = field(default_factory=dict)  # tokens for a second of one thread
 
 
 def ours(path: Path, name: str, arguments: argparse.Namespace) -> Entrant:
     """A `.mpo` file in this runtime, with the chunks that it cuts prompts into."""
-    network = load_network(open_weights(path), threads=arguments.threads, load="map")
+    network = load_network(open_weights(path), threads=arguments.threads, load="map", kv_type=arguments.kv_type)
     engine = Engine(network, context=max(arguments.lengths) + 8)
     random = np.random.default_rng(0)
 
@@ -116,14 +118,20 @@ def entrants(arguments: argparse.Namespace) -> list[Entrant]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs all rounds; returns their figures."""
     found, shortest = entrants(arguments), min(arguments.lengths)
+    earlier = json.loads(arguments.out.read_text())["rows"] if arguments.add else []
     for entrant in found:
         entrant.run(1)  # warms the page cache
+        for row in earlier:
+            if row["name"] == entrant.name:
+                for name in ("rounds", "by_processor"):
+                    setattr(entrant, name, {int(length): speeds for length, speeds in row[name].items()})
     for index in range(arguments.rounds):
         for entrant in found:
             for length in arguments.lengths if entrant.name.startswith("mpo") else [shortest]:
                 clock, processor = entrant.run(length)
                 seconds = processor / arguments.threads if arguments.by == "cpu" else clock
                 entrant.rounds.setdefault(length, []).append(length / seconds)
+                entrant.by_processor.setdefault(length, []).append(length / processor)
             gc.collect()
         print(f"round {index + 1} of {arguments.rounds}", flush=True)
     rows = [
@@ -131,6 +139,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "name": entrant.name,
             "bytes": entrant.bytes,
             "rounds": entrant.rounds,
+            "by_processor": entrant.by_processor,
             "tokens_per_second": {length: statistics.median(speeds) for length, speeds in entrant.rounds.items()},
             "best": {length: max(speeds) for length, speeds in entrant.rounds.items()},
         }
@@ -140,6 +149,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": arguments.threads,
         "by": arguments.by,
         "size": arguments.size,
+        "kv_type": arguments.kv_type,
         "kernels": native.active(),
         "rows": rows,
     }
@@ -154,11 +164,12 @@ def markdown(result: dict[str, Any]) -> str:
     """The rows as a table with their ratios."""
     rows = result["rows"]
     lengths = sorted({length for row in rows for length in row["tokens_per_second"]})
-    shortest, longest = lengths[0], lengths[-1]
+    shortest, longer = lengths[0], lengths[1:]
     speeds = {row["name"]: row["tokens_per_second"][shortest] for row in rows}
     best = max((speed for name, speed in speeds.items() if "llama.cpp" in name), default=None)
     head = ["file", "GB", *(f"{length} tokens: tok/s" for length in lengths)]
-    head += ["over the best peer", "over transformers bf16", "over 4 bits", f"{longest} over {shortest}"]
+    head += ["over the best peer", "over transformers bf16", "over 4 bits"]
+    head += [f"{length} over {shortest}" for length in longer]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         found = row["tokens_per_second"]
@@ -167,7 +178,7 @@ def markdown(result: dict[str, Any]) -> str:
         cells += [
             ratio(found[shortest], other) for other in (best, speeds.get("transformers bf16"), speeds.get("mpo 4"))
         ]
-        cells += [ratio(found[longest], found[shortest]) if longest in found and longest != shortest else ""]
+        cells += [ratio(found[length], found[shortest]) if length in found else "" for length in longer]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -180,10 +191,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the synthetic files")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kv-type", choices=("auto", "f32", "f16", "bf16", "int8"), default="auto")
     parser.add_argument("--by", choices=("clock", "cpu"), default="clock")
     add_peers(parser)
     parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--add", action="store_true", help="to the rounds that --out has")
     arguments = parser.parse_args()
+    if arguments.add and not (arguments.out and arguments.out.exists()):
+        parser.error("--add: expected --out to name the results of an earlier run; leave out --add for the first one")
     result = run(arguments)
     print(f"\nkernels {result['kernels']}\n")
     print(markdown(result))

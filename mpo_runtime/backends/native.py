@@ -80,7 +80,8 @@ class NativeOps(Ops):
         chi: cuts every MPO bond to its first `chi` values.
         kv_type: element type of the KV cache: f32, f16, bf16 or int8 (with a scale for each position and head).
         activations: what integer weights are multiplied with: `int8` rounds the input of a layer to 8 bits in blocks of
-            32 (fast), `float` keeps it in float32.
+            32 (fast), `float` keeps it in float32. Attention of prompts multiplies in bf16 where activations are rounded, the
+            KV cache is not f32 and the CPU has AVX-512 BF16; all else of attention is float32.
 
     Raises:
         ConfigError: for another `kv_type` or `activations`.

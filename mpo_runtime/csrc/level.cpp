@@ -160,6 +160,13 @@ const PairKernels* pair_kernels() {
   return nullptr;
 }
 
+Attend rounded_attention() {
+#if MPO_X86 && !defined(MPO_EMULATED_INTRINSICS)
+  if (cpu().bf16 && active_level().ops == &kAvx512Ops) return kBf16Attend;
+#endif
+  return nullptr;
+}
+
 bool set_level(const std::string& name) {
   const Level* level = find(name);
   if (level) chosen.store(level, std::memory_order_relaxed);

@@ -47,6 +47,12 @@ struct AttentionTask {
   float* sums;
 };
 
+using Attend = void (*)(const AttentionTask& task);
+
+// Attention whose products are those of numbers rounded to bf16, with sums in float32, for many queries (`few` is ignored);
+// null where this CPU, or MPO_ISA, has none.
+Attend rounded_attention();
+
 // c [m, n] += a [m, k] b [k, n]
 struct ProductTask {
   std::size_t m, n, k;
@@ -76,13 +82,16 @@ struct Ops {
   void (*store)(const float* x, std::size_t size, Type type, std::uint8_t* to, float* scale);
   // Reads `size` stored values as float32; `scale` is for int8.
   void (*widen)(Type type, const std::uint8_t* from, float scale, std::size_t size, float* to);
-  void (*attend)(const AttentionTask& task);
+  Attend attend;
   void (*add_product)(const ProductTask& task);
 };
 
 extern const Ops kGenericOps;
 #if MPO_X86
 extern const Ops kAvx2Ops, kAvx512Ops;
+#if !defined(MPO_EMULATED_INTRINSICS)
+extern const Attend kBf16Attend;
+#endif
 #endif
 #if MPO_ARM
 extern const Ops kNeonOps;

@@ -24,6 +24,7 @@ class Pages {
   std::size_t blocks() const { return blocks_; }
   std::size_t heads() const { return heads_; }
   std::size_t size() const { return size_; }
+  Type type() const { return type_; }
   std::size_t count() const { return pages_.size(); }
   // Bytes of a page; the system provides them as they are first written.
   std::size_t page_bytes() const { return page_bytes_; }

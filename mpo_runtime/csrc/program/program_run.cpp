@@ -12,10 +12,11 @@ namespace {
 constexpr std::size_t kSmall = 1u << 15;          // fewer elements are not worth waking a thread for
 constexpr std::size_t kExponentials = 1u << 11;   // elements of SwiGLU and GELU, whose exponentials are
 constexpr std::size_t kProducts = 1u << 17;       // multiply-adds of a transform that are
-constexpr std::size_t kQueriesPerTask = 64;       // that share keys and values in the cache
+// Queries that share keys and values in the cache: more where that leaves enough tasks for all threads.
+constexpr std::size_t kQueriesPerTask = 64, kMostQueries = 512;
 // Positions whose softmax is one running sum; longer contexts are sums of several, joined in order. It is the same whoever
 // computes them, so that a token's result depends on its own sequence alone.
-constexpr std::size_t kSegment = 512;
+constexpr std::size_t kSegment = 512, kPromptSegment = 2048;
 constexpr std::size_t kFewQueries = 8;  // below this a product with transposed keys does not pay
 constexpr std::size_t kTasksPerThread = 4;
 
@@ -162,7 +163,7 @@ namespace {
 struct AttentionPart {
   const Span* span;
   std::size_t head, first, tokens;  // `first` token of the span
-  std::size_t segment, segments;    // the first one that it sees, and how many
+  std::size_t length, segment, segments;  // positions of a segment, the first one that it sees, and how many
 };
 
 // Attention of one block in one call.
@@ -172,16 +173,19 @@ class Attention {
     std::size_t size, width, share, block;  // of a head, of q, query heads for each head of the cache
     float scale;
     std::size_t window;
+    bool exact;  // else products of prompts may be rounded, unless the cache is float32
   };
   Attention(const Shape& shape, const Cache& cache, const std::vector<Span>& spans, const float* q, float* to)
-      : shape_(shape), cache_(cache), q_(q), to_(to), most_(std::max<std::size_t>(1, kQueriesPerTask / shape.share)) {
+      : shape_(shape), cache_(cache), q_(q), to_(to), most_(tokens_of_a_task(shape, cache, spans)) {
+    if (!shape.exact && cache.pages().type() != Type::f32) rounded_ = rounded_attention();
     for (const Span& span : spans)
       for (std::size_t head = 0; head < cache.pages().heads(); ++head)
         for (std::size_t first = 0; first < span.count; first += most_) {
           const std::size_t tokens = std::min(most_, span.count - first);
-          const std::size_t begin = first_seen(limit(span, first)) / kSegment;
-          const std::size_t end = (limit(span, first + tokens - 1) + kSegment - 1) / kSegment;
-          parts_.push_back({&span, head, first, tokens, begin, end - begin});
+          const std::size_t length = span.few ? kSegment : kPromptSegment;
+          const std::size_t begin = first_seen(limit(span, first)) / length;
+          const std::size_t end = (limit(span, first + tokens - 1) + length - 1) / length;
+          parts_.push_back({&span, head, first, tokens, length, begin, end - begin});
         }
   }
 
@@ -189,10 +193,10 @@ class Attention {
     std::size_t segments = 0, work = 0;
     for (const AttentionPart& part : parts_) {
       segments += part.segments;
-      work += part.segments * part.tokens;
+      work += part.segments * std::min(part.length, cache_.capacity()) * part.tokens;
     }
     const std::size_t wanted = kTasksPerThread * static_cast<std::size_t>(pool().threads());
-    const bool small = work * shape_.share * std::min(kSegment, cache_.capacity()) * shape_.size < kSmall;
+    const bool small = work * shape_.share * shape_.size < kSmall;
     if (parts_.size() < wanted && segments > parts_.size() && !small) return run_segments(partial);
     const auto range = [&](std::size_t begin, std::size_t end) {
       thread_local std::vector<float> own;
@@ -230,6 +234,13 @@ class Attention {
     }
   }
 
+  static std::size_t tokens_of_a_task(const Shape& shape, const Cache& cache, const std::vector<Span>& spans) {
+    std::size_t queries = 0;
+    for (const Span& span : spans) queries += span.count * shape.share * cache.pages().heads();
+    const std::size_t share = queries / (kTasksPerThread * static_cast<std::size_t>(pool().threads()));
+    return std::max<std::size_t>(1, std::clamp(share, kQueriesPerTask, kMostQueries) / shape.share);
+  }
+
   std::size_t queries() const { return most_ * shape_.share; }
   std::size_t room() const { return queries() * (shape_.size + 2); }  // floats of a part in one segment
   // Positions that a token sees; padding sees what there is.
@@ -253,10 +264,11 @@ class Attention {
         firsts.push_back(first_seen(limits.back()));
       }
     const KvPlace place = cache_.pages().place(shape_.block, part.head, cache_.table(part.span->row));
-    const std::size_t begin = (part.segment + segment) * kSegment;
-    active_level().ops->attend({place, begin, begin + kSegment, part.span->few && shape_.share < kFewQueries,
-                                pointers.size(), pointers.data(), firsts.data(), limits.data(), shape_.scale, out,
-                                out + queries() * shape_.size, out + queries() * (shape_.size + 1)});
+    const std::size_t begin = (part.segment + segment) * part.length;
+    const Attend attend = rounded_ && !part.span->few ? rounded_ : active_level().ops->attend;
+    attend({place, begin, begin + part.length, part.span->few && shape_.share < kFewQueries, pointers.size(),
+            pointers.data(), firsts.data(), limits.data(), shape_.scale, out, out + queries() * shape_.size,
+            out + queries() * (shape_.size + 1)});
   }
 
   // Adds up the segments, the first one first. One that a query does not see adds zeros.
@@ -284,6 +296,7 @@ class Attention {
   const float* q_;
   float* to_;
   std::size_t most_;  // tokens of a part
+  Attend rounded_ = nullptr;  // for prompts
   std::vector<AttentionPart> parts_;
 };
 
@@ -291,7 +304,7 @@ class Attention {
 
 void Program::attend(const Instruction& step, const Call& call, State& state) const {
   const std::size_t size = step.size, width = widths_[step.to[0]], share = width / size / call.cache->pages().heads();
-  const Attention::Shape shape{size, width, share, step.block, step.value, step.window};
+  const Attention::Shape shape{size, width, share, step.block, step.value, step.window, exact_};
   Attention(shape, *call.cache, state.spans, state.places[step.from[0]], state.places[step.to[0]]).run(state.partial);
 }
 
