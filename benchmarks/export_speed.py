@@ -92,7 +92,9 @@ def exported(python: Path, model: str, bits: str, effort: str, folder: Path, wei
     """One export by the code of an environment; measurements are cached in the folder, so that one survey serves all bits."""
     words = [str(python), __file__, model, "--bits", bits, "--child", effort, "--work", str(folder)]
     words += ["--weights", str(weights)]
-    environment = {**os.environ, "MPO_CACHE": str(folder / f"cache-{effort}-{Path(model).stem}")}
+    # As the programs set it (mpo_runtime/cli/console.py).
+    quiet = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
+    environment = {**quiet, **os.environ, "MPO_CACHE": str(folder / f"cache-{effort}-{Path(model).stem}")}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=folder, check=False)
     found = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not found:

@@ -169,6 +169,9 @@ def threads() -> int:
 def set_threads(threads: int) -> None:
     """Change the number of threads; raises ValueError unless it is 1 to 1024."""
 
+def set_alone(wanted: bool) -> None:
+    """Whether kernels that the calling thread runs use this thread only, and leave the others to other callers."""
+
 def default_threads() -> int:
     """MPO_THREADS, or the number of cores that this process may run on."""
 

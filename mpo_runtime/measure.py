@@ -9,8 +9,10 @@ windows, which are taken as independent (tokens of one window are not); of a sin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,18 @@ Logits = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 # Tokens of a window where none is given, the begin-of-text token included.
 DEFAULT_WINDOW = 512
+# Logits that are compared at a time.
+PIECE = 1 << 18
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Over(Protocol):
+    """Does a piece of work for every item and returns what it finds, in their order."""
+
+    def __call__(self, work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+        """`work` of every item."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,50 +163,91 @@ def perplexity(
     return summarise(losses, int(windows[0].size))
 
 
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """Two models on a window: the losses in nats [S − 1] of both, KL(reference ‖ model), and what compares their logits."""
+
+    losses: NDArray[np.float64]
+    reference_losses: NDArray[np.float64]
+    divergences: NDArray[np.float64]
+    same: int
+    cosines: NDArray[np.float32]
+    squares: float
+
+
+def differences(ours: Logits, theirs: Logits, labels: NDArray[np.int64]) -> Differences:
+    """Compares logits [S − 1, vocabulary] with a reference's; `labels` [S − 1] are the tokens that followed.
+
+    Raises:
+        ConfigError: when the two have different vocabularies.
+    """
+    if ours.shape != theirs.shape:
+        raise ConfigError(
+            f"compare: vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens differ; "
+            "give the model that the file was made from"
+        )
+    count = len(labels)
+    losses, reference_losses, divergences = (np.empty(count) for _ in range(3))
+    cosines, same, squares = np.empty(count, np.float32), 0, 0.0
+    step = max(1, PIECE // ours.shape[-1])
+    for start in range(0, count, step):  # pieces that stay in the caches
+        rows = slice(start, start + step)
+        a, b, named = ours[rows], theirs[rows], labels[rows, None]
+        q, p = log_softmax(a), log_softmax(b)
+        divergences[rows] = (np.exp(p) * (p - q)).sum(-1, dtype=np.float64)
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        cosines[rows] = (a * b).sum(-1) / np.maximum(norms, 1e-30)
+        squares += float(np.square(a - b).mean(-1, dtype=np.float64).sum())
+        losses[rows], reference_losses[rows] = (-np.take_along_axis(x, named, -1)[:, 0] for x in (q, p))
+    return Differences(losses, reference_losses, divergences, same, cosines, squares)
+
+
+def one_by_one(work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+    """`work` of every item."""
+    return [work(item) for item in items]
+
+
 def compare(
     model: Decoder,
     reference: Decoder | Callable[[NDArray[np.int64]], Logits],
     ids: NDArray[np.int64],
     window: int | None = None,
     progress: Progress | None = None,
+    over: Over = one_by_one,
 ) -> Comparison:
     """Compares a model with a reference on the token ids [N] of a text.
 
     Args:
         reference: another model, or a function from a window [S] to its logits [S − 1, vocabulary].
         window: as in `cut_windows`.
+        over: does a piece of work for every window and returns what it finds in their order, perhaps with several threads.
 
     Raises:
         ConfigError: when the two have different vocabularies, and as `cut_windows` does.
     """
     windows = cut_windows(ids, model, window)
-    losses: tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]] = ([], [])
-    divergences, same, cosines, squares = [], 0, [], 0.0
-    for index, part in enumerate(windows):
+    lock, finished = threading.Lock(), 0
+
+    def measure(part: NDArray[np.int64]) -> Differences:
+        nonlocal finished
         ours = window_logits(model, part)
         theirs = window_logits(reference, part) if isinstance(reference, Decoder) else reference(part)
-        if ours.shape != theirs.shape:
-            raise ConfigError(
-                f"compare: vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens differ; "
-                "give the model that the file was made from"
-            )
-        p, q = log_softmax(theirs), log_softmax(ours)
-        divergences.append((np.exp(p) * (p - q)).sum(-1, dtype=np.float64))
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
-        cosines.append((ours * theirs).sum(-1) / np.maximum(norms, 1e-30))
-        squares += float(np.square(ours - theirs, dtype=np.float64).mean(-1).sum())
-        for scores, kept in zip((q, p), losses, strict=True):
-            kept.append(-np.take_along_axis(scores, part[1:, None], -1)[:, 0].astype(np.float64))
-        if progress:
-            progress(index + 1, len(windows))
-    divergence = np.concatenate(divergences)
+        found = differences(ours, theirs, part[1:])
+        with lock:
+            finished += 1
+            if progress:
+                progress(finished, len(windows))
+        return found
+
+    parts = over(measure, windows)
+    divergence = np.concatenate([part.divergences for part in parts])
     return Comparison(
-        model=summarise(losses[0], int(windows[0].size)),
-        reference=summarise(losses[1], int(windows[0].size)),
+        model=summarise([part.losses for part in parts], int(windows[0].size)),
+        reference=summarise([part.reference_losses for part in parts], int(windows[0].size)),
         kl_mean=float(divergence.mean()),
         kl_999=float(np.quantile(divergence, 0.999)),
-        same_top1=same / divergence.size,
-        cosine=float(np.concatenate(cosines).mean()),
-        mse=squares / divergence.size,
+        same_top1=sum(part.same for part in parts) / divergence.size,
+        cosine=float(np.concatenate([part.cosines for part in parts]).mean()),
+        mse=sum(part.squares for part in parts) / divergence.size,
     )

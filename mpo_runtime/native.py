@@ -70,6 +70,12 @@ def set_threads(threads: int | None) -> None:
         _native.set_threads(threads)
 
 
+def run_alone() -> None:
+    """From now on the kernels that the calling thread runs use this thread only: for threads that share the work already."""
+    if _HAS_NATIVE:
+        _native.set_alone(True)
+
+
 def read_bandwidth(data: NDArray[np.uint64], threads: int | None, *, evict: bool = False) -> float:
     """GB/s of reading `data` once, in order, with `threads` threads (None: as many as are set): no kernel can be faster.
 

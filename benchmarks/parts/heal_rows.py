@@ -196,7 +196,7 @@ def core_candidates(bench: Bench) -> dict[str, list[Candidate]]:
     found: dict[str, list[Candidate]] = {}
     with tempfile.TemporaryDirectory() as folder:
         groups = sensitivities(bench.source, Calibration(bench.source, ids, Path(folder)))
-        for name, sensitivity in (item for group in groups for item in group.items()):
+        for name, sensitivity in (item for block in groups for group in block for item in group.items()):
             if name in (EMBEDDING, HEAD):
                 continue
             linear, matrix = bench.source.spec.linear(name), dense_matrix(bench.source, name)

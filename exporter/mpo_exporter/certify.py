@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from mpo_exporter.calibrate.lanes import in_lanes
 from mpo_exporter.calibrate.upstream import WindowOps
 from mpo_exporter.progress import Progress, silent
-from mpo_formats import Certificate, MpoFile, Quality
-from mpo_runtime.measure import Comparison, compare
+from mpo_formats import Certificate, LinearSpec, MpoFile, Quality
+from mpo_runtime.layers.linear import Linear, MatrixTerm
+from mpo_runtime.measure import Comparison, Found, Item, compare
 from mpo_runtime.models.registry import decoder_for
 from mpo_runtime.text.token_text import TokenText
 from mpo_runtime.weights.protocol import Weights
+
+
+class WholeOps(WindowOps):
+    """The same ops with one matrix for each layer, where they are held in memory: its terms and its transform multiplied out."""
+
+    def load_layer(self, weights: Weights, spec: LinearSpec, chi: int | None) -> Linear:
+        """A layer as one matrix."""
+        layer = super().load_layer(weights, spec, chi)
+        if not self.held or (len(layer.terms) == 1 and not spec.transformed):
+            return layer
+        whole = replace(spec, hadamard=0, transform=None)
+        return Linear(whole, [MatrixTerm.of(layer.weight())], layer.bias)
 
 
 class Certifier:
@@ -34,10 +50,17 @@ class Certifier:
         """
         stage = "measuring" if chi is None else f"measuring χ={chi}"
         with MpoFile(path) as file:
-            ours = decoder_for(file.spec.architecture, WindowOps(file, chi=chi, device=self.device))
+            ours = decoder_for(file.spec.architecture, WholeOps(file, chi=chi, device=self.device))
             return compare(
-                ours, self.dense, self.text.ids, progress=lambda done, total: self.progress(stage, done, total)
+                ours,
+                self.dense,
+                self.text.ids,
+                progress=lambda done, total: self.progress(stage, done, total),
+                over=self._in_lanes,
             )
+
+    def _in_lanes(self, work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+        return in_lanes(lambda lane, item: work(item), items, self.device)
 
     def certificate(self, chi: int | None, found: Comparison) -> Certificate:
         """A comparison as the file's certificate records it."""

@@ -30,6 +30,7 @@ def run(app: Callable[..., Any], program: str) -> None:
     # Read when torch is imported: its threads wait for each other without spinning. Where other programs use the machine,
     # spinning threads make small matrix functions take a hundred times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # numpy's threads: 2^4 cycles
     prepare_streams()
     show_notes()
     for name in ("SIGTERM", "SIGHUP"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mpo_exporter.calibrate.moments import Moment
-from mpo_exporter.calibrate.precision import fast_products, has_units
+from mpo_exporter.calibrate.precision import are_fast, fast_products, has_kernel, has_units
 from mpo_exporter.fit.common import activation_error
 from mpo_exporter.measure.candidates import LADDER, Sensitivity, candidates, lower_hull, may_pay, tails
 from mpo_exporter.quantize import native
@@ -161,5 +161,7 @@ def test_cores_are_measured_only_where_they_may_pay() -> None:
 def test_products_are_fast_only_inside_the_context() -> None:
     before = torch.get_float32_matmul_precision()
     with fast_products():
-        assert torch.get_float32_matmul_precision() == ("medium" if has_units() else before)
+        assert are_fast() == has_units()
+        assert torch.get_float32_matmul_precision() == ("medium" if has_units() and not has_kernel() else before)
+    assert not are_fast()
     assert torch.get_float32_matmul_precision() == before

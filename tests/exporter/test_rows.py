@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mpo_exporter.calibrate.fisher import OutputOps, Squares, head_gradient, output_fisher
+from mpo_exporter.calibrate.fisher import OutputOps, Squares, drawn_chances, head_gradient, output_fisher
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.calibrate.outputs import Outputs
 from mpo_exporter.calibrate.store import Memory
@@ -123,8 +123,7 @@ def by_autograd(source: Checkpoint, seed: int) -> dict[str, Matrix]:
     for block in range(source.spec.architecture.num_hidden_layers):
         states.append(model.block(states[-1], ops.block_cache(model.architecture, *WINDOWS.shape), block))
     outputs = dict(ops.outputs)
-    generator = torch.Generator().manual_seed(seed)
-    last = head_gradient(model, Squares(), states[-1].detach(), generator)
+    last = head_gradient(model, Squares(), states[-1].detach(), drawn_chances(seed, *WINDOWS.shape))
     gradients = torch.autograd.grad(states[-1], list(outputs.values()), last)
     flat = [gradient.reshape(-1, gradient.shape[-1]).double().numpy() for gradient in gradients]
     return {name: one.T @ one / WINDOWS.size for name, one in zip(outputs, flat, strict=True)}

@@ -8,7 +8,7 @@ labels to the gradient at one token has mean zero, given the text before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpo_exporter.calibrate.lanes import in_lanes, lane_count
 from mpo_exporter.calibrate.moments import Moment, moment_of
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.store import Memory, PartMissing, Store
-from mpo_exporter.calibrate.sums import Sums
-from mpo_exporter.calibrate.upstream import Record, RecordingOps, block_linears
+from mpo_exporter.calibrate.sums import Sums, joined
+from mpo_exporter.calibrate.upstream import Record, RecordingOps, batches, block_linears
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import Linear
@@ -43,11 +44,13 @@ HEAD_INPUT = "survey-head"
 
 
 class OutputOps(RecordingOps):
-    """The reference ops that also keep the outputs of the layers, for which gradients are computed."""
+    """The reference ops that also keep the outputs of the layers, for which gradients are computed; each thread has its own."""
 
-    def __init__(self, source: Weights, device: str = "cpu") -> None:
-        super().__init__(source, device)
-        self.outputs: dict[str, Tensor] = {}
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        """The outputs of this thread's run by the layers' names."""
+        found: dict[str, Tensor] = self.run_of.__dict__.setdefault("outputs", {})
+        return found
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """Σ_t term_t(x) + bias; the result is kept."""
@@ -65,7 +68,14 @@ class Squares:
 
     def add(self, name: str, squares: Tensor) -> None:
         """Adds squares [..., O] to the sum of that name, over all axes but the last."""
-        total = squares.reshape(-1, squares.shape[-1]).sum(0, dtype=torch.float64)
+        self._add(name, squares.reshape(-1, squares.shape[-1]).sum(0, dtype=torch.float64))
+
+    def take(self, other: Squares) -> None:
+        """Adds other sums."""
+        for name, total in other.sums.items():
+            self._add(name, total)
+
+    def _add(self, name: str, total: Tensor) -> None:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
 
@@ -90,7 +100,7 @@ class Backwards:
         seed: for drawing the labels.
         picks: the windows that gradients and the moments inside the blocks are taken on; None for all. 32 windows of 256
             tokens are enough for these. The moment of the head's input, which a table is rounded with, is taken on all.
-        batch: windows that are run at once.
+        batch: windows that are run at once, by all lanes together.
         store: keeps the states, W · E · 4 bytes for each block and picked window and for each window once, and how far the
             pass has come: another pass with the same store goes on there. None keeps them in memory.
         moments: whether moments are summed; without them only F is computed.
@@ -122,10 +132,10 @@ class Backwards:
         self.tokens = len(self.picks) * windows.shape[1]
 
     def _batches(self, count: int) -> list[slice]:
-        return [slice(start, start + self.batch) for start in range(0, count, self.batch)]
+        return batches(count, self.batch, str(self.ops.device))
 
-    def inputs(self) -> Iterator[Inputs]:
-        """Yields the layers by their inputs: the head's first, then those of the blocks, the last block first.
+    def inputs(self) -> Iterator[list[Inputs]]:
+        """Yields the layers by their inputs, those of a block together: the head's first, then the last block's, and so on.
 
         The head comes under the embedding's name where the two are tied. The last one has no moment of its own: it is named
         `LOOKUP`, with F [E] at the rows that are looked up in the embedding.
@@ -134,13 +144,13 @@ class Backwards:
             ConfigError: when a block's output or the logits are not finite.
         """
         self.forward()
-        yield self._head()
+        yield [self._head()]
         for block in reversed(range(self.blocks)):
             yield from self._block(block)
         gradient = self._gradient(0)
         squares = np.square(gradient * self.model.architecture.embedding_multiplier, dtype=np.float64)
         fisher = squares.reshape(-1, squares.shape[-1]).sum(0) / self.tokens
-        yield Inputs((LOOKUP,), Moment(np.zeros((0, 0))), {LOOKUP: fisher})
+        yield [Inputs((LOOKUP,), Moment(np.zeros((0, 0))), {LOOKUP: fisher})]
         for name in ("survey-state-0", FRONT, GRADIENT, HEAD_INPUT):
             self.store.forget(name)
 
@@ -153,7 +163,7 @@ class Backwards:
         first = 0 if kept is None else int(kept["block"][0]) + 1
         x = None if kept is None else kept["x"]
         for block in range(first, self.blocks + 1):
-            x = np.concatenate([self._forward(rows, block - 1, x) for rows in self._batches(len(self.windows))])
+            x = self._forward(block - 1, x)
             if not np.isfinite(x).all():
                 raise ConfigError(
                     f"model.layers.{block - 1}: its output is not finite on the calibration text; check the source model"
@@ -162,13 +172,20 @@ class Backwards:
             self.store.write(FRONT, {"block": np.array([block]), "x": x})
             self.progress(block, 2 * self.blocks)
 
-    def _forward(self, rows: slice, block: int, x: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        if block < 0 or x is None:
-            embedded: NDArray[np.float32] = self.model.embed(self.ops.ids(self.windows[rows].tolist())).cpu().numpy()
-            return embedded
-        with self.ops.holding(block_linears(self.model.architecture, block)), fast_products():
-            y: NDArray[np.float32] = self._run(self._tensor(x[rows]), block).cpu().numpy()
-        return y
+    def _forward(self, block: int, x: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """The state behind a block from the one before it; the embedded tokens where there is none."""
+        layers = block_linears(self.model.architecture, block) if x is not None else []
+
+        def run(lane: int, rows: slice) -> NDArray[np.float32]:
+            if x is None:
+                y: Tensor = self.model.embed(self.ops.ids(self.windows[rows].tolist()))
+            else:
+                y = self._run(self._tensor(x[rows]), block)
+            found: NDArray[np.float32] = y.cpu().numpy()
+            return found
+
+        with self.ops.holding(layers), fast_products():
+            return np.concatenate(in_lanes(run, self._batches(len(self.windows)), self.ops.device))
 
     def _tensor(self, array: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(array).to(self.ops.device)
@@ -200,18 +217,26 @@ class Backwards:
                 Moment(kept["second"], None, self.windows.size, device=str(self.ops.device)),
                 {self._head_names()[0]: kept["fisher"]},
             )
-        squares, sums = Squares(), Sums()
-        generator = torch.Generator().manual_seed(self.seed)
+        count = lane_count(self.ops.device)
+        squares, sums = [Squares() for _ in range(count)], [Sums() for _ in range(count)]
         (name,) = self._head_names()
-        state, front, parts = self._state(f"survey-state-{self.blocks}"), self._state(FRONT), []
+        state, front = self._state(f"survey-state-{self.blocks}"), self._state(FRONT)
+        chances = drawn_chances(self.seed, *state.shape[:2])
+
+        @torch.no_grad()
+        def measure(lane: int, rows: slice) -> None:
+            sums[lane].add(self.model.normed(self._tensor(front[rows])))
+
+        def back(lane: int, rows: slice) -> NDArray[np.float32]:
+            gradient = head_gradient(self.model, squares[lane], self._tensor(state[rows]), chances[rows])
+            found: NDArray[np.float32] = gradient.cpu().numpy()
+            return found
+
         with fast_products(), self.ops.holding([name]):
             if self.moments:
-                with torch.no_grad():
-                    for rows in self._batches(len(front)):
-                        sums.add(self.model.normed(self._tensor(front[rows])))
-            for rows in self._batches(len(state)):
-                parts.append(head_gradient(self.model, squares, self._tensor(state[rows]), generator).cpu().numpy())
-        found = self._inputs((name,), sums, squares)
+                in_lanes(measure, self._batches(len(front)), self.ops.device)
+            parts = in_lanes(back, self._batches(len(state)), self.ops.device)
+        found = self._inputs((name,), joined(sums), total_of(squares))
         self.store.write(HEAD_INPUT, {"second": found.moment.second, "fisher": found.fisher[name]})
         self.store.write(GRADIENT, {"block": np.array([self.blocks]), "x": np.concatenate(parts)})
         return found
@@ -219,32 +244,38 @@ class Backwards:
     def _head_names(self) -> tuple[str]:
         return (EMBEDDING if self.model.architecture.tie_word_embeddings else HEAD,)
 
-    def _block(self, block: int) -> Iterator[Inputs]:
+    def _block(self, block: int) -> Iterator[list[Inputs]]:
         """The inputs of a block's layers; then the gradient before the block is kept in the place of the one after it."""
         kept = self.store.read(GRADIENT)
         if kept is not None and int(kept["block"][0]) <= block:
             return  # a run before this one came further
-        squares, sums = Squares(), dict[tuple[str, ...], Sums]()
+        count = lane_count(self.ops.device)
+        lanes = [(Squares(), dict[tuple[str, ...], Sums]()) for _ in range(count)]
         state, after = self._state(f"survey-state-{block}"), self._gradient(block + 1)
         before = np.empty_like(state)
+
+        def back(lane: int, rows: slice) -> None:
+            squares, sums = lanes[lane]
+            self.ops.record = Record() if self.moments else None
+            x = self._tensor(state[rows]).requires_grad_()
+            y = self._run(x, block)
+            recorded, self.ops.record = self.ops.record, None
+            gradient, *inner = torch.autograd.grad(y, [x, *self.ops.outputs.values()], self._tensor(after[rows]))
+            before[rows] = gradient.cpu().numpy()
+            for name, part in zip(self.ops.outputs, inner, strict=True):
+                squares.add(name, part.square())
+            self.ops.outputs.clear()
+            for given in recorded.inputs if recorded else ():
+                sums.setdefault(tuple(given.names), Sums()).add(given.x)
+
         with self.ops.holding(block_linears(self.model.architecture, block)), fast_products():
-            for rows in self._batches(len(state)):
-                self.ops.record = Record() if self.moments else None
-                x = self._tensor(state[rows]).requires_grad_()
-                y = self._run(x, block)
-                recorded, self.ops.record = self.ops.record, None
-                gradient, *inner = torch.autograd.grad(y, [x, *self.ops.outputs.values()], self._tensor(after[rows]))
-                before[rows] = gradient.cpu().numpy()
-                for name, part in zip(self.ops.outputs, inner, strict=True):
-                    squares.add(name, part.square())
-                self.ops.outputs.clear()
-                for given in recorded.inputs if recorded else ():
-                    sums.setdefault(tuple(given.names), Sums()).add(given.x)
+            in_lanes(back, self._batches(len(state)), self.ops.device)
+        squares = total_of([one for one, _ in lanes])
+        sums = {names: joined([each[names] for _, each in lanes if names in each]) for names in lanes[0][1]}
         if self.moments:
-            for names in list(sums):
-                yield self._inputs(names, sums.pop(names), squares)
+            yield [self._inputs(names, sums.pop(names), squares) for names in list(sums)]
         else:
-            yield self._inputs(tuple(squares.sums), None, squares)
+            yield [self._inputs(tuple(squares.sums), None, squares)]
         self.store.write(GRADIENT, {"block": np.array([block]), "x": before})
         self.store.forget(f"survey-state-{block + 1}")
         self.progress(2 * self.blocks - block, 2 * self.blocks)
@@ -278,20 +309,33 @@ def output_fisher(
         ConfigError: when a block's output or the logits are not finite.
     """
     walk = Backwards(source, windows, seed, batch=batch, moments=False, progress=progress)
-    found = {name: values for one in walk.inputs() for name, values in one.fisher.items()}
+    found = {name: values for block in walk.inputs() for one in block for name, values in one.fisher.items()}
     order = [linear.name for linear in source.spec.linears] + [LOOKUP]
     return {name: found[name] for name in order if name in found}
 
 
-def head_gradient(model: Decoder, squares: Squares, x: Tensor, generator: torch.Generator) -> Tensor:
+def total_of(lanes: Sequence[Squares]) -> Squares:
+    """The sums of all lanes, in the first one of them."""
+    first, *others = lanes
+    for other in others:
+        first.take(other)
+    return first
+
+
+def drawn_chances(seed: int, windows: int, tokens: int) -> Tensor:
+    """Random numbers [windows, tokens, 1] from 0 to 1, by which labels are drawn; the same on every device."""
+    return torch.rand(windows, tokens, 1, generator=torch.Generator().manual_seed(seed))
+
+
+def head_gradient(model: Decoder, squares: Squares, x: Tensor, drawn: Tensor) -> Tensor:
     """The gradient [B, W, E] at the last residual stream x, for the summed loss of labels drawn from the model itself.
 
     Args:
         squares: the head's own Fisher information is added to it.
-        generator: on the CPU, so that every device draws the same labels.
+        drawn: a random number for every token [B, W, 1] that says which label it gets (`drawn_chances`).
     """
     name = EMBEDDING if model.architecture.tie_word_embeddings else HEAD
-    flat = x.reshape(-1, x.shape[-1])
+    flat, drawn = x.reshape(-1, x.shape[-1]), drawn.reshape(-1, 1).to(x.device)
     gradients: list[Tensor] = []
     for start in range(0, flat.shape[0], HEAD_TOKENS):
         part = flat[start : start + HEAD_TOKENS].requires_grad_()
@@ -300,8 +344,8 @@ def head_gradient(model: Decoder, squares: Squares, x: Tensor, generator: torch.
         if not torch.isfinite(chances).all():
             raise ConfigError("the logits are not finite on the calibration text; check the source model")
         # Inverse transform sampling: torch.multinomial would draw a random number for every token of the vocabulary.
-        drawn = torch.rand(len(part), 1, generator=generator).to(part.device)
-        labels = torch.searchsorted(chances.cumsum(-1), drawn).clamp_(max=chances.shape[-1] - 1)
+        places = torch.searchsorted(chances.cumsum(-1), drawn[start : start + HEAD_TOKENS])
+        labels = places.clamp_(max=chances.shape[-1] - 1)
         # The expectation over the drawn label: E[(p_o − [o = label])²] = p_o (1 − p_o).
         squares.add(name, chances * (1 - chances) / model.architecture.logits_scaling**2)
         gradients += torch.autograd.grad(-scores.gather(-1, labels).sum(), [part])

@@ -32,12 +32,13 @@ from mpo_exporter.calibrate.hessian import (
     ridge,
     transform_in_place,
 )
+from mpo_exporter.calibrate.lanes import in_lanes, lane_count
 from mpo_exporter.calibrate.precision import fast_products
-from mpo_exporter.calibrate.shortfall import Shortfall, is_wide, measure_input
+from mpo_exporter.calibrate.shortfall import Shortfall, is_wide, measure_block, measure_input
 from mpo_exporter.calibrate.spill import spill
 from mpo_exporter.calibrate.store import Store
-from mpo_exporter.calibrate.sums import Sums
-from mpo_exporter.calibrate.upstream import Upstream, block_linears
+from mpo_exporter.calibrate.sums import Sums, joined
+from mpo_exporter.calibrate.upstream import Upstream
 from mpo_formats import ConfigError
 from mpo_formats.architecture import EMBEDDING, HEAD
 from mpo_runtime.layers.linear import widen
@@ -283,9 +284,7 @@ class Calibration:
                     compressed.enter_context(ours.ops.replaced(name, spill(mapped[-1], built)))
                 before = names
             for upstream in (dense, ours):
-                with upstream.ops.holding(before), fast_products():
-                    for rows in upstream.batches:
-                        upstream.step(rows, block, before)
+                upstream.leave(block, before)
                 for name in list(upstream.inputs):
                     upstream.forget(name)
         for file in mapped:
@@ -332,14 +331,19 @@ class Calibration:
         return (EMBEDDING if self.architecture.tie_word_embeddings else HEAD,)
 
     def _head_moment(self, upstream: Upstream, dense: Upstream | None) -> Moment:
-        second, change = Sums(), None if dense is None else Sums()
+        lanes = [(Sums(), Sums()) for _ in range(lane_count(self.device))]
+
+        def add(lane: int, rows: slice) -> None:
+            x = upstream.normed(rows)
+            second, change = lanes[lane]
+            second.add(x)
+            if dense is not None:
+                change.add(dense.normed(rows) - x, x)
+
         with fast_products():
-            for rows in upstream.batches:
-                x = upstream.normed(rows)
-                second.add(x)
-                if change is not None and dense is not None:
-                    change.add(dense.normed(rows) - x, x)
-        return moment_of(self._head(), second, change, device=self.device)
+            in_lanes(add, upstream.batches, self.device)
+        second, change = (joined(kind) for kind in zip(*lanes, strict=True))
+        return moment_of(self._head(), second, None if dense is None else change, device=self.device)
 
 
 def compressed_blocks(store: Store | None) -> int:
@@ -358,18 +362,6 @@ def input_groups(upstream: Upstream, block: int) -> list[tuple[str, ...]]:
     """The names of a block's layers in the order of use, those with one input together; found by running one window."""
     inputs, _ = upstream.run(slice(0, 1), block)
     return [tuple(part.names) for part in inputs]
-
-
-def measure_block(upstream: Upstream, block: int) -> dict[tuple[str, ...], Sums]:
-    """Sums the moments of all layer inputs of a block, and replaces the residual stream by the block's output."""
-    sums: dict[tuple[str, ...], Sums] = {}
-    with upstream.ops.holding(block_linears(upstream.model.architecture, block)), fast_products():
-        for rows in upstream.batches:
-            inputs, output = upstream.run(rows, block)
-            for part in inputs:
-                sums.setdefault(tuple(part.names), Sums()).add(part.x)
-            upstream.write(rows, output)
-    return sums
 
 
 def moment_of(

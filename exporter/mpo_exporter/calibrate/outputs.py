@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.calibrate.fisher import OutputOps, Squares, head_gradient
+from mpo_exporter.calibrate.fisher import OutputOps, Squares, drawn_chances, head_gradient
 from mpo_exporter.calibrate.precision import fast_products
 from mpo_exporter.calibrate.store import Memory, Store
 from mpo_exporter.calibrate.sums import Sums
@@ -107,8 +107,8 @@ class Outputs:
 
     def _head(self, state: Single) -> Single:
         """The gradient by the last state, for labels drawn from the model."""
-        generator = torch.Generator().manual_seed(self.seed)
-        found = [head_gradient(self.model, Squares(), self._tensor(state[part]), generator) for part in self.parts]
+        drawn = drawn_chances(self.seed, *state.shape[:2])
+        found = [head_gradient(self.model, Squares(), self._tensor(state[part]), drawn[part]) for part in self.parts]
         return np.concatenate([part.cpu().numpy() for part in found])
 
     def _backward(self, block: int, gradient: Single) -> Single:

@@ -8,6 +8,7 @@ as fast as torch's products of float32 by these vectors.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -28,6 +29,8 @@ UNITS = frozenset({TILES, "avx512_bf16"})
 FAST = "medium"
 # Products of fewer multiply-adds than this are left to torch.
 LEAST = 1 << 20
+# Whether the calling thread is in `fast_products`.
+_now = threading.local()
 
 
 @cache
@@ -45,9 +48,14 @@ def has_units(processors: Path = PROCESSORS) -> bool:
     return bool(flags(processors))
 
 
+def uses_tiles() -> bool:
+    """Whether products of bf16 are torch's, by matrix units."""
+    return TILES in flags()
+
+
 def has_kernel() -> bool:
     """Whether products of bf16 are those of the native kernel and not torch's."""
-    if TILES in flags() or not native.available():
+    if uses_tiles() or not native.available():
         return False
     import mpo_runtime._native as module
 
@@ -57,7 +65,12 @@ def has_kernel() -> bool:
 def kernel_takes(*factors: Tensor) -> bool:
     """Whether the native kernel multiplies these now: in `fast_products`, on the CPU and in float32."""
     suited = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in factors)
-    return suited and torch.get_float32_matmul_precision() == FAST and has_units() and has_kernel()
+    return suited and are_fast() and has_units() and has_kernel()
+
+
+def are_fast() -> bool:
+    """Whether the calling thread is in `fast_products`."""
+    return getattr(_now, "fast", False)
 
 
 @contextmanager
@@ -73,17 +86,22 @@ def products_in(precision: str) -> Iterator[None]:
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """A context in which float32 products may be computed in bf16, if the CPU has units for that."""
+    """A context in which float32 products of this thread may be computed in bf16, if the CPU has units for that."""
     if not has_units():
         yield
         return
-    with products_in(FAST), Redirected() if has_kernel() else nullcontext():
-        yield
+    before, _now.fast = are_fast(), True
+    try:
+        # Torch's own precision is one for all threads, so it is left alone where the kernel takes its place.
+        with Redirected() if has_kernel() else products_in(FAST):
+            yield
+    finally:
+        _now.fast = before
 
 
 def small_products() -> AbstractContextManager[None]:
     """A context for many small products, such as attention's: converting their factors to bf16 would cost more than it gives."""
-    return products_in("highest")
+    return nullcontext() if has_kernel() else products_in("highest")
 
 
 class Redirected(TorchFunctionMode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,12 +15,12 @@ from mpo_formats import ConfigError
 Matrix = NDArray[np.float64]
 # Rows of a product that are computed at once, so that its single-precision result takes little memory beside the sums.
 PANEL, HALF_PANEL = 768, 192
-# Batches that are summed in single precision, for sums of at most so many entries.
-BATCHES, MOST_PART = 4, 1 << 24
+# Tokens that are summed in single precision, for sums of at most so many entries.
+TOKENS, MOST_PART = 8192, 1 << 24
 
 
 class Sums:
-    """Running sums of x x̂ᵀ over tokens: those of a few batches in single precision, the sum of these in double precision.
+    """Running sums of x x̂ᵀ over tokens: those of a few thousand in single precision, the sum of these in double precision.
 
     They are on the device of the inputs; `mean` brings them to the CPU.
     """
@@ -26,7 +28,7 @@ class Sums:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.part: Tensor | None = None
-        self.batches = self.tokens = 0
+        self.tokens = self.flushed = 0
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
         """Adds Σ_t left_t right_tᵀ of inputs [..., I]; without `right`, Σ_t left_t left_tᵀ, of which the upper half is summed."""
@@ -42,8 +44,7 @@ class Sums:
         else:
             self._add(left, right_, right is None)
         self.tokens += left.shape[0]
-        self.batches += 1
-        if self.batches % BATCHES == 0:
+        if self.tokens - self.flushed >= TOKENS:
             self._flush()
 
     def _add(self, left: Tensor, right: Tensor, symmetric: bool) -> None:
@@ -69,6 +70,17 @@ class Sums:
         if self.total is not None and self.part is not None:
             self.total += self.part
             self.part.zero_()
+        self.flushed = self.tokens
+
+    def take(self, other: Sums) -> None:
+        """Adds other sums of the same sizes, which are used up."""
+        other._flush()
+        if self.total is None:
+            self.total = other.total
+        elif other.total is not None:
+            self.total += other.total
+        self.tokens += other.tokens
+        other.total = other.part = None
 
     def mean(self, symmetric: bool) -> Matrix:
         """The sums divided by the number of tokens; `symmetric` fills the lower half in where only the upper was summed."""
@@ -85,3 +97,11 @@ class Sums:
                 # The lower half of the block on the diagonal was summed in parts only.
                 total[rows, rows] = np.triu(total[rows, rows]) + np.triu(total[rows, rows], 1).T
         return total
+
+
+def joined(lanes: Sequence[Sums]) -> Sums:
+    """The sums of all lanes, in the first one of them."""
+    first, *others = lanes
+    for other in others:
+        first.take(other)
+    return first

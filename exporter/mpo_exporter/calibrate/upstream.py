@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpo_exporter.calibrate.precision import small_products
+from mpo_exporter.calibrate.lanes import in_lanes, lane_count
+from mpo_exporter.calibrate.precision import fast_products, small_products
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import ReferenceOps, TorchCache, TorchSpans
@@ -85,13 +87,30 @@ class RecordingOps(WindowOps):
     """The reference ops that record the inputs of the layers; matrices are read from the mapped file at every use.
 
     With a `resume`, the ops before its layers are skipped: they return one of their inputs. Of these results only the
-    residual stream is used, which passes through unchanged.
+    residual stream is used, which passes through unchanged. Every thread has its own `record` and `resume`.
     """
 
     def __init__(self, source: Weights, device: str = "cpu") -> None:
         super().__init__(source, held=False, device=device)
-        self.record: Record | None = None
-        self.resume: Resume | None = None
+        self.run_of = threading.local()
+
+    @property
+    def record(self) -> Record | None:
+        """What this thread's run records."""
+        return getattr(self.run_of, "record", None)
+
+    @record.setter
+    def record(self, record: Record | None) -> None:
+        self.run_of.record = record
+
+    @property
+    def resume(self) -> Resume | None:
+        """Where this thread's run begins."""
+        return getattr(self.run_of, "resume", None)
+
+    @resume.setter
+    def resume(self, resume: Resume | None) -> None:
+        self.run_of.resume = resume
 
     @property
     def skipping(self) -> bool:
@@ -148,6 +167,12 @@ def block_linears(architecture: Architecture, block: int) -> list[str]:
     return [name for name, *_ in architecture.linear_sizes() if name.startswith(f"model.layers.{block}.")]
 
 
+def batches(windows: int, size: int, device: str) -> list[slice]:
+    """Batches of windows, for lanes that together run `size` windows at once."""
+    step = max(1, size // lane_count(device))
+    return [slice(start, start + step) for start in range(0, windows, step)]
+
+
 class Upstream:
     """A model, and its residual stream [N, W, E] over windows of token ids [N, W] in a file.
 
@@ -165,13 +190,17 @@ class Upstream:
         self.states = mapped_file(file, shape)
         self.inputs: dict[str, NDArray[np.float32]] = {}
         self.spare: list[NDArray[np.float32]] = []
-        self.batches = [slice(start, start + batch) for start in range(0, windows.shape[0], batch)]
+        self.lock = threading.Lock()
+        self.batches = batches(windows.shape[0], batch, device)
 
     @torch.no_grad()
     def embed(self) -> None:
         """Sets the residual stream to the embedded tokens."""
-        for rows in self.batches:
+
+        def embed(lane: int, rows: slice) -> None:
             self.write(rows, self.model.embed(self.ops.ids(self.windows[rows].tolist())))
+
+        in_lanes(embed, self.batches, self.ops.device)
 
     def read(self, rows: slice) -> Tensor:
         """The residual stream [B, W, E] of a batch."""
@@ -223,8 +252,17 @@ class Upstream:
             self.kept(found.names[0])[rows] = found.x.cpu().numpy()
         return found
 
+    def leave(self, block: int, before: tuple[str, ...]) -> None:
+        """Takes the residual stream to the end of a block, behind the layers `before`."""
+        with self.ops.holding(before), fast_products():
+            in_lanes(lambda lane, rows: self.step(rows, block, before), self.batches, self.ops.device)
+
     def kept(self, name: str) -> NDArray[np.float32]:
         """The input [N, W, I] of the layer `name`, in a mapped file if it is large; a new one removes all but the newest."""
+        with self.lock:
+            return self._kept(name)
+
+    def _kept(self, name: str) -> NDArray[np.float32]:
         if name not in self.inputs:
             for other in list(self.inputs)[:-1]:
                 self.forget(other)

@@ -231,7 +231,9 @@ def output_fisher(model: Decoder, ids: NDArray[np.int64], batch: int, device: st
             for block in range(blocks):
                 states.append(run_block(model, states[-1], block))
         size = size_of_outputs(states[-1].float())
-        gradient = head_gradient(model, squares, states.pop(), generator)
+        last = states.pop()
+        drawn = torch.rand(*last.shape[:-1], 1, generator=generator)
+        gradient = head_gradient(model, squares, last, drawn)
         for block in reversed(range(blocks)):
             squares.add(str(block), (size * gradient).square())
             size = size_of_outputs(states[-1].float())

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from mpo_exporter.basis import PLAIN, Basis
 from mpo_exporter.calibrate.fisher import LOOKUP, Backwards, Inputs
+from mpo_exporter.calibrate.lanes import in_lanes
 from mpo_exporter.calibrate.moments import Calibration, dense_matrix
-from mpo_exporter.calibrate.store import Memory, PartMissing, Store, array_json, json_array
+from mpo_exporter.calibrate.store import Memory, PartMissing, Store, array_json
 from mpo_exporter.effort import USUAL, Care
 from mpo_exporter.fit.shapes import low_rank_shape
 from mpo_exporter.measure.cache import Cached, CacheFile
@@ -191,16 +193,15 @@ def survey(
     done = {name for name in names if kept.read(f"survey-layer-{name}")}
 
     def measure() -> None:
-        for layers in sensitivities(source, calibration, care.windows, progress, kept):
-            bases = tried.bases(source, layers)
-            for name, sensitivity in layers.items():
-                basis, gain = bases[name]
-                found, cores = tried.layer(source.spec.linear(name), dense_matrix(source, name), sensitivity, basis)
+        for block in sensitivities(source, calibration, care.windows, progress, kept):
+            # Layers with one input share its moment, which one lane may turn.
+            for name, arrays in chain.from_iterable(
+                in_lanes(lambda lane, layers: tried.rows_of(source, layers), block)
+            ):
                 if name == EMBEDDING:
                     # Single precision, as in the cache: an export with a cached survey gives the same bytes as one without.
-                    kept.write("survey-table", {"table": sensitivity.hessian.astype(np.float32)})
-                row = [row_data(found), None if cores is None else asdict(cores), gain]
-                kept.write(f"survey-layer-{name}", {"row": json_array(row), **basis.tensors})
+                    kept.write("survey-table", {"table": block[0][name].hessian.astype(np.float32)})
+                kept.write(f"survey-layer-{name}", arrays)
                 done.add(name)
                 progress("surveying", len(done), len(names))
 
@@ -279,10 +280,10 @@ def sensitivities(
     count: int = USUAL.windows,
     progress: Progress = silent,
     store: Store | None = None,
-) -> Iterator[dict[str, Sensitivity]]:
-    """Yields the sensitivities on the dense upstream of layers with one input by their names, the embedding's last.
+) -> Iterator[list[dict[str, Sensitivity]]]:
+    """Yields the sensitivities on the dense upstream block by block: those of layers with one input together, by their names.
 
-    The last block comes first.
+    The last block comes first, and the embedding last.
 
     Args:
         count: windows that they are measured on, spread over those of the calibration.
@@ -301,14 +302,18 @@ def sensitivities(
     architecture = source.spec.architecture
     frequency = np.bincount(windows.reshape(-1), minlength=architecture.vocab_size) / windows.size
     head: Inputs | None = None
-    for one in walk.inputs():
-        if one.names == (EMBEDDING,):
-            head = one
-        elif one.names == (LOOKUP,):
-            used = (None, None) if head is None else (head.moment.second, head.fisher[EMBEDDING])
-            yield {EMBEDDING: table_sensitivity(frequency, one.fisher[LOOKUP], *used).scaled(OBSERVED)}
-        else:
-            yield {name: Sensitivity(one.moment, one.fisher[name]).scaled(OBSERVED) for name in one.names}
+    for block in walk.inputs():
+        match block:
+            case [Inputs((name,)) as one] if name == EMBEDDING:
+                head = one
+            case [Inputs((name,)) as one] if name == LOOKUP:
+                used = (None, None) if head is None else (head.moment.second, head.fisher[EMBEDDING])
+                yield [{EMBEDDING: table_sensitivity(frequency, one.fisher[LOOKUP], *used).scaled(OBSERVED)}]
+            case _:
+                yield [
+                    {name: Sensitivity(one.moment, one.fisher[name]).scaled(OBSERVED) for name in one.names}
+                    for one in block
+                ]
 
 
 def survey_file(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from mpo_exporter.basis import PLAIN, Basis
 from mpo_exporter.calibrate.moments import dense_matrix, require_finite
+from mpo_exporter.calibrate.store import Arrays, json_array
 from mpo_exporter.effort import USUAL
 from mpo_exporter.fit.rotation import price, rotated, rotation_block, row_step
 from mpo_exporter.measure.candidates import (
@@ -21,6 +22,7 @@ from mpo_exporter.measure.candidates import (
     candidates,
     fitted,
 )
+from mpo_exporter.measure.rows import row_data
 from mpo_exporter.quantize.gptq import expected_errors
 from mpo_exporter.quantize.grid import LARGEST, Grid
 from mpo_exporter.terms import Candidate, Transforms, hadamard_block
@@ -76,6 +78,21 @@ class Tried:
     transforms: Transforms
     complete: bool
     rows: int
+
+    def rows_of(self, source: Weights, layers: Mapping[str, Sensitivity]) -> list[tuple[str, Arrays]]:
+        """What a survey keeps of layers with one input, by their names: candidates, losses of cores, and bases.
+
+        Raises:
+            ConfigError: naming the layer whose values are not finite.
+        """
+        found = []
+        bases = self.bases(source, layers)
+        for name, sensitivity in layers.items():
+            basis, gain = bases[name]
+            row, cores = self.layer(source.spec.linear(name), dense_matrix(source, name), sensitivity, basis)
+            data = [row_data(row), None if cores is None else asdict(cores), gain]
+            found.append((name, {"row": json_array(data), **basis.tensors}))
+        return found
 
     def layer(
         self, linear: LinearSpec, matrix: Matrix, sensitivity: Sensitivity, basis: Basis

@@ -34,6 +34,7 @@ NB_MODULE(_native, module) {
   module.def("supported_isas", &mpo::supported_levels);
   module.def("threads", [] { return mpo::pool().threads(); });
   module.def("set_threads", &mpo::set_threads, nb::arg("threads"));
+  module.def("set_alone", &mpo::Pool::set_alone, nb::arg("wanted"));
   module.def("default_threads", &mpo::default_threads);
   module.def("read_bandwidth", &mpo::bandwidth, nb::arg("data").noconvert(), nb::arg("evict") = false);
 }

@@ -40,6 +40,9 @@ void pause() {
 #endif
 }
 
+// See Pool::set_alone.
+thread_local bool alone = false;
+
 // How often this process and its ancestors were forked: a child of fork() lacks the threads of its parent.
 std::atomic<unsigned> forks{0};
 
@@ -193,11 +196,13 @@ void Pool::renew() {
   }
 }
 
+void Pool::set_alone(bool wanted) { alone = wanted; }
+
 void Pool::run(std::size_t items, std::size_t chunk, RangeFunction f) {
   if (items == 0) return;
   if (chunk == 0) chunk = 1;
   const std::size_t chunks = (items + chunk - 1) / chunk;
-  if (threads_ == 1 || chunks == 1) {
+  if (threads_ == 1 || chunks == 1 || alone) {
     for (std::size_t begin = 0; begin < items; begin += chunk) f(begin, begin + chunk < items ? begin + chunk : items);
     return;
   }

@@ -39,6 +39,9 @@ class Pool {
   void run(std::size_t items, std::size_t chunk, RangeFunction f);
 
   int threads() const { return threads_.load(std::memory_order_relaxed); }
+  // Whether jobs of the calling thread leave the pool to others and run on this thread alone.
+  static void set_alone(bool wanted);
+
   void resize(int threads);  // waits for a run in progress; throws std::invalid_argument below 1
 
  private:
