@@ -4,8 +4,10 @@
     python benchmarks/fullsize.py --size neo -- --plan k-proj
 
 Makes a checkpoint in bf16, in several shards, with the embedded tokenizer (so its vocabulary is padded); exports, verifies and
-opens it, continues a text, and times it beside the dense model. Each step is a process of its own. What follows `--` goes to
-mpo-export. Random weights say nothing about quality, which needs the real ones.
+opens it, continues a text, and times it beside the dense model (--alone: without it, where memory does not hold both files).
+Each step is a process of its own. Steps that are done are kept in --work: a run that was stopped goes on when the command is
+repeated. What follows `--` goes to mpo-export. Random weights say nothing about quality, which needs the real ones. Peaks of
+memory count the pages of mapped files, which the system takes back when others need them.
 """
 
 from __future__ import annotations
@@ -141,8 +143,13 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], source: np.rando
             file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
-def run(name: str, command: list[str]) -> Step:
-    """Runs a step; a failure ends the benchmark with what it printed."""
+def run(name: str, command: list[str], kept: Path) -> Step:
+    """Runs a step, or returns what is kept of it in a file of JSON lines; a failure ends the benchmark with what it printed."""
+    done = [Step(**json.loads(line)) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
+    for step in done:
+        if (step.name, step.command) == (name, command):
+            print(f"{name}: {step.seconds} s, peak {step.peak_bytes / 1e9:.2f} GB, kept in {kept}", flush=True)
+            return step
     print(f"{name}: {' '.join(command)}", flush=True)
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -154,22 +161,32 @@ def run(name: str, command: list[str]) -> Step:
         raise SystemExit(f"{name} failed:\n{output}")
     unit = 1 if sys.platform == "darwin" else 1024
     step = Step(name, command, round(time.monotonic() - start, 1), usage.ru_maxrss * unit, output)
+    with kept.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(step)) + "\n")
     print(f"{output.rstrip()}\n{name}: {step.seconds} s, peak {step.peak_bytes / 1e9:.2f} GB\n", flush=True)
     return step
 
 
-def journey(folder: Path, file: Path, options: list[str], timed: tuple[int, int, int]) -> list[Step]:
+def journey(folder: Path, file: Path, options: list[str], timed: tuple[int, int, int], *, alone: bool) -> list[Step]:
     """All steps on a checkpoint; `timed` are tokens of the prompt, tokens that are decoded, and rounds."""
     prompt, tokens, rounds = map(str, timed)
-    counts = ["-p", prompt, "-n", tokens, "-r", rounds]
+    beside = [] if alone else ["--baseline", "--dense", str(folder)]
     export, program = (str(Path(sys.executable).with_name(name)) for name in ("mpo-export", "mpo-run"))
-    return [
-        run("export", [export, str(folder), "--out", str(file), "--force", *options]),
-        run("verify", [program, "verify", str(file)]),
-        run("info", [program, "info", str(file)]),
-        run("generate", [program, "generate", str(file), "--prompt", "Once upon a time", "--max-tokens", "16"]),
-        run("bench", [program, "bench", str(file), "--baseline", "--dense", str(folder), "--md", *counts]),
-    ]
+    steps = {
+        "export": [export, str(folder), "--out", str(file), "--force", *options],
+        "verify": [program, "verify", str(file)],
+        "info": [program, "info", str(file)],
+        "generate": [program, "generate", str(file), "--prompt", "Once upon a time", "--max-tokens", "16"],
+        "bench": [program, "bench", str(file), *beside, "--md", "-p", prompt, "-n", tokens, "-r", rounds],
+    }
+    kept = file.with_suffix(".steps.jsonl")
+    return [run(name, command, kept) for name, command in steps.items()]
+
+
+def shown(step: Step, work: Path) -> dict[str, Any]:
+    """A step for the results, without the folders of this machine."""
+    output = step.output.replace(f"{work}/", "").replace(f"{work.resolve()}/", "")
+    return asdict(step) | {"command": [Path(word).name for word in step.command], "output": output}
 
 
 def main() -> None:
@@ -178,18 +195,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("fullsize"), help="folder for checkpoint and file; kept")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--timed", type=int, nargs=3, default=(128, 32, 3), help="prompt, decoded tokens, rounds")
+    parser.add_argument("--alone", action="store_true", help="bench without the dense model")
     parser.add_argument("options", nargs="*", help="options of mpo-export, after --")
     arguments = parser.parse_args()
     folder, file = arguments.work / arguments.size, arguments.work / f"{arguments.size}.mpo"
     if not folder.exists():
         write_checkpoint(folder, CONFIGS[arguments.size])
-    steps = journey(folder, file, arguments.options, tuple(arguments.timed))
+    steps = journey(folder, file, arguments.options, tuple(arguments.timed), alone=arguments.alone)
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     result = {
         "size": arguments.size,
         "checkpoint_bytes": weights,
         "file_bytes": file.stat().st_size,
-        "rows": [asdict(step) | {"command": [Path(word).name for word in step.command]} for step in steps],
+        "rows": [shown(step, arguments.work) for step in steps],
     }
     print(f"checkpoint {weights / 1e9:.2f} GB, file {result['file_bytes'] / 1e9:.2f} GB")
     write_results(arguments.out, **result)
