@@ -20,7 +20,7 @@ from mpo_exporter.calibrate.store import Store
 from mpo_exporter.calibrate.upstream import block_linears
 from mpo_exporter.certify import Certifier
 from mpo_exporter.effort import NORMAL, QUICK, Effort
-from mpo_exporter.fit.layer import Built, Method, build_linear, in_integers
+from mpo_exporter.fit.layer import Built, Method, build_linear, in_integers, rounded_rows
 from mpo_exporter.fit.parts import integer_parts
 from mpo_exporter.measure.survey import Survey
 from mpo_exporter.plan.budget import allocated_layers, default_bytes, file_bytes
@@ -307,7 +307,7 @@ class Fitting:
         if walk is None:
             for linear in spec.linears:
                 if not self.resumed(linear):
-                    self.layer(linear, None)
+                    self.blind(linear)
         else:
             self.calibrated({linear.name: linear for linear in spec.linears}, walk)
         for vector in spec.vectors:
@@ -384,6 +384,15 @@ class Fitting:
         self.finished(linear, built, time.perf_counter() - start, moment)
         return built
 
+    def blind(self, linear: LinearSpec) -> None:
+        """Fits one layer to its weights alone; integers some rows at a time, unless a listener wants the matrix too."""
+        if self.listener.fitted or [term.kind for term in linear.terms] != ["quantized"]:
+            self.layer(linear, None)
+            return
+        weight = f"{linear.name}.0.weight"
+        raw, dtype = self.source.array(weight), self.source.dtype(weight)
+        self.keep(linear, rounded_rows(linear, raw, dtype, basis_of(linear, self.bases)))
+
     def finished(self, linear: LinearSpec, built: Built, seconds: float, moment: Moment | None = None) -> None:
         """Reports a layer's fit, keeps its tensors, and writes them."""
         if self.listener.fitted:
@@ -391,9 +400,13 @@ class Fitting:
                 moment.turn(PLAIN)
             dense = dense_matrix(self.source, linear.name)
             self.listener.fitted(Fitted(linear.name, dense, built.matrix, moment, seconds))
+        self.keep(linear, built.tensors)
+
+    def keep(self, linear: LinearSpec, tensors: dict[str, NDArray[Any]]) -> None:
+        """Keeps a layer's tensors and writes them."""
         if self.store is not None:
-            self.store.write(f"fit-{linear.name}", built.tensors)
-        self.write(linear, built.tensors)
+            self.store.write(f"fit-{linear.name}", tensors)
+        self.write(linear, tensors)
 
     def write(self, linear: LinearSpec, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Writes the tensors of a layer, its bias, and before them the transform of its input if it is the first to take it."""

@@ -99,6 +99,17 @@ def first_not_finite(values: NDArray[Any], dtype: str) -> int | None:
     return None
 
 
+def largest_magnitude(values: NDArray[Any], dtype: str) -> float:
+    """The largest absolute value of a float tensor of type `dtype`, 0 if it is empty; infinity or NaN where one is not finite."""
+    flat, largest = values.reshape(-1), 0.0
+    for start in range(0, flat.size, FINITE_CHUNK):
+        part = flat[start : start + FINITE_CHUNK]
+        # The bit patterns of numbers without their sign are in the order of their size, infinity and NaN last.
+        peak = bf16_to_f32((part & np.uint16(0x7FFF)).max()[None])[0] if dtype == "bf16" else np.abs(part).max()
+        largest = float(np.maximum(largest, peak))  # keeps NaN
+    return largest
+
+
 def hadamard_signs(block: int) -> NDArray[np.float64]:
     """The matrix S [block, block] of ±1 with S[j, k] = (−1)^(number of bits that j and k have in common).
 

@@ -11,22 +11,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from mpo_exporter.basis import PLAIN, Basis
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.cli import export as cli
 from mpo_exporter.cli import progress
 from mpo_exporter.cli.progress import Pace, export_progress
 from mpo_exporter.effort import BEST, EFFORTS, NORMAL, QUICK
 from mpo_exporter.export import ExportTask
+from mpo_exporter.fit import layer
+from mpo_exporter.fit.layer import build_linear, rounded_rows
+from mpo_exporter.measure.blind import blind_survey, sampled_matrix
 from mpo_exporter.measure.candidates import GRIDS
 from mpo_exporter.measure.cost import NOMINAL, export_cost, measured_rates
-from mpo_exporter.measure.survey import blind_survey
 from mpo_exporter.plan.budget import default_bytes
 from mpo_exporter.plan.options import Options, Target
 from mpo_exporter.quantize import native
 from mpo_exporter.quantize.gptq import expected_errors, expected_residuals
 from mpo_exporter.source import open_source
-from mpo_formats import ConfigError, OutputError, Quantized
+from mpo_formats import ConfigError, LinearSpec, OutputError, Quantized
+from mpo_formats.packing import f32_to_bf16
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import export_folder, granite_config, write_folder
 
@@ -57,6 +62,49 @@ def test_a_blind_survey_counts_errors_relative_to_each_matrix(folder: Path) -> N
         two, eight = losses[(Quantized(2, 32, False),)], min(one.loss for one in row[:-1])
         assert 0.01 < two < 0.5 and eight < 1e-3 and row[-1].loss == 0, name
     assert survey.table is None
+
+
+def stored(matrix: NDArray[np.float64]) -> Any:
+    """Weights that hold one matrix in bf16, under the name `layer`."""
+    raw = f32_to_bf16(matrix.astype(np.float32))
+    return SimpleNamespace(array=lambda name: raw, dtype=lambda name: "bf16")
+
+
+def test_a_blind_survey_takes_rows_at_equal_distances_and_looks_at_all() -> None:
+    matrix = np.random.default_rng(0).standard_normal((1000, 64))
+    rows = sampled_matrix(stored(matrix), "layer", 10)
+    np.testing.assert_allclose(rows, matrix[50::100], rtol=4e-3)
+    assert len(sampled_matrix(stored(matrix), "layer", 500)) == 1000
+    matrix[3, 5] = 5000  # 16 times as much is beyond the scales of half precision
+    assert len(sampled_matrix(stored(matrix), "layer", 10)) == 1000
+    for bad in (np.nan, np.inf):
+        matrix[3, 5] = bad
+        with pytest.raises(ConfigError, match="row 3, column 5"):
+            sampled_matrix(stored(matrix), "layer", 10)
+
+
+@pytest.mark.parametrize(("bits", "zeros", "hadamard"), [(4, False, 0), (3, True, 0), (2, False, 64), (5, False, 32)])
+def test_rows_are_rounded_as_the_whole_matrix_is(
+    bits: int, zeros: bool, hadamard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer, "AT_ONCE", 7 * 128)
+    raw = f32_to_bf16(np.random.default_rng(0).standard_normal((40, 128), np.float32))
+    linear = LinearSpec("l", 40, 128, None, (Quantized(bits, 32, zeros),), hadamard)
+    basis = Basis(hadamard)
+    wanted = build_linear(linear, raw, "bf16", basis=basis).tensors
+    found = rounded_rows(linear, raw, "bf16", basis)
+    assert list(found) == list(wanted)
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+def test_values_too_small_for_scales_are_refused_though_few_rows_have_them() -> None:
+    linear = LinearSpec("l", 40, 128, None, (Quantized(4, 32, False),))
+    tiny = f32_to_bf16(np.random.default_rng(0).standard_normal((40, 128), np.float32) * np.float32(1e-8))
+    with pytest.raises(ConfigError, match="l: .*below the range of half-precision scales"):
+        rounded_rows(linear, tiny, "bf16", PLAIN)
+    tiny[20:] = f32_to_bf16(np.ones((20, 128), np.float32))
+    rounded_rows(linear, tiny, "bf16", PLAIN)
 
 
 def test_quick_meets_a_target_without_text(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_formats.packing import bf16_to_f32, dequantize, f32_to_bf16, first_not_finite, pack, unpack
+from mpo_formats.packing import (
+    bf16_to_f32,
+    dequantize,
+    f32_to_bf16,
+    first_not_finite,
+    largest_magnitude,
+    pack,
+    unpack,
+)
 from mpo_formats.spec import BITS, GROUPS
 
 SPEC = Path(__file__).resolve().parents[2] / "formats" / "SPEC.md"
@@ -133,3 +141,16 @@ def test_the_first_value_that_is_not_finite_is_found(dtype: str, bad: float) -> 
     large[-2] = bad
     assert first_not_finite(large, dtype) == large.size - 2
     assert first_not_finite(np.full(4, 255, np.uint8), "u8") is None
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_the_largest_magnitude_is_that_of_all_values(dtype: str) -> None:
+    values = np.random.default_rng(0).standard_normal(((1 << 20) + 9, 1)).astype(np.float32)
+    values[-3] = -7.5
+    raw = f32_to_bf16(values) if dtype == "bf16" else values.astype({"f32": np.float32, "f16": np.float16}[dtype])
+    assert largest_magnitude(raw, dtype) == 7.5
+    assert largest_magnitude(raw[:0], dtype) == 0
+    for bad, found in ((-np.inf, np.isinf), (np.nan, np.isnan)):
+        raw[5] = f32_to_bf16(np.full(1, bad, np.float32)) if dtype == "bf16" else bad
+        assert found(largest_magnitude(raw, dtype))
+        assert not largest_magnitude(raw, dtype) < 1e30

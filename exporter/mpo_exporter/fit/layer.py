@@ -10,12 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpo_exporter.basis import Basis, basis_of
+from mpo_exporter.calibrate.lanes import in_lanes
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.fit import als, sweep, whitened
 from mpo_exporter.fit.common import Cores, activation_error, contract, second_of
 from mpo_exporter.fit.svd import sequential_svd
 from mpo_exporter.quantize.gptq import TURNS, compensated, target
-from mpo_exporter.quantize.rounding import MOST_LOST, Integers, require_scales, round_to_nearest
+from mpo_exporter.quantize.rounding import (
+    MOST_LOST,
+    Integers,
+    LostInScales,
+    lost_in_scales,
+    require_scales,
+    round_to_nearest,
+)
 from mpo_exporter.quantize.rows import compensated_rows
 from mpo_formats import ConfigError, Dense, LinearSpec, Mpo, Quantized, Term
 from mpo_formats.layout import PLANES
@@ -27,6 +35,8 @@ Tensors = dict[str, NDArray[Any]]
 ROUNDS = 2
 # A term that has to make up for less than this share of a matrix's squared values may be stored as roughly as it likes.
 NEGLIGIBLE = 1e-6
+# Values that are rounded at once where rows are.
+AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,41 @@ def build_linear(
         return replace(built, matrix=basis.back(built.matrix))
     except ConfigError as error:
         raise ConfigError(f"{linear.name}: {error}") from None
+
+
+def rounded_rows(linear: LinearSpec, raw: NDArray[Any], dtype: str, basis: Basis) -> Tensors:
+    """The tensors of a layer of integers alone as `build_linear` makes them without a moment, some rows at a time.
+
+    Rows are rounded by themselves, and some of them stay in a cache where a large matrix is bound by the memory.
+
+    Raises:
+        ConfigError: as `build_linear` does.
+    """
+    [term] = linear.terms
+    if not isinstance(term, Quantized):
+        raise ConfigError(f"{linear.name}: expected integers to round row by row, found {term.kind}")
+    bits, group = term.bits, term.group
+
+    def rounded(lane: int, part: NDArray[Any]) -> tuple[Integers, LostInScales]:
+        rows = basis.turned(widen(part, dtype))
+        return round_to_nearest(rows, bits, group, zeros=term.zeros), lost_in_scales(rows, bits, group)
+
+    step = max(1, AT_ONCE // linear.in_features)
+    try:
+        found = in_lanes(rounded, [raw[start : start + step] for start in range(0, len(raw), step)])
+        sum((lost for _, lost in found[1:]), found[0][1]).require()
+    except ConfigError as error:
+        raise ConfigError(f"{linear.name}: {error}") from None
+    parts = [integers for integers, _ in found]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    whole = Integers(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scale for part in parts]),
+        np.concatenate(zeros) if zeros else None,
+        bits,
+        group,
+    )
+    return dict(integer_tensors(f"{linear.name}.0", whole))
 
 
 def require_precision(term: Term, matrix: Matrix, built: Built, cores: Cores | None) -> None:

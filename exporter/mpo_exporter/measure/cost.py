@@ -38,6 +38,8 @@ BESIDE, HALF = 0.63, 576
 ROOTS, PASSES = 2.5, 23
 # Copies of a matrix between its types and bases, in weights that are rounded to nearest; the products of a target, in O I² each.
 COPIES, SOLVED = 8, 1.5
+# Without calibration text, in the same: a look at every value, and transforms, packing and checksums with the rounding.
+LOOKED, BLIND = 0.3, 5
 # The first layer of each input of a block.
 FIRST = ("q_proj", "o_proj", "gate_proj", "down_proj")
 # What measuring takes beside its products: attention without bf16, and the vocabulary's softmax twice.
@@ -103,7 +105,7 @@ def measured_rates(architecture: Architecture, clock: Callable[[], float] = time
 
 
 # One thread of a CPU of 2022, to tell how far an export is; the proportions count, not the size.
-NOMINAL = Rates(2.2e-11, 2.9e-11, 1.2e-10, 3e-9, 6e-10)
+NOMINAL = Rates(1.2e-11, 2.3e-11, 8.5e-11, 2e-9, 5e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ def export_cost(
         tried = rates.grid * judged * (len(GRIDS) + 2) + rates.exact * len(CORED) * values
         stages["surveying"] = backward + rates.exact * cubes + tried
     elif surveyed:
-        stages["surveying"] = rates.grid * judged * len(GRIDS)
+        stages["surveying"] = rates.grid * judged * (len(GRIDS) + 2) + rates.nearest * LOOKED * weights
     minded = min(windows, effort.outputs) * window
     if minded:
         stages["outputs"] = minded * (forward + rates.product * (2 * block + pairs_of(architecture) + 4 * head))
@@ -179,7 +181,7 @@ def export_cost(
         rounding = rates.rounding * sum(size * (slower(name, rows) if minded else 1) for name, rows, size in fits)
         stages["fitting"] = tokens * 2 * forward + products + roots + rounding
     else:
-        stages["fitting"] = rates.nearest * weights
+        stages["fitting"] = rates.nearest * BLIND * weights
     stages["measuring"] = rates.exact * 2 * measured_tokens * (block + head) * MEASURED
     return Cost(
         stages,

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.basis import PLAIN, Basis
+from mpo_exporter.basis import Basis
 from mpo_exporter.calibrate.fisher import LOOKUP, Backwards, Inputs
 from mpo_exporter.calibrate.lanes import in_lanes
-from mpo_exporter.calibrate.moments import Calibration, dense_matrix
+from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.store import Memory, PartMissing, Store, array_json
 from mpo_exporter.effort import USUAL, Care
 from mpo_exporter.fit.shapes import low_rank_shape
@@ -34,11 +34,10 @@ from mpo_exporter.measure.candidates import (
     Curve,
     Matrix,
     Sensitivity,
-    candidates,
     table_sensitivity,
 )
 from mpo_exporter.measure.rows import alone_of, row_data, row_of
-from mpo_exporter.measure.tried import Tried, transform_gain
+from mpo_exporter.measure.tried import Tried
 from mpo_exporter.progress import Log, Progress, no_log, silent
 from mpo_exporter.quantize.grid import Grid
 from mpo_exporter.terms import Candidate, Transforms
@@ -245,28 +244,6 @@ def bases_of(rows: Mapping[str, Sequence[Candidate]], tensors: Mapping[str, NDAr
             own = {tensor.name: tensors[tensor.name] for tensor in transform_tensors(stored)}
             found[stored.name] = Basis(transform=stored, tensors=own)
     return found
-
-
-def blind_survey(source: Weights, *, hadamard: bool = True, progress: Progress = silent) -> Survey:
-    """Candidates judged by their weights alone: the loss is the squared error relative to the matrix's own squares.
-
-    Such losses order plans of one size. They are no nats, and the survey has no moment for the embedding's rows.
-
-    Raises:
-        ConfigError: naming the layer whose values are not finite.
-    """
-    found, gains = {}, {}
-    for done, linear in enumerate(source.spec.linears, 1):
-        matrix = dense_matrix(source, linear.name)
-        energy = max(float(np.vdot(matrix, matrix)), 1e-300)
-        sensitivity = Sensitivity(None, np.full(len(matrix), 2 / energy))
-        try:
-            basis, gains[linear.name] = transform_gain(linear, matrix, sensitivity) if hadamard else (PLAIN, 1.0)
-            found[linear.name] = candidates(linear, matrix, sensitivity, chis=(), basis=basis)
-        except ConfigError as error:
-            raise ConfigError(f"{linear.name}: {error}") from None
-        progress("surveying", done, len(source.spec.linears))
-    return Survey(found, None, {}, False, gains)
 
 
 def digest_of(data: Any) -> str:

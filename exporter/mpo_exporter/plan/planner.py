@@ -10,10 +10,11 @@ from mpo_exporter.calibrate.moments import Calibration
 from mpo_exporter.calibrate.store import Store
 from mpo_exporter.effort import Care
 from mpo_exporter.fit.shapes import low_rank_shape
+from mpo_exporter.measure.blind import blind_survey
 from mpo_exporter.measure.candidates import GRIDS, LADDER, fitted
 from mpo_exporter.measure.latency import no_slower_than, open_table, save_table
 from mpo_exporter.measure.sensitivity import LayerSensitivity, cached_sensitivities
-from mpo_exporter.measure.survey import Survey, blind_survey, cached_survey
+from mpo_exporter.measure.survey import Survey, cached_survey
 from mpo_exporter.plan.budget import allocated_layers, default_size, file_bytes, layers_within_loss, least_bytes
 from mpo_exporter.plan.named import acted_on, demanded, plan_layers
 from mpo_exporter.plan.options import Choice, Options, Target

@@ -89,21 +89,49 @@ def require_scales(matrix: Matrix, bits: int, group: int) -> None:
 
     Groups of tiny values among larger ones, such as rows of tokens that were never trained, do no harm and are let pass.
     """
+    lost_in_scales(matrix, bits, group).require()
+
+
+@dataclass(frozen=True, slots=True)
+class LostInScales:
+    """What rounding the scales of small values to half precision costs a matrix, or some rows of it.
+
+    Args:
+        small: whether there are such values.
+        lost, total: squared values that it costs, and all of them.
+        peak: the largest magnitude.
+    """
+
+    small: bool
+    lost: float
+    total: float
+    peak: float
+
+    def __add__(self, other: LostInScales) -> LostInScales:
+        lost, total = self.lost + other.lost, self.total + other.total
+        return LostInScales(self.small or other.small, lost, total, max(self.peak, other.peak))
+
+    def require(self) -> None:
+        """Raises ConfigError where it is too much."""
+        if self.small and (not self.lost <= MOST_LOST * self.total or self.total == 0.0):
+            raise ConfigError(
+                f"matrix: values of at most {self.peak:.2g} are below the range of half-precision scales; "
+                "store this layer dense"
+            )
+
+
+def lost_in_scales(matrix: Matrix, bits: int, group: int) -> LostInScales:
+    """What rounding its scales costs a matrix [rows, columns]."""
     rows, columns = matrix.shape
     smallest = SCALE_STEP * implicit_zero(bits) / np.sqrt(MOST_LOST)
-    peaks = np.abs(matrix).reshape(rows, columns // group, group).max(-1, initial=0.0)
+    grouped = matrix.reshape(rows, columns // group, group)
+    peaks = np.abs(grouped).max(-1, initial=0.0)
+    energy = np.einsum("rgi,rgi->rg", grouped, grouped)
     suspects = (peaks > 0) & (peaks < smallest)
-    if not suspects.any():
-        return
-    energy = np.square(matrix).reshape(rows, columns // group, group).sum(-1)
     # The scale, peak / implicit_zero, is rounded by at most half a step, and the values with it.
     share = np.divide(SCALE_STEP / 2 * implicit_zero(bits), peaks, out=np.zeros_like(peaks), where=suspects)
-    lost, total = float((np.minimum(share, 1.0) ** 2 * energy).sum()), float(energy.sum())
-    if not lost <= MOST_LOST * total or total == 0.0:
-        raise ConfigError(
-            f"matrix: values of at most {np.abs(matrix).max():.2g} are below the range of half-precision scales; "
-            "store this layer dense"
-        )
+    lost = float((np.minimum(share, 1.0) ** 2 * energy).sum())
+    return LostInScales(bool(suspects.any()), lost, float(energy.sum()), float(peaks.max(initial=0.0)))
 
 
 def _round_native(matrix: Matrix, grid: Grid, weight: NDArray[np.float64] | None) -> Integers:
