@@ -28,7 +28,11 @@ class Machine:
 
 def command_line() -> str:
     """The command that is running, for its results: paths are shortened to their names, which say nothing of the machine."""
-    return shlex.join(["python", *(Path(word).name if "/" in word else word for word in sys.argv)])
+
+    def is_path(word: str) -> bool:
+        return "/" in word and Path(word).parent.exists()  # `4/h` in a list of plans is none
+
+    return shlex.join(["python", *(Path(word).name if is_path(word) else word for word in sys.argv)])
 
 
 def describe_machine() -> Machine:

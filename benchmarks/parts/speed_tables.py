@@ -35,6 +35,40 @@ def transforms_speed() -> str:
     return table(("file", "decoding, tokens/s", "prompt of 256, tokens/s"), body)
 
 
+def full_size() -> str:
+    """Time and memory of each step at 8B."""
+    rows = rows_of("2026-11-30-fullsize-8b.json")
+    body = [(row["name"], f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}") for row in rows]
+    return table(("step", "seconds", "largest resident size, GB"), body)
+
+
+def transforms_2b() -> str:
+    """What a step and a prompt cost with transformed inputs, relative to the same file without."""
+    rows = {row["name"]: row for row in rows_of("2026-11-30-decode-2b-peers.json")}
+    body = []
+    for bits in ("4", "2"):
+        plain = rows[f"mpo {bits}"]
+        for mark, name in (("h", "Hadamard"), ("t", "stored, 4 bits")):
+            if row := rows.get(f"mpo {bits}/{mark}"):
+                found = [row[key] / plain[key] for key in ("decode_tokens_per_second", "prompt_tokens_per_second")]
+                body.append((f"{bits} bits", name, *(f"{one:.3f}" for one in found)))
+    return table(("file", "transform", "decoding, of that without", "prompt of 512, of that without"), body)
+
+
+def decoding_peers() -> str:
+    """Decoding and prompts beside llama.cpp and its fork with interleaved rows."""
+    rows = rows_of("2026-11-30-decode-2b-peers.json")
+    body = []
+    for row in rows:
+        if "/" in row["name"]:
+            continue
+        gigabytes, speed = row["bytes"] / 1e9, row["decode_tokens_per_second"]
+        cells = [FILES.get(row["name"], row["name"]), f"{gigabytes:.2f}", f"{speed:.1f}"]
+        cells += [f"{gigabytes * speed:.1f}", f"{row['prompt_tokens_per_second']:.1f}"]
+        body.append(cells)
+    return table(("file", "GB", "decoding, tokens/s", "GB/s", "prompt of 512, tokens/s"), body)
+
+
 def fit_costs() -> str:
     """Seconds and MB of single fits, by the size of the matrix."""
     rows = rows_of("2026-11-26-fits-sizes.json")

@@ -168,7 +168,7 @@ def export_cost(
         tried = rates.grid * judged * (len(GRIDS) + 2) + rates.exact * len(CORED) * values
         stages["surveying"] = backward + rates.exact * cubes + tried
     elif surveyed:
-        stages["surveying"] = rates.grid * judged * (len(GRIDS) + 2) + rates.nearest * LOOKED * weights
+        stages["surveying"] = rates.grid * judged * 2 * len(GRIDS) + rates.nearest * LOOKED * weights
     minded = min(windows, effort.outputs) * window
     if minded:
         stages["outputs"] = minded * (forward + rates.product * (2 * block + pairs_of(architecture) + 4 * head))
