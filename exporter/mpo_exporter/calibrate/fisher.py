@@ -8,6 +8,7 @@ labels to the gradient at one token has mean zero, given the text before it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_exporter.calibrate.lanes import in_lanes, lane_count
-from mpo_exporter.calibrate.moments import Moment, moment_of
+from mpo_exporter.calibrate.moments import BETWEEN, Moment, moment_of
 from mpo_exporter.calibrate.precision import fast_products
+from mpo_exporter.calibrate.seen import Seen
 from mpo_exporter.calibrate.store import Memory, PartMissing, Store
 from mpo_exporter.calibrate.sums import Sums, joined
 from mpo_exporter.calibrate.upstream import Record, RecordingOps, batches, block_linears
@@ -105,6 +107,7 @@ class Backwards:
             pass has come: another pass with the same store goes on there. None keeps them in memory.
         moments: whether moments are summed; without them only F is computed.
         device: that the model is run on.
+        seen: is given what the pass forward sees, as far as it has room.
         progress: is given the blocks done, of twice as many as there are.
     """
 
@@ -114,6 +117,7 @@ class Backwards:
         windows: NDArray[np.int64],
         seed: int = 0,
         *,
+        seen: Seen | None = None,
         picks: NDArray[np.int64] | None = None,
         batch: int = 8,
         store: Store | None = None,
@@ -123,7 +127,7 @@ class Backwards:
     ) -> None:
         self.ops = OutputOps(source, device)
         self.model = decoder_for(source.spec.architecture, self.ops)
-        self.windows, self.seed, self.moments = windows, seed, moments
+        self.windows, self.seed, self.moments, self.seen = windows, seed, moments, seen
         self.blocks = source.spec.architecture.num_hidden_layers
         self.store: Store = Memory() if store is None else store
         self.progress = progress or (lambda done, total: None)
@@ -161,7 +165,7 @@ class Backwards:
             return
         kept = self.store.read(FRONT)
         first = 0 if kept is None else int(kept["block"][0]) + 1
-        x = None if kept is None else kept["x"]
+        x, written = None if kept is None else kept["x"], time.monotonic()
         for block in range(first, self.blocks + 1):
             x = self._forward(block - 1, x)
             if not np.isfinite(x).all():
@@ -169,18 +173,27 @@ class Backwards:
                     f"model.layers.{block - 1}: its output is not finite on the calibration text; check the source model"
                 )
             self.store.write(f"survey-state-{block}", {"x": x[self.picks]})
-            self.store.write(FRONT, {"block": np.array([block]), "x": x})
+            if block == self.blocks or time.monotonic() - written > BETWEEN:
+                self.store.write(FRONT, {"block": np.array([block]), "x": x})
+                written = time.monotonic()
             self.progress(block, 2 * self.blocks)
 
     def _forward(self, block: int, x: NDArray[np.float32] | None) -> NDArray[np.float32]:
         """The state behind a block from the one before it; the embedded tokens where there is none."""
-        layers = block_linears(self.model.architecture, block) if x is not None else []
+        architecture = self.model.architecture
+        layers = block_linears(architecture, block) if x is not None else []
+        seen = self.seen.open(block, architecture, *self.windows.shape) if x is not None and self.seen else None
 
         def run(lane: int, rows: slice) -> NDArray[np.float32]:
             if x is None:
                 y: Tensor = self.model.embed(self.ops.ids(self.windows[rows].tolist()))
             else:
-                y = self._run(self._tensor(x[rows]), block)
+                before = self._tensor(x[rows])
+                self.ops.record = record = None if seen is None else Record(stream=before)
+                y = self._run(before, block)
+                self.ops.record = None
+                if seen is not None and record is not None:
+                    seen.keep(rows, record.inputs, y)
             found: NDArray[np.float32] = y.cpu().numpy()
             return found
 

@@ -22,6 +22,9 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 # With more threads than this the steps themselves are shared: every lane has sums of its own in memory.
 MOST = 4
+# Lanes would wait for each other too long where so few items are left for the last round that there are more places than this
+# times the items.
+FULL = 1.25
 
 
 def lane_count(device: torch.device | str = "cpu") -> int:
@@ -42,7 +45,7 @@ def in_lanes(
         Exception: the first that `work` raises, when all lanes have ended.
     """
     count = min(lane_count(device), len(items))
-    if count <= 1:
+    if count <= 1 or count * -(-len(items) // count) > FULL * len(items):
         return [work(0, item) for item in items]
     recorded, fast, stopped = torch.is_grad_enabled(), precision.are_fast(), threading.Event()
 

@@ -34,6 +34,7 @@ from mpo_exporter.calibrate.hessian import (
 )
 from mpo_exporter.calibrate.lanes import in_lanes, lane_count
 from mpo_exporter.calibrate.precision import fast_products
+from mpo_exporter.calibrate.seen import Seen, nothing_seen
 from mpo_exporter.calibrate.shortfall import Shortfall, is_wide, measure_block, measure_input
 from mpo_exporter.calibrate.spill import spill
 from mpo_exporter.calibrate.store import Store
@@ -169,7 +170,7 @@ class Calibration:
     """Runs a dense model block by block over windows of token ids [N, W], with its residual stream in a file.
 
     `compress` takes both upstreams through a block from one layer input to the next, so that each layer runs once; the input
-    that was reached is kept in a file.
+    that was reached is kept in a file. What a survey before it saw of the dense model, which is in `seen`, is not run again.
 
     Memory: the matrices of one block in float32, the moments that the caller keeps, and a batch of activations. Compressed
     matrices of the block are in mapped files. benchmarks/memory.py measures it for a model of 8 billion parameters.
@@ -199,6 +200,7 @@ class Calibration:
         self.folder = folder
         self.batch = batch
         self.device = device
+        self.seen = nothing_seen() if torch.device(device).type == "cpu" else None
 
     def dense(self) -> Iterator[tuple[tuple[str, ...], Moment]]:
         """Yields the names of the layers that share an input, and the input's moment on the dense upstream, in model order.
@@ -245,7 +247,7 @@ class Calibration:
             OutputError: when the disk has no room for the temporary files.
         """
         with self._work() as work:
-            dense, ours = self._upstream(work / "dense"), self._upstream(work / "compressed")
+            dense, ours = self._upstream(work / "dense", self.seen), self._upstream(work / "compressed")
             first, kept = compressed_blocks(store), None if store is None else store.read(UPSTREAMS)
             if kept is not None:
                 dense.states[:], ours.states[:] = kept["dense"], kept["ours"]
@@ -324,8 +326,8 @@ class Calibration:
         with tempfile.TemporaryDirectory(prefix="calibration-", dir=self.folder) as work:
             yield Path(work)
 
-    def _upstream(self, file: Path) -> Upstream:
-        return Upstream(self.source, self.windows, file, self.batch, self.device)
+    def _upstream(self, file: Path, seen: Seen | None = None) -> Upstream:
+        return Upstream(self.source, self.windows, file, self.batch, self.device, seen)
 
     def _head(self) -> tuple[str, ...]:
         return (EMBEDDING if self.architecture.tie_word_embeddings else HEAD,)

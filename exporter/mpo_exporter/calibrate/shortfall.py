@@ -13,14 +13,13 @@ from torch import Tensor
 from mpo_exporter.calibrate import hessian
 from mpo_exporter.calibrate.lanes import in_lanes, lane_count
 from mpo_exporter.calibrate.precision import fast_products
+from mpo_exporter.calibrate.seen import TO_STREAM, Input
 from mpo_exporter.calibrate.sums import Sums, joined
-from mpo_exporter.calibrate.upstream import Input, Upstream, block_linears
+from mpo_exporter.calibrate.upstream import Upstream, block_linears
 from mpo_formats import ConfigError, ModelSpec
 
 Matrix = NDArray[np.float64]
 Found = TypeVar("Found")
-# Layers whose output is added to the residual stream.
-TO_STREAM = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def is_wide(spec: ModelSpec, names: Sequence[str]) -> bool:

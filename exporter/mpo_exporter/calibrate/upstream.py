@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpo_exporter.calibrate.lanes import in_lanes, lane_count
 from mpo_exporter.calibrate.precision import fast_products, small_products
+from mpo_exporter.calibrate.seen import Input, Seen, shared
 from mpo_exporter.calibrate.spill import mapped_file
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import ReferenceOps, TorchCache, TorchSpans
@@ -31,21 +32,18 @@ class Enough(Exception):
 
 
 @dataclass(slots=True)
-class Input:
-    """One input x [B, S, I]: the names of the layers that take it in the order of use, and the residual stream at that time."""
-
-    names: list[str]
-    x: Tensor
-    stream: Tensor | None = None
-
-
-@dataclass(slots=True)
 class Record:
-    """The inputs of the layers in a run of a block; the run ends when the input of index `last` is seen."""
+    """The inputs of the layers in a run of a block; the run ends when the input of index `last` is seen.
+
+    Args:
+        stream: the residual stream, at first the one before the block.
+        moved: whether the block has added to it.
+    """
 
     last: int | None = None
     inputs: list[Input] = field(default_factory=list)
     stream: Tensor | None = None
+    moved: bool = False
 
     def see(self, name: str, x: Tensor) -> None:
         """Records that the layer `name` takes the input x.
@@ -54,7 +52,7 @@ class Record:
             Enough: when this is the last input that is needed.
         """
         if not self.inputs or self.inputs[-1].x is not x:
-            self.inputs.append(Input([], x, self.stream))
+            self.inputs.append(Input([], x, self.stream, self.moved))
         self.inputs[-1].names.append(name)
         if self.last is not None and len(self.inputs) > self.last:
             raise Enough
@@ -158,7 +156,7 @@ class RecordingOps(WindowOps):
             return x
         stream = super().add_scaled(x, y, scale)
         if self.record is not None:
-            self.record.stream = stream
+            self.record.stream, self.record.moved = stream, True
         return stream
 
 
@@ -176,16 +174,25 @@ def batches(windows: int, size: int, device: str) -> list[slice]:
 class Upstream:
     """A model, and its residual stream [N, W, E] over windows of token ids [N, W] in a file.
 
+    Args:
+        seen: blocks that need not be run again; what they gave is used, and inputs are rounded as if all had been kept there.
+
     Raises:
         OutputError: when the disk has no room for the file.
     """
 
     def __init__(
-        self, source: Weights, windows: NDArray[np.int64], file: Path, batch: int, device: str = "cpu"
+        self,
+        source: Weights,
+        windows: NDArray[np.int64],
+        file: Path,
+        batch: int,
+        device: str = "cpu",
+        seen: Seen | None = None,
     ) -> None:
         self.ops = RecordingOps(source, device)
         self.model = decoder_for(source.spec.architecture, self.ops)
-        self.windows, self.file = windows, file
+        self.windows, self.file, self.seen = windows, file, seen
         shape = (*windows.shape, self.model.architecture.hidden_size)
         self.states = mapped_file(file, shape)
         self.inputs: dict[str, NDArray[np.float32]] = {}
@@ -204,7 +211,7 @@ class Upstream:
 
     def read(self, rows: slice) -> Tensor:
         """The residual stream [B, W, E] of a batch."""
-        return torch.from_numpy(np.array(self.states[rows])).to(self.ops.device)
+        return torch.from_numpy(self.states[rows]).to(self.ops.device)
 
     def write(self, rows: slice, x: Tensor | None) -> None:
         """Sets the residual stream of a batch; None leaves it."""
@@ -240,20 +247,30 @@ class Upstream:
         Args:
             before: the layers of the step before, whose input was kept; none at the beginning of the block.
         """
+        if kept_block := self.seen and self.seen.block(block, self.batches):
+            known = kept_block.input(rows, before)
+            return known if known.moved else replace(known, stream=self.read(rows))
         if before:
-            kept = torch.from_numpy(np.array(self.kept(before[0])[rows]))
+            kept = torch.from_numpy(self.kept(before[0])[rows])
             resume = Resume(before, kept.to(self.ops.device))
             inputs, output = self.run(rows, block, 1, resume)
             found = inputs[1] if output is None else None
         else:
             [found], output = self.run(rows, block, 0)
-        self.write(rows, output if found is None else found.stream)
-        if found is not None:
-            self.kept(found.names[0])[rows] = found.x.cpu().numpy()
-        return found
+        if found is None:
+            self.write(rows, output)
+            return None
+        if found.moved:
+            self.write(rows, found.stream)
+        self.kept(found.names[0])[rows] = found.x.cpu().numpy()
+        return found if self.seen is None else replace(found, x=shared(found.x))
 
     def leave(self, block: int, before: tuple[str, ...]) -> None:
         """Takes the residual stream to the end of a block, behind the layers `before`."""
+        if self.seen and (kept := self.seen.block(block, self.batches)):
+            self.write(slice(None), kept.output)
+            del self.seen.blocks[block]
+            return
         with self.ops.holding(before), fast_products():
             in_lanes(lambda lane, rows: self.step(rows, block, before), self.batches, self.ops.device)
 

@@ -17,7 +17,7 @@ from mpo_exporter.calibrate.hessian import WIDE, parts_of
 from mpo_exporter.calibrate.moments import Moment
 from mpo_exporter.calibrate.outputs import MOST
 from mpo_exporter.calibrate.precision import fast_products
-from mpo_exporter.calibrate.shortfall import TO_STREAM
+from mpo_exporter.calibrate.seen import TO_STREAM, bytes_of, nothing_seen
 from mpo_exporter.calibrate.upstream import HELD_BYTES
 from mpo_exporter.effort import Effort
 from mpo_exporter.measure.candidates import BOUNDED, CORED, GRIDS, fitted
@@ -169,6 +169,9 @@ def export_cost(
         stages["surveying"] = backward + rates.exact * cubes + tried
     elif surveyed:
         stages["surveying"] = rates.grid * judged * 2 * len(GRIDS) + rates.nearest * LOOKED * weights
+    whole = max(architecture.num_hidden_layers * tokens * bytes_of(architecture, 0), 1)
+    kept = min(whole, nothing_seen().room) if surveyed and tokens else 0
+    seen = kept / whole  # of the dense model's pass
     minded = min(windows, effort.outputs) * window
     if minded:
         stages["outputs"] = minded * (forward + rates.product * (2 * block + pairs_of(architecture) + 4 * head))
@@ -179,13 +182,13 @@ def export_cost(
         roots = rates.exact * ROOTS * cubes + rates.nearest * (PASSES * squares + COPIES * weights)
         products = rates.product * (moments + SOLVED * sum(size for _, _, size in fits))
         rounding = rates.rounding * sum(size * (slower(name, rows) if minded else 1) for name, rows, size in fits)
-        stages["fitting"] = tokens * 2 * forward + products + roots + rounding
+        stages["fitting"] = tokens * (2 - seen) * forward + products + roots + rounding
     else:
         stages["fitting"] = rates.nearest * BLIND * weights
     stages["measuring"] = rates.exact * 2 * measured_tokens * (block + head) * MEASURED
     return Cost(
         stages,
-        memory_of(architecture, source_bytes, tokens, measured_tokens),
+        memory_of(architecture, source_bytes, tokens, measured_tokens, kept),
         disk_of(architecture, file_bytes, tokens, sampled if surveyed else 0, minded),
     )
 
@@ -207,15 +210,19 @@ def across(name: str, rows: int, columns: int) -> int:
     return 3 * rows * columns if columns > WIDE else columns**2 + rows * columns
 
 
-def memory_of(architecture: Architecture, source_bytes: int, tokens: int, measured_tokens: int) -> int:
-    """Bytes of memory at most: one block, its moments, a batch of activations; or both models while they are compared."""
+def memory_of(architecture: Architecture, source_bytes: int, tokens: int, measured_tokens: int, kept: int = 0) -> int:
+    """Bytes of memory at most: one block, its moments, a batch of activations; or both models while they are compared.
+
+    Args:
+        kept: what is kept of the dense model's pass for the fit.
+    """
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
     widest = max(hidden, inner)
     matrices = 8 * (4 * hidden * hidden + 3 * hidden * inner)
     held = sum(min(4 * tokens * size, HELD_BYTES) for size in (hidden, hidden, inner, inner))
     fitting = matrices + 5 * 8 * widest**2 + held + LIVE * min(tokens, 2048) * widest if tokens else 24 * hidden * inner
     measuring = 8 * architecture.parameters() if measured_tokens else 0
-    return max(PROGRAM + source_bytes + max(fitting, measuring), peak_memory())
+    return max(PROGRAM + source_bytes + max(fitting + kept, measuring), peak_memory())
 
 
 def slower(name: str, rows: int) -> float:

@@ -272,6 +272,8 @@ def sensitivities(
         source,
         windows,
         picks=picks,
+        batch=calibration.batch,
+        seen=calibration.seen,
         store=store,
         device=calibration.device,
         progress=lambda done, total: progress("gradients", done, total),
