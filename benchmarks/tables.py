@@ -51,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding-transformers": speed_tables.decoding_transformers,
     "amx": speed_tables.amx,
     "prompts-vnni": speed_tables.prompts_vnni,
+    "prompts-long": speed_tables.prompts_long,
     "batches-vnni": speed_tables.batches_vnni,
     "starting": speed_tables.starting,
     "onnx-runtime": partial(speed_tables.onnx_runtime, "2026-11-30-ort-granite-nano.json"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from parts.cells import digits, rows_of, table
 
 SERVING = "2026-11-30-serving-smollm2.json"
@@ -168,6 +170,27 @@ def prompts_vnni() -> str:
         for name, size, speed in speeds
     ]
     return table(("file", "GB", "tokens for a second of processor time", "over llama.cpp's best"), body)
+
+
+def prompts_long() -> str:
+    """Prompts of several lengths at 2B on a CPU with AVX-512 BF16, by the clock and by processor time."""
+    [row] = rows_of("2026-11-30-prefill-8k.json")
+    clock = row["tokens_per_second"]
+    busy = {length: statistics.median(speeds) for length, speeds in row["by_processor"].items()}
+    shortest = next(iter(clock))
+    body = [
+        (
+            f"{int(length):,}",
+            str(len(row["rounds"][length])),
+            f"{clock[length]:.1f}",
+            f"{clock[length] / clock[shortest]:.2f}",
+            f"{busy[length]:.1f}",
+            f"{busy[length] / busy[shortest]:.2f}",
+        )
+        for length in clock
+    ]
+    over = f"of that at {shortest}"
+    return table(("prompt, tokens", "rounds", "tokens/s", over, "tokens for a second of one thread", over), body)
 
 
 def batches_vnni() -> str:

@@ -164,60 +164,104 @@ Seen look(const AttentionTask& task, std::size_t row, std::size_t start) {
 
 // Vectors [from, from + V) of what the tile's queries mix.
 template <std::size_t V>
-MPO_INLINE void mix(const Work& work, std::size_t row, std::size_t from, std::size_t pairs, const float* factors) {
+MPO_INLINE void mix(const Work& work, std::size_t row, std::size_t from, std::size_t pairs) {
   __m512 sums[kRows][V];
   float* const mixed = work.mixed + row * work.wide + from * kLanes;
   for (std::size_t m = 0; m < kRows; ++m)
-    for (std::size_t u = 0; u < V; ++u)
-      sums[m][u] = _mm512_mul_ps(_mm512_load_ps(mixed + m * work.wide + u * kLanes), _mm512_set1_ps(factors[m]));
+    for (std::size_t u = 0; u < V; ++u) sums[m][u] = _mm512_load_ps(mixed + m * work.wide + u * kLanes);
   add_pairs<V>(work.weights, kBlock, work.values + from * kLanes, work.wide, pairs, sums);
   for (std::size_t m = 0; m < kRows; ++m)
     for (std::size_t u = 0; u < V; ++u) _mm512_store_ps(mixed + m * work.wide + u * kLanes, sums[m][u]);
 }
 
-// The queries [row, row + kRows) against a block; with `All` they see every position of it.
-template <bool All>
-MPO_INLINE void tile(const Work& work, std::size_t size, std::size_t row, const Seen& seen) {
-  __m512 scores[kRows][kVectors];
-  multiply_pairs(work.q + row * work.wide, work.wide, work.keys, (size + 1) / 2, scores);
-
-  const auto mask = [&](std::size_t m, std::size_t u) { return static_cast<__mmask16>(seen.positions[m] >> (u * kLanes)); };
+// Brings the sums so far of the queries [row, row + kRows) to new peaks [kLanes]. A block that a query does not see changes no bit.
+MPO_INLINE void rescale(const Work& work, std::size_t row, const float* peaks) {
+  constexpr __mmask16 kQueries = (1u << kRows) - 1;
+  const __m512 before = _mm512_maskz_loadu_ps(kQueries, work.peaks + row), now = _mm512_load_ps(peaks);
+  if (!_mm512_cmp_ps_mask(before, now, _CMP_NEQ_UQ)) return;
   const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  alignas(64) float peaks[kLanes] = {}, factors[kLanes];
-  for (std::size_t m = 0; m < kRows; ++m) {
-    __m512 largest = nothing;
-    for (std::size_t u = 0; u < kVectors; ++u)
-      largest = All ? _mm512_max_ps(largest, scores[m][u]) : _mm512_mask_max_ps(largest, mask(m, u), largest, scores[m][u]);
-    peaks[m] = std::max(work.peaks[row + m], Avx512Floats::largest(largest));
-  }
-  constexpr __mmask16 kMask = (1u << kRows) - 1;
-  const __m512 before = _mm512_maskz_loadu_ps(kMask, work.peaks + row), now = _mm512_load_ps(peaks);
-  const __mmask16 first = _mm512_cmp_ps_mask(before, nothing, _CMP_EQ_OQ);
-  // Exactly 1 where the peak stays: a block that a query does not see must not change a bit.
   const __m512 factor = OpsBody<Avx512Floats>::exponential(_mm512_mul_ps(_mm512_sub_ps(before, now), _mm512_set1_ps(kLn2)));
-  _mm512_store_ps(factors, _mm512_mask_mov_ps(factor, first, _mm512_setzero_ps()));
-  _mm512_mask_storeu_ps(work.peaks + row, kMask, now);
+  alignas(64) float factors[kLanes];
+  _mm512_store_ps(factors, _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(before, nothing, _CMP_NEQ_UQ), factor));
+  _mm512_mask_storeu_ps(work.peaks + row, kQueries, now);
+  for (std::size_t m = 0; m < kRows; ++m) {
+    const __m512 by = _mm512_set1_ps(factors[m]);
+    float* const sums = work.sums + (row + m) * kLanes;
+    _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), by));
+    float* const mixed = work.mixed + (row + m) * work.wide;
+    for (std::size_t i = 0; i < work.wide; i += kLanes) _mm512_store_ps(mixed + i, _mm512_mul_ps(_mm512_load_ps(mixed + i), by));
+  }
+}
+
+// The largest lane of each of six vectors, in their order, zeros behind them.
+MPO_INLINE __m512 largest_of_rows(const __m512 (&rows)[kRows]) {
+  static_assert(kRows == 6);
+  __m512 pairs[3];  // a row in each half
+  for (std::size_t i = 0; i < 3; ++i) {
+    const __m512 a = rows[2 * i], b = rows[2 * i + 1];
+    pairs[i] = _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  __m512 quads[2];  // a row in each quarter, the second time the last two rows twice
+  for (std::size_t i = 0; i < 2; ++i) {
+    const __m512 a = pairs[2 * i], b = pairs[i + 1];
+    quads[i] = _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    quads[i] = _mm512_max_ps(quads[i], _mm512_permute_ps(quads[i], 0x4e));
+    quads[i] = _mm512_max_ps(quads[i], _mm512_permute_ps(quads[i], 0xb1));
+  }
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  return _mm512_maskz_permutex2var_ps((1u << kRows) - 1, quads[0], order, quads[1]);
+}
+
+// The queries [row, row + kRows) against a block.
+struct Tile {
+  std::size_t row;
+  Seen seen;
+  __m512 scores[kRows][kVectors];
+};
+
+// Mixes the values of a block by a tile's scores; with `All` its queries see every position.
+template <bool All>
+MPO_INLINE void finish(const Work& work, std::size_t size, const Tile& tile) {
+  const std::size_t row = tile.row;
+  const auto mask = [&](std::size_t m, std::size_t u) { return static_cast<__mmask16>(tile.seen.positions[m] >> (u * kLanes)); };
+  __m512 largest[kRows];
+  for (std::size_t m = 0; m < kRows; ++m) {
+    largest[m] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (std::size_t u = 0; u < kVectors; ++u)
+      largest[m] = All ? _mm512_max_ps(largest[m], tile.scores[m][u])
+                       : _mm512_mask_max_ps(largest[m], mask(m, u), largest[m], tile.scores[m][u]);
+  }
+  // The instruction gives its second operand where one is not a number.
+  const __m512 before = _mm512_maskz_loadu_ps((1u << kRows) - 1, work.peaks + row);
+  alignas(64) float peaks[kLanes];
+  _mm512_store_ps(peaks, _mm512_max_ps(largest_of_rows(largest), before));
+  rescale(work, row, peaks);
 
   for (std::size_t m = 0; m < kRows; ++m) {
     __m512 weights[kVectors];
     for (std::size_t u = 0; u < kVectors; ++u) {
-      weights[u] = power_of_two(_mm512_sub_ps(scores[m][u], _mm512_set1_ps(peaks[m])));
+      weights[u] = power_of_two(_mm512_sub_ps(tile.scores[m][u], _mm512_set1_ps(peaks[m])));
       if (!All) weights[u] = _mm512_maskz_mov_ps(mask(m, u), weights[u]);
     }
     const __m512 sum = _mm512_add_ps(_mm512_add_ps(weights[0], weights[1]), _mm512_add_ps(weights[2], weights[3]));
     float* const sums = work.sums + (row + m) * kLanes;
-    _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_load_ps(sums), _mm512_set1_ps(factors[m]), sum));
+    _mm512_store_ps(sums, _mm512_add_ps(_mm512_load_ps(sums), sum));
     for (std::size_t u = 0; u < kVectors; u += 2)
       _mm512_store_si512(work.weights + m * kBlock + u * kLanes, rounded(weights[u], weights[u + 1]));
   }
 
-  const std::size_t pairs = All ? kBlock / 2 : (seen.end + 1) / 2;
+  const std::size_t pairs = All ? kBlock / 2 : (tile.seen.end + 1) / 2;
   std::size_t from = 0;
   const std::size_t vectors = round_up(size, kLanes) / kLanes;
-  for (; from + 4 <= vectors; from += 4) mix<4>(work, row, from, pairs, factors);
-  if (vectors - from == 3) mix<3>(work, row, from, pairs, factors);
-  if (vectors - from == 2) mix<2>(work, row, from, pairs, factors);
-  if (vectors - from == 1) mix<1>(work, row, from, pairs, factors);
+  for (; from + 4 <= vectors; from += 4) mix<4>(work, row, from, pairs);
+  if (vectors - from == 3) mix<3>(work, row, from, pairs);
+  if (vectors - from == 2) mix<2>(work, row, from, pairs);
+  if (vectors - from == 1) mix<1>(work, row, from, pairs);
+}
+
+MPO_INLINE void finish(const Work& work, std::size_t size, const Tile& tile) {
+  if (tile.seen.all) finish<true>(work, size, tile);
+  else finish<false>(work, size, tile);
 }
 
 template <Type Element>
@@ -293,12 +337,20 @@ void attend(const AttentionTask& task) {
     }
     const Ahead ahead{task, std::min(start + kBlock, end), std::min(start + 2 * kBlock, end)};
     const bool whole = all_first <= start && all_limit >= start + kBlock;
+    // A tile is finished after the next one's scores are multiplied: finding its peaks takes long, but nothing waits for them.
+    Tile tiles[2];
+    std::size_t made = 0;
     for (std::size_t row = 0; row < rows; row += kRows) {
       ahead.fetch(row / kRows, rows / kRows);
-      const Seen seen = whole ? Seen{{}, kBlock, true} : look(task, row, start);
-      if (seen.all) tile<true>(work, size, row, seen);
-      else if (seen.end > 0) tile<false>(work, size, row, seen);
+      Tile& tile = tiles[made % 2];
+      tile.row = row;
+      tile.seen = whole ? Seen{{}, kBlock, true} : look(task, row, start);
+      if (tile.seen.end == 0) continue;
+      multiply_pairs(work.q + row * work.wide, work.wide, work.keys, (size + 1) / 2, tile.scores);
+      if (made > 0) finish(work, size, tiles[(made - 1) % 2]);
+      ++made;
     }
+    if (made > 0) finish(work, size, tiles[(made - 1) % 2]);
   }
   for (std::size_t m = 0; m < task.queries; ++m) {
     std::memcpy(task.mixed + m * size, work.mixed + m * work.wide, size * sizeof(float));

@@ -13,7 +13,7 @@ constexpr std::size_t kSmall = 1u << 15;          // fewer elements are not wort
 constexpr std::size_t kExponentials = 1u << 11;   // elements of SwiGLU and GELU, whose exponentials are
 constexpr std::size_t kProducts = 1u << 17;       // multiply-adds of a transform that are
 // Queries that share keys and values in the cache: more where that leaves enough tasks for all threads.
-constexpr std::size_t kQueriesPerTask = 64, kMostQueries = 512;
+constexpr std::size_t kQueriesPerTask = 64, kMostQueries = 1024;
 // Positions whose softmax is one running sum; longer contexts are sums of several, joined in order. It is the same whoever
 // computes them, so that a token's result depends on its own sequence alone.
 constexpr std::size_t kSegment = 512, kPromptSegment = 2048;
