@@ -12,8 +12,9 @@ namespace {
 constexpr std::size_t kSmall = 1u << 15;          // fewer elements are not worth waking a thread for
 constexpr std::size_t kExponentials = 1u << 11;   // elements of SwiGLU and GELU, whose exponentials are
 constexpr std::size_t kProducts = 1u << 17;       // multiply-adds of a transform that are
-// Queries that share keys and values in the cache: more where that leaves enough tasks for all threads.
-constexpr std::size_t kQueriesPerTask = 64, kMostQueries = 1024;
+// Queries that share keys and values in the cache: more where that leaves enough tasks for all threads, but those of a float32
+// task all multiply what only the last of them see.
+constexpr std::size_t kQueriesPerTask = 64, kMostQueries = 256, kMostRounded = 1024;
 // Positions whose softmax is one running sum; longer contexts are sums of several, joined in order. It is the same whoever
 // computes them, so that a token's result depends on its own sequence alone.
 constexpr std::size_t kSegment = 512, kPromptSegment = 2048;
@@ -176,8 +177,9 @@ class Attention {
     bool exact;  // else products of prompts may be rounded, unless the cache is float32
   };
   Attention(const Shape& shape, const Cache& cache, const std::vector<Span>& spans, const float* q, float* to)
-      : shape_(shape), cache_(cache), q_(q), to_(to), most_(tokens_of_a_task(shape, cache, spans)) {
-    if (!shape.exact && cache.pages().type() != Type::f32) rounded_ = rounded_attention();
+      : shape_(shape), cache_(cache), q_(q), to_(to),
+        rounded_(!shape.exact && cache.pages().type() != Type::f32 ? rounded_attention() : nullptr),
+        most_(tokens_of_a_task(shape, cache, spans, rounded_ ? kMostRounded : kMostQueries)) {
     for (const Span& span : spans)
       for (std::size_t head = 0; head < cache.pages().heads(); ++head)
         for (std::size_t first = 0; first < span.count; first += most_) {
@@ -234,11 +236,11 @@ class Attention {
     }
   }
 
-  static std::size_t tokens_of_a_task(const Shape& shape, const Cache& cache, const std::vector<Span>& spans) {
+  static std::size_t tokens_of_a_task(const Shape& shape, const Cache& cache, const std::vector<Span>& spans, std::size_t most) {
     std::size_t queries = 0;
     for (const Span& span : spans) queries += span.count * shape.share * cache.pages().heads();
     const std::size_t share = queries / (kTasksPerThread * static_cast<std::size_t>(pool().threads()));
-    return std::max<std::size_t>(1, std::clamp(share, kQueriesPerTask, kMostQueries) / shape.share);
+    return std::max<std::size_t>(1, std::clamp(share, kQueriesPerTask, most) / shape.share);
   }
 
   std::size_t queries() const { return most_ * shape_.share; }
@@ -295,8 +297,8 @@ class Attention {
   const Cache& cache_;
   const float* q_;
   float* to_;
+  Attend rounded_;    // for prompts, or null
   std::size_t most_;  // tokens of a part
-  Attend rounded_ = nullptr;  // for prompts
   std::vector<AttentionPart> parts_;
 };
 
