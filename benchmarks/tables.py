@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "allocation": quality_tables.allocation,
     "fits": quality_tables.fits,
     "fit-costs": speed_tables.fit_costs,
+    "export-clock": speed_tables.export_clock,
     "export-speed": speed_tables.export_speed,
     "full-size": speed_tables.full_size,
     "healing": healing_tables.healing,

@@ -253,6 +253,22 @@ def serving(name: str) -> str:
     return table(head, body)
 
 
+def export_clock() -> str:
+    """Exports on an idle machine: seconds by the clock and of the processor, and the stages by the clock."""
+    body = []
+    for row in rows_of("2026-12-01-export-clock.json"):
+        parts = [
+            f"{name} {digits(stage['seconds'])}" for name, stage in row["stages"].items() if stage["seconds"] >= 0.5
+        ]
+        asked = row["asked"] if row["asked"] == "default" else f"{row['asked']} bits"
+        seconds = [f"{one:.0f}" for one in (row["seconds"], row["processor_seconds"])]
+        told = f"{row['predicted']['processor_seconds']:.0f}" if "predicted" in row else ""
+        sizes = f"{row['bytes'] / 1e6:.2f}", f"{row['peak_bytes'] / 1e9:.1f}", f"{row['kl_mean']:.5f}"
+        body.append((row["model"], asked, *seconds, told, ", ".join(parts), *sizes))
+    head = ("model", "asked", "clock, s", "processor, s", "predicted", "stages by the clock", "MB", "memory, GB", "KL")
+    return table(head, body)
+
+
 def export_speed() -> str:
     """The processor's seconds of exports by stage, before and after, and of llama.cpp's tools."""
     names = {"opening": "open", "gradients": "forward", "surveying": "backward, candidates", "fitting": "fit"}
