@@ -8,7 +8,7 @@ from parts.cells import Row, kl, percent, rows_of, table
 from parts.quality_tables import name_of, paired_error, shortened
 
 HEALED = "2026-11-27-healing-h200.json"
-HEALED_SMOLLM2 = "2026-11-30-smollm2-healed.json"
+HEALED_SMOLLM2 = "2026-12-01-smollm2-healed.json"
 HEALED_NAMES = {
     "auto, 4.25 bits": "`auto`, 4.25 bits",
     "auto, 3.3 bits": "`auto`, 3.3 bits",

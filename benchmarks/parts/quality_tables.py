@@ -168,6 +168,11 @@ def columns_table(models: Mapping[str, Sequence[Row]]) -> str:
     return table(("model", "bits per weight", "healed", *COLUMNS), body)
 
 
+def columns_smollm2() -> str:
+    """The columns of SmolLM2."""
+    return columns_table({"SmolLM2-135M": rows_of("2026-12-01-quality-columns-smollm2.json")})
+
+
 def column_cell(row: Row | None, when: str, *, refused: bool) -> str:
     """KL and χ; a dash where no file is that small, and `not measured` where there is no figure."""
     if row is None:
