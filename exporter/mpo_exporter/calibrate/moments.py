@@ -48,7 +48,7 @@ from mpo_runtime.weights.protocol import Weights
 Matrix = NDArray[np.float64]
 Single = NDArray[np.float32]
 # The name in a store of both upstreams' states, and the seconds between two times that they are kept.
-UPSTREAMS, BETWEEN = "fit-upstreams", 10.0
+UPSTREAMS, BETWEEN = "fit-upstreams", 3.0
 # The largest input of which more than one root is kept.
 KEPT = 4096
 # From a layer's name, its matrix [O, I] and its input's moment to the compressed matrix [O, I].
@@ -237,7 +237,7 @@ class Calibration:
         Args:
             build: makes the compressed matrix of a layer.
             embedding: the compressed table [V, E] that tokens are looked up in; None for the dense one.
-            store: keeps both upstreams between blocks, every ten seconds or later; a run that finds them there begins at the
+            store: keeps both upstreams between blocks, every three seconds or later; a run that finds them there begins at the
                 block after these (`compressed_blocks`), and `build` is not called for the layers before.
             parts: for layers with inputs wider than `hessian.WIDE` whose output is added to the residual stream: their columns
                 are compressed in parts, and each part makes up for the errors of those before it, as layers do.
