@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from mpo_exporter.terms import Transforms
 from mpo_formats import ConfigError
 
 
@@ -31,7 +30,6 @@ class Effort:
             errors of their weights and rounded to nearest.
         care: for the survey of a model with calibration text.
         outputs: windows on which gradients by the layers' outputs are measured, for a rounding that minds them; 0: none.
-        transforms: that layers may take of their input, if the user does not say.
         least: windows that layers are fitted to, and those of the care, in the largest models; see `suited`. None for as many
             as in small ones.
     """
@@ -40,7 +38,6 @@ class Effort:
     windows: int
     care: Care
     outputs: int = 0
-    transforms: Transforms = "hadamard"
     least: tuple[int, int] | None = None
 
     def suited(self, weights: int) -> Effort:
@@ -63,7 +60,7 @@ FREE, BATCH = 400_000_000, 8
 USUAL = Care()
 QUICK = Effort("quick", 0, USUAL)
 NORMAL = Effort("normal", 80, USUAL, least=(32, 8))
-BEST = Effort("best", 96, Care(96, 1024), outputs=96, transforms="fitted")
+BEST = Effort("best", 96, Care(96, 1024), outputs=96)
 EFFORTS = {effort.name: effort for effort in (QUICK, NORMAL, BEST)}
 
 

@@ -227,7 +227,7 @@ def planner_for(source: Source, task: ExportTask, folder: Path, listener: Listen
         task.surveyed,
         care=task.effort.care,
         store=task.work,
-        transforms=task.options.transforms or task.effort.transforms,
+        transforms=task.options.transforms or "hadamard",
         blind=walk is None and task.effort == QUICK,
     )
 

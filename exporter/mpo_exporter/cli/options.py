@@ -210,7 +210,7 @@ class AllocationOptions:
             help="auto: what layers may take in the place of their input where integers then lose less: hadamard (Hadamard "
             "transforms), fitted (also rotations that are fitted to the layers and stored) or none. A file without any opens "
             "in older programs, and to-hf can keep its integers.",
-            show_default="hadamard; fitted with --effort best",
+            show_default="hadamard",
         ),
     ] = None
 
