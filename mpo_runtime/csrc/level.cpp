@@ -162,6 +162,7 @@ const PairKernels* pair_kernels() {
 
 Attend rounded_attention() {
 #if MPO_X86 && !defined(MPO_EMULATED_INTRINSICS)
+  if (active_level().panels == &kAmxPanels) return kAmxAttend;
   if (cpu().bf16 && active_level().ops == &kAvx512Ops) return kBf16Attend;
 #endif
   return nullptr;

@@ -8,6 +8,7 @@
 MPO_BEGIN_TARGET(MPO_AMX)
 
 #include "vectors/avx512.hpp"
+#include "vectors/tiles.hpp"
 
 namespace mpo {
 namespace {
@@ -15,6 +16,7 @@ namespace {
 constexpr std::size_t kTile = kPanelSums;
 constexpr std::size_t kStepValues = kPanelRows * kPanelStep;
 constexpr std::size_t kStepBytes = kStepValues * sizeof(std::uint16_t);
+constexpr std::size_t kChunk = 256, kRows = 2 * kPanelRows;  // panels of that size stay in the first-level cache
 
 // -- bf16
 
@@ -83,6 +85,12 @@ MPO_INLINE void clear_missing(const PanelRows& to) {
   std::memset(to.out, 0, panel_steps(to.columns) * kStepBytes);
 }
 
+MPO_INLINE void prefetch(const std::uint8_t* from, std::size_t bytes) {
+  for (std::size_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(from + line), _MM_HINT_T1);
+}
+
+MPO_INLINE __m512 spread_half(const std::uint16_t* from) { return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(*from))); }
+
 // 16 codes as scale * (code - zero).
 MPO_INLINE __m256i scaled(const std::uint8_t* codes, __m512 scale, __m512 zero) {
   const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
@@ -113,22 +121,30 @@ struct Table {
   }
 };
 
-// Rows whose groups are whole steps.
-template <int Low, int High>
+// Rows whose groups are whole steps, `Steps` of them.
+template <int Low, int High, std::size_t Steps>
 void look_up_rows(const QuantizedMatrix& w, std::size_t row, std::size_t column, const PanelRows& to) {
   constexpr bool kNibbles = Low == 4 && High == 0;
+  constexpr std::size_t kGroup = Steps * kPanelStep;
   alignas(64) std::uint8_t codes[kPanelChunk];
+  for (std::size_t ahead = 0; ahead <= to.ahead; ahead += kChunk)
+    for (std::size_t i = 0; i < to.count; ++i) {
+      const std::size_t at = (row + i) * w.columns + column + ahead;
+      prefetch(w.low + at / 8 * Low, kChunk / 8 * Low);
+      if (High) prefetch(w.high + at / 8 * High, kChunk / 8 * High);
+    }
+  const std::size_t groups = (to.columns + kGroup - 1) / kGroup;
+  const __m512 middle = _mm512_set1_ps(implicit_zero(Low + High));
   for (std::size_t i = 0; i < to.count; ++i) {
     const std::size_t at = (row + i) * w.columns + column;
     const std::uint8_t* low = w.low + at / 8 * Low;
     if constexpr (!kNibbles) Avx2Floats::spread<Low, High>(low, High ? w.high + at / 8 * High : nullptr, to.columns, codes);
+    const std::uint16_t *scales = w.scale + at / kGroup, *zeros = w.zero ? w.zero + at / kGroup : nullptr;
     std::uint16_t* out = values(to) + i * kPanelStep;
-    for (std::size_t c = 0; c < to.columns;) {
-      const std::size_t group = (at + c) / w.group, end = c + w.group < to.columns ? c + w.group : to.columns;
-      const Table<Low + High> table(
-          _mm512_set1_ps(Avx2Floats::half(w.scale + group)),
-          _mm512_set1_ps(w.zero ? Avx2Floats::half(w.zero + group) : implicit_zero(Low + High)));
-      for (; c < end; c += kPanelStep, out += kStepValues) {
+    for (std::size_t g = 0; g < groups; ++g, out += Steps * kStepValues) {
+      const Table<Low + High> table(spread_half(scales + g), zeros ? spread_half(zeros + g) : middle);
+      for (std::size_t k = 0; k < Steps; ++k) {
+        const std::size_t c = (g * Steps + k) * kPanelStep;
         __m512i index;
         if constexpr (kNibbles) {
           index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low + c / 2)));
@@ -136,7 +152,7 @@ void look_up_rows(const QuantizedMatrix& w, std::size_t row, std::size_t column,
         } else {
           index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + c)));
         }
-        _mm512_storeu_si512(out, table.at(index));
+        _mm512_storeu_si512(out + k * kStepValues, table.at(index));
       }
     }
   }
@@ -163,7 +179,12 @@ void unpack(const QuantizedMatrix& w, std::size_t row, std::size_t column, const
   clear_missing(to);
   with_planes(w.bits, [&](auto planes) {
     if constexpr (planes.low != 8)
-      if (w.group >= kPanelStep) return look_up_rows<planes.low, planes.high>(w, row, column, to);
+      switch (to.columns % w.group ? 0 : w.group) {
+        case 32: return look_up_rows<planes.low, planes.high, 1>(w, row, column, to);
+        case 64: return look_up_rows<planes.low, planes.high, 2>(w, row, column, to);
+        case 128: return look_up_rows<planes.low, planes.high, 4>(w, row, column, to);
+        case 256: return look_up_rows<planes.low, planes.high, 8>(w, row, column, to);
+      }
     unpack_rows<planes.low, planes.high>(w, row, column, to);
   });
 }
@@ -192,34 +213,6 @@ void round(Rows<const float> rows, const PanelRows& to) {
 }
 
 // -- products
-
-// Bytes of a row and rows of each of the 8 tiles, as the CPU reads them.
-struct alignas(64) TileShapes {
-  std::uint8_t palette = 1, start = 0, reserved[14] = {};
-  std::uint16_t bytes[16] = {};
-  std::uint8_t rows[16] = {};
-};
-
-// Tiles are configured as long as it lives.
-class Tiles {
- public:
-  explicit Tiles(const TileShapes& shapes) : shapes_(shapes) {
-    __asm__ volatile("" : : "r"(&shapes_) : "memory");  // gcc 12 drops the stores to shapes_ without it
-    _tile_loadconfig(&shapes_);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-
- private:
-  TileShapes shapes_;
-};
-
-constexpr TileShapes all_full() {
-  TileShapes shapes;
-  for (int i = 0; i < 8; ++i) shapes.bytes[i] = 64, shapes.rows[i] = 16;
-  return shapes;
-}
 
 // P panels of weights times G groups of x: tiles 0 to 3 hold their sums, 4 and 5 the weights, 6 and 7 x. With Pairs what
 // rounding left of x is multiplied too.
@@ -272,40 +265,37 @@ MPO_INLINE void multiply_panels(const PanelProduct& product, std::size_t p) {
 
 template <bool Pairs>
 void multiply(const PanelProduct& product) {
-  const Tiles configured(all_full());
+  const Tiles configured;
   std::size_t p = 0;
   for (; p + 2 <= product.panels; p += 2) multiply_panels<Pairs, 2>(product, p);
   if (p < product.panels) multiply_panels<Pairs, 1>(product, p);
 }
 
+// Token by token, so that what is written lies together.
 void add(const float* sums, std::size_t groups, const Task& task) {
-  for (std::size_t r = task.begin; r < task.end; r += kPanelRows) {
-    const std::size_t height = task.end - r < kPanelRows ? task.end - r : kPanelRows;
-    for (std::size_t g = 0; g < groups; ++g, sums += kTile) {
+  for (std::size_t g = 0; g < groups; ++g) {
+    const float* from = sums + g * kTile;
+    for (std::size_t r = task.begin; r < task.end; r += kPanelRows, from += groups * kTile) {
+      const std::size_t height = task.end - r < kPanelRows ? task.end - r : kPanelRows;
       __m512i rows[kPanelRows];
-      for (std::size_t i = 0; i < kPanelRows; ++i) rows[i] = _mm512_loadu_si512(sums + i * kPanelRows);
+      for (std::size_t i = 0; i < kPanelRows; ++i) rows[i] = _mm512_loadu_si512(from + i * kPanelRows);
       transpose(rows);
+      const __mmask16 whole = static_cast<__mmask16>((1u << height) - 1);
       for (std::size_t t = 0; t < kPanelRows && g * kPanelRows + t < task.count; ++t) {
         float* y = task.y.row(task.first + g * kPanelRows + t) + r;
         const __m512 total = _mm512_castsi512_ps(rows[t]);
-        if (height == kPanelRows) {
-          _mm512_storeu_ps(y, task.accumulate ? _mm512_add_ps(_mm512_loadu_ps(y), total) : total);
-          continue;
-        }
-        float values[kPanelRows];
-        _mm512_storeu_ps(values, total);
-        for (std::size_t i = 0; i < height; ++i) y[i] = task.accumulate ? y[i] + values[i] : values[i];
+        _mm512_mask_storeu_ps(y, whole, task.accumulate ? _mm512_add_ps(_mm512_maskz_loadu_ps(whole, y), total) : total);
       }
     }
   }
 }
 
-constexpr PanelKernels kRounded = {kStepBytes, kStepBytes, arrange<false>, unpack, copy, round, multiply<false>, add, nullptr};
-constexpr PanelKernels kPairs = {2 * kStepBytes, kStepBytes, arrange<true>, nullptr, copy, round, multiply<true>, add, nullptr};
+constexpr PanelKernels kRounded = {kStepBytes, kStepBytes, arrange<false>, unpack, copy, round, multiply<false>, add, nullptr, kChunk, kRows};
+constexpr PanelKernels kPairs = {2 * kStepBytes, kStepBytes, arrange<true>, nullptr, copy, round, multiply<true>, add, nullptr, kChunk, kRows};
 
 }  // namespace
 
-extern const PanelSet kAmxPanels = {{&kRounded, &kRounded, &kRounded}, &kRounded, &kPairs, nullptr};
+extern const PanelSet kAmxPanels = {{&kRounded, &kRounded, &kRounded}, &kRounded, &kPairs, nullptr, 256};
 
 }  // namespace mpo
 

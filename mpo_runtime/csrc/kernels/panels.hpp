@@ -61,6 +61,7 @@ struct PanelKernels {
   void (*add)(const float* sums, std::size_t groups, const Task& task);
   // The same of lanes, or null.
   void (*add_lanes)(const float* sums, std::size_t groups, PanelCodes codes, const Task& task);
+  std::size_t chunk = kPanelChunk, rows = 128;  // columns and rows that are unpacked and multiplied at a time
 };
 
 // The order of the columns in integer panels: as they are, or as codes of 4 or of 2 bits lie in 32-bit words.
@@ -71,6 +72,7 @@ constexpr PanelOrder panel_order(int bits) { return bits == 4 ? nibbles : bits =
 // floats. All of a set have sums of the same form, so that products of several kinds add up.
 struct PanelSet {
   const PanelKernels *integers[panel_orders], *computed, *bf16, *floats;
+  std::size_t job = 128;  // rows whose panels and sums stay in the second-level cache beside a chunk of x
 };
 
 #if MPO_X86

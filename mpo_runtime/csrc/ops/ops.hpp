@@ -90,7 +90,7 @@ extern const Ops kGenericOps;
 #if MPO_X86
 extern const Ops kAvx2Ops, kAvx512Ops;
 #if !defined(MPO_EMULATED_INTRINSICS)
-extern const Attend kBf16Attend;
+extern const Attend kBf16Attend, kAmxAttend;
 #endif
 #endif
 #if MPO_ARM

@@ -14,10 +14,8 @@ constexpr std::size_t kTileTokens = 32;        // rows of x whose int8 copy stay
 constexpr std::size_t kChunkBytes = 48 << 10;  // weights of a chunk: read from memory once, then met in the cache
 constexpr std::size_t kSmallestChunk = 16;     // rows; a cache line of y
 constexpr std::size_t kMiddleChunk = 8;
-constexpr std::size_t kBatch = 16;             // tokens of a prompt from which float arithmetic goes through whole blocks of weights
 constexpr std::size_t kLanes = 12;             // generated tokens from which they go through panels of integers
 constexpr std::size_t kLaneJob = 64;
-constexpr std::size_t kPanelJob = 128;         // rows whose panels, sums and x stay in the second-level cache
 
 std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
 
@@ -243,7 +241,8 @@ class Application {
       left += product.layer->rows * product.layer->row_bytes;
       rows += product.layer->rows;
     }
-    const std::size_t panel_job = rows < 2 * kPanelJob * shares ? kPanelJob / 2 : kPanelJob;
+    std::size_t panel_job = panels_ ? panels_->job : 0;
+    while (panel_job > 64 && rows < 2 * panel_job * shares) panel_job /= 2;
     for (std::size_t p = 0; p < products_.size(); ++p) {
       const Linear& layer = *products_[p].layer;
       const std::size_t row_bytes = std::max<std::size_t>(layer.row_bytes, 1);
@@ -281,7 +280,6 @@ class Application {
     const Linear& layer = *product.layer;
     const Rows<float> y{product.y, layer.rows};
     const Task all{0, tokens_, job.begin, job.end, y, true};
-    const bool batched = prompt_ && tokens_ >= kBatch;
     const bool fresh = only_panels(layer);
     for (std::size_t t = 0; t < tokens_ && !fresh; ++t) {
       float* to = y.row(t) + job.begin;
@@ -293,7 +291,7 @@ class Application {
       if (const PanelKernels* kernels = lanes(matrix))
         multiply_lanes(work_.panels(0, *kernels), matrix.columns(), matrix.panel_codes(), all,
                        [&](std::size_t row, std::size_t column, const PanelRows& to) { matrix.panel(*kernels, row, column, to); });
-      else if (batched && in_floats(matrix)) matrix.add_batch(x_, all);
+      else if (prompt_ && in_floats(matrix)) matrix.add_batch(x_, all);
       else
         for (std::size_t tile = 0; tile < tiles(); ++tile) multiply_tile(matrix, tile, job, y, true);
     }

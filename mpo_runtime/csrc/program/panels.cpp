@@ -7,13 +7,13 @@ void PanelInput::prepare(const PanelKernels& kernels, Rows<const float> x, std::
   tokens_ = tokens;
   columns_ = columns;
   groups_ = memory_.reserve<std::uint8_t>(panel_count(tokens) * panel_steps(columns) * kernels.x_bytes);
-  const std::size_t chunks = (columns + kPanelChunk - 1) / kPanelChunk;
+  const std::size_t wide = kernels.chunk, chunks = (columns + wide - 1) / wide;
   pool.run(panel_count(tokens) * chunks, 1, [&](std::size_t first, std::size_t last) {
     for (std::size_t i = first; i < last; ++i) {
-      const std::size_t begin = i / chunks * kPanelRows, column = i % chunks * kPanelChunk, slab = begin / kSlabTokens;
-      const std::size_t wide = std::min(kPanelChunk, columns - column), group = begin % kSlabTokens / kPanelRows;
-      const std::size_t at = static_cast<std::size_t>(chunk(slab, column) - groups_) + group * panel_steps(wide) * kernels.x_bytes;
-      kernels.arrange({x.row(begin) + column, x.stride}, std::min(kPanelRows, tokens - begin), wide, groups_ + at);
+      const std::size_t begin = i / chunks * kPanelRows, column = i % chunks * wide, slab = begin / kSlabTokens;
+      const std::size_t width = std::min(wide, columns - column), group = begin % kSlabTokens / kPanelRows;
+      const std::size_t at = static_cast<std::size_t>(chunk(slab, column) - groups_) + group * panel_steps(width) * kernels.x_bytes;
+      kernels.arrange({x.row(begin) + column, x.stride}, std::min(kPanelRows, tokens - begin), width, groups_ + at);
     }
   });
 }

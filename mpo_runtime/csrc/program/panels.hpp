@@ -51,13 +51,18 @@ class PanelSums {
   template <class Fill>
   void add(const PanelInput& x, std::size_t slab, PanelCodes codes, Fill fill) {
     const PanelKernels& kernels = x.kernels();
-    for (std::size_t column = 0; column < x.columns(); column += kPanelChunk) {
-      const std::size_t columns = std::min(kPanelChunk, x.columns() - column), steps = panel_steps(columns);
-      for (std::size_t row = 0; row < rows_; row += kPanelRows) {
-        std::uint8_t* to = panels_ + row / kPanelRows * steps * kernels.w_bytes;
-        fill(row, column, PanelRows{std::min(kPanelRows, rows_ - row), columns, to, kPanelChunk});
+    const std::size_t chunk = kernels.chunk;
+    for (std::size_t column = 0; column < x.columns(); column += chunk) {
+      const std::size_t columns = std::min(chunk, x.columns() - column), steps = panel_steps(columns);
+      for (std::size_t begin = 0; begin < rows_; begin += kernels.rows) {
+        const std::size_t end = std::min(begin + kernels.rows, rows_);
+        for (std::size_t row = begin; row < end; row += kPanelRows) {
+          std::uint8_t* to = panels_ + (row - begin) / kPanelRows * steps * kernels.w_bytes;
+          fill(row, column, PanelRows{std::min(kPanelRows, rows_ - row), columns, to, chunk});
+        }
+        float* sums = sums_ + begin / kPanelRows * panel_count(tokens_) * kPanelSums;
+        kernels.multiply({panels_, x.chunk(slab, column), panel_count(end - begin), tokens_, steps, codes, sums, !add_, false});
       }
-      kernels.multiply({panels_, x.chunk(slab, column), panel_count(rows_), tokens_, steps, codes, sums_, !add_, false});
       add_ = kernels.add;
     }
   }
