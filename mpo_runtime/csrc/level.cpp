@@ -91,7 +91,7 @@ bool has_dot_products() {
 // Best first. Features of each: MPO_AVX2 and its neighbours in target.hpp.
 const Level kLevels[] = {
 #if MPO_X86
-    {"amx", [] { return cpu().amx; }, &kVbmiIntegers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2, &kAmxPanels, &kAvx512FloatPanels},
+    {"amx", [] { return cpu().amx; }, &kAmxIntegers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2, &kAmxPanels, &kAvx512FloatPanels},
     {"vbmi", [] { return cpu().vbmi; }, &kVbmiIntegers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2, &kVnniPanels, &kAvx512FloatPanels},
     {"avx512", [] { return cpu().avx512; }, &kAvx512Integers, &kAvx512Floats, &kAvx512Ops, &kAvx512Fits, dequantize_avx2, &kVnniPanels, &kAvx512FloatPanels},
     {"avx2", [] { return cpu().avx2; }, &kAvx2Integers, &kAvx2Floats, &kAvx2Ops, &kAvx2Fits, dequantize_avx2, &kAvx2Panels, &kAvx2FloatPanels},

@@ -8,7 +8,9 @@
 // same operations in the same order whatever R and T are, so that it does not depend on the rows beside it.
 // Included after the target is set (see target.hpp).
 //
-// `Bytes` is true where the CPU moves bits between bytes (VBMI): then a vector of high bits is one instruction.
+// `Bytes` is true where the CPU moves bits between bytes (VBMI): then a vector of high bits is one instruction. `Ahead` is true
+// where a CPU follows streams better when it is asked for what they need next, because its own prefetching ends at each page:
+// 1.1 to 1.2 times the tokens on an Intel Xeon with AMX; on AMD's Zen 4 it is slower.
 #pragma once
 
 #include "kernels/avx512_integers.hpp"
@@ -17,7 +19,7 @@
 namespace mpo {
 namespace {
 
-template <bool Bytes>
+template <bool Bytes, bool Ahead = false>
 struct PairedChunks {
   using V = __m512i;
 
@@ -329,6 +331,13 @@ struct PairedChunks {
         if constexpr (High > 0)
           for (std::size_t line = 0; line < 64 * High; line += 64) Avx512::prefetch(at.high.first + line);
       }
+      if constexpr (Ahead && T == 1) {
+        for (std::size_t i = 0; i < R; ++i) {
+          for (std::size_t line = 0; line < 64 * Low; line += 64) Avx512::prefetch(at.low.row(i) + line);
+          for (std::size_t line = 0; line < 64 * High; line += 64) Avx512::prefetch(at.high.row(i) + line);
+          _mm_prefetch(reinterpret_cast<const char*>(at.scale + i * at.groups) + 256, _MM_HINT_T0);
+        }
+      }
       pair<Low, High, G, Zeros, R, T>(at, x, middle, totals);
       at.low.first += 64 * Low;
       if constexpr (High > 0) at.high.first += 64 * High;
@@ -371,7 +380,7 @@ struct PairedChunks {
     constexpr std::size_t kBlock = 8;  // rows of w that stay in the first-level cache while the rows of x pass
     const Input x{view.codes[p], view.pair_scales[p], view.pair_sums[p], view.padded};
     const std::size_t stop = task.first + task.count;
-    if (task.count == 1) return all_rows<Low, High, G, Zeros, High ? 2 : 4, 1>(w, x, task, task.first);  // R: registers
+    if (task.count == 1) return all_rows<Low, High, G, Zeros, Ahead || High ? 2 : 4, 1>(w, x, task, task.first);  // R: registers
     for (std::size_t begin = task.begin; begin < task.end; begin += kBlock) {
       Task part = task;
       part.begin = begin;

@@ -105,7 +105,7 @@ extern const IntegerKernels kGenericIntegers;
 extern const FloatKernels kGenericFloats;
 void dequantize_generic(const QuantizedMatrix&, std::size_t first, std::size_t count, float* out);
 #if MPO_X86
-extern const IntegerKernels kAvx2Integers, kAvx512Integers, kVbmiIntegers;
+extern const IntegerKernels kAvx2Integers, kAvx512Integers, kVbmiIntegers, kAmxIntegers;
 extern const FloatKernels kAvx2Floats, kAvx512Floats;
 void arrange_avx2(const ActivationRow&, const Layout&, unsigned planes, std::size_t chunks);
 void dequantize_avx2(const QuantizedMatrix&, std::size_t first, std::size_t count, float* out);

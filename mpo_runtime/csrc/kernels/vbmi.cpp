@@ -12,14 +12,16 @@ MPO_BEGIN_TARGET(MPO_VBMI)
 namespace mpo {
 namespace {
 
+template <bool Ahead>
 void multiply(const QuantizedMatrix& w, const ActivationView& x, const Task& task) {
-  if (PairedChunks<true>::takes(w)) PairedChunks<true>::multiply(w, x, task);
+  if (PairedChunks<true, Ahead>::takes(w)) PairedChunks<true, Ahead>::multiply(w, x, task);
   else kAvx512Integers.multiply(w, x, task);
 }
 
 }  // namespace
 
-extern const IntegerKernels kVbmiIntegers = {kAvx512Layout, arrange_avx2, multiply};
+extern const IntegerKernels kVbmiIntegers = {kAvx512Layout, arrange_avx2, multiply<false>};
+extern const IntegerKernels kAmxIntegers = {kAvx512Layout, arrange_avx2, multiply<true>};
 
 }  // namespace mpo
 
