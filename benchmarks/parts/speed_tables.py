@@ -57,12 +57,12 @@ def transforms_2b() -> str:
     return table(("file", "transform", "decoding, of that without", "prompt of 512, of that without"), body)
 
 
-def decoding_peers() -> str:
+def decoding_peers(file: str) -> str:
     """Decoding and prompts beside llama.cpp and its fork with interleaved rows."""
-    rows = rows_of("2026-11-30-decode-2b-peers.json")
+    rows = rows_of(file)
     body = []
     for row in rows:
-        if "/" in row["name"]:
+        if row["name"].endswith(("/h", "/t")):  # transforms have a table of their own
             continue
         gigabytes, speed = row["bytes"] / 1e9, row["decode_tokens_per_second"]
         cells = [FILES.get(row["name"], row["name"]), f"{gigabytes:.2f}", f"{speed:.1f}"]
@@ -119,8 +119,8 @@ def decoding_vnni() -> str:
     return decoding("2026-11-30-decode-2b-vnni.json", {"mpo 4": ("Q4_0",), "mpo 2+3": ("Q2_K",)})
 
 
-def batches_idle() -> str:
-    """Steps of several texts at 2B on an idle CPU with AVX-512 VNNI."""
+def batches_idle(file: str) -> str:
+    """Steps of several texts at 2B on an idle CPU."""
     body = [
         (
             str(row["batch"]),
@@ -129,7 +129,7 @@ def batches_idle() -> str:
             f"{row['step_over_1']:.2f}",
             f"{row['tokens_per_second_over_1']:.2f}",
         )
-        for row in rows_of("2026-11-30-batch-2b-vnni-idle.json")
+        for row in rows_of(file)
     ]
     return table(("texts", "step, ms", "tokens/s", "step over one text", "tokens/s over one text"), body)
 
@@ -172,9 +172,9 @@ def prompts_vnni() -> str:
     return table(("file", "GB", "tokens for a second of processor time", "over llama.cpp's best"), body)
 
 
-def prompts_long() -> str:
-    """Prompts of several lengths at 2B on a CPU with AVX-512 BF16, by the clock and by processor time."""
-    [row] = rows_of("2026-11-30-prefill-8k.json")
+def prompts_long(file: str) -> str:
+    """Prompts of several lengths at 2B, by the clock and by processor time."""
+    [row] = rows_of(file)
     clock = row["tokens_per_second"]
     busy = {length: statistics.median(speeds) for length, speeds in row["by_processor"].items()}
     shortest = next(iter(clock))
@@ -205,14 +205,6 @@ def batches_vnni() -> str:
         for pair in zip(*runs, strict=True)
     ]
     return table(("texts", "ms a step (of one text's)", "again", "tokens/s, of one text's"), body)
-
-
-def amx() -> str:
-    """Decoding on a CPU with AMX, written down by hand."""
-    rows = rows_of("2026-11-29-amx-by-hand.json")
-    shown = [[row["name"], *(row.get(key, "") for key in ("gigabytes", "decode", "share", "prompt"))] for row in rows]
-    body = [[str(cell) for cell in row] for row in shown]
-    return table(("file", "GB", "decode tokens/s", "of the bandwidth", "prompt tokens/s"), body)
 
 
 def starting() -> str:
