@@ -280,11 +280,16 @@ void add(const float* sums, std::size_t groups, const Task& task) {
       __m512i rows[kPanelRows];
       for (std::size_t i = 0; i < kPanelRows; ++i) rows[i] = _mm512_loadu_si512(from + i * kPanelRows);
       transpose(rows);
-      const __mmask16 whole = static_cast<__mmask16>((1u << height) - 1);
       for (std::size_t t = 0; t < kPanelRows && g * kPanelRows + t < task.count; ++t) {
         float* y = task.y.row(task.first + g * kPanelRows + t) + r;
         const __m512 total = _mm512_castsi512_ps(rows[t]);
-        _mm512_mask_storeu_ps(y, whole, task.accumulate ? _mm512_add_ps(_mm512_maskz_loadu_ps(whole, y), total) : total);
+        if (height == kPanelRows) {
+          _mm512_storeu_ps(y, task.accumulate ? _mm512_add_ps(_mm512_loadu_ps(y), total) : total);
+          continue;
+        }
+        float values[kPanelRows];
+        _mm512_storeu_ps(values, total);
+        for (std::size_t i = 0; i < height; ++i) y[i] = task.accumulate ? y[i] + values[i] : values[i];
       }
     }
   }
