@@ -8,7 +8,7 @@ from parts.cells import Row, kl, percent, rows_of, table
 from parts.quality_tables import name_of, paired_error, shortened
 
 HEALED = "2026-11-27-healing-h200.json"
-HEALED_SMOLLM2 = "2026-12-01-smollm2-healed.json"
+HEALED_SMOLLM2 = ("2026-12-01-smollm2-healed.json", "2026-12-01-smollm2-healed-more.json")
 HEALED_NAMES = {
     "auto, 4.25 bits": "`auto`, 4.25 bits",
     "auto, 3.3 bits": "`auto`, 3.3 bits",
@@ -105,7 +105,7 @@ def heal_cost() -> str:
 
 def healed_smollm2() -> str:
     """SmolLM2 before and after a short healing: divergence, perplexity, accuracy on six tasks, and an answer."""
-    rows = rows_of(HEALED_SMOLLM2)
+    rows = [row for file in HEALED_SMOLLM2 for row in rows_of(file)]
     dense = next(row for row in rows if row["family"] == "dense")
     body = [
         (
