@@ -96,7 +96,7 @@ def test_expected_errors_of_all_grids_equal_the_residuals() -> None:
         expected = list(residuals)
     np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-9)
     for one, other in zip(expected_residuals(matrix, Moment(moment), grids)[0], expected, strict=True):
-        assert (np.abs(one - other) > 1e-5).mean() < 0.01  # ties of scales in two groups
+        assert (np.abs(one - other) > 1e-5).mean() < 0.02  # ties of scales in a few groups
 
 
 @pytest.mark.parametrize(("columns", "group", "zeros"), [(512, 64, False), (160, 32, True)])

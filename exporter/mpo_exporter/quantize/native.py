@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo_exporter.calibrate import precision
 from mpo_exporter.calibrate.hessian import Hessian
 from mpo_exporter.quantize.grid import SHRINK, TURNS, Grid
 from mpo_runtime import native
@@ -47,7 +46,7 @@ def compensated(matrix: Single, hessian: Hessian, grid: Grid, passes: int, toler
     Products between blocks of columns are computed in bf16 where the CPU has units for that and a row is long.
     """
     out = _empty(matrix, grid.group)
-    fast = matrix.shape[1] >= FAST_COLUMNS and precision.has_units() and precision.has_kernel()
+    fast = matrix.shape[1] >= FAST_COLUMNS and _module().has_bf16_products()
     _module().fit_compensated(
         np.ascontiguousarray(matrix),
         hessian.order.numpy(),
