@@ -85,10 +85,6 @@ MPO_INLINE void clear_missing(const PanelRows& to) {
   std::memset(to.out, 0, panel_steps(to.columns) * kStepBytes);
 }
 
-MPO_INLINE void prefetch(const std::uint8_t* from, std::size_t bytes) {
-  for (std::size_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(from + line), _MM_HINT_T1);
-}
-
 MPO_INLINE __m512 spread_half(const std::uint16_t* from) { return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(*from))); }
 
 // 16 codes as scale * (code - zero).
@@ -130,8 +126,8 @@ void look_up_rows(const QuantizedMatrix& w, std::size_t row, std::size_t column,
   for (std::size_t ahead = 0; ahead <= to.ahead; ahead += kChunk)
     for (std::size_t i = 0; i < to.count; ++i) {
       const std::size_t at = (row + i) * w.columns + column + ahead;
-      prefetch(w.low + at / 8 * Low, kChunk / 8 * Low);
-      if (High) prefetch(w.high + at / 8 * High, kChunk / 8 * High);
+      Avx2Floats::prefetch_lines(w.low + at / 8 * Low, kChunk / 8 * Low);
+      if (High) Avx2Floats::prefetch_lines(w.high + at / 8 * High, kChunk / 8 * High);
     }
   const std::size_t groups = (to.columns + kGroup - 1) / kGroup;
   const __m512 middle = _mm512_set1_ps(implicit_zero(Low + High));

@@ -9,8 +9,8 @@
 // Included after the target is set (see target.hpp).
 //
 // `Bytes` is true where the CPU moves bits between bytes (VBMI): then a vector of high bits is one instruction. `Ahead` is true
-// where a CPU follows streams better when it is asked for what they need next, because its own prefetching ends at each page:
-// 1.1 to 1.2 times the tokens on an Intel Xeon with AMX; on AMD's Zen 4 it is slower.
+// where prefetch instructions help beside that, because the CPU's own prefetching ends at each page: 1.1 to 1.2 times the tokens on an
+// Intel Xeon with AMX. On AMD's Zen 4 rows far apart were faster without (docs/log.md, 2026-11-25).
 #pragma once
 
 #include "kernels/avx512_integers.hpp"
@@ -331,13 +331,12 @@ struct PairedChunks {
         if constexpr (High > 0)
           for (std::size_t line = 0; line < 64 * High; line += 64) Avx512::prefetch(at.high.first + line);
       }
-      if constexpr (Ahead && T == 1) {
+      if constexpr (Ahead && T == 1)
         for (std::size_t i = 0; i < R; ++i) {
           for (std::size_t line = 0; line < 64 * Low; line += 64) Avx512::prefetch(at.low.row(i) + line);
           for (std::size_t line = 0; line < 64 * High; line += 64) Avx512::prefetch(at.high.row(i) + line);
           _mm_prefetch(reinterpret_cast<const char*>(at.scale + i * at.groups) + 256, _MM_HINT_T0);
         }
-      }
       pair<Low, High, G, Zeros, R, T>(at, x, middle, totals);
       at.low.first += 64 * Low;
       if constexpr (High > 0) at.high.first += 64 * High;

@@ -90,9 +90,9 @@ class HalfPanel {
     const std::size_t at = at_[i];
     const std::uint8_t *low = w_.low + at / 8 * Low, *high = High ? w_.high + at / 8 * High : nullptr;
     std::uint8_t low_rest[32 * Low], high_rest[32 * (High ? High : 1)];
-    prefetch(low + ahead / 8 * Low, 32 * Low);
-    if (High) prefetch(high + ahead / 8 * High, 32 * High);
-    prefetch(reinterpret_cast<const std::uint8_t*>(w_.scale + (at + ahead) / G), 2 * kChunk / G);
+    Avx2Floats::prefetch_lines(low + ahead / 8 * Low, 32 * Low);
+    if (High) Avx2Floats::prefetch_lines(high + ahead / 8 * High, 32 * High);
+    Avx2Floats::prefetch_lines(w_.scale + (at + ahead) / G, 2 * kChunk / G);
     if (columns_ < kChunk) {
       std::memset(low_rest, 0, sizeof low_rest);
       std::memcpy(low_rest, low, columns_ * Low / 8);
@@ -109,10 +109,6 @@ class HalfPanel {
     } else {
       Avx2Floats::spread<Low, High>(low, high, kChunk, codes_[i]);
     }
-  }
-
-  static MPO_INLINE void prefetch(const std::uint8_t* from, std::size_t bytes) {
-    for (std::size_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(from + line), _MM_HINT_T1);
   }
 
   Scales of_row(const std::uint16_t* from, std::size_t at) const {

@@ -46,13 +46,10 @@ void unpack_whole(const QuantizedMatrix& w, std::size_t row, std::size_t column,
   const std::size_t at = row * w.columns + column;
   const std::uint8_t *low = w.low + at / 8 * Low, *high = High ? w.high + at / 8 * High : nullptr;
   const std::size_t low_step = w.columns / 8 * Low, high_step = w.columns / 8 * High, groups = w.columns / G;
-  const auto prefetch = [](const void* from, std::size_t bytes) {
-    for (std::size_t line = 0; line < bytes; line += 64) _mm_prefetch(static_cast<const char*>(from) + line, _MM_HINT_T1);
-  };
   for (std::size_t i = 0; i < kPanelRows && to.ahead; ++i) {
-    prefetch(low + i * low_step + to.ahead / 8 * Low, kPanelChunk / 8 * Low);
-    if (High) prefetch(high + i * high_step + to.ahead / 8 * High, kPanelChunk / 8 * High);
-    prefetch(w.scale + at / G + i * groups + to.ahead / G, 2 * kPanelChunk / G);
+    Avx2Floats::prefetch_lines(low + i * low_step + to.ahead / 8 * Low, kPanelChunk / 8 * Low);
+    if (High) Avx2Floats::prefetch_lines(high + i * high_step + to.ahead / 8 * High, kPanelChunk / 8 * High);
+    Avx2Floats::prefetch_lines(w.scale + at / G + i * groups + to.ahead / G, 2 * kPanelChunk / G);
   }
   if constexpr (kPacked != Low)
     for (std::size_t i = 0; i < kPanelRows; ++i)

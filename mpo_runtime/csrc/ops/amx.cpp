@@ -48,7 +48,7 @@ struct TileProducts {
   }
 
   static MPO_INLINE void mix(const Work& work, std::size_t row, std::size_t, std::size_t positions) {
-    for (std::size_t at = 0; at < work.wide; at += 2 * kLanes) {  // 32 elements of each head's value at a time
+    for (std::size_t at = 0; at < work.wide; at += 2 * kLanes) {  // two tiles of the values' elements
       float* const mixed = work.mixed + row * work.wide + at;
       const std::uint32_t* values = work.values + at;
       _tile_loadd(0, mixed, work.wide * sizeof *mixed);
