@@ -257,6 +257,30 @@ def fit_residual(
 ) -> None:
     """Write what rounding to nearest leaves of the matrix to `out` [rows, columns]."""
 
+def cells(
+    latent: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    top: int,
+    out: NDArray[np.float32] | NDArray[np.uint16],
+) -> None:
+    """Write scale · (q − zero) to `out` [rows, columns], float32 or bf16 bits, q the integers 0 … top nearest to `latent`.
+
+    `latent` [rows, columns]; `scale` and `zero` [rows, groups].
+    """
+
+def cell_gradients(
+    latent: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    top: int,
+    gradient: NDArray[np.float32] | NDArray[np.uint16],
+    by_latent: NDArray[np.float32],
+    by_scale: NDArray[np.float32],
+    by_zero: NDArray[np.float32],
+) -> None:
+    """Write the gradients of what `cells` takes, from that of its matrix; straight through the rounding inside of the range."""
+
 def has_bf16_products() -> bool:
     """Whether the vectors of the instruction set in use multiply bf16 (AVX-512 BF16)."""
 

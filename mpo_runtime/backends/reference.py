@@ -330,7 +330,8 @@ class ReferenceOps(EditableOps):
 
     def logits(self, head: Linear, x: Tensor, scaling: float) -> Tensor:
         """head(x) / scaling [..., vocabulary]."""
-        return head.apply(x) / scaling
+        found = head.apply(x)
+        return found if scaling == 1 else found / scaling
 
 
 def attend(q: Tensor, held: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'mpo-
 
 from mpo_exporter.heal import fused, trainable
 from mpo_exporter.heal.ops import autocast, multiplies_bf16
-from mpo_exporter.heal.rounding import cells, dequantize, fused_kernels
+from mpo_exporter.heal.rounding import cells, dequantize, fused_kernels, product_dtype
 from mpo_formats import MpoFile
 from tests.exporter.test_heal_recorded import GOLDEN, batches, gradients, replayed, student_of
 from tests.kernels import triton_cases
@@ -48,12 +48,12 @@ def test_matrices_and_gradients(bits: int, group: int, columns: int, moving: boo
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_a_cpu_has_none_and_matrices_come_in_the_type_of_products() -> None:
-    assert fused_kernels("cpu") is None and fused_kernels("cuda") is fused.fused_cells
-    assert fused.product_dtype(torch.device("cpu")) == torch.float32
+def test_a_gpu_has_its_own_and_matrices_come_in_the_type_of_products() -> None:
+    assert fused_kernels("cuda") is fused.fused_cells
+    assert product_dtype(torch.device("cpu")) == torch.float32
     with autocast("cpu"):
         expected = torch.bfloat16 if multiplies_bf16("cpu") else torch.float32
-        assert fused.product_dtype(torch.device("cpu")) == expected
+        assert product_dtype(torch.device("cpu")) == expected
 
 
 @pytest.mark.skipif(

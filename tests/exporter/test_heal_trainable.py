@@ -50,12 +50,39 @@ def test_untrained_is_the_file_bit_for_bit(path: Path, moving: bool) -> None:
                 found, forward(decoder_for(file.spec.architecture, ReferenceOps(file, chi=chi)), rows), atol=1e-5
             )
         arrays = {}
-        for part in (*trainables.layers.values(), *trainables.vectors.values()):
+        for part in (*trainables.layers.values(), *trainables.vectors.values(), *trainables.transforms.values()):
             arrays |= part.arrays()
         for tensor in content_tensors(file.spec):
-            if not tensor.name.startswith("file.") and f".{TRANSFORM}." not in tensor.name:
+            kept = tensor.name.startswith("file.") or f".{TRANSFORM}." in tensor.name
+            if not kept or tensor.name in arrays:
                 np.testing.assert_array_equal(arrays[tensor.name], file.array(tensor.name))
                 assert arrays[tensor.name].dtype == file.array(tensor.name).dtype
+
+
+def test_a_stored_transform_is_trained_once_for_all_layers_that_share_it() -> None:
+    """After a change of it, two layers are what the file that would be written says; and it takes part in the loss."""
+    with MpoFile(GOLDEN[0].with_name("transform.mpo")) as file:
+        assert not everything(file, moving=False).transforms
+        trainables = everything(file, moving=True)
+        (name,) = trainables.transforms  # the embedding's is of floats, which stay
+        sharing = [one for one in file.spec.linears if one.transform is not None and one.transform.name == name]
+        assert len(sharing) == 2
+        model = student(file, trainables)
+        ids = [some_ids(6, 1, file.spec.architecture.vocab_size)]
+        cache, x = WindowCache(), model.embed(model.ops.ids(ids))
+        model.block(x, cache, 0).square().sum().backward()
+        moved = list(trainables.transforms[name].learning())
+        assert {kind for kind, _, _ in moved} == {"scale", "code"}
+        assert all(parameter.grad is not None and bool(parameter.grad.any()) for _, parameter, _ in moved)
+        before = [matrix(file, linear) for linear in sharing]
+        with torch.no_grad():
+            for _, parameter, _ in moved:
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        for linear, old in zip(sharing, before, strict=True):
+            layer = trainables.layers[linear.name]
+            expected = matrix(_Arrays(file, layer.arrays() | trainables.transforms[name].arrays()), linear)
+            np.testing.assert_allclose(layer.linear(None).weight().detach().numpy(), expected, atol=1e-5, rtol=1e-5)
+            assert np.abs(expected - old).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["int3", "int8", "sum", "mpo-int4", "mpo-3-cores", "bias-untied", "dense-bf16"])

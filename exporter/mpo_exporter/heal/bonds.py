@@ -67,7 +67,7 @@ def sort_bonds(
     def note(name: str, x: Tensor) -> None:
         layer = trainables.layers.get(name)
         if layer is not None and any(isinstance(term, Cores) for term in layer.terms):
-            flat = block_transform(x.detach().flatten(0, -2).double(), layer.transform)
+            flat = block_transform(x.detach().flatten(0, -2).double(), layer.transform())
             moments[name] = flat.T @ flat / flat.shape[0]
 
     def put_in_order(name: str) -> None:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mpo_exporter.heal.rounding import product_dtype
+
 # Numbers of a program.
 NUMBERS = 4096
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding it rounds to a whole number, ties to even
@@ -104,12 +106,6 @@ def constants(scale: Tensor, source: Tensor) -> dict[str, Any]:
 def grid(scale: Tensor, source: Tensor) -> tuple[int]:
     """The number of programs."""
     return (triton.cdiv(scale.numel(), constants(scale, source)["GROUPS"]),)
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """The type in which matrix products are computed: that of autocast where it is on."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on else torch.float32
 
 
 _fused: Callable[[Tensor, Tensor, Tensor, int, torch.dtype], Tensor] = _Fused.apply

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -16,8 +16,8 @@ from mpo_runtime.layers.linear import Linear
 from mpo_runtime.models.decoder import Decoder
 from mpo_runtime.weights.protocol import Weights
 
-# The most logits that are in memory at a time.
-HEAD_LOGITS = 1 << 26
+# The most logits that are in memory at a time, and those that a CPU works on at a time so that its caches hold them.
+HEAD_LOGITS, CACHED_LOGITS = 1 << 26, 1 << 19
 
 
 def multiplies_bf16(device: str) -> bool:
@@ -35,6 +35,14 @@ def autocast(device: str) -> AbstractContextManager[Any]:
 def head_tokens(vocabulary: int) -> int:
     """The number of tokens whose logits may be in memory at a time."""
     return max(HEAD_LOGITS // vocabulary, 1)
+
+
+def in_cache(logits: Tensor) -> Iterator[slice]:
+    """The parts of logits [T, V] to work on one after the other: on a CPU a few tokens, elsewhere all of them."""
+    count = logits.shape[0]
+    size = max(CACHED_LOGITS // logits.shape[-1], 1) if logits.device.type == "cpu" else count
+    for start in range(0, count, max(size, 1)):
+        yield slice(start, start + size)
 
 
 class WindowCache:

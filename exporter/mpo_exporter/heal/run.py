@@ -122,11 +122,16 @@ def write_healed(session: Session, trainables: Trainables) -> Comparison | None:
     built: Arrays = {}
     layers = dict(trainables.layers)
     vectors = {f"{name}.weight": vector for name, vector in trainables.vectors.items()}
+    transforms: Arrays = {}
+    for transform in trainables.transforms.values():
+        transforms.update(transform.arrays())
     with MpoWriter(job.target, healed_spec(file.spec, session.facts()), force=job.force) as writer:
         for tensor in writer.pending():
             name = tensor.name
             if name in vectors:
                 writer.write(name, vectors[name].arrays()[name])
+            elif name in transforms:
+                writer.write(name, transforms[name])
             elif name.startswith("file.") or f".{TRANSFORM}." in name:
                 writer.write(name, file.array(name))
             else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mpo_exporter.calibrate.spill import mapped_file
-from mpo_exporter.heal.ops import HealingOps, autocast, head_tokens, run_block
+from mpo_exporter.heal.ops import HealingOps, autocast, head_tokens, in_cache, run_block
 from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import Architecture
 from mpo_runtime.backends.reference import free_memory
@@ -28,34 +28,50 @@ KEPT_SHARE = 0.4
 LEAST_MASS = 1e-6
 
 
+def _part_of_loss(
+    logits: Tensor, labels: Tensor, weight: Tensor, scores: Tensor, chosen: Tensor, share: float, *, out: Tensor
+) -> Tensor:
+    """Σ weight · (KL + λ · nll) and Σ weight · KL, of some tokens; writes the gradient of the former to `out`.
+
+    With q the softmax of the logits, the gradient of the KL is q − p at the K kept tokens and q · (1 − p_rest / q_rest)
+    at all others.
+    """
+    log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    kept, p = log_q.gather(-1, chosen), scores.exp()
+    kl, mass, pull = (p * (scores - kept)).sum(-1), p.sum(-1), torch.zeros_like(weight)
+    if chosen.shape[-1] < logits.shape[-1]:
+        p_rest, q_rest = (1 - mass).clamp_min(LEAST_MASS), 1 - kept.exp().sum(-1)
+        felt = q_rest > LEAST_MASS
+        q_rest = q_rest.clamp_min(LEAST_MASS)
+        kl = kl + p_rest * (p_rest.log() - q_rest.log())
+        mass = mass + p_rest * felt
+        pull = felt * p_rest / q_rest
+    total = ((kl + share * -log_q.gather(-1, labels[:, None])[:, 0]) * weight).sum()
+    gradient = log_q.exp_().mul_((mass + share - pull)[:, None])
+    gradient.scatter_(-1, chosen, kept.exp() * (mass + share)[:, None] - p)
+    if share:
+        gradient.scatter_add_(-1, labels[:, None], gradient.new_full((labels.shape[0], 1), -share))
+    out.copy_(gradient.mul_(weight[:, None]))
+    return torch.stack((total, (kl * weight).sum()))
+
+
 class _HeadLoss(torch.autograd.Function):
     """Σ weight · (KL + λ · nll), and Σ weight · KL alone.
 
-    With q the softmax of the logits, the gradient of the KL is q − p at the K kept tokens and q · (1 − p_rest / q_rest)
-    at all others. It is therefore computed in the forward pass, and no other array of shape [T, V] has to be kept.
+    The gradient is computed in the forward pass, so that no other array of shape [T, V] has to be kept.
     """
 
     @staticmethod
     def forward(
         context: Any, logits: Tensor, labels: Tensor, weight: Tensor, scores: Tensor, chosen: Tensor, share: float
     ) -> tuple[Tensor, Tensor]:
-        log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        kept, p = log_q.gather(-1, chosen), scores.exp()
-        kl, mass, pull = (p * (scores - kept)).sum(-1), p.sum(-1), torch.zeros_like(weight)
-        if chosen.shape[-1] < logits.shape[-1]:
-            p_rest, q_rest = (1 - mass).clamp_min(LEAST_MASS), 1 - kept.exp().sum(-1)
-            felt = q_rest > LEAST_MASS
-            q_rest = q_rest.clamp_min(LEAST_MASS)
-            kl = kl + p_rest * (p_rest.log() - q_rest.log())
-            mass = mass + p_rest * felt
-            pull = felt * p_rest / q_rest
-        total = ((kl + share * -log_q.gather(-1, labels[:, None])[:, 0]) * weight).sum()
-        gradient = log_q.exp_() * (mass + share - pull)[:, None]
-        gradient.scatter_(-1, chosen, kept.exp() * (mass + share)[:, None] - p)
-        if share:
-            gradient.scatter_add_(-1, labels[:, None], gradient.new_full((labels.shape[0], 1), -share))
-        context.save_for_backward((gradient * weight[:, None]).to(logits.dtype))
-        alone = (kl * weight).sum()
+        gradient, sums = torch.empty_like(logits), weight.new_zeros(2)
+        for some in in_cache(logits):
+            sums += _part_of_loss(
+                logits[some], labels[some], weight[some], scores[some], chosen[some], share, out=gradient[some]
+            )
+        context.save_for_backward(gradient)
+        total, alone = sums.unbind()
         context.mark_non_differentiable(alone)
         return total, alone
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mpo_exporter.calibrate.fisher import Squares, head_gradient
 from mpo_exporter.calibrate.spill import claim
-from mpo_exporter.heal.ops import WindowOps, autocast, head_tokens, run_block
+from mpo_exporter.heal.ops import WindowOps, autocast, head_tokens, in_cache, run_block
 from mpo_exporter.heal.student import size_of_outputs
 from mpo_exporter.heal.workers import Progress
 from mpo_exporter.source import Source
@@ -199,10 +199,10 @@ def taught(
             states.append(x)
     flat = model.normed(x).flatten(0, 1)
     size = head_tokens(model.architecture.vocab_size)
-    parts = [
-        model.logits(flat[start : start + size]).float().log_softmax(-1).topk(count, -1)
-        for start in range(0, flat.shape[0], size)
-    ]
+    parts = []
+    for start in range(0, flat.shape[0], size):
+        logits = model.logits(flat[start : start + size])
+        parts += [logits[some].float().log_softmax(-1).topk(count, -1) for some in in_cache(logits)]
     shape = (*inputs.shape, count)
     # Rounded on the device: copying four bytes a number and rounding them on the CPU would keep a GPU waiting.
     scores = torch.cat([part.values for part in parts]).reshape(shape).half()

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpo_exporter.heal.rounding import TYPES, cells, dequantize, fused_kernels, rounded, stored
-from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, VectorSpec
-from mpo_formats.layout import PLANES
+from mpo_formats import Dense, LinearSpec, ModelSpec, Mpo, Quantized, Transform, VectorSpec
+from mpo_formats.layout import PLANES, TRANSFORM
 from mpo_formats.packing import implicit_zero, pack, unpack
 from mpo_runtime.layers.linear import Linear, MatrixTerm, MpoTerm, block_transform, float_tensor, load_transform
 from mpo_runtime.weights.protocol import Weights
@@ -288,14 +288,40 @@ class Vector(nn.Module):
         return {self.name: stored(self.value(), self.dtype)}
 
 
+class StoredTransform(nn.Module):
+    """A stored transform of inputs in integers: a moving grid [count · block, block]."""
+
+    def __init__(self, weights: Weights, transform: Transform, term: Quantized) -> None:
+        super().__init__()
+        self.shape = transform.count, transform.block, transform.block
+        self.grid = Grid(weights, f"{transform.name}.{TRANSFORM}", term.bits, zeros=term.zeros, moving=True)
+
+    def matrices(self) -> Tensor:
+        """The matrices [count, block, block], rounded as the file stores them."""
+        return self.grid.weight().view(self.shape)
+
+    def learning(self) -> Iterator[tuple[str, Tensor, float]]:
+        """Yields (kind, parameter, unit of its learning rate)."""
+        yield from self.grid.learning()
+
+    def arrays(self) -> Arrays:
+        """The arrays to store, by their names in the file."""
+        return self.grid.arrays()
+
+
 class Layer(nn.Module):
-    """A linear layer: its terms and its bias; a transform of its input is not trained."""
+    """A linear layer: its terms and its bias.
 
-    transform: Tensor | None
+    Args:
+        trained: the transform of its input, where that is trained; it belongs to all layers that share it.
+    """
 
-    def __init__(self, weights: Weights, spec: LinearSpec, *, moving: bool) -> None:
+    fixed: Tensor | None
+
+    def __init__(self, weights: Weights, spec: LinearSpec, trained: StoredTransform | None, *, moving: bool) -> None:
         super().__init__()
         self.spec = spec
+        self.trained = () if trained is None else (trained,)  # in a tuple, which does not make it a part of this module
         self.terms: list[Frozen | Grid | Cores] = []
         for index, term in enumerate(spec.terms):
             prefix = f"{spec.name}.{index}"
@@ -307,18 +333,23 @@ class Layer(nn.Module):
                 self.terms.append(Grid(weights, prefix, term.bits, zeros=term.zeros, moving=moving))
         self.parts = nn.ModuleList(self.terms)
         self.bias = None if spec.bias is None else Vector(weights, f"{spec.name}.bias", spec.bias)
-        self.register_buffer("transform", load_transform(weights, spec, torch.device("cpu")), persistent=False)
+        fixed = None if self.trained else load_transform(weights, spec, torch.device("cpu"))
+        self.register_buffer("fixed", fixed, persistent=False)
+
+    def transform(self) -> Tensor | None:
+        """The matrices [count, block, block] of the transform of its input; None where it has no stored one."""
+        return self.trained[0].matrices() if self.trained else self.fixed
 
     def linear(self, chi: int | None) -> Linear:
         """The layer for the reference backend, with its present parameters; every bond cut to `chi` values (None: not)."""
         terms = [term.operator(chi) if isinstance(term, Cores) else _matrix_term(term) for term in self.terms]
-        return Linear(self.spec, terms, None if self.bias is None else self.bias.value(), self.transform)
+        return Linear(self.spec, terms, None if self.bias is None else self.bias.value(), self.transform())
 
     @torch.no_grad()
     def aim(self, matrix: Tensor) -> None:
         """Moves the latent numbers of moving grids towards the dense matrix [out, in] that the layer approximates."""
-        if self.transform is not None:
-            matrix = block_transform(matrix, torch.linalg.inv(self.transform).mT)
+        if (transform := self.transform()) is not None:
+            matrix = block_transform(matrix, torch.linalg.inv(transform).mT)
         for index, term in enumerate(self.terms):
             if isinstance(term, Grid):
                 others = [other.weight() for place, other in enumerate(self.linear(None).terms) if place != index]
@@ -337,6 +368,11 @@ class Layer(nn.Module):
         return result if self.bias is None else result | self.bias.arrays()
 
 
+def transform_name(spec: LinearSpec) -> str:
+    """The name of a layer's stored transform; empty where it has none."""
+    return "" if spec.transform is None else spec.transform.name
+
+
 def _matrix_term(term: Grid | Frozen) -> MatrixTerm:
     return MatrixTerm(None, term.weight, term.rows)
 
@@ -346,17 +382,28 @@ class Trainables(nn.Module):
 
     Args:
         names: of the layers and vectors.
-        moving: train the codes of integer matrices too.
+        moving: train the codes of integer matrices and stored transforms of integers too.
     """
 
     def __init__(self, weights: Weights, names: Iterator[str] | list[str], *, moving: bool) -> None:
         super().__init__()
         wanted = set(names)
         spec: ModelSpec = weights.spec
-        self.layers = {item.name: Layer(weights, item, moving=moving) for item in spec.linears if item.name in wanted}
+        linears = [item for item in spec.linears if item.name in wanted]
+        stored = {item.transform.name: item.transform for item in linears if item.transform is not None and moving}
+        self.transforms = {
+            name: StoredTransform(weights, transform, transform.term)
+            for name, transform in stored.items()
+            if isinstance(transform.term, Quantized)
+        }
+        self.layers = {
+            item.name: Layer(weights, item, self.transforms.get(transform_name(item)), moving=moving)
+            for item in linears
+        }
         vectors: list[VectorSpec] = [item for item in spec.vectors if item.name in wanted]
         self.vectors = {item.name: Vector(weights, f"{item.name}.weight", item.dtype) for item in vectors}
-        parts: dict[str, nn.Module] = {**self.layers, **self.vectors}
+        transforms = {f"{name}.{TRANSFORM}": transform for name, transform in self.transforms.items()}
+        parts: dict[str, nn.Module] = {**self.layers, **self.vectors, **transforms}
         self.parts = nn.ModuleDict({name.replace(".", "/"): part for name, part in parts.items()})
 
     def aim(self, source: Weights) -> None:
@@ -367,6 +414,10 @@ class Trainables(nn.Module):
 
     def learning(self) -> Iterator[tuple[str, Tensor, float]]:
         """Yields (kind, parameter, unit of its learning rate)."""
-        parts: list[Layer | Vector] = [*self.layers.values(), *self.vectors.values()]
+        parts: list[Layer | Vector | StoredTransform] = [
+            *self.layers.values(),
+            *self.vectors.values(),
+            *self.transforms.values(),
+        ]
         for part in parts:
             yield from part.learning()

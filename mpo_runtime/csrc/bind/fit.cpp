@@ -117,6 +117,49 @@ void product(const Values& left, bool left_turned, const Values& right, bool rig
   add_products(a, b, count, out.data(), add, upper);
 }
 
+Cells cells_of(const Values& latent, const Values& scale, const Values& zero, int top) {
+  const std::size_t rows = latent.shape(0), columns = latent.shape(1), groups = scale.shape(1);
+  const std::size_t group = groups ? columns / groups : 0;
+  expect(group > 0 && group % 16 == 0 && group <= kLargestCell && group * groups == columns, "cells: ", groups,
+         " groups do not divide rows of ", columns, " columns into groups of 16 to ", kLargestCell, " columns");
+  expect(top > 0 && top < 256, "cells: the highest code is ", top, ", expected 1 to 255");
+  expect_size(scale.shape(0), rows, "scale");
+  expect_size(zero.shape(0), rows, "zero");
+  expect_size(zero.shape(1), groups, "a row of zero");
+  return {latent.data(), scale.data(), zero.data(), group, static_cast<float>(top)};
+}
+
+template <class Number>
+void cells(const Values& latent, const Values& scale, const Values& zero, int top, const Array<Number, 2>& out) {
+  const Cells given = cells_of(latent, scale, zero, top);
+  expect_size(out.size(), latent.size(), "out");
+  const nb::gil_scoped_release release;
+  write_cells(given, scale.size(), sizeof(Number) == 4 ? Type::f32 : Type::bf16, out.data());
+}
+
+template <class Number>
+void cell_gradients(const Values& latent, const Values& scale, const Values& zero, int top,
+                    const Array<const Number, 2>& gradient, const Array<float, 2>& by_latent, const Array<float, 2>& by_scale,
+                    const Array<float, 2>& by_zero) {
+  const Cells given = cells_of(latent, scale, zero, top);
+  expect_size(gradient.size(), latent.size(), "gradient");
+  expect_size(by_latent.size(), latent.size(), "by_latent");
+  expect_size(by_scale.size(), scale.size(), "by_scale");
+  expect_size(by_zero.size(), scale.size(), "by_zero");
+  const CellGradients out{by_latent.data(), by_scale.data(), by_zero.data()};
+  const nb::gil_scoped_release release;
+  write_cell_gradients(given, scale.size(), sizeof(Number) == 4 ? Type::f32 : Type::bf16, gradient.data(), out);
+}
+
+template <class Number>
+void bind_cells(nb::module_& module) {
+  module.def("cells", &cells<Number>, nb::arg("latent").noconvert(), nb::arg("scale").noconvert(),
+             nb::arg("zero").noconvert(), nb::arg("top"), nb::arg("out").noconvert());
+  module.def("cell_gradients", &cell_gradients<Number>, nb::arg("latent").noconvert(), nb::arg("scale").noconvert(),
+             nb::arg("zero").noconvert(), nb::arg("top"), nb::arg("gradient").noconvert(), nb::arg("by_latent").noconvert(),
+             nb::arg("by_scale").noconvert(), nb::arg("by_zero").noconvert());
+}
+
 }  // namespace
 
 void bind_fit(nb::module_& module) {
@@ -134,6 +177,8 @@ void bind_fit(nb::module_& module) {
              nb::arg("right_turned"), nb::arg("out").noconvert(), nb::arg("add") = false, nb::arg("upper") = false);
   module.def("fit_residual", &residual, nb::arg("matrix").noconvert(), nb::arg("weight").noconvert(), nb::arg("grid"),
              nb::arg("factors"), nb::arg("turns"), nb::arg("out").noconvert());
+  bind_cells<float>(module);
+  bind_cells<std::uint16_t>(module);
 }
 
 }  // namespace mpo

@@ -73,12 +73,34 @@ constexpr std::size_t round_work(std::size_t columns, std::size_t group) {
   return (columns + 3 * block + kFitInner + 8) * kFitRows;
 }
 
+// A matrix of integers in training: scale * (q - zero), q the whole numbers 0 ... top nearest to latent numbers. Its groups
+// of `group` columns, a multiple of 16 up to kLargestCell, lie one after the other.
+struct Cells {
+  const float* latent;  // [groups, group]
+  const float* scale;   // [groups]
+  const float* zero;    // [groups]
+  std::size_t group;
+  float top;
+};
+constexpr std::size_t kLargestCell = 256;
+
+// The gradients of cells, from that of the matrix. That of a latent number outside of the range is 0.
+struct CellGradients {
+  float* latent;  // [groups, group]
+  float* scale;   // [groups]
+  float* zero;    // [groups]
+};
+
 struct Fits {
   void (*search)(const SearchTask& task);
   // The nearest codes of values [count, kFitRows] on one grid for each row.
   void (*encode)(const Levels& levels, const float* values, std::size_t count, const float* scale, const float* zero,
                  float* codes);
   void (*round)(const RoundTask& task);
+  // The groups [first, last) of a matrix in training, of float32 or bf16: its values, and from its gradient those of its parts.
+  void (*write_cells)(const Cells& cells, std::size_t first, std::size_t last, Type type, void* matrix);
+  void (*write_gradients)(const Cells& cells, std::size_t first, std::size_t last, Type type, const void* gradient,
+                          const CellGradients& out);
 };
 
 extern const Fits kGenericFits;

@@ -5,6 +5,7 @@
 // products with blocks of H: a pass over a row of I columns takes I^2 multiply-adds, as one product with H does.
 #pragma once
 
+#include "fit/cells_body.hpp"
 #include "fit/search_body.hpp"
 
 namespace mpo {
@@ -307,7 +308,7 @@ struct RoundBody {
 // The table of an instruction set.
 template <class X>
 constexpr Fits make_fits() {
-  return {SearchBody<X>::search, SearchBody<X>::encode, RoundBody<X>::round};
+  return {SearchBody<X>::search, SearchBody<X>::encode, RoundBody<X>::round, CellsBody<X>::write, CellsBody<X>::write_gradients};
 }
 
 }  // namespace

@@ -8,6 +8,9 @@
 namespace mpo {
 namespace {
 
+// Numbers of a matrix in training that a thread takes at a time.
+constexpr std::size_t kCellsAtOnce = 1 << 14;
+
 Levels levels_of(const FitGrid& grid, const Search& search) {
   return {grid.bits, grid.zeros, search.factors.data(), search.factors.size(), search.turns};
 }
@@ -158,6 +161,18 @@ void rounding_residual(const FloatMatrix& w, const float* weight, const FitGrid&
           out[(first + r) * w.columns + at + j] = values[at * kFitRows + here] - scale[r] * (codes[here] - zero[r]);
         }
     }
+  });
+}
+
+void write_cells(const Cells& cells, std::size_t groups, Type type, void* matrix) {
+  pool().run(groups, kCellsAtOnce / cells.group, [&](std::size_t begin, std::size_t end) {
+    active_level().fits->write_cells(cells, begin, end, type, matrix);
+  });
+}
+
+void write_cell_gradients(const Cells& cells, std::size_t groups, Type type, const void* gradient, const CellGradients& out) {
+  pool().run(groups, kCellsAtOnce / cells.group, [&](std::size_t begin, std::size_t end) {
+    active_level().fits->write_gradients(cells, begin, end, type, gradient, out);
   });
 }
 

@@ -58,4 +58,8 @@ void rounding_errors(const FloatMatrix& w, const float* weight, const std::vecto
 // w - w^ [rows, columns] of rounding to nearest.
 void rounding_residual(const FloatMatrix& w, const float* weight, const FitGrid& grid, const Search& search, float* out);
 
+// A matrix of integers in training [groups, group], float32 or bf16, and the gradients of its parts; with all threads too.
+void write_cells(const Cells& cells, std::size_t groups, Type type, void* matrix);
+void write_cell_gradients(const Cells& cells, std::size_t groups, Type type, const void* gradient, const CellGradients& out);
+
 }  // namespace mpo
