@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'mpo-runtime[gpu]'")
 
-from mpo_exporter.heal import fused, trainable
+from mpo_exporter.heal import fused, grid
+from mpo_exporter.heal.grid import fused_kernels
 from mpo_exporter.heal.ops import autocast, multiplies_bf16
-from mpo_exporter.heal.rounding import cells, dequantize, fused_kernels, product_dtype
+from mpo_exporter.heal.rounding import cells, dequantize, product_dtype
 from mpo_formats import MpoFile
 from tests.exporter.test_heal_recorded import GOLDEN, batches, gradients, replayed, student_of
 from tests.kernels import triton_cases
@@ -65,7 +66,7 @@ def test_a_whole_step_and_its_replay(name: str, monkeypatch: pytest.MonkeyPatch)
         first, second = batches(file, 2)
         module, trainables = student_of(file, recompute=False)
         expected = [gradients(module, trainables, batch) for batch in (first, second)]
-        monkeypatch.setattr(trainable, "fused_kernels", lambda device: fused.fused_cells)
+        monkeypatch.setattr(grid, "fused_kernels", lambda device: fused.fused_cells)
         monkeypatch.setitem(triton_cases.KERNELS, fused, ("write_cells", "write_gradients"))
         figures, found = gradients(module, trainables, first)
         torch.testing.assert_close(figures, expected[0][0], rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'mpo-runtime[gpu]'")
 
-from mpo_exporter.heal import trainable
+from mpo_exporter.heal import grid
 from mpo_exporter.heal.ops import HealingOps, unseen_mask
 from mpo_exporter.heal.student import Batch, BlockStudent, Student
 from mpo_exporter.heal.trainable import Trainables
@@ -28,7 +28,7 @@ LENGTH, KEPT = 7, 4
 @pytest.fixture(autouse=True)
 def operations_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded here are torch's operations, not the kernels that a CPU has."""
-    monkeypatch.setattr(trainable, "fused_kernels", lambda device: None)
+    monkeypatch.setattr(grid, "fused_kernels", lambda device: None)
 
 
 def batches(file: MpoFile, count: int) -> list[Batch]:

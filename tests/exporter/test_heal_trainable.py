@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from mpo_exporter.heal.bonds import sort_bonds
+from mpo_exporter.heal.grid import CELL, Grid
 from mpo_exporter.heal.ops import HealingOps, WindowCache, WindowOps, autocast, multiplies_bf16
 from mpo_exporter.heal.rounding import cells, dequantize, rounded
 from mpo_exporter.heal.student import head_loss
-from mpo_exporter.heal.trainable import CELL, Grid, Trainables
+from mpo_exporter.heal.trainable import Trainables
 from mpo_formats import MpoFile
 from mpo_formats.layout import TRANSFORM, content_tensors
 from mpo_formats.reference import matrix

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mpo_exporter.heal import native_cells as module
+from mpo_exporter.heal.grid import fused_kernels
 from mpo_exporter.heal.native_cells import native_cells
-from mpo_exporter.heal.rounding import cells, dequantize, fused_kernels
+from mpo_exporter.heal.rounding import cells, dequantize
 from mpo_runtime import native
 
 if not native.available():

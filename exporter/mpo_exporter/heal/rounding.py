@@ -6,8 +6,6 @@ The gradient passes straight through the rounding (Bengio et al. 2013).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpo_formats.packing import f32_to_bf16
-from mpo_runtime import native
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # The largest finite value of fp16.
@@ -93,23 +90,6 @@ def product_dtype(device: torch.device) -> torch.dtype:
     """The type in which matrix products are computed: that of autocast where it is on."""
     on = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else torch.float32
-
-
-@cache
-def fused_kernels(device: str) -> Callable[[Tensor, Tensor, Tensor, int], Tensor] | None:
-    """What takes the place of `cells` and `dequantize` for whole matrices on a kind of device; None where nothing does.
-
-    On a GPU these are kernels of Triton, on a CPU the native ones.
-    """
-    if device == "cuda" and find_spec("triton") is not None:
-        from mpo_exporter.heal.fused import fused_cells
-
-        return fused_cells
-    if device == "cpu" and native.available():
-        from mpo_exporter.heal.native_cells import native_cells
-
-        return native_cells
-    return None
 
 
 def rounded(values: Tensor, dtype: str) -> Tensor:

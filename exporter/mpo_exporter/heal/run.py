@@ -12,9 +12,10 @@ import torch
 
 from mpo_exporter.certify import Certifier
 from mpo_exporter.heal.checkpoint import NAME
+from mpo_exporter.heal.grid import Arrays
 from mpo_exporter.heal.session import Session
 from mpo_exporter.heal.settings import HealJob
-from mpo_exporter.heal.trainable import Arrays, Trainables
+from mpo_exporter.heal.trainable import Trainables
 from mpo_exporter.heal.workers import Progress, Workers, silent
 from mpo_exporter.request import check_file
 from mpo_exporter.source import Source, require_finite_weights
