@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": quality_tables.peers,
     "smollm2": quality_tables.smollm2,
     "smollm2-tasks": quality_tables.smollm2_tasks,
+    "smollm2-nominal": quality_tables.smollm2_nominal,
     "smollm2-samples": quality_tables.smollm2_samples,
     "paper-smollm2": method_tables.paper_smollm2,
     "speculation": speed_tables.speculation,

@@ -9,6 +9,7 @@ from parts.cells import Row, kl, percent, rows_of, table
 
 SMOLLM2 = "2026-11-30-smollm2.json"
 SMOLLM2_TASKS = "2026-11-30-smollm2-tasks.json"
+SMOLLM2_NOMINAL = "2026-12-01-smollm2-nominal.json"
 
 
 def peers() -> str:
@@ -88,6 +89,23 @@ def smollm2_tasks() -> str:
         body.append([*cells, f"{100 * row['accuracy_mean']:.1f}", change + error])
     names = [task.replace("_", " ").removesuffix(" openai") for task in tasks]
     return table(("file", "MB", "KL", "perplexity", *names, "mean", "minus dense"), body)
+
+
+def smollm2_nominal() -> str:
+    """SmolLM2: llama.cpp's types with the bits that they have here, and ours with those that they have on wider rows."""
+    ours = {row["name"]: row for row in rows_of(SMOLLM2_NOMINAL) if row["family"] == "auto"}
+    theirs = {row["name"]: row for row in rows_of(SMOLLM2_TASKS) if row["family"] == "llama.cpp"}
+    body = []
+    for name, mine in sorted(ours.items(), key=lambda item: -item[1]["file_bytes"]):
+        bits, kind = name.split(" bits, as ")
+        other = theirs[kind]
+        change = 100 * (mine["accuracy_mean"] - other["accuracy_mean"])
+        cells = [kind, bits, f"{other['bits_per_weight']:.2f}"]
+        for row in (other, mine):
+            cells += [f"{row['file_bytes'] / 1e6:.1f}", kl(row["kl_mean"]), f"{100 * row['accuracy_mean']:.1f}"]
+        body.append([*cells, f"{change:+.1f} ± {100 * paired_error(mine, other):.1f}"])
+    sides = [f"{what} {whose}" for whose in ("theirs", "ours") for what in ("MB", "KL", "accuracy")]
+    return table(("llama.cpp", "bits by name", "bits here", *sides, "ours minus theirs"), body)
 
 
 def smollm2_samples() -> str:

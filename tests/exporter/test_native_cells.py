@@ -71,9 +71,9 @@ def test_matrices_and_gradients(
 
 
 def test_what_is_not_a_number_stays_so(isa: str) -> None:
-    given = case(4, 64, 64)
-    given[0][3, 5] = float("nan")
-    matrix = native_cells(*given[:3], 15)
+    latent, scale, zero, _ = case(4, 64, 64)
+    latent[3, 5] = float("nan")
+    matrix = native_cells(latent, scale, zero, 15)
     assert matrix[3, 5].isnan() and int(matrix.isnan().sum()) == 1
 
 

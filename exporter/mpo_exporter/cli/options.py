@@ -324,9 +324,13 @@ class HealSettings:
     batch: Annotated[int, typer.Option(help="Windows in an optimizer step, over all devices together.")] = 4
     micro_batch: Annotated[int, typer.Option(help="Windows that a device runs at once.")] = 4
     window: Annotated[int | None, typer.Option(help="Tokens in a window.", show_default="256")] = None
-    block_share: Annotated[float, typer.Option(help="Share of the tokens spent on training single blocks first.")] = (
-        0.05
-    )
+    block_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the tokens spent on training single blocks first.",
+            show_default="0.05; 0 in trainings of less than 100 steps",
+        ),
+    ] = None
     cross_entropy: Annotated[float, typer.Option(help="Weight of the text's cross entropy relative to the KL.")] = 0.0
     top_k: Annotated[int, typer.Option(help="Number of teacher logits to keep for each token.")] = 256
     match_blocks: Annotated[
@@ -336,7 +340,8 @@ class HealSettings:
         float | None,
         typer.Option(
             help="Weight of the block-matching loss relative to the KL.",
-            show_default="the model's weights divided by the text's tokens, at most 20",
+            show_default="the model's weights divided by the text's tokens, at most 20, where a trial shows that it helps; 0 in "
+            "trainings of less than 100 steps",
         ),
     ] = None
     train_codes: Annotated[

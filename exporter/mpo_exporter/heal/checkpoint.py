@@ -33,6 +33,7 @@ class Record:
         began: the value of `seconds` when the training of the whole model began.
         rates: the optimizer's learning rates before the schedule.
         core_factor: what the rate of cores was lowered by.
+        matches: whether the outputs of blocks are matched.
         ordered: whether the bonds were already sorted once.
         block_curves, curve: the loss of every step, for each block and for the whole model.
     """
@@ -45,6 +46,7 @@ class Record:
     began: float = 0.0
     rates: list[float] = field(default_factory=list)
     core_factor: float = 1.0
+    matches: bool = True
     ordered: bool = False
     block_curves: list[list[float]] = field(default_factory=list)
     curve: list[float] = field(default_factory=list)

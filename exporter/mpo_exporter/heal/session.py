@@ -18,10 +18,20 @@ from mpo_exporter.heal.checkpoint import (
 )
 from mpo_exporter.heal.data import healing_data
 from mpo_exporter.heal.ops import HealingOps, WindowOps
-from mpo_exporter.heal.settings import DEFAULT_TOKENS, HealJob
+from mpo_exporter.heal.settings import BLOCK_SHARE, DEFAULT_TOKENS, FEWEST_STEPS, HealJob
 from mpo_exporter.heal.student import Batch, BlockStudent, Stream, Student, fits
 from mpo_exporter.heal.teacher import Lesson, TeacherFiles, check_teacher, matched_blocks
-from mpo_exporter.heal.train import Clock, Extent, NotFinite, Trainer, chosen_chi, chosen_windows, share_of
+from mpo_exporter.heal.train import (
+    FULL_RATE_STEPS,
+    TRIAL_STEPS,
+    Clock,
+    Extent,
+    NotFinite,
+    Trainer,
+    chosen_chi,
+    chosen_windows,
+    share_of,
+)
 from mpo_exporter.heal.trainable import Trainables
 from mpo_exporter.heal.workers import Progress, Workers
 from mpo_exporter.source import Source
@@ -42,6 +52,8 @@ FISHER_WINDOWS = 16
 SORT_WINDOWS = 16
 # Of the teacher's outputs on disk; changed when what they mean changes.
 MEANING = "relative errors"
+# Blocks are matched if a trial with that ends with at most so many times the KL of one without.
+AS_GOOD = 1.01
 # Before the names of parameters in a checkpoint, beside the optimizer's tensors.
 MODEL = "model."
 
@@ -78,9 +90,12 @@ class Session:
         self.record, self.saved = found or (Record(digest), {})
         self.saved_step = None if found is None else self.record.step
         self.clock = Clock(self.record.seconds)
-        self.matched = matched_blocks(
-            self.architecture.num_hidden_layers, 0 if self.settings.match_weight == 0 else self.settings.match_blocks
-        )
+        steps, share, weight = self._steps(1.0), self.settings.block_share, self.settings.match_weight
+        short = steps is not None and steps < FEWEST_STEPS
+        self.block_share = (0.0 if short else BLOCK_SHARE) if share is None else share
+        alone = weight == 0 or (weight is None and short)
+        count = 0 if alone else self.settings.match_blocks
+        self.matched = matched_blocks(self.architecture.num_hidden_layers, count)
         self.ops = HealingOps(file, workers.device)
         self.model = decoder_for(self.architecture, self.ops)
         self.names = [linear.name for linear in file.spec.linears] + [vector.name for vector in file.spec.vectors]
@@ -124,7 +139,7 @@ class Session:
         return None if tokens is None else round(share * tokens / (self.settings.batch * self.data.span))
 
     def _whole_steps(self) -> int | None:
-        steps = self._steps(1 - self.settings.block_share)
+        steps = self._steps(1 - self.block_share)
         return None if steps is None else max(steps, 1)
 
     def _seconds(self) -> float | None:
@@ -133,10 +148,10 @@ class Session:
     def _teach(self) -> Lesson:
         """Runs the teacher on the windows that will be used, and drops the other windows."""
         self.place = "the teacher"
-        steps, weighs = self._whole_steps(), bool(self.matched) or self.settings.block_share > 0
+        steps, weighs = self._whole_steps(), bool(self.matched) or self.block_share > 0
         weighed = self.data.windows[:FISHER_WINDOWS] if weighs else None  # independent of the training's length
         if steps is not None:
-            used = max(steps, self._steps(self.settings.block_share) or 0) * self.settings.batch
+            used = max(steps, self._steps(self.block_share) or 0) * self.settings.batch
             self.data = self.data.first(used)
         shape = (len(self.data.windows), self.data.span, min(self.settings.top_k, self.architecture.vocab_size))
         asked = (MEANING, self.teacher_sha256, self.data.digest, self.settings.seed, *shape[1:], self.matched, weighs)
@@ -168,8 +183,8 @@ class Session:
             fisher: F [blocks, E]; the loss ½ Σ F e² is the KL that an output's relative errors e are expected to cause.
         """
         blocks = self.architecture.num_hidden_layers
-        steps = self._steps(self.settings.block_share)
-        if self.record.step or self.record.blocks == blocks or self.settings.block_share == 0 or steps == 0:
+        steps = self._steps(self.block_share)
+        if self.record.step or self.record.blocks == blocks or self.block_share == 0 or steps == 0:
             return
         count = (TIMED_BATCHES if steps is None else steps) * self.settings.batch
         inputs = self.data.windows[:count, :-1]
@@ -184,7 +199,7 @@ class Session:
             for model, name in ((self.model, "healed.states"), (dense, "dense.states"))
         )
         seconds = self._seconds()
-        each = None if seconds is None else seconds * self.settings.block_share / blocks
+        each = None if seconds is None else seconds * self.block_share / blocks
         self.ops.trainables = None
         fisher = fisher.to(device)
         ours.embed()
@@ -243,21 +258,19 @@ class Session:
         settings, record = self.settings, self.record
         everything = Trainables(self.file, self.names, moving=self.codes)
         everything.aim(self.source.weights)
-        everything.load_state_dict(self.learned, strict=False)
         everything.to(self.workers.device)
         student = self._student(everything, lesson.fisher)
         trainer = Trainer(student, everything, settings, self.workers, fixed=not student.recompute)
         if record.step:
+            everything.load_state_dict(self.learned, strict=False)
+            if not record.matches:
+                student.matched = {}
             trainer.set_core_factor(record.core_factor)
             trainer.set_rates(record.rates)
             restore_optimizer(trainer.optimizer, self.saved)
         else:
+            self._prepare(student, trainer, lesson)
             record.began = self.clock.seconds()
-            record.core_factor = trainer.tame(self._batches(0, lesson))
-            if record.core_factor < 1:
-                self.progress(
-                    "healing", 0, f"cores learn at {record.core_factor:g} of their rate: more would raise the loss"
-                )
         self.saved = {}
         seconds = self._seconds()
         left = None if seconds is None else max(seconds - record.began, SHORTEST)
@@ -288,6 +301,47 @@ class Session:
         record.seconds = self.clock.seconds()
         return everything
 
+    def _prepare(self, student: Student, trainer: Trainer, lesson: Lesson) -> None:
+        """Before the first step of the whole model: keeps what helps of the single blocks, matched blocks and rates of cores.
+
+        On some models, really trained ones among them, the Fisher information overrates the errors of blocks so far that
+        lowering these raises the KL of the whole.
+        """
+        record, settings = self.record, self.settings
+        batches = [self._batches(step, lesson) for step in range(2 * TRIAL_STEPS)]
+        tried, unseen = batches[:TRIAL_STEPS], batches[TRIAL_STEPS:]
+        if self.learned:
+            parts = student.trainables
+            before, untrained = (
+                trainer.kl(unseen),
+                {name: tensor.clone() for name, tensor in parts.state_dict().items()},
+            )
+            parts.load_state_dict(self.learned, strict=False)
+            after = trainer.kl(unseen)
+            self.progress("healing", 0, f"KL {before:.4f}, {after:.4f} with single blocks trained")
+            if after > before:
+                parts.load_state_dict(untrained, strict=False)
+        found = []
+        matched = (
+            [student.matched] if settings.match_weight is not None or not student.matched else [student.matched, {}]
+        )
+        for student.matched in matched:
+            trainer.set_core_factor(1.0)
+            factor = trainer.tame(batches[0])
+            kl = 0.0 if len(matched) == 1 else trainer.trial(tried, unseen, self._whole_steps() or FULL_RATE_STEPS)
+            found.append((kl, factor))
+        if len(found) == 2:
+            self.progress(
+                "healing", 0, f"KL after a few steps {found[0][0]:.4f} with blocks matched, {found[1][0]:.4f} without"
+            )
+        best = 0 if found[0][0] <= AS_GOOD * found[-1][0] else 1
+        student.matched, record.matches, record.core_factor = matched[best], bool(matched[best]), found[best][1]
+        trainer.set_core_factor(record.core_factor)
+        if record.core_factor < 1:
+            self.progress(
+                "healing", 0, f"cores learn at {record.core_factor:g} of their rate: more would raise the loss"
+            )
+
     def _student(self, everything: Trainables, fisher: Tensor) -> Student:
         """The whole model with its loss; F [blocks, E] weights the errors of the matched blocks' outputs."""
         settings, device = self.settings, self.workers.device
@@ -312,13 +366,14 @@ class Session:
         settings, device = self.settings, self.workers.device
         rows = chosen_windows(len(self.data.windows), settings.batch, step, settings.seed)
         total = float(self.data.counts[rows].sum())
+        matches = bool(self.matched) and self.record.matches
         batches = []
         for part in share_of(rows, settings, self.workers):
             ids = torch.from_numpy(self.data.windows[part]).to(device)
             weight = torch.from_numpy(self.data.counts[part] / total).to(device)
             top = torch.from_numpy(lesson.scores[part].astype(np.float32)).to(device)
             tokens = torch.from_numpy(lesson.chosen[part].astype(np.int64)).to(device)
-            states = torch.from_numpy(lesson.states[part]).view(torch.bfloat16).to(device) if self.matched else None
+            states = torch.from_numpy(lesson.states[part]).view(torch.bfloat16).to(device) if matches else None
             batches.append(Batch(ids[:, :-1], ids[:, 1:], weight, top, tokens, states))
         return batches
 

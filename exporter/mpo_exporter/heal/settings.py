@@ -18,6 +18,11 @@ DEFAULT_TOKENS = 1_000_000
 CODES_UP_TO = 500_000_000
 # The largest weight of the block-matching loss where `match_weight` is None.
 MOST_MATCHING = 20.0
+# The share of the tokens that single blocks get where `block_share` is None. Trainings of fewer steps than FEWEST_STEPS have
+# neither this nor, where `match_weight` is None, matched blocks.
+BLOCK_SHARE = 0.05
+# With fewer steps than these, too little of the noise averages out.
+FEWEST_STEPS = 100
 POWERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -44,7 +49,8 @@ class Settings:
         window: tokens in a window; None: 256, or the model's context if that is shorter.
         batch: windows in an optimizer step, over all devices together.
         micro_batch: windows that a device runs at once; gradients of the rest of its share are accumulated.
-        block_share: share of the tokens spent on training single blocks, before the whole model is trained.
+        block_share: share of the tokens spent on training single blocks, before the whole model is trained; None: BLOCK_SHARE,
+            or nothing in short trainings. What it gives is kept only if it lowers the KL.
         core_rate: learning rate of cores, relative to each core's root mean square; lowered where a first step at this
             rate would raise the loss (Trainer.tame).
         code_rate: learning rate of integers, in units of their grid's step; halved for each bit above 4.
@@ -56,7 +62,8 @@ class Settings:
         top_k: number of teacher logits kept for each token; the remaining probability is treated as one class.
         match_blocks: number of blocks, evenly spread, whose outputs are matched to the teacher's.
         match_weight: weight of the block-matching loss relative to the KL; None: the model's weights divided by the
-            text's tokens, at most MOST_MATCHING. The more text there is, the less the matching adds to the logits.
+            text's tokens, at most MOST_MATCHING, if a trial with it ends at a lower KL than one without; 0 in short
+            trainings. The more text there is, the less the matching adds to the logits.
         cross_entropy: λ, the weight of the text's cross entropy relative to the KL.
         assistant_only: only the tokens of the assistant's messages count in the loss.
         chi_dropout: probability that a step uses only a random prefix of the bonds.
@@ -74,7 +81,7 @@ class Settings:
     window: int | None = None
     batch: int = 4
     micro_batch: int = 4
-    block_share: float = 0.05
+    block_share: float | None = None
     core_rate: float = 2e-2
     code_rate: float = 1e-2
     scale_rate: float = 3e-3
@@ -107,8 +114,9 @@ class Settings:
             if getattr(self, name) < 0:
                 raise ConfigError(f"healing: {name}: expected at least 0, found {getattr(self, name)}")
         for name in ("block_share", "chi_dropout", "cores_first"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"healing: {name}: expected 0 to 1, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"healing: {name}: expected 0 to 1, found {value}")
 
     def check_processes(self, count: int) -> None:
         """Raises ConfigError where a batch cannot be divided among `count` processes."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpo_exporter.heal.ops import autocast
-from mpo_exporter.heal.settings import Settings
+from mpo_exporter.heal.settings import FEWEST_STEPS, Settings
 from mpo_exporter.heal.trainable import Trainables
 from mpo_exporter.heal.workers import Workers
 from mpo_formats import ConfigError
@@ -33,11 +33,12 @@ SLOWLY_COOLED_STEPS = 250
 FASTEST_COOLING = 3.0
 # With fewer steps than these, too little of the noise averages out: the rates of integers and scales are then lowered in
 # proportion. With more than these they would walk too far: the rates fall so that the sum of all steps' rates stays the same.
-FEWEST_STEPS = 100
 FULL_RATE_STEPS = 1000
 WALKING = ("code", "scale")
 # What the rate of cores is multiplied by, tried in this order (see Trainer.tame).
 CORE_FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+# Steps of a trial (see Trainer.trial). Two trials end before steps are recorded on a GPU.
+TRIAL_STEPS = 8
 # On a GPU, steps are recorded as a graph after this many; recording does not pay off in shorter trainings.
 STEPS_BEFORE_GRAPH = 20
 # Passes before the recording, on the recording's stream: libraries allocate their workspaces during the first ones.
@@ -206,13 +207,42 @@ class Trainer:
         self.set_core_factor(factor)
         return factor
 
+    def trial(self, batches: Sequence[Sequence[Any]], unseen: Sequence[Sequence[Any]], steps: float) -> float:
+        """The KL on unseen batches after a step for each of `batches`; the steps are taken back.
+
+        Args:
+            steps: the number of steps that the training will have.
+        """
+        held = [
+            (parameter, parameter.detach().clone())
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        for number, parts in enumerate(batches):
+            self.step(parts, WARM_UP, None, f"step {number + 1} of a trial", steps)
+        found = self.kl(unseen)
+        with torch.no_grad():
+            for parameter, value in held:
+                parameter.copy_(value)
+        self.restart()
+        return found
+
+    def kl(self, batches: Sequence[Sequence[Any]]) -> float:
+        """The mean KL of batches."""
+        return sum(float(self.workers.total(self._figures(parts))[1]) for parts in batches) / len(batches)
+
+    @torch.no_grad()
+    def _figures(self, parts: Sequence[Any]) -> Tensor:
+        """The figures of a batch, without gradients."""
+        with autocast(self.workers.device):
+            return torch.stack([self.module(part, None) for part in parts]).sum(0)
+
     @torch.no_grad()
     def _moved(self, steps: Sequence[tuple[Tensor, Tensor, Tensor]], factor: float, parts: Sequence[Any]) -> Tensor:
         """The figures of a batch after steps (parameter, its value, its change) times `factor`, which are taken back."""
         for parameter, value, change in steps:
             parameter.copy_(value - factor * change)
-        with autocast(self.workers.device):
-            figures = torch.stack([self.module(part, None) for part in parts]).sum(0)
+        figures = self._figures(parts)
         for parameter, value, _ in steps:
             parameter.copy_(value)
         return figures
