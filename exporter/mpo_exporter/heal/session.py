@@ -33,6 +33,7 @@ from mpo_exporter.heal.train import (
     share_of,
 )
 from mpo_exporter.heal.trainable import Trainables
+from mpo_exporter.heal.trials import Trials
 from mpo_exporter.heal.workers import Progress, Workers
 from mpo_exporter.source import Source
 from mpo_formats import MpoFile
@@ -52,8 +53,6 @@ FISHER_WINDOWS = 16
 SORT_WINDOWS = 16
 # Of the teacher's outputs on disk; changed when what they mean changes.
 MEANING = "relative errors"
-# Blocks are matched if a trial with that ends with at most so many times the KL of one without.
-AS_GOOD = 1.01
 # Before the names of parameters in a checkpoint, beside the optimizer's tensors.
 MODEL = "model."
 
@@ -269,7 +268,12 @@ class Session:
             trainer.set_rates(record.rates)
             restore_optimizer(trainer.optimizer, self.saved)
         else:
-            self._prepare(student, trainer, lesson)
+            batches = [self._batches(step, lesson) for step in range(2 * TRIAL_STEPS)]
+            trials = Trials(student, trainer, batches, lambda words: self.progress("healing", 0, words))
+            if self.learned:
+                trials.keep_blocks(self.learned)
+            trials.choose_matching(self._whole_steps() or FULL_RATE_STEPS, given=settings.match_weight is not None)
+            record.matches, record.core_factor = bool(student.matched), trainer.core_factor
             record.began = self.clock.seconds()
         self.saved = {}
         seconds = self._seconds()
@@ -300,47 +304,6 @@ class Session:
         self._sort(everything, exact=True)
         record.seconds = self.clock.seconds()
         return everything
-
-    def _prepare(self, student: Student, trainer: Trainer, lesson: Lesson) -> None:
-        """Before the first step of the whole model: keeps what helps of the single blocks, matched blocks and rates of cores.
-
-        On some models, really trained ones among them, the Fisher information overrates the errors of blocks so far that
-        lowering these raises the KL of the whole.
-        """
-        record, settings = self.record, self.settings
-        batches = [self._batches(step, lesson) for step in range(2 * TRIAL_STEPS)]
-        tried, unseen = batches[:TRIAL_STEPS], batches[TRIAL_STEPS:]
-        if self.learned:
-            parts = student.trainables
-            before, untrained = (
-                trainer.kl(unseen),
-                {name: tensor.clone() for name, tensor in parts.state_dict().items()},
-            )
-            parts.load_state_dict(self.learned, strict=False)
-            after = trainer.kl(unseen)
-            self.progress("healing", 0, f"KL {before:.4f}, {after:.4f} with single blocks trained")
-            if after > before:
-                parts.load_state_dict(untrained, strict=False)
-        found = []
-        matched = (
-            [student.matched] if settings.match_weight is not None or not student.matched else [student.matched, {}]
-        )
-        for student.matched in matched:
-            trainer.set_core_factor(1.0)
-            factor = trainer.tame(batches[0])
-            kl = 0.0 if len(matched) == 1 else trainer.trial(tried, unseen, self._whole_steps() or FULL_RATE_STEPS)
-            found.append((kl, factor))
-        if len(found) == 2:
-            self.progress(
-                "healing", 0, f"KL after a few steps {found[0][0]:.4f} with blocks matched, {found[1][0]:.4f} without"
-            )
-        best = 0 if found[0][0] <= AS_GOOD * found[-1][0] else 1
-        student.matched, record.matches, record.core_factor = matched[best], bool(matched[best]), found[best][1]
-        trainer.set_core_factor(record.core_factor)
-        if record.core_factor < 1:
-            self.progress(
-                "healing", 0, f"cores learn at {record.core_factor:g} of their rate: more would raise the loss"
-            )
 
     def _student(self, everything: Trainables, fisher: Tensor) -> Student:
         """The whole model with its loss; F [blocks, E] weights the errors of the matched blocks' outputs."""
