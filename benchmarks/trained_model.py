@@ -283,7 +283,8 @@ def measure_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             path, facts = make_ours(row, arguments)
             rows.append(measured(row, path, kept, judge, healed=False, **facts))
             if row.heal and arguments.heal_tokens != "0":
-                rows.append(measured(row, healed(row, path, arguments), kept, judge, healed=True))
+                facts = {"healed": True, "heal_tokens": arguments.heal_tokens}
+                rows.append(measured(row, healed(row, path, arguments), kept, judge, **facts))
         print(line(rows[-1]), file=sys.stderr, flush=True)
     return rows
 

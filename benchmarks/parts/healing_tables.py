@@ -110,6 +110,7 @@ def healed_smollm2() -> str:
     body = [
         (
             "dense",
+            "",
             f"{dense['file_bytes'] / 1e6:.1f}",
             "",
             f"{dense['perplexity']:.2f}",
@@ -127,6 +128,7 @@ def healed_smollm2() -> str:
         body.append(
             (
                 name_of(before),
+                after.get("heal_tokens", "40k"),
                 f"{after['file_bytes'] / 1e6:.1f}",
                 f"{kl(before['kl_mean'])} → {kl(after['kl_mean'])} ({after['kl_mean'] / before['kl_mean']:.2f})",
                 f"{before['perplexity']:.1f} → {after['perplexity']:.1f}",
@@ -135,7 +137,16 @@ def healed_smollm2() -> str:
                 answer(after),
             )
         )
-    head = ("file", "MB", "KL before → healed (left)", "perplexity", "accuracy, six tasks", "change", "says, healed")
+    head = (
+        "file",
+        "tokens",
+        "MB",
+        "KL before → healed (left)",
+        "perplexity",
+        "accuracy, six tasks",
+        "change",
+        "says, healed",
+    )
     return table(head, body)
 
 

@@ -1,8 +1,9 @@
-"""What a healing tries before its first step: blocks trained one by one, and matched blocks, are kept only where they help."""
+"""What a healing tries before its first step: single blocks, matched blocks and full rates are kept only where they help."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mpo_exporter.heal import session
 from mpo_exporter.heal.run import Healed
 from mpo_exporter.heal.settings import HealJob, Settings
 from mpo_exporter.heal.train import Trainer
+from mpo_exporter.heal.trials import Trials
 from mpo_exporter.plan.options import Options
 from mpo_runtime.weights.checkpoint import Checkpoint
 from tests.helpers import BOS, export_folder, granite_config, heal_folder, some_ids, write_folder
@@ -59,8 +61,8 @@ def healed(folder: Path, work: Path, **changes: Any) -> tuple[Healed, list[str]]
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, name: str, *values: float) -> None:
-    """Makes a method of Trainer do its work and then answer these values in turn."""
-    answers, own = iter(values), getattr(Trainer, name)
+    """Makes a method of Trainer do its work and then answer these values in turn, the last one again and again."""
+    answers, own = chain(values, repeat(values[-1])), getattr(Trainer, name)
 
     def answer(self: Trainer, *arguments: Any) -> float:
         own(self, *arguments)
@@ -75,18 +77,35 @@ def test_blocks_are_matched_where_a_trial_says_so(
 ) -> None:
     """Then every step is that of a healing that was told so: nothing of the trials is left."""
     weight = Settings().matching(Checkpoint(folder / "model").architecture.parameters(), 930)
+    answering(monkeypatch, "kl", 1.0)
+    answering(monkeypatch, "trial", 0.9, *results)
     told, _ = healed(folder, tmp_path, match_weight=weight if kept else 0.0)
-    answering(monkeypatch, "trial", *results)
     found, said = healed(folder, tmp_path)
     assert said == [f"KL after a few steps {results[0]:.4f} with blocks matched, {results[1]:.4f} without"]
     np.testing.assert_allclose(found.curve, told.curve, rtol=1e-5)
     assert len(found.curve) == 8
 
 
+def test_rates_fall_until_a_trial_does_not_raise_the_divergence(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(monkeypatch, "kl", 0.4)
+    answering(monkeypatch, "trial", 0.5, 0.45, 0.4, 0.3)
+    found, said = healed(folder, tmp_path / "a", match_weight=0.0)
+    assert said == [
+        "integers learn at 0.3 of their rate: more raised the KL from 0.4000 to 0.5000",
+        "integers learn at 0.1 of their rate: more raised the KL from 0.4000 to 0.4500",
+    ]
+    rates = {"code_rate": 0.1 * SETTINGS.code_rate, "scale_rate": 0.1 * SETTINGS.scale_rate}
+    told, _ = healed(folder, tmp_path / "b", match_weight=0.0, **rates)
+    np.testing.assert_allclose(found.curve, told.curve, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("results", "kept"), [((0.5, 0.4), True), ((0.5, 0.6), False)])
 def test_blocks_trained_one_by_one_are_kept_where_the_whole_is_better(
     folder: Path, tmp_path: Path, results: tuple[float, float], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Trials, "choose", lambda self, steps, given: None)
     without, _ = healed(folder, tmp_path, match_weight=0.0)
     answering(monkeypatch, "kl", *results)
     found, said = healed(folder, tmp_path, match_weight=0.0, tokens=1104, block_share=0.1)
@@ -99,9 +118,10 @@ def test_blocks_trained_one_by_one_are_kept_where_the_whole_is_better(
 def test_a_stopped_healing_goes_on_as_the_trial_said(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answering(monkeypatch, "trial", 0.6, 0.5, 0.6, 0.5)
+    answering(monkeypatch, "kl", 0.4)
+    answering(monkeypatch, "trial", *[0.6, 0.5, 0.3] * 2)
     whole, _ = healed(folder, tmp_path / "a", checkpoint_steps=3)
-    own, left = Trainer.step, iter(range(19))  # 16 steps of trials and 3 more
+    own, left = Trainer.step, iter(range(27))  # 24 steps of trials and 3 more
 
     def stopping(self: Trainer, *arguments: Any) -> tuple[float, float]:
         if next(left, None) is None:

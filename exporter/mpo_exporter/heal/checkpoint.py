@@ -32,7 +32,7 @@ class Record:
         seconds, tokens: spent so far.
         began: the value of `seconds` when the training of the whole model began.
         rates: the optimizer's learning rates before the schedule.
-        core_factor: what the rate of cores was lowered by.
+        core_factor, walking_factor: what the rates of cores, and of integers and scales, were lowered by.
         matches: whether the outputs of blocks are matched.
         ordered: whether the bonds were already sorted once.
         block_curves, curve: the loss of every step, for each block and for the whole model.
@@ -46,6 +46,7 @@ class Record:
     began: float = 0.0
     rates: list[float] = field(default_factory=list)
     core_factor: float = 1.0
+    walking_factor: float = 1.0
     matches: bool = True
     ordered: bool = False
     block_curves: list[list[float]] = field(default_factory=list)

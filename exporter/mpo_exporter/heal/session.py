@@ -90,9 +90,9 @@ class Session:
         self.saved_step = None if found is None else self.record.step
         self.clock = Clock(self.record.seconds)
         steps, share, weight = self._steps(1.0), self.settings.block_share, self.settings.match_weight
-        short = steps is not None and steps < FEWEST_STEPS
-        self.block_share = (0.0 if short else BLOCK_SHARE) if share is None else share
-        alone = weight == 0 or (weight is None and short)
+        self.short = steps is not None and steps < FEWEST_STEPS
+        self.block_share = (0.0 if self.short else BLOCK_SHARE) if share is None else share
+        alone = weight == 0 or (weight is None and self.short)
         count = 0 if alone else self.settings.match_blocks
         self.matched = matched_blocks(self.architecture.num_hidden_layers, count)
         self.ops = HealingOps(file, workers.device)
@@ -265,15 +265,21 @@ class Session:
             if not record.matches:
                 student.matched = {}
             trainer.set_core_factor(record.core_factor)
+            trainer.walking_factor = record.walking_factor
             trainer.set_rates(record.rates)
             restore_optimizer(trainer.optimizer, self.saved)
         else:
-            batches = [self._batches(step, lesson) for step in range(2 * TRIAL_STEPS)]
+            count = 1 if self.short and not self.learned else 2 * TRIAL_STEPS
+            batches = [self._batches(step, lesson) for step in range(count)]
             trials = Trials(student, trainer, batches, lambda words: self.progress("healing", 0, words))
             if self.learned:
                 trials.keep_blocks(self.learned)
-            trials.choose_matching(self._whole_steps() or FULL_RATE_STEPS, given=settings.match_weight is not None)
-            record.matches, record.core_factor = bool(student.matched), trainer.core_factor
+            if self.short:
+                trials.tame()
+            else:
+                trials.choose(self._whole_steps() or FULL_RATE_STEPS, given=settings.match_weight is not None)
+            record.matches = bool(student.matched)
+            record.core_factor, record.walking_factor = trainer.core_factor, trainer.walking_factor
             record.began = self.clock.seconds()
         self.saved = {}
         seconds = self._seconds()

@@ -37,7 +37,7 @@ FULL_RATE_STEPS = 1000
 WALKING = ("code", "scale")
 # What the rate of cores is multiplied by, tried in this order (see Trainer.tame).
 CORE_FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-# Steps of a trial (see Trainer.trial). Two trials end before steps are recorded on a GPU.
+# Steps of a trial (see Trainer.trial).
 TRIAL_STEPS = 8
 # On a GPU, steps are recorded as a graph after this many; recording does not pay off in shorter trainings.
 STEPS_BEFORE_GRAPH = 20
@@ -158,7 +158,7 @@ class Trainer:
         self.graphs = alike and workers.count == 1 and workers.device.startswith("cuda")
         self.graph: GraphedStep | None = None
         self.steps = 0
-        self.core_factor = 1.0
+        self.core_factor, self.walking_factor = 1.0, 1.0
         self.restart()
 
     def restart(self) -> None:
@@ -225,6 +225,7 @@ class Trainer:
             for parameter, value in held:
                 parameter.copy_(value)
         self.restart()
+        self.steps -= len(batches)
         return found
 
     def kl(self, batches: Sequence[Sequence[Any]]) -> float:
@@ -286,7 +287,7 @@ class Trainer:
             self.optimizer.zero_grad()
             raise NotFinite(f"healing: the loss is not finite at {where}")
         factor = learning_rate(done, steps)
-        walking = walking_rate(steps) if done >= self.settings.cores_first else 0.0
+        walking = self.walking_factor * walking_rate(steps) if done >= self.settings.cores_first else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor * (walking if group["kind"] in WALKING else 1.0)
         self.optimizer.step()
