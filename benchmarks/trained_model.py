@@ -140,7 +140,7 @@ def planned(peers: dict[str, Path], sizes: Sequence[int] = ()) -> Iterator[Row]:
         for family in (FITTED, PLAIN):
             yield Row(family, f"{bits} bits", ("--target-bpw", str(bits), *families[family]))
     for kind in peers:
-        yield Row("auto", f"{TYPES[kind]} bits, as {kind}", ("--target-bpw", str(TYPES[kind])))
+        yield Row("auto", f"{TYPES[kind]} bits, as {kind}", ("--target-bpw", str(TYPES[kind])), heal=True)
     for plan, options in PLANS.items():
         yield Row(plan, "", ("--plan", plan, *options), heal=True)
 
