@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from mpo_exporter.heal.settings import MOST_MATCHING, Settings
+from mpo_exporter.heal.settings import FEWEST_STEPS, MOST_MATCHING, Settings
 from mpo_exporter.heal.train import (
     CORE_FACTORS,
-    FEWEST_STEPS,
+    FULL_RATE_INTEGERS,
     FULL_RATE_STEPS,
     LAST_RATE,
     Trainer,
@@ -76,6 +76,8 @@ def test_dropped_bonds_are_prefixes_of_all_sizes() -> None:
 def test_integers_move_less_in_few_steps_and_no_farther_in_many() -> None:
     assert walking_rate(FEWEST_STEPS) == walking_rate(FULL_RATE_STEPS) == 1.0
     assert walking_rate(FEWEST_STEPS / 4) == walking_rate(4 * FULL_RATE_STEPS) == 0.25
+    assert walking_rate(FEWEST_STEPS, FULL_RATE_INTEGERS) == 1.0
+    assert walking_rate(FEWEST_STEPS, 4 * FULL_RATE_INTEGERS) == 0.5
 
 
 def test_blocks_are_matched_where_text_is_scarce() -> None:

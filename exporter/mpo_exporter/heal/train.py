@@ -34,6 +34,8 @@ FASTEST_COOLING = 3.0
 # With fewer steps than these, too little of the noise averages out: the rates of integers and scales are then lowered in
 # proportion. With more than these they would walk too far: the rates fall so that the sum of all steps' rates stays the same.
 FULL_RATE_STEPS = 1000
+# A step says less about each integer the more there are: with more than these, rates fall with the root of their number.
+FULL_RATE_INTEGERS = 20_000_000
 WALKING = ("code", "scale")
 # What the rate of cores is multiplied by, tried in this order (see Trainer.tame).
 CORE_FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
@@ -76,10 +78,11 @@ def learning_rate(done: float, steps: float = SLOWLY_COOLED_STEPS) -> float:
     return float(factor ** min(power, FASTEST_COOLING))
 
 
-def walking_rate(steps: float) -> float:
-    """The factor by which the rates of integers and scales are lowered in a training of `steps` steps."""
+def walking_rate(steps: float, integers: int = 0) -> float:
+    """The factor by which the rates of integers and scales are lowered in a training of `steps` steps with so many integers."""
     steps = max(steps, 1.0)
-    return min(steps / FEWEST_STEPS, 1.0, FULL_RATE_STEPS / steps)
+    crowded = math.sqrt(FULL_RATE_INTEGERS / max(integers, 1))
+    return min(steps / FEWEST_STEPS, 1.0, FULL_RATE_STEPS / steps, crowded)
 
 
 def chosen_windows(count: int, batch: int, step: int, seed: int) -> NDArray[np.int64]:
@@ -159,6 +162,7 @@ class Trainer:
         self.graph: GraphedStep | None = None
         self.steps = 0
         self.core_factor, self.walking_factor = 1.0, 1.0
+        self.integers = sum(parameter.numel() for kind, parameter, _ in trainables.learning() if kind == "code")
         self.restart()
 
     def restart(self) -> None:
@@ -287,7 +291,7 @@ class Trainer:
             self.optimizer.zero_grad()
             raise NotFinite(f"healing: the loss is not finite at {where}")
         factor = learning_rate(done, steps)
-        walking = self.walking_factor * walking_rate(steps) if done >= self.settings.cores_first else 0.0
+        walking = self.walking_factor * walking_rate(steps, self.integers) if done >= self.settings.cores_first else 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor * (walking if group["kind"] in WALKING else 1.0)
         self.optimizer.step()
