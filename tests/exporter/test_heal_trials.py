@@ -143,3 +143,15 @@ def test_short_trainings_do_without_both(folder: Path, tmp_path: Path, monkeypat
     assert any((tmp_path / "work").glob("*scores*")) and not any((tmp_path / "work").glob("*states*"))
     asked, _ = healed(folder, tmp_path / "b", block_share=0.1, match_weight=1.0)
     assert asked.block_curves and any((tmp_path / "b" / "work").glob("*states*"))
+
+
+def test_a_time_that_is_short_does_without_trials(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute was once nearly gone before the first step; a long time is still used for trials."""
+    monkeypatch.setattr(session, "FEWEST_STEPS", 10**9)
+    found, said = healed(folder, tmp_path / "a", tokens=None, minutes=0.02)
+    assert not any("matched" in words for words in said) and found.curve
+    monkeypatch.setattr(session, "FEWEST_STEPS", 0)
+    found, said = healed(folder, tmp_path / "b", tokens=None, minutes=0.02)
+    assert any("matched" in words for words in said) and found.curve

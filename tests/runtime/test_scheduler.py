@@ -147,7 +147,7 @@ def test_texts_share_steps_and_join_while_others_run(model: Decoder) -> None:
     for text in texts:
         list(text)
     steps, rows = engine.stats().steps, engine.stats().step_rows
-    assert steps < 60 and rows > 6  # 180 tokens and 423 of prompts, were they alone: more than 190 steps
+    assert steps < 100 and rows > 6  # 180 tokens and 423 of prompts, were they alone: more than 190 steps
     assert all(text.prompt_seconds > 0 and text.decode_seconds > 0 and text.queued_seconds >= 0 for text in texts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -269,12 +270,14 @@ class Session:
             trainer.set_rates(record.rates)
             restore_optimizer(trainer.optimizer, self.saved)
         else:
-            count = 1 if self.short and not self.learned else 2 * TRIAL_STEPS
-            batches = [self._batches(step, lesson) for step in range(count)]
+            short = self.short or self._time_is_short(trainer, self._batches(0, lesson))
+            batches = [self._batches(step, lesson) for step in range(2 if short else 2 * TRIAL_STEPS)]
             trials = Trials(student, trainer, batches, lambda words: self.progress("healing", 0, words))
             if self.learned:
                 trials.keep_blocks(self.learned)
-            if self.short:
+            if short:
+                if settings.match_weight is None:
+                    student.matched = {}
                 trials.tame()
             else:
                 trials.choose(self._whole_steps() or FULL_RATE_STEPS, given=settings.match_weight is not None)
@@ -310,6 +313,15 @@ class Session:
         self._sort(everything, exact=True)
         record.seconds = self.clock.seconds()
         return everything
+
+    def _time_is_short(self, trainer: Trainer, batch: Sequence[Batch]) -> bool:
+        """Whether time limits the training to about less than FEWEST_STEPS steps, each of three forward passes' time."""
+        if (seconds := self._seconds()) is None:
+            return False
+        begin = self.clock.seconds()
+        trainer.kl([batch])
+        now = self.clock.seconds()
+        return bool(self.workers.agree(seconds - now < FEWEST_STEPS * 3 * (now - begin)))
 
     def _student(self, everything: Trainables, fisher: Tensor) -> Student:
         """The whole model with its loss; F [blocks, E] weights the errors of the matched blocks' outputs."""

@@ -25,7 +25,8 @@ class Trials:
     """A student before its training.
 
     Args:
-        batches: of the first 2 · TRIAL_STEPS steps: half of them to train on, half to measure on. `tame` needs one.
+        batches: of the first 2 · TRIAL_STEPS steps: half of them to train on, half to measure on. `keep_blocks` and `tame` are
+            content with one.
         say: told what was found.
     """
 
@@ -36,7 +37,7 @@ class Trials:
 
     def keep_blocks(self, learned: Mapping[str, Tensor]) -> None:
         """Takes over what blocks learned one by one, unless it raises the KL of the whole model."""
-        parts, unseen = self.student.trainables, self.batches[TRIAL_STEPS:]
+        parts, unseen = self.student.trainables, self.batches[TRIAL_STEPS:] or self.batches
         before, untrained = (
             self.trainer.kl(unseen),
             {name: tensor.clone() for name, tensor in parts.state_dict().items()},
