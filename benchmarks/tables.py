@@ -30,7 +30,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper-smollm2": method_tables.paper_smollm2,
     "speculation": speed_tables.speculation,
     "transforms-smollm2": partial(quality_tables.transforms, "2026-11-30-transforms-smollm2.json"),
-    "columns": quality_tables.columns_smollm2,
+    "columns": quality_tables.columns_of_both,
     "transforms-speed": speed_tables.transforms_speed,
     "transforms-2b": speed_tables.transforms_2b,
     "transforms-nano": partial(quality_tables.transforms, "2026-11-30-transforms-granite-nano.json"),

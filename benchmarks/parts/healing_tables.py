@@ -8,7 +8,13 @@ from parts.cells import Row, kl, percent, rows_of, table
 from parts.quality_tables import name_of, paired_error, shortened
 
 HEALED = "2026-11-27-healing-h200.json"
-HEALED_SMOLLM2 = ("2026-12-01-smollm2-healed.json", "2026-12-01-smollm2-healed-more.json")
+# Files of results, and whether blocks were matched. A row of a later file takes the place of the same row of an earlier one.
+HEALED_SMOLLM2 = {
+    "2026-12-01-smollm2-healed.json": "yes",
+    "2026-12-01-smollm2-healed-more.json": "yes",
+    "2026-12-01-smollm2-healed-again.json": "no",
+    "2026-12-01-smollm2-healed-long.json": "no",
+}
 HEALED_NAMES = {
     "auto, 4.25 bits": "`auto`, 4.25 bits",
     "auto, 3.3 bits": "`auto`, 3.3 bits",
@@ -105,11 +111,19 @@ def heal_cost() -> str:
 
 def healed_smollm2() -> str:
     """SmolLM2 before and after a short healing: divergence, perplexity, accuracy on six tasks, and an answer."""
-    rows = [row for file in HEALED_SMOLLM2 for row in rows_of(file)]
-    dense = next(row for row in rows if row["family"] == "dense")
+    dense = next(row for row in rows_of(next(iter(HEALED_SMOLLM2))) if row["family"] == "dense")
+    pairs: dict[tuple[str, ...], tuple[Row, Row, str]] = {}
+    for file, matched in HEALED_SMOLLM2.items():
+        rows = rows_of(file)
+        found = {(row["family"], row["name"]): row for row in rows if row.get("healed") is False}
+        for row in rows:
+            if row.get("healed"):
+                key = row["family"], row["name"]
+                pairs[(*key, row.get("heal_tokens", "40k"))] = found[key], row, matched
     body = [
         (
             "dense",
+            "",
             "",
             f"{dense['file_bytes'] / 1e6:.1f}",
             "",
@@ -119,16 +133,13 @@ def healed_smollm2() -> str:
             answer(dense),
         )
     ]
-    for after in rows:
-        if not after.get("healed"):
-            continue
-        key = (after["family"], after["name"], False)
-        before = next(row for row in rows if (row["family"], row["name"], row.get("healed")) == key)
+    for before, after, matched in pairs.values():
         change = 100 * (after["accuracy_mean"] - before["accuracy_mean"])
         body.append(
             (
                 name_of(before),
                 after.get("heal_tokens", "40k"),
+                matched,
                 f"{after['file_bytes'] / 1e6:.1f}",
                 f"{kl(before['kl_mean'])} → {kl(after['kl_mean'])} ({after['kl_mean'] / before['kl_mean']:.2f})",
                 f"{before['perplexity']:.1f} → {after['perplexity']:.1f}",
@@ -140,6 +151,7 @@ def healed_smollm2() -> str:
     head = (
         "file",
         "tokens",
+        "blocks matched",
         "MB",
         "KL before → healed (left)",
         "perplexity",

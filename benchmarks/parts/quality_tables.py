@@ -186,9 +186,14 @@ def columns_table(models: Mapping[str, Sequence[Row]]) -> str:
     return table(("model", "bits per weight", "healed", *COLUMNS), body)
 
 
-def columns_smollm2() -> str:
-    """The columns of SmolLM2."""
-    return columns_table({"SmolLM2-135M": rows_of("2026-12-01-quality-columns-smollm2.json")})
+def columns_of_both() -> str:
+    """The columns of SmolLM2 and granite-nano."""
+    return columns(
+        {
+            "SmolLM2-135M": "2026-12-01-quality-columns-smollm2.json",
+            "granite-nano": "2026-12-01-quality-columns-granite-nano.json",
+        }
+    )
 
 
 def column_cell(row: Row | None, when: str, *, refused: bool) -> str:
