@@ -82,7 +82,7 @@ class Grid(nn.Module):
         return scale, self.base_zero if self.shift is None else rounded(self.base_zero + self.shift, "f16")
 
     def weight(self) -> Tensor:
-        """The matrix [R, C], for products: kernels on a GPU round it to the type of those."""
+        """The matrix [R, C], for products; kernels, where there are any, round it to the type of those."""
         scale, zero = self.scale_and_zero()
         if (fused := fused_kernels(scale.device.type)) is not None:
             return fused(self.codes if self.latent is None else self.latent, scale, zero, (1 << self.bits) - 1)

@@ -31,8 +31,8 @@ LAST_RATE = 0.02
 # length doubles, up to the largest.
 SLOWLY_COOLED_STEPS = 250
 FASTEST_COOLING = 3.0
-# With fewer steps than these, too little of the noise averages out: the rates of integers and scales are then lowered in
-# proportion. With more than these they would walk too far: the rates fall so that the sum of all steps' rates stays the same.
+# The rates of integers and scales are lowered in proportion in trainings of fewer than FEWEST_STEPS steps. With more steps than
+# these they would walk too far: the rates fall so that the sum of all steps' rates stays the same.
 FULL_RATE_STEPS = 1000
 # A step says less about each integer the more there are: with more than these, rates fall with the root of their number.
 FULL_RATE_INTEGERS = 20_000_000

@@ -224,7 +224,7 @@ class Layer(nn.Module):
         self.register_buffer("fixed", fixed, persistent=False)
 
     def transform(self) -> Tensor | None:
-        """The matrices [count, block, block] of the transform of its input; None where it has no stored one."""
+        """The matrices [count, block, block] of the transform of its input; None where it has none."""
         return self.trained[0].matrices() if self.trained else self.fixed
 
     def linear(self, chi: int | None) -> Linear:

@@ -38,10 +38,8 @@ class Trials:
     def keep_blocks(self, learned: Mapping[str, Tensor]) -> None:
         """Takes over what blocks learned one by one, unless it raises the KL of the whole model."""
         parts, unseen = self.student.trainables, self.batches[TRIAL_STEPS:] or self.batches
-        before, untrained = (
-            self.trainer.kl(unseen),
-            {name: tensor.clone() for name, tensor in parts.state_dict().items()},
-        )
+        before = self.trainer.kl(unseen)
+        untrained = {name: tensor.clone() for name, tensor in parts.state_dict().items()}
         parts.load_state_dict(learned, strict=False)
         after = self.trainer.kl(unseen)
         self.say(f"KL {before:.4f}, {after:.4f} with single blocks trained")
